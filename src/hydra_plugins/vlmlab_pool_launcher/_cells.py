@@ -1,0 +1,177 @@
+"""The cells of a sweep: their names, folders and overrides, and how each of them is doing."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.runs.config import config_hash, plain
+from vlmlab.runs.files import read_json, write_json
+from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.names import cell_name, override_key, short_hash
+
+State = Literal["waiting", "running", "done", "failed", "interrupted"]
+
+
+@dataclass
+class Cell:
+    """One composition of a sweep.
+
+    Attributes:
+        name: the folder below the sweep's.
+        folder: where it runs.
+        overrides: its task overrides.
+        swept: key -> value of those that differ between cells.
+        cfg: the composed configuration with the ``hydra`` node.
+        config_hash: of the configuration; None where it cannot be resolved (its process will say why).
+        devices: slots it needs.
+        state: how it is doing.
+        note: a few words beside the state: why it failed, that it was there already.
+        process: of a started cell.
+        slots: held while it runs.
+        started: ``time.monotonic`` of its start.
+    """
+
+    name: str
+    folder: Path
+    overrides: list[str]
+    swept: dict[str, str]
+    cfg: DictConfig
+    config_hash: str | None = None
+    devices: int = 1
+    accelerator: str = "auto"
+    fresh: bool = False
+    state: State = "waiting"
+    note: str = ""
+    process: subprocess.Popen[bytes] | None = None
+    slots: list[str] = field(default_factory=list)
+    started: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def run(self) -> RunFolder:
+        """Its run folder."""
+        return RunFolder(self.folder)
+
+    def settle_finished(self) -> bool:
+        """Whether a result of this very configuration is there already; then the cell is done."""
+        if self.fresh or self.config_hash is None:
+            return False
+        try:
+            config, result = self.run.config(), self.run.result()
+        except UserError:
+            return False
+        if config is None or result is None or config_hash(config) != self.config_hash:
+            return False
+        self.state, self.note = "done", "made by other code" if self.run.by_other_code() else "finished before"
+        return True
+
+    def settle_ended(self, code: int, stopping: bool) -> None:
+        """Record how its process ended."""
+        self.seconds = time.monotonic() - self.started
+        result = None
+        try:
+            result = self.run.result()
+        except UserError as error:
+            self.note = str(error)
+        if code == 0 and result is not None:
+            self.state, self.note = "done", ""
+            return
+        stopped = stopping and (code in (130, 143) or -code in (signal.SIGINT, signal.SIGTERM))
+        self.state = "interrupted" if stopped else "failed"
+        if not self.note:
+            self.note = "" if stopped else self._reason(code)
+        state = self.run.state()  # a killed process could not say so itself
+        if state and state.get("state") != "failed" and result is None:
+            self.run.write_state(self.state, state.get("stage"), state.get("step"), state.get("steps"), self.note or None)
+
+    def _reason(self, code: int) -> str:
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"killed ({code})"
+        lines = _tail(self.folder / "log.txt")
+        sentence = next((line for line in reversed(lines) if line.startswith("error: ")), "")
+        if sentence:
+            return sentence.removeprefix("error: ")
+        if code == 0:
+            return "ended without a result"
+        return f"exit code {code}: {lines[-1]}" if lines else f"exit code {code}"
+
+
+def _tail(log: Path, characters: int = 20_000) -> list[str]:
+    if not log.is_file():
+        return []
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - characters))
+        text = file.read().decode(errors="replace")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def plan(
+    config: DictConfig, loader: ConfigLoader, job_overrides: Sequence[Sequence[str]], first: int, sweep: Path
+) -> list[Cell]:
+    """The cells of a sweep, in the sweeper's order, under different names."""
+    given = {str(override) for override in config.hydra.overrides.task}
+    cells: list[Cell] = []
+    for index, overrides in enumerate(job_overrides, first):
+        task = [o for o in map(str, overrides) if not override_key(o).startswith(("hydra.", "hydra/"))]
+        swept = [o for o in task if o not in given]
+        name = cell_name(swept)
+        if any(cell.name == name for cell in cells):
+            name = f"{name[:90]}-{short_hash(' '.join(swept))}"
+        cells.append(_compose(config, loader, list(map(str, overrides)), index, Cell(
+            name=name,
+            folder=sweep / name,
+            overrides=task,
+            swept=dict(_pair(override) for override in swept),
+            cfg=config,
+        )))
+    return cells
+
+
+def _pair(override: str) -> tuple[str, str]:
+    key, _, value = override.partition("=")
+    return key.lstrip("+"), value
+
+
+def _compose(config: DictConfig, loader: ConfigLoader, overrides: list[str], index: int, cell: Cell) -> Cell:
+    cfg = loader.load_sweep_config(config, overrides)
+    with open_dict(cfg):
+        cfg.hydra.job.id = str(index)
+        cfg.hydra.job.num = index
+    cell.cfg = cfg
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(cfg)  # values may refer to ${hydra:...}
+    try:
+        values: dict[str, Any] = plain(cfg)
+    except UserError:
+        return cell
+    finally:
+        HydraConfig.instance().cfg = before
+    trainer = values.get("trainer") or {}
+    devices = trainer.get("devices", 1)
+    cell.devices = devices if isinstance(devices, int) else 1
+    cell.accelerator = str(trainer.get("accelerator", "auto"))
+    cell.fresh = bool(values.get("fresh", False))
+    cell.config_hash = config_hash(values)
+    return cell
+
+
+def write_index(sweep: Path, cells: Sequence[Cell]) -> None:
+    """``sweep.json``: which cells the sweep has and which keys tell them apart, those of earlier calls included."""
+    known = read_json(sweep / "sweep.json") or {}
+    names = {cell.name for cell in cells}
+    earlier = [c for c in known.get("cells", []) if c["name"] not in names and (sweep / c["name"]).is_dir()]
+    now = [{"name": cell.name, "overrides": cell.overrides, "swept": cell.swept} for cell in cells]
+    everything = [*earlier, *now]
+    swept = list(dict.fromkeys(key for cell in everything for key in cell["swept"]))
+    write_json(sweep / "sweep.json", {"format": 1, "swept": swept, "cells": everything})

@@ -1,0 +1,132 @@
+"""One call of the launcher: plan, run, table, report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig
+
+from hydra_plugins.vlmlab_pool_launcher._cells import Cell, plan, write_index
+from hydra_plugins.vlmlab_pool_launcher._display import display
+from hydra_plugins.vlmlab_pool_launcher._pool import Pool
+from hydra_plugins.vlmlab_pool_launcher._slots import make_slots
+from vlmlab.contracts.errors import UserError
+from vlmlab.runs.names import override_key
+
+NOT_PASSED_ON = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweep", "hydra.mode", "hydra.run")
+
+
+class SweepError(UserError):
+    """Some cells did not finish."""
+
+
+@dataclass
+class CellReturn(JobReturn):
+    """A cell's report to the sweeper, which raises for a cell that did not finish, without Hydra's own line."""
+
+    @property
+    def return_value(self) -> Any:
+        """The cell's metrics.
+
+        Raises:
+            SweepError: it did not finish.
+        """
+        if self.status != JobStatus.COMPLETED:
+            raise self._return_value
+        return self._return_value
+
+
+def run_sweep(
+    config: DictConfig,
+    loader: ConfigLoader,
+    job_overrides: Sequence[Sequence[str]],
+    first: int,
+    slots: int | None,
+    timeout: float | None,
+) -> list[CellReturn]:
+    """Run what is not finished, write and print the table whatever happened.
+
+    Args:
+        config: the sweep's configuration.
+        loader: composes the cells.
+        job_overrides: of every cell, from the sweeper.
+        first: number of the first cell.
+        slots: ``hydra.launcher.slots``.
+        timeout: ``hydra.launcher.timeout``.
+    """
+    sweep = Path(str(config.hydra.sweep.dir))
+    sweep.mkdir(parents=True, exist_ok=True)
+    cells = plan(config, loader, job_overrides, first, sweep)
+    places = make_slots(cells, slots)
+    write_index(sweep, cells)
+    for cell in cells:
+        cell.settle_finished()
+    print(f"sweep {sweep}: {len(cells)} cells, {len(places)} at a time; each writes <cell>/log.txt", flush=True)
+    start = start_command()
+    with display() as show:
+        pool = Pool(places, lambda cell: [*start, *cell_arguments(config, cell)], timeout, show)
+        pool.run(cells)
+        show(cells)
+    table = _table(sweep)
+    if pool.signals:
+        raise KeyboardInterrupt
+    return _returns(sweep, cells, table)
+
+
+def start_command() -> list[str]:
+    """The command line this process was started with, without its arguments."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        return [sys.executable, "-m", str(spec.name).removesuffix(".__main__")]
+    return [sys.executable, str(Path(sys.argv[0]).resolve())]
+
+
+def cell_arguments(config: DictConfig, cell: Cell) -> list[str]:
+    """What turns the sweep's command into the single run of one cell."""
+    name = config.hydra.job.config_name
+    flags = [] if name is None else ["--config-name", str(name)]
+    for source in config.hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            flags += ["--config-dir", str(source.path)]
+    kept = [str(o) for o in config.hydra.overrides.hydra if not override_key(str(o)).startswith(NOT_PASSED_ON)]
+    folder = str(cell.folder).replace("\\", "\\\\").replace("'", "\\'")
+    return [*flags, *cell.overrides, *kept, f"hydra.run.dir='{folder}'", "hydra.mode=RUN"]
+
+
+def _table(sweep: Path) -> bool:
+    """Print the table; a table that cannot be made is an error, and no reason to lose the sweep's own report."""
+    try:
+        from vlmlab.analyse.sweep import write_table
+
+        print(write_table(sweep), flush=True)
+    except Exception as error:
+        print(f"error: no table of {sweep}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def _returns(sweep: Path, cells: Sequence[Cell], table: bool) -> list[CellReturn]:
+    left = [cell for cell in cells if cell.state != "done"]
+    failure: UserError | None = None
+    if left:
+        reasons = "; ".join(f"{cell.name} ({cell.note or cell.state})" for cell in left)
+        failure = SweepError(
+            f"{len(left)} of {len(cells)} cells did not finish: {reasons}; see <cell>/log.txt in {sweep}, "
+            "the same command runs only these"
+        )
+    elif not table:
+        failure = SweepError(f"all cells of {sweep} finished and their table could not be written")
+    returns = []
+    for cell in cells:
+        bad = cell.state != "done" or (failure is not None and not left)
+        value = failure if bad else (cell.run.result() or {}).get("metrics")
+        status = JobStatus.FAILED if bad else JobStatus.COMPLETED
+        returns.append(CellReturn(overrides=cell.overrides, cfg=cell.cfg, status=status, _return_value=value))
+    return returns

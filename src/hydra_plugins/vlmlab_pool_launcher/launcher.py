@@ -1,0 +1,58 @@
+"""The launcher that ``conf/train.yaml`` uses for ``-m``. Its parts are imported only when a sweep starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+@dataclass
+class PoolLauncherConf:
+    """Keys below ``hydra.launcher``.
+
+    Attributes:
+        slots: cells (devices, where a cell asks for several) at a time; None: one per visible GPU, or per 2 cores.
+        timeout: seconds after which a cell is stopped; None: never.
+    """
+
+    _target_: str = "hydra_plugins.vlmlab_pool_launcher.launcher.PoolLauncher"
+    slots: int | None = None
+    timeout: float | None = None
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="pool", node=PoolLauncherConf, provider="vlmlab")
+
+
+class PoolLauncher(Launcher):
+    """Runs every cell of a sweep as its own process, whatever happens to the others, and writes the table."""
+
+    def __init__(self, slots: int | None = None, timeout: float | None = None) -> None:
+        self.slots = slots
+        self.timeout = timeout
+        self.config: DictConfig | None = None
+        self.hydra_context: HydraContext | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra hands over the sweep's configuration."""
+        self.config = config
+        self.hydra_context = hydra_context
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the cells that are not finished, print the table, report every cell to the sweeper.
+
+        Raises:
+            UserError: the slots cannot hold a cell.
+            KeyboardInterrupt: a signal stopped the sweep; cells were told and waited for.
+        """
+        from hydra_plugins.vlmlab_pool_launcher._sweep import run_sweep
+
+        assert self.config is not None and self.hydra_context is not None
+        arguments: dict[str, Any] = {"slots": self.slots, "timeout": self.timeout}
+        return run_sweep(self.config, self.hydra_context.config_loader, job_overrides, initial_job_idx, **arguments)

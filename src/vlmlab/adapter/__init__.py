@@ -1,0 +1,1 @@
+"""Adapters: small trainable parts around frozen towers, wrapped per tower with peft."""

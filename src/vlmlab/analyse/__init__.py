@@ -1,0 +1,1 @@
+"""Analysis of run folders: tables, intervals, figures, the report. Never imports torch."""

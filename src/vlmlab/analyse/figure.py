@@ -1,0 +1,86 @@
+"""The bar figure of a sweep: one panel per benchmark, bars with intervals beside the shuffled and chance levels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmlab.analyse.results import FIRST, MetricKey
+
+if TYPE_CHECKING:
+    from vlmlab.analyse.sweep import Combination
+
+MOST_PANELS = 6
+BAR, INK, SHUFFLED, CHANCE, HUMAN = "#4C78A8", "#222222", "#E45756", "#777777", "#54A24B"
+
+
+def draw(path: Path, rows: Sequence[Combination], metrics: Sequence[str]) -> Path | None:
+    """Draw the first score of every benchmark; None when there is nothing to draw.
+
+    Args:
+        path: the PNG to write.
+        rows: the combinations, from top to bottom.
+        metrics: scores, the most telling first; one panel for the first of each benchmark.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: dict[str, str] = {}
+    telling = [name for name in metrics if MetricKey.parse(name).score in FIRST]
+    for name in telling or metrics:
+        panels.setdefault(MetricKey.parse(name).benchmark, name)
+    chosen = list(panels.values())[:MOST_PANELS]
+    if not chosen:
+        return None
+    longest = max(len(row.label) for row in rows)
+    size = (0.07 * longest + 0.6 + 3.2 * len(chosen), 1.3 + 0.42 * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
+    for axis, name in zip(axes, chosen, strict=True):
+        _panel(axis, rows, name)
+    axes[0].set_yticks(range(len(rows)), [row.label for row in rows])
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)
+    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _panel(axis: Any, rows: Sequence[Combination], name: str) -> None:
+    key = MetricKey.parse(name)
+    intervals = [row.interval(name) for row in rows]
+    shuffled = [row.interval(f"{name}/shuffled") for row in rows]
+    top = max((i.high or i.mean for i in intervals if i), default=1.0)
+    for y, (row, interval) in enumerate(zip(rows, intervals, strict=True)):
+        if interval is None:
+            axis.text(0.01 * top, y, row.state, va="center", fontsize=8, color=SHUFFLED, style="italic")
+            continue
+        axis.barh(y, interval.mean, height=0.62, color=BAR, zorder=2)
+        if interval.half is not None:
+            axis.errorbar(interval.mean, y, xerr=interval.half, color=INK, capsize=3, linewidth=1.2, zorder=3)
+        axis.text(1.01, y, f"{interval.mean:.3f}", va="center", fontsize=8, transform=axis.get_yaxis_transform())
+    points = [(i.mean, y) for y, i in enumerate(shuffled) if i]
+    if points:
+        lows, highs = [y - 0.31 for _, y in points], [y + 0.31 for _, y in points]
+        axis.vlines(
+            [x for x, _ in points], lows, highs, color=SHUFFLED, linewidth=2.5, zorder=4, label="shuffled images"
+        )
+    _level(axis, rows, f"{key.benchmark}/chance", CHANCE, "--", "chance")
+    if key.score != "vqa_accuracy":
+        _level(axis, rows, f"{key.benchmark}/human/{key.score}", HUMAN, ":", "human (leave one out)")
+    axis.set_title(f"{key.benchmark}\n{key.score}", fontsize=9, loc="left")
+    axis.set_xlim(left=0)
+    axis.margins(x=0.03)
+    axis.tick_params(labelsize=8, left=False)
+    axis.grid(axis="x", color="#DDDDDD", linewidth=0.6, zorder=0)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+
+
+def _level(axis: Any, rows: Sequence[Combination], name: str, colour: str, style: str, label: str) -> None:
+    """One vertical line at the mean level over the combinations (it belongs to the data, not to the run)."""
+    levels = [interval.mean for row in rows if (interval := row.interval(name))]
+    if levels:
+        axis.axvline(sum(levels) / len(levels), color=colour, linestyle=style, linewidth=1.2, zorder=4, label=label)

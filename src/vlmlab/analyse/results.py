@@ -1,0 +1,162 @@
+"""What a run folder holds, read without ever failing, and what the name of a metric says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.evaluate.metrics.scoring import BASELINES
+from vlmlab.runs.files import read_json
+from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.lock import is_locked
+from vlmlab.runs.names import override_key
+
+FIRST = ("vqa_accuracy", "cider_d")
+"""Scores that come first in tables and that figures show."""
+
+
+@dataclass(frozen=True)
+class MetricKey:
+    """A metric's name, taken apart: ``<benchmark>/[human/]<score>[/kind/<kind>|/count][/<baseline>]``.
+
+    Attributes:
+        benchmark: the first part.
+        score: such as ``vqa_accuracy``, ``chance``, ``cider_d``, ``human/cider_d``, ``vqa_accuracy/count``.
+        kind: the kind of question, or empty for all of them.
+        baseline: ``shuffled``, ``no_image``, or empty for the real evaluation.
+    """
+
+    benchmark: str
+    score: str
+    kind: str = ""
+    baseline: str = ""
+
+    @classmethod
+    def parse(cls, name: str) -> MetricKey:
+        """The parts of `name`. A kind that is called like a baseline stays a kind."""
+        benchmark, *parts = name.split("/")
+        baseline = ""
+        if len(parts) > 1 and parts[-1] in BASELINES and parts[-2] != "kind":
+            baseline = parts.pop()
+        kind = ""
+        if "kind" in parts[1:-1]:
+            at = parts.index("kind", 1)
+            kind, parts = "/".join(parts[at + 1 :]), parts[:at]
+        return cls(benchmark, "/".join(parts), kind, baseline)
+
+    def __str__(self) -> str:
+        middle = f"/kind/{self.kind}" if self.kind else ""
+        return f"{self.benchmark}/{self.score}{middle}" + (f"/{self.baseline}" if self.baseline else "")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run as its folder shows it.
+
+    Attributes:
+        folder: where it is.
+        state: ``done``, ``failed``, ``running``, ``interrupted`` or ``not started``.
+        reason: why it is not done, or how far it is; empty when done.
+        overrides: key to value as on the command line.
+        metrics: ``metrics`` of ``result.json``; empty unless done.
+        cost: ``cost`` of ``result.json``.
+        stale: some part of it was made by other code of the package than the present.
+    """
+
+    folder: Path
+    state: str
+    reason: str
+    overrides: dict[str, str]
+    metrics: dict[str, float]
+    cost: dict[str, float]
+    stale: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether there is a result to count."""
+        return self.state == "done"
+
+
+def read_run(folder: Path) -> RunRecord:
+    """The record of a run folder, whatever is missing or broken in it."""
+    result = read_json(folder / "result.json")
+    metrics = numbers(result.get("metrics")) if result else {}
+    state, reason = _state(folder, result, metrics)
+    return RunRecord(
+        folder=folder,
+        state=state,
+        reason=" ".join(reason.split()),
+        overrides=parse_overrides(_overrides(folder, result or {})),
+        metrics=metrics if state == "done" else {},
+        cost=numbers(result.get("cost")) if result else {},
+        stale=state == "done" and _stale(folder),
+    )
+
+
+def read_sweep(sweep_dir: Path) -> list[RunRecord]:
+    """The cells of a sweep by name; folders that are no cell or were kept aside by ``fresh=true`` are left out."""
+    marks = ("overrides.json", "state.json", "config.yaml", "result.json")
+    folders = sorted(path for path in sweep_dir.iterdir() if path.is_dir()) if sweep_dir.is_dir() else []
+    cells = [path for path in folders if any((path / mark).exists() for mark in marks) and ".old-" not in path.name]
+    return [read_run(path) for path in cells]
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, str]:
+    """``["+a.b=1", "~c"]`` as ``{"a.b": "1", "c": "(removed)"}``."""
+    pairs = ((override_key(text), text.partition("=")[2] or "(removed)") for text in overrides)
+    return dict(pairs)
+
+
+def numbers(value: Any) -> dict[str, float]:
+    """The numeric entries of a mapping, nothing of anything else."""
+    if not isinstance(value, Mapping):
+        return {}
+    chosen = {str(key): item for key, item in value.items() if isinstance(item, int | float)}
+    return {key: float(item) for key, item in chosen.items() if not isinstance(item, bool)}
+
+
+def _state(folder: Path, result: dict[str, Any] | None, metrics: dict[str, float]) -> tuple[str, str]:
+    if metrics:
+        return "done", ""
+    if (folder / "result.json").exists():
+        return "failed", "result.json holds no metrics" if result else "result.json cannot be read"
+    said = RunFolder(folder).state()
+    where = f"stage {said.get('stage')} step {said.get('step')}" if said.get("stage") else ""
+    if is_locked(folder):
+        return "running", where
+    state = str(said.get("state", ""))
+    if state == "failed":
+        return "failed", str(said.get("error") or where or "state.json gives no reason")
+    if state in ("running", "interrupted"):
+        error = str(said.get("error") or "")
+        return "interrupted", error or (f"stopped in {where}" if where else "its process ended without a result")
+    return ("failed", "done without a result.json") if state == "done" else ("not started", "")
+
+
+def _overrides(folder: Path, result: dict[str, Any]) -> list[str]:
+    """Overrides of a cell from whichever of its files has them."""
+    for read in (
+        lambda: yaml.safe_load((folder / "overrides.json").read_text(encoding="utf-8")),
+        lambda: result["overrides"],
+        lambda: RunFolder(folder).env()["overrides"],
+        lambda: yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")),
+    ):
+        try:
+            found = read()
+        except (OSError, KeyError, ValueError, yaml.YAMLError):
+            continue
+        if isinstance(found, list):
+            return [str(item) for item in found]
+    return []
+
+
+def _stale(folder: Path) -> bool:
+    try:
+        return RunFolder(folder).by_other_code()
+    except (UserError, OSError, ValueError):
+        return True

@@ -1,0 +1,1 @@
+"""The commands: composition, rules, one-sentence errors. Imports torch only when there is something to train."""

@@ -1,0 +1,85 @@
+"""How a command ends: quietly, or with one sentence on stderr and an exit code."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from vlmlab.contracts.errors import UserError
+
+DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes: fine; the run or its data; the command or the configuration; stopped by a signal."""
+
+
+class ConfigError(UserError):
+    """The command or the composition cannot work; exit code 2."""
+
+
+class Interrupted(Exception):
+    """A signal stopped the run; exit code 130."""
+
+
+def debugging() -> bool:
+    """Whether ``VLMLAB_DEBUG=1`` asks for whole tracebacks."""
+    return os.environ.get("VLMLAB_DEBUG") == "1"
+
+
+def fail(sentence: str, code: int) -> int:
+    """Print ``error: sentence`` on stderr and return the code."""
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    return code
+
+
+def guard(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
+    """A Hydra task that ends the process itself on a user's mistake, before Hydra adds its own lines."""
+
+    @functools.wraps(task)
+    def guarded(cfg: DictConfig) -> None:
+        try:
+            task(cfg)
+        except UserError as error:
+            if debugging():
+                raise
+            raise SystemExit(fail(str(error), MISTAKE if isinstance(error, ConfigError) else FAILED)) from error
+        except (Interrupted, KeyboardInterrupt) as error:
+            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+            raise SystemExit(INTERRUPTED) from error
+
+    return guarded
+
+
+def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int:
+    """Call a function decorated by ``hydra.main`` and turn what composition raises into one sentence.
+
+    Args:
+        main: the decorated function; reads ``sys.argv``.
+        conf: the configuration folder, to suggest keys from.
+        config_name: the primary configuration, for the same.
+
+    Returns:
+        The exit code: ``DONE`` or ``MISTAKE``. A task wrapped by ``guard`` exits by itself.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
+    try:
+        main()
+    except UserError as error:
+        if debugging():
+            raise
+        return fail(str(error), MISTAKE if isinstance(error, ConfigError) else FAILED)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if debugging():
+            raise
+        from vlmlab.cli.explain import explain
+
+        sentence = explain(error, conf, config_name)
+        if sentence is None:
+            raise
+        return fail(sentence, MISTAKE)
+    return DONE

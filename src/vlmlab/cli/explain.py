@@ -1,0 +1,89 @@
+"""Hydra's and OmegaConf's composition errors, each as one sentence with the choices or the closest key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+def explain(error: Exception, conf: Path, config_name: str) -> str | None:
+    """What is wrong and what to write instead, or None for an error that is none of composition."""
+    if isinstance(error, MissingConfigException):
+        return _missing(error)
+    if isinstance(error, OverrideParseException):
+        hint = 'quote special characters, as in \'key="a=b,c"\''
+        return f"the override {error.override!r} cannot be read: {_first(error)}; {hint}"
+    if isinstance(error, ConfigCompositionException):
+        return _composition(error, conf, config_name)
+    if isinstance(error, OmegaConfBaseException):
+        key = getattr(error, "full_key", None) or "a value"
+        return f"{key} cannot be resolved: {_first(error)}"
+    return _first(error) if isinstance(error, HydraException) else None
+
+
+def _first(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def _missing(error: MissingConfigException) -> str:
+    file = str(error.missing_cfg_file or "")
+    group, _, choice = file.rpartition("/")
+    if not group or not error.options:
+        return _first(error)
+    options = sorted(error.options)
+    return f"{group} has no choice {choice!r}{_closest(choice, options)}; choose one of {', '.join(options)}"
+
+
+def _composition(error: ConfigCompositionException, conf: Path, config_name: str) -> str:
+    text = str(error)
+    named = re.search(r"Could not (?:override|append to config|delete from config|delete)[.:]? ?'([^'@]+)", text)
+    if named is None:
+        cause = error.__cause__
+        return _first(error) + (f" ({_first(cause)})" if cause is not None else "")
+    key = named.group(1)
+    if "not a ConfigGroup" in text or "already at" in text or "nvalid type" in text or key.startswith("hydra"):
+        return _first(error)
+    if isinstance(error.__cause__, OmegaConfBaseException) and "is not in struct" not in str(error.__cause__):
+        return f"{key}: {_first(error.__cause__)}"
+    known = _known_keys(conf, config_name)
+    if key in known:
+        return _first(error)
+    return f"no key {key!r} in the configuration{_closest(key, known)}; see --cfg job, or add a new one by +{key}=..."
+
+
+def _closest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+    if not close:
+        last = word.rpartition(".")[2]
+        tails = [key for key in known if key.rpartition(".")[2] == last]
+        close = tails[:2]
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _known_keys(conf: Path, config_name: str) -> list[str]:
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
+            cfg = compose(config_name=config_name)
+    except (HydraException, OmegaConfBaseException):
+        return []
+    groups = [folder.name for folder in conf.iterdir() if folder.is_dir()]
+    return [*dict.fromkeys([*groups, *_keys(cfg)])]
+
+
+def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in cfg:
+        name = f"{prefix}{key}"
+        yield name
+        node = None if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key) else cfg[key]
+        if isinstance(node, DictConfig):
+            yield from _keys(node, name + ".")

@@ -1,0 +1,87 @@
+"""The train command: rules, run folder, training, result. ``python -m vlmlab.cli.train`` is ``python train.py``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from vlmlab.cli.conf import conf_folder
+from vlmlab.cli.entry import ConfigError, Interrupted, guard, run_command
+from vlmlab.cli.rules import check, choices_of
+from vlmlab.cli.show import result_text
+from vlmlab.contracts.errors import UserError
+from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
+from vlmlab.runs.config import plain
+from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.watchdog import die_with_parent
+
+
+def train_command(cfg: DictConfig) -> None:
+    """Train the composed configuration in Hydra's output folder, or print what is already there.
+
+    Raises:
+        ConfigError: the composition breaks a rule.
+        UserError: the folder is in use or belongs to another configuration; or training says so.
+        Interrupted: a signal stopped training.
+    """
+    die_with_parent()
+    hydra_cfg = HydraConfig.get()
+    folder = _short(Path(hydra_cfg.runtime.output_dir))
+    try:
+        config = plain(cfg)
+        check(cfg, config, choices_of(hydra_cfg))
+    except UserError as error:
+        _remove_if_empty(folder)
+        raise ConfigError(str(error)) from error
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:  # a further rank of a run that rank zero has opened
+        _train(cfg, folder)
+        return
+    with RunFolder(folder) as run:
+        result = run.open(config, list(hydra_cfg.overrides.task), fresh=bool(cfg.fresh))
+        if result is not None:
+            code = ", made by other code of this package" if run.by_other_code() else ""
+            print(f"{folder} is finished{code} (fresh=true trains again)\n{result_text(result)}")
+            return
+        _train_in(run, cfg)
+
+
+def _train_in(run: RunFolder, cfg: DictConfig) -> None:
+    """Train, and leave in ``state.json`` how it ended."""
+    try:
+        _train(cfg, run.path)
+    except Exception as error:
+        run.end("failed", f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
+        raise
+    except BaseException as error:  # a signal: KeyboardInterrupt, or an exit that training chose after saving
+        run.end("interrupted")
+        raise Interrupted from error
+
+
+def _train(cfg: DictConfig, folder: Path) -> None:
+    from vlmlab.train.run import train  # from here on torch
+
+    train(cfg, folder)
+
+
+def _short(folder: Path) -> Path:
+    """The folder relative to where the user stands, if it is below."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Hydra makes the folder before anything is checked; a refused run should leave none."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+        folder.parent.rmdir()
+
+
+if __name__ == "__main__":
+    conf = conf_folder()
+    main = hydra.main(config_path=str(conf), config_name="train", version_base="1.3")(guard(train_command))
+    sys.exit(run_command(main, conf, "train"))

@@ -1,0 +1,35 @@
+"""``mlp``: a few linear layers with GELU between them (LLaVA-1.5's projector; two layers in arXiv 2503.19508)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from vlmlab.contracts.tensors import Visual
+
+
+class MlpConnector(nn.Module):
+    """Linear, then (GELU, Linear) for every further layer; one visual token per feature.
+
+    Args:
+        in_width: width of a feature (all tapped layers side by side).
+        out_width: width of the LM.
+        depth: number of linear layers; 2 is LLaVA's ``mlp2x_gelu``.
+        hidden: width between them; null means the LM's.
+    """
+
+    def __init__(self, in_width: int, out_width: int, depth: int = 2, hidden: int | None = None) -> None:
+        super().__init__()
+        widths = [in_width, *[hidden or out_width] * (depth - 1), out_width]
+        layers: list[nn.Module] = [nn.Linear(a, b) for a, b in pairwise(widths)]
+        self.layers = nn.Sequential(*[m for layer in layers for m in (layer, nn.GELU())][:-1])
+
+    def tokens_per_image(self, hw: tuple[int, int]) -> int:
+        """One token per feature of the grid."""
+        return hw[0] * hw[1]
+
+    def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
+        """(I, M, D) visual tokens; the instruction is not used."""
+        return self.layers(torch.cat(visual.grids, -1))  # (I, N, Dv) -> (I, N, D)

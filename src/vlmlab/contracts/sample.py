@@ -1,0 +1,67 @@
+"""What every data source yields: a Sample of images and turns. Free of torch and of any model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+IMAGE_TAG = "<image>"
+"""Where an image stands inside a turn's prompt. A sample with images but no tag gets them before its first prompt."""
+
+Image = NDArray[np.uint8]
+"""One RGB image, ``(H, W, 3)`` uint8, any size; resizing to the encoder's size happens in the collator."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One exchange: what is asked and what is to be answered.
+
+    Attributes:
+        prompt: the user's words, possibly with ``IMAGE_TAG`` where an image stands; empty for plain text.
+        answer: the words to be learnt or compared with.
+        kind: what sort of question this is ("count", "caption", ...); scores are reported per kind.
+        references: all acceptable answers (captions have several); empty means ``(answer,)``.
+        chance: accuracy in 0..1 of the best answer that never looks at the image; None where unknown.
+    """
+
+    prompt: str
+    answer: str
+    kind: str = ""
+    references: tuple[str, ...] = ()
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training row or one benchmark item.
+
+    Attributes:
+        id: unique within its data set and stable between runs; error messages and predictions name it.
+        images: the images in the order in which their tags stand in the turns; may be empty.
+        turns: one or more exchanges about these images.
+        system: the system line of the conversation; empty keeps the chat template's own.
+        image_ids: one stable name per image (a file, or split and scene number), used by the shuffled baseline.
+    """
+
+    id: str
+    images: tuple[Image, ...]
+    turns: tuple[Turn, ...]
+    system: str = ""
+    image_ids: tuple[str, ...] = field(default=())
+
+
+class SampleSource(Protocol):
+    """A data set: random access to samples, the same sample for the same index on every machine."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+def references(turn: Turn) -> Sequence[str]:
+    """All acceptable answers of a turn, never empty."""
+    return turn.references or (turn.answer,)

@@ -1,0 +1,187 @@
+"""Layout, Visual, Batch: how the collator, the masks, the fusions and the objectives speak to each other.
+
+Shapes: B rows, S positions, I images, N features of an image, M visual tokens of an image, D the LM's width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Kind(IntEnum):
+    """What a position holds."""
+
+    PAD = 0
+    TEXT = 1
+    VISUAL = 2
+
+
+class Role(IntEnum):
+    """Who speaks at a position. Everything that is not an answer is system or user."""
+
+    SYSTEM = 0
+    USER = 1
+    ANSWER = 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What each position of a batch is; every field is an integer tensor of shape (B, S).
+
+    Attributes:
+        kind: a ``Kind``.
+        image: index of the image within its row that a visual token belongs to, -1 for text.
+        tile: index of the tile within that image, -1 for text.
+        segment: which packed sample of the row, -1 for padding.
+        role: a ``Role``.
+        position: position id within the segment, from 0.
+    """
+
+    kind: Tensor
+    image: Tensor
+    tile: Tensor
+    segment: Tensor
+    role: Tensor
+    position: Tensor
+
+    @property
+    def visual(self) -> Tensor:
+        """(B, S) bool: the positions that hold visual tokens."""
+        return self.kind == Kind.VISUAL
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, S) bool: everything but padding."""
+        return self.kind != Kind.PAD
+
+    @property
+    def era(self) -> Tensor:
+        """(B, S): number of answer tokens before a position within its segment (the leak rule's clock)."""
+        answer = (self.role == Role.ANSWER) & self.valid
+        before = answer.cumsum(1) - answer.long()
+        same = self.segment[:, :, None] == self.segment[:, None, :]  # (B, S, S)
+        first = same.long().argmax(2)  # (B, S) first position of one's own segment
+        return before - before.gather(1, first)
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same layout on another device."""
+        return Layout(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def select(self, rows: Tensor) -> Layout:
+        """The layout of some rows, in the given order (rows may repeat)."""
+        return Layout(**{f.name: getattr(self, f.name).index_select(0, rows) for f in fields(self)})
+
+    def extended(self, length: int) -> Layout:
+        """The layout with text of role answer appended until it has `length` positions (generated tokens)."""
+        extra = length - self.kind.shape[1]
+        if extra <= 0:
+            return self
+        rows = self.kind.shape[0]
+
+        def tail(value: int | Tensor) -> Tensor:
+            filled = torch.as_tensor(value, device=self.kind.device, dtype=self.kind.dtype)
+            return filled.reshape(-1, 1).expand(rows, extra)
+
+        steps = torch.arange(1, extra + 1, device=self.kind.device, dtype=self.kind.dtype)
+        new = {
+            "kind": tail(int(Kind.TEXT)),
+            "image": tail(-1),
+            "tile": tail(-1),
+            "segment": tail(self.segment[:, -1]),
+            "role": tail(int(Role.ANSWER)),
+            "position": self.position[:, -1:] + steps,
+        }
+        return Layout(**{name: torch.cat([getattr(self, name), value], 1) for name, value in new.items()})
+
+
+@dataclass(frozen=True)
+class Visual:
+    """What an encoder returns.
+
+    Attributes:
+        grids: one (I, N, Dv) tensor per requested layer or tower.
+        pooled: (I, Dv) or None where the tower has no pooled output.
+        hw: (I, 2) rows and columns of the feature grid.
+    """
+
+    grids: list[Tensor]
+    pooled: Tensor | None
+    hw: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, as the collator builds it.
+
+    Attributes:
+        pixels: (I, 3, H, W) uint8; normalised inside the encoder. I may be 0.
+        input_ids: (B, S); positions of visual tokens hold the image placeholder id.
+        labels: (B, S), already aligned with ``input_ids`` (not shifted); -100 where unsupervised.
+        layout: what each position is.
+        image_row: (I,) the row of every image.
+        image_ids: one name per image.
+        sample_ids: the samples of every row (several when packed).
+    """
+
+    pixels: Tensor
+    input_ids: Tensor
+    labels: Tensor
+    layout: Layout
+    image_row: Tensor
+    image_ids: list[str]
+    sample_ids: list[list[str]]
+
+    @property
+    def supervised(self) -> int:
+        """Number of supervised tokens: what the language-model loss divides by."""
+        return int((self.labels[:, 1:] != -100).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            pixels=self.pixels.to(device),
+            input_ids=self.input_ids.to(device),
+            labels=self.labels.to(device),
+            layout=self.layout.to(device),
+            image_row=self.image_row.to(device),
+            image_ids=self.image_ids,
+            sample_ids=self.sample_ids,
+        )
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Image and text embeddings of a dual encoder, with SigLIP's learned temperature and bias.
+
+    Attributes:
+        image, text: (B, E), of unit length, row i of both from the same sample.
+        log_scale, bias: scalars; the similarity of a pair is exp(log_scale) * <image, text> + bias.
+    """
+
+    image: Tensor
+    text: Tensor
+    log_scale: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the model returns to the objectives.
+
+    Attributes:
+        logits: (T, V) at the positions that predict a supervised token, in row-major order.
+        targets: (T,) the token each of them should predict.
+        visual: what the encoder returned, or None in a text-only batch.
+        tokens: (I, M, D) the visual tokens after the connector, or None.
+        pairing: the embeddings of a dual encoder, or None.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    visual: Visual | None = None
+    tokens: Tensor | None = None
+    pairing: Pairing | None = None

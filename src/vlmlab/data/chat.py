@@ -1,0 +1,228 @@
+"""From a sample to token ids, labels and roles: the plain prompt and the tokenizer's own chat template.
+
+Nothing here guesses lengths. The conversation is rendered once by the tokenizer's template and tokenised once; where
+the template has generation markers they say what the assistant speaks, otherwise the conversation is rendered up to
+each turn and the difference is the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from vlmlab.contracts.errors import DataError, UserError
+from vlmlab.contracts.sample import IMAGE_TAG, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+SYSTEM, USER, ANSWER = 0, 1, 2
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample as tokens; all lists have one entry per token.
+
+    Attributes:
+        ids: token ids; the image placeholder id at visual positions.
+        labels: the id where it is supervised, else -100.
+        roles: 0 system, 1 user, 2 answer.
+        image: index of the image at visual positions, -1 elsewhere.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    roles: list[int]
+    image: list[int]
+
+
+class ChatEncoder:
+    """Turns samples into tokens for one tokenizer and one number of visual tokens per image.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        image_token: its placeholder; written `tokens_per_image` times for every image.
+        tokens_per_image: 0 where vision does not enter the sequence.
+        prompt: "plain" (images, then the first answer, no template: LLaVA's alignment stage) or "chat".
+        max_length: longest sequence in tokens; a longer sample is refused by name.
+
+    Raises:
+        UserError: the template's rendering of a conversation is not a prefix of its continuation.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_token: str,
+        tokens_per_image: int,
+        prompt: Literal["plain", "chat"] = "chat",
+        max_length: int = 2048,
+    ) -> None:
+        if prompt not in ("plain", "chat"):
+            raise UserError(f"prompt={prompt} is unknown; use plain or chat.")
+        self.tokenizer = tokenizer
+        self.image_token = image_token
+        self.image_id = int(tokenizer.convert_tokens_to_ids(image_token))
+        self.tokens_per_image = tokens_per_image
+        self.prompt = prompt
+        self.max_length = max_length
+        self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template) is not None
+        self.end = tokenizer.eos_token
+        adds_begin = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        self.begin = tokenizer.bos_token if adds_begin else ""  # of the plain prompt; a chat template prints its own
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.specials = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+
+    def train(self, sample: Sample) -> Encoded:
+        """The whole conversation with its answers supervised.
+
+        Raises:
+            DataError: no supervised token, too long, or image tags that do not fit the images; names the sample.
+        """
+        text, answers, start = self._plain(sample) if self.prompt == "plain" else self._chat(sample)
+        encoded = self._tokenise(sample, text, answers, start, supervise=True)
+        if all(label == IGNORE for label in encoded.labels):
+            raise DataError(f"Sample {sample.id} has no supervised token: its answers are empty; give it an answer.")
+        return encoded
+
+    def ask(self, sample: Sample) -> Encoded:
+        """The conversation up to the last turn's answer, ready for generation; earlier answers keep their role."""
+        if self.prompt == "plain":
+            text, answers, start = self._visual_prefix(sample), [], len(self.begin)
+        else:
+            text, answers, start = self._chat(sample, ask=True)
+        return self._tokenise(sample, text, answers, start, supervise=False)
+
+    # -- rendering -----------------------------------------------------------------------------------------------
+
+    def _visual_prefix(self, sample: Sample) -> str:
+        self._refuse_placeholder(sample)
+        return self.begin + self.image_token * (self.tokens_per_image * len(sample.images))
+
+    def _plain(self, sample: Sample) -> tuple[str, list[Span], int]:
+        prefix = self._visual_prefix(sample)
+        answer = sample.turns[0].answer
+        if not answer:
+            return prefix, [], len(self.begin)
+        text = prefix + answer + (self.end or "")
+        return text, [(len(prefix), len(text))], len(self.begin)
+
+    def _refuse_placeholder(self, sample: Sample) -> None:
+        """A placeholder written out in the data would be taken for an image."""
+        texts = [sample.system, *(text for turn in sample.turns for text in (turn.prompt, turn.answer))]
+        if any(self.image_token in text for text in texts):
+            raise DataError(f"Sample {sample.id} contains the placeholder {self.image_token} as text; use {IMAGE_TAG}.")
+
+    def _messages(self, sample: Sample) -> list[dict[str, str]]:
+        """The conversation with every image tag replaced by its placeholders."""
+        prompts = [turn.prompt for turn in sample.turns]
+        tags = sum(prompt.count(IMAGE_TAG) for prompt in prompts)
+        if tags == 0 and sample.images:
+            prompts[0] = IMAGE_TAG * len(sample.images) + prompts[0]
+        elif tags != len(sample.images):
+            raise DataError(f"Sample {sample.id} has {tags} image tags for {len(sample.images)} images; make them equal.")
+        self._refuse_placeholder(sample)
+        placeholder = self.image_token * self.tokens_per_image
+        messages = [{"role": "system", "content": sample.system}] if sample.system else []
+        for prompt, turn in zip(prompts, sample.turns, strict=True):
+            messages.append({"role": "user", "content": prompt.replace(IMAGE_TAG, placeholder)})
+            messages.append({"role": "assistant", "content": turn.answer})
+        return messages
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+
+    def _chat(self, sample: Sample, ask: bool = False) -> tuple[str, list[Span], int]:
+        """The rendered conversation, the character spans of its answers, and where the user begins.
+
+        With `ask` the last answer is left out and the template's generation prompt stands in its place.
+        """
+        messages = self._messages(sample)[: -1 if ask else None]
+        text, spans = self._marked(messages, ask) if self.marked else self._differences(sample, messages, ask)
+        after_system = text.find(sample.system) + len(sample.system) if sample.system else 0
+        first = next(message["content"] for message in messages if message["role"] == "user")
+        return text, spans, max(text.find(first, after_system), 0)
+
+    def _marked(self, messages: list[dict[str, str]], ask: bool) -> tuple[str, list[Span]]:
+        """What the template's generation markers enclose, cut behind the end token."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, marked = render_jinja_template(
+            [messages],
+            chat_template=self.tokenizer.chat_template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=ask,
+            **self.tokenizer.special_tokens_map,
+        )
+        text, answers = texts[0], [message["content"] for message in messages if message["role"] == "assistant"]
+        if len(marked[0]) != len(answers):
+            raise UserError(
+                f"The chat template of {self.tokenizer.name_or_path} marks {len(marked[0])} generations for "
+                f"{len(answers)} answers; put one generation block around every assistant turn."
+            )
+        spans = zip(marked[0], answers, strict=True)
+        return text, [(start, self._answer_stop(text, start, answer)) for (start, _), answer in spans if answer]
+
+    def _differences(self, sample: Sample, messages: list[dict[str, str]], ask: bool) -> tuple[str, list[Span]]:
+        """What each turn adds to the rendering; the answer and the end token after it are supervised."""
+        whole = self._render(messages, add_generation_prompt=ask)
+        spans: list[Span] = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant" or not message["content"]:
+                continue
+            before = self._render(messages[:i], add_generation_prompt=True)
+            after = self._render(messages[: i + 1])
+            if not after.startswith(before) or not whole.startswith(after):
+                raise UserError(
+                    f"The chat template of {self.tokenizer.name_or_path} rewrites earlier turns (sample {sample.id}): "
+                    "labels cannot be told apart; use a template that only appends, or one with generation markers."
+                )
+            spans.append((len(before), self._answer_stop(after, len(before), message["content"])))
+        return whole, spans
+
+    def _answer_stop(self, text: str, start: int, answer: str) -> int:
+        """End of the answer with its end token; template text after the end token is not supervised."""
+        stop = text.find(answer.strip(), start)
+        stop = len(text) if stop < 0 else stop + len(answer.strip())
+        tail = text[stop:]
+        end = next((token for token in self.specials if tail.lstrip().startswith(token)), None)
+        return stop if end is None else stop + tail.index(end) + len(end)
+
+    # -- tokens --------------------------------------------------------------------------------------------------
+
+    def _tokenise(self, sample: Sample, text: str, answers: Sequence[Span], start: int, supervise: bool) -> Encoded:
+        """Token ids of the text with a role and a label for each, by character offsets."""
+        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = list(tokens["input_ids"]), tokens["offset_mapping"]
+        if len(ids) > self.max_length:
+            raise DataError(f"Sample {sample.id} has {len(ids)} tokens, more than max_length={self.max_length}; raise it.")
+        roles = [SYSTEM if stop <= start else USER for _, stop in offsets]
+        labels = [IGNORE] * len(ids)
+        span = iter(answers)
+        current = next(span, None)
+        for index, (left, right) in enumerate(offsets):
+            while current is not None and left >= current[1]:
+                current = next(span, None)
+            # an end token may swallow the blanks behind it, and a blank's own offsets may be trimmed to nothing
+            if current is not None and left >= current[0] and right > current[0]:
+                roles[index] = ANSWER
+                labels[index] = ids[index] if supervise and index else IGNORE  # nothing predicts the first token
+        return Encoded(ids, labels, roles, self._images(ids))
+
+    def _images(self, ids: list[int]) -> list[int]:
+        """Index of the image at every placeholder: each image has the same number of them."""
+        seen = 0
+        image = []
+        for token in ids:
+            if token == self.image_id:
+                image.append(seen // self.tokens_per_image)
+                seen += 1
+            else:
+                image.append(-1)
+        return image

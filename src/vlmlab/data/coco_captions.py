@@ -1,0 +1,148 @@
+"""Image captions in the COCO captions format: one JSON object with `images` and `annotations`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.sample import Sample, Turn
+from vlmlab.data.images import ImageFolder
+from vlmlab.data.records import Row, as_rows, describe, read_json
+from vlmlab.data.split import check_split, split_of, subset
+
+
+@dataclass(frozen=True, slots=True)
+class Captions:
+    """One image and its captions, each with the id of its annotation, in the file's order."""
+
+    image_id: str
+    image: str
+    captions: tuple[tuple[str, str], ...]
+
+
+def _number(row: Row, key: str) -> str:
+    """An id as text; COCO has numbers, derived sets have texts."""
+    value = row.get(key)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return row.text(value, key)
+
+
+def parse_image(row: Row, folder: ImageFolder) -> tuple[str, str]:
+    """Id and file name of a row of `images`; raises DataError where it cannot be used."""
+    name = row.text(row.get("file_name"), "file_name")
+    reason = folder.check(name)
+    if reason:
+        raise row.error(f"image '{name}' {reason}", "correct the row, or set data.images to the images' folder")
+    return _number(row, "id"), name
+
+
+def parse_caption(row: Row) -> tuple[str, str, str]:
+    """Annotation id, image id and caption (without outer blanks) of a row of `annotations`; raises DataError."""
+    return _number(row, "id"), _number(row, "image_id"), row.untagged(row.get("caption"), "caption")
+
+
+class CocoCaptions:
+    """Captions as samples; the file is read and checked at once, pixels when a sample is asked for.
+
+    Without `test_path`, train, val and test are drawn from `path` by a hash of the image's file name; with it, the
+    whole of that file is the test split. Images without captions are left out.
+
+    Args:
+        path: the captions file (`images[]` with id and file_name, `annotations[]` with id, image_id and caption).
+        images: the image folder; file names are relative to it.
+        split: train, val, test, or null for every image of `path`.
+        test_path: a captions file that is the test split, such as captions_val2017.json.
+        test_images: its image folder; null is `images`.
+        all_references: one sample per image with all its captions as references (benchmark) instead of one per
+            caption (training).
+        prompt: the caption instruction.
+        size: only so many samples, chosen by seed; null for all.
+        seed: of the choice of `size`.
+        split_seed: of the split by image; apart from `seed`, so that runs with other seeds share their test split.
+        val_fraction, test_fraction: shares of the images.
+
+    Raises:
+        DataError: the file, the folder or a row cannot be used, or the split is empty.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        images: str,
+        split: str | None = None,
+        test_path: str | None = None,
+        test_images: str | None = None,
+        all_references: bool = False,
+        prompt: str = "Describe the picture briefly.",
+        size: int | None = None,
+        seed: int = 0,
+        split_seed: int = 0,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.1,
+    ) -> None:
+        check_split(split, val_fraction, test_fraction)
+        self._prompt = prompt
+        if test_path is not None and split == "test":
+            self._folder = ImageFolder(images if test_images is None else test_images)
+            found = read_captions(Path(test_path).expanduser(), self._folder)
+        else:
+            self._folder = ImageFolder(images)
+            file = Path(path).expanduser()
+            fractions = (val_fraction, 0.0 if test_path is not None else test_fraction)
+            found = _of_split(file, read_captions(file, self._folder), split, fractions, split_seed)
+        items = [(c.image_id, c, c.captions) for c in found]
+        if not all_references:
+            items = [(id_, c, ((id_, text),)) for c in found for id_, text in c.captions]
+        self._items = [items[i] for i in subset([name for name, _, _ in items], size, seed)]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Sample:
+        name, captions, chosen = self._items[index]
+        texts = tuple(text for _, text in chosen)
+        turn = Turn(self._prompt, texts[0], "caption", texts if len(texts) > 1 else ())
+        return Sample(name, (self._folder.load(captions.image),), (turn,), image_ids=(captions.image,))
+
+
+def read_captions(file: Path, folder: ImageFolder) -> list[Captions]:
+    """All images of a captions file that have captions, in the file's order; raises DataError at the first bad row."""
+    content = read_json(file)
+    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
+        found = f"keys: {', '.join(content)}" if isinstance(content, dict) else describe(content)
+        needed = "it needs the lists 'images' and 'annotations'"
+        raise DataError(f"Data file {file} is not in COCO captions format ({found}); {needed}")
+    names: dict[str, str] = {}
+    for row in _rows(file, content["images"], "images"):
+        id_, name = parse_image(row, folder)
+        if id_ in names:
+            raise row.error(f"image id {id_} stands there twice", "make the ids unique")
+        names[id_] = name
+    captions: dict[str, list[tuple[str, str]]] = {id_: [] for id_ in names}
+    seen: set[str] = set()
+    for row in _rows(file, content["annotations"], "annotations"):
+        id_, image_id, text = parse_caption(row)
+        if image_id not in names:
+            raise row.error(f"image_id {image_id} is no image of the file", "add the image or remove the caption")
+        if id_ in seen:
+            raise row.error(f"annotation id {id_} stands there twice", "make the ids unique")
+        seen.add(id_)
+        captions[image_id].append((id_, text))
+    return [Captions(id_, names[id_], tuple(texts)) for id_, texts in captions.items() if texts]
+
+
+def _rows(file: Path, values: object, key: str) -> list[Row]:
+    return [Row(file, row.number, row.data, f"row of '{key}'") for row in as_rows(file, values, f"'{key}'")]
+
+
+def _of_split(
+    file: Path, found: Sequence[Captions], split: str | None, fractions: tuple[float, float], seed: int
+) -> list[Captions]:
+    kept = [c for c in found if split in (None, split_of(c.image, *fractions, seed))]
+    if not kept:
+        problem = f"has no captioned image for the split '{split}' ({len(found)} in all)"
+        raise DataError(f"Data file {file} {problem}; raise the split's fraction or give a larger file")
+    return kept

@@ -1,0 +1,124 @@
+"""Samples -> Batch: the only place that knows where each image stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmlab.contracts.sample import Image, Sample
+from vlmlab.contracts.tensors import Batch, Kind, Layout
+from vlmlab.data.chat import IGNORE, ChatEncoder, Encoded
+
+Resize = Callable[[Image], Image]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Tokenises, pads or packs, and lays out one micro-batch.
+
+    Attributes:
+        encoder: the chat encoder of the LM's tokenizer.
+        resize: (H, W, 3) -> (3, h, w) uint8 as the tower wants it; None where no tower is built.
+        pad_id: filler of ``input_ids``; never attended to.
+        pack_length: pack several samples into rows of at most this many tokens; None pads every sample to a row.
+    """
+
+    encoder: ChatEncoder
+    resize: Resize | None
+    pad_id: int
+    pack_length: int | None = None
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """A training batch: answers supervised, padded on the right."""
+        encoded = [self.encoder.train(sample) for sample in samples]
+        rows = _pack([len(e.ids) for e in encoded], self.pack_length)
+        return self._batch(samples, encoded, rows, left=False)
+
+    def ask(self, samples: Sequence[Sample]) -> Batch:
+        """Prompts for generation: nothing supervised, padded on the left, one sample a row."""
+        encoded = [self.encoder.ask(sample) for sample in samples]
+        return self._batch(samples, encoded, [[i] for i in range(len(samples))], left=True)
+
+    def _batch(self, samples: Sequence[Sample], encoded: list[Encoded], rows: list[list[int]], left: bool) -> Batch:
+        order = [index for row in rows for index in row]
+        images = [(r, i, k) for r, row in enumerate(rows) for i in row for k in range(len(samples[i].images))]
+        if self.resize is None:
+            images = []
+        ids, labels, layout = _lay_out([[encoded[i] for i in row] for row in rows], self.pad_id, left)
+        return Batch(
+            pixels=self._pixels([samples[i].images[k] for _, i, k in images]),
+            input_ids=ids,
+            labels=labels,
+            layout=layout,
+            image_row=torch.tensor([r for r, _, _ in images], dtype=torch.long),
+            image_ids=[_image_id(samples[i], k) for _, i, k in images],
+            sample_ids=[[samples[i].id for i in row] for row in rows],
+        ) if order else _refuse_empty()
+
+    def _pixels(self, images: list[Image]) -> Tensor:
+        if not images or self.resize is None:
+            return torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+        return torch.from_numpy(np.stack([self.resize(image) for image in images]))  # (I, 3, H, W)
+
+
+def _refuse_empty() -> Batch:
+    raise ValueError("a batch needs at least one sample")
+
+
+def _image_id(sample: Sample, index: int) -> str:
+    return sample.image_ids[index] if sample.image_ids else f"{sample.id}#{index}"
+
+
+def _pack(lengths: list[int], limit: int | None) -> list[list[int]]:
+    """First-fit in the given order: which samples share a row."""
+    if limit is None:
+        return [[i] for i in range(len(lengths))]
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index, length in enumerate(lengths):
+        for row, left in enumerate(room):
+            if length <= left:
+                rows[row].append(index)
+                room[row] -= length
+                break
+        else:
+            rows.append([index])
+            room.append(max(limit - length, 0))
+    return rows
+
+
+def _lay_out(rows: list[list[Encoded]], pad_id: int, left: bool) -> tuple[Tensor, Tensor, Layout]:
+    """Pads the rows to one length and describes every position."""
+    width = max(sum(len(e.ids) for e in row) for row in rows)
+    shape = (len(rows), width)
+    ids = np.full(shape, pad_id, np.int64)
+    labels = np.full(shape, IGNORE, np.int64)
+    kind = np.full(shape, int(Kind.PAD), np.int64)
+    role, position = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    image, tile, segment = (np.full(shape, -1, np.int64) for _ in range(3))
+    for r, row in enumerate(rows):
+        at = width - sum(len(e.ids) for e in row) if left else 0
+        first_image = 0
+        for s, e in enumerate(row):
+            here = slice(at, at + len(e.ids))
+            own = np.asarray(e.image)
+            ids[r, here], labels[r, here], role[r, here] = e.ids, e.labels, e.roles
+            kind[r, here] = np.where(own >= 0, int(Kind.VISUAL), int(Kind.TEXT))
+            image[r, here] = np.where(own >= 0, own + first_image, -1)
+            tile[r, here] = np.where(own >= 0, 0, -1)
+            segment[r, here], position[r, here] = s, np.arange(len(e.ids))
+            at, first_image = here.stop, first_image + int(own.max(initial=-1)) + 1
+    as_tensor = torch.from_numpy
+    layout = Layout(
+        kind=as_tensor(kind),
+        image=as_tensor(image),
+        tile=as_tensor(tile),
+        segment=as_tensor(segment),
+        role=as_tensor(role),
+        position=as_tensor(position),
+    )
+    return as_tensor(ids), as_tensor(labels), layout

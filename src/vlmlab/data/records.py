@@ -1,0 +1,149 @@
+"""Rows of JSON and JSON-lines files that know their place, so that every mistake is named: file, row, key, remedy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.sample import IMAGE_TAG
+
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+"""Files with one JSON object per line; every other file is read as one JSON value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One JSON object and where it stands; rows and lines are counted from 1."""
+
+    file: Path
+    number: int
+    data: dict[str, Any]
+    unit: str = "row"
+
+    def error(self, problem: str, remedy: str) -> DataError:
+        """The one sentence about this row: what is wrong, where, and what to do."""
+        return DataError(f"{self.file}, {self.unit} {self.number}: {problem}; {remedy}")
+
+    def text(self, value: object, key: str) -> str:
+        """`value` of `key` as words without outer blanks.
+
+        Raises:
+            DataError: not a string, nothing but blanks, or characters no tokenizer takes (NUL, half a surrogate pair).
+        """
+        if not isinstance(value, str):
+            raise self.error(f"'{key}' is {describe(value)} instead of text", "write it as a string or remove the row")
+        text = value.strip()
+        if not text:
+            raise self.error(f"'{key}' is empty", "fill it in or remove the row")
+        if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+            raise self.error(f"'{key}' holds a NUL or a broken character", "remove that character or the row")
+        return text
+
+    def untagged(self, value: object, key: str) -> str:
+        """Like `text`, for words in which no image may stand."""
+        text = self.text(value, key)
+        if IMAGE_TAG in text:
+            raise self.error(f"'{key}' holds the tag {IMAGE_TAG}", "remove the tag: an image cannot stand there")
+        return text
+
+    def get(self, key: str) -> Any:
+        """The value of a mandatory key."""
+        if key not in self.data:
+            keys = ", ".join(self.data) or "none"
+            remedy = "add it, or name the right key in the configuration"
+            raise self.error(f"key '{key}' is missing (keys: {keys})", remedy)
+        return self.data[key]
+
+
+def describe(value: object) -> str:
+    """A JSON value's type in words, for error messages."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def read_text(path: Path) -> str:
+    """The words of a UTF-8 file (a byte order mark at its start is dropped).
+
+    Raises:
+        DataError: the file is absent, not a file, unreadable, empty, or in another encoding.
+    """
+    if not path.is_file():
+        reason = "is not a file" if path.exists() else "does not exist"
+        raise DataError(f"Data file {path} {reason}; give the right path (relative paths start at {Path.cwd()})")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start}"
+        raise DataError(f"Data file {path} is not UTF-8 ({byte}); convert it, e.g. with iconv -t utf-8") from None
+    except OSError as error:
+        raise DataError(f"Data file {path} cannot be read ({error.strerror}); check its permissions") from None
+    if not text.strip():
+        raise DataError(f"Data file {path} is empty; download or write it again")
+    return text
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's pairs as a dict; a key given twice is an error, because readers disagree on which one counts."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key '{twice}' stands twice in one object")
+    return made
+
+
+def _parse(text: str, place: str, remedy: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} is not valid JSON ({error}); {remedy}") from None
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file; raises DataError as `read_text` does, and where the text is not JSON."""
+    remedy = f"repair it (a file with one object per line is named {LINE_SUFFIXES[0]})"
+    return _parse(read_text(path), f"Data file {path}", remedy)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():  # blank lines carry nothing and are common at the end
+            yield number, _parse(line, f"{path}, line {number}", "repair or remove the line")
+
+
+def as_rows(path: Path, values: object, key: str, first: int = 1) -> list[Row]:
+    """The list `values`, found under `key` of a file, as rows; raises DataError where it is not a list of objects."""
+    if not isinstance(values, list):
+        raise DataError(f"Data file {path} holds {describe(values)} as {key} where a list is needed; correct the file")
+    if not values:
+        raise DataError(f"Data file {path} holds an empty list as {key}; give a file with rows")
+    return [_row(path, number, value, "row") for number, value in enumerate(values, first)]
+
+
+def _row(path: Path, number: int, value: object, unit: str) -> Row:
+    if isinstance(value, dict):
+        return Row(path, number, value, unit)
+    raise Row(path, number, {}, unit).error(f"is {describe(value)} instead of an object", "repair or remove it")
+
+
+def read_rows(path: Path, keys: Sequence[str] = ()) -> list[Row]:
+    """All rows of a JSON list, of a list inside a JSON object (under the first of `keys` it has), or of JSON lines.
+
+    Raises:
+        DataError: as `read_text` and `read_json`; no list of rows; a row that is not an object.
+    """
+    if path.suffix.lower() in LINE_SUFFIXES:
+        return [_row(path, number, value, "line") for number, value in _lines(path)]
+    value = read_json(path)
+    if isinstance(value, dict):
+        found = next((key for key in keys if key in value), None)
+        if found is None:
+            wanted = " or ".join(f"'{key}'" for key in keys)
+            remedy = f"put the rows into a list{f' under {wanted}' if wanted else ''}"
+            raise DataError(f"Data file {path} is one object (keys: {', '.join(value)}) instead of a list; {remedy}")
+        return as_rows(path, value[found], f"'{found}'")
+    return as_rows(path, value, "its content")

@@ -1,0 +1,246 @@
+"""The embedded world as ``SampleSource`` classes: captions, questions, conversations, interleaved images, text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.sample import IMAGE_TAG, Sample, Turn
+from vlmlab.data.world.draw import render
+from vlmlab.data.world.questions import View, check_kinds, dialogue, draw_class, single
+from vlmlab.data.world.scene import Scene, check_split, sample_scene, scene_id
+from vlmlab.data.world.stream import Stream
+from vlmlab.data.world.text import FORMS, caption_turn, check_forms, text_sample
+from vlmlab.data.world.words import COLOR, SHAPE, lexicon, phrase
+
+STYLES = ("short", "dense", "mixed")
+_STRIDE = 1024
+"""Scenes set aside for one question or one interleaved sample: they are tried in turn until one fits."""
+_INSIST = 64
+"""Compositional scenes tried for a question about a held-out pair before any question will do."""
+_ORDINALS = ("first", "second", "third")
+
+
+class _WorldSource:
+    """What all sources of the world share: an address and a size.
+
+    Args:
+        split: train, val, test or compositional.
+        size: number of samples.
+        seed: another seed gives other scenes.
+        domain: base or shifted.
+
+    Raises:
+        UserError: for an unknown split or domain, or a size below 1.
+    """
+
+    def __init__(self, split: str, size: int, seed: int = 0, domain: str = "base") -> None:
+        check_split(split)
+        lexicon(domain)
+        if size < 1:
+            raise UserError(f"The world cannot have {size} samples; set size to 1 or more.")
+        self.split = split
+        self.size = size
+        self.seed = seed
+        self.domain = domain
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.size:
+            raise IndexError(f"sample {index} of {self.size}")
+        return self._sample(index)
+
+    def _sample(self, index: int) -> Sample:
+        raise NotImplementedError
+
+    def _scene(self, index: int) -> Scene:
+        return sample_scene(self.split, index, self.seed, self.domain)
+
+    def _stream(self, index: int, purpose: str) -> Stream:
+        return Stream(scene_id(self.domain, self.split, index, self.seed), self.seed, purpose)
+
+
+def _caption_sample(scene: Scene, style: str) -> Sample:
+    turn = caption_turn(scene, style, Stream(scene.id, scene.seed, "caption", style))
+    return Sample(f"{scene.id}/{style}", (render(scene),), (turn,), image_ids=(scene.id,))
+
+
+def _dialogue_sample(scene: Scene, kinds: tuple[str, ...]) -> Sample:
+    stream = Stream(scene.id, scene.seed, "dialogue", *kinds)
+    turns = tuple(question.turn() for question in dialogue(scene, stream, kinds))
+    return Sample(f"{scene.id}/dialogue", (render(scene),), turns, image_ids=(scene.id,))
+
+
+class WorldCaptions(_WorldSource):
+    """One image and a request for a caption.
+
+    Args:
+        style: ``short`` (the answer is one of five references), ``dense`` (the re-caption) or ``mixed`` (either).
+        split, size, seed, domain: as for every source of the world.
+
+    Raises:
+        UserError: for an unknown style, split or domain, or a size below 1.
+    """
+
+    def __init__(self, style: str, split: str, size: int, seed: int = 0, domain: str = "base") -> None:
+        super().__init__(split, size, seed, domain)
+        if style not in STYLES:
+            raise UserError(f"The world has no caption style {style!r}; set style to one of: {', '.join(STYLES)}.")
+        self.style = style
+
+    def _sample(self, index: int) -> Sample:
+        style = self._stream(index, "style").choice(STYLES[:2]) if self.style == "mixed" else self.style
+        return _caption_sample(self._scene(index), style)
+
+
+class WorldQuestions(_WorldSource):
+    """Questions about an image.
+
+    With ``multi_turn`` a sample is six to eight questions about one scene. Without it a sample is one question; kinds
+    take turns, and the answer is chosen before the scene, so that every answer is equally frequent within a template.
+
+    Args:
+        split, size, seed, domain: as for every source of the world.
+        multi_turn: several questions a sample, for training; False for benchmarks.
+        kinds: the kinds of question, all for None.
+
+    Raises:
+        UserError: for an unknown split, domain or kind, or a size below 1.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        size: int,
+        seed: int = 0,
+        domain: str = "base",
+        multi_turn: bool = False,
+        kinds: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(split, size, seed, domain)
+        self.multi_turn = multi_turn
+        self.kinds = check_kinds(kinds)
+
+    def _sample(self, index: int) -> Sample:
+        return _dialogue_sample(self._scene(index), self.kinds) if self.multi_turn else self._single(index)
+
+    def _single(self, index: int) -> Sample:
+        kind = self.kinds[index % len(self.kinds)]
+        stream = self._stream(index, f"single/{kind}")
+        key = draw_class(stream, kind)
+        attempt = 0
+        while True:
+            scene = self._scene(index * _STRIDE + attempt)
+            question = single(scene, stream, kind, key, insist=attempt < _INSIST)
+            if question:
+                return Sample(f"{scene.id}/{index}", (render(scene),), (question.turn(),), image_ids=(scene.id,))
+            attempt += 1
+
+
+class WorldInstruct(_WorldSource):
+    """Instruction tuning: conversations of six to eight questions, mixed with requests for captions of both styles.
+
+    Args:
+        split, size, seed, domain: as for every source of the world.
+        caption_fraction: share of caption samples, half of them short, in 0..1.
+
+    Raises:
+        UserError: for an unknown split or domain, a size below 1 or a fraction outside 0..1.
+    """
+
+    def __init__(
+        self, split: str, size: int, seed: int = 0, domain: str = "base", caption_fraction: float = 0.15
+    ) -> None:
+        super().__init__(split, size, seed, domain)
+        if not 0 <= caption_fraction <= 1:
+            raise UserError(f"caption_fraction is a share and cannot be {caption_fraction}; set it within 0 to 1.")
+        self.caption_fraction = caption_fraction
+        self.kinds = check_kinds(None)
+
+    def _sample(self, index: int) -> Sample:
+        stream = self._stream(index, "instruct")
+        if stream.chance(self.caption_fraction):
+            return _caption_sample(self._scene(index), stream.choice(STYLES[:2]))
+        return _dialogue_sample(self._scene(index), self.kinds)
+
+
+class WorldInterleaved(_WorldSource):
+    """Two or three images in one prompt and a question which of them has more of something.
+
+    The position of the answer is drawn first, so every answer is equally frequent for each number of images.
+
+    Args:
+        split, size, seed, domain: as for every source of the world.
+
+    Raises:
+        UserError: for an unknown split or domain, or a size below 1.
+    """
+
+    def _sample(self, index: int) -> Sample:
+        stream = self._stream(index, "interleaved")
+        number = 2 + stream.below(2)
+        scenes, terms = self._unequal(index, number, stream)
+        words = lexicon(self.domain)
+        question = stream.choice(words.templates[f"interleaved/{'two' if number == 2 else 'three'}"])
+        place = stream.below(number)
+        scenes = scenes[1 : place + 1] + scenes[:1] + scenes[place + 1 :]
+        tags = " ".join(f"{name} {words.picture}: {IMAGE_TAG}" for name in _ORDINALS[:number])
+        turn = Turn(f"{tags} {question.format(terms=terms)}", _ORDINALS[place], "interleaved", chance=1 / number)
+        name = scene_id(self.domain, self.split, index, self.seed)
+        ids = tuple(scene.id for scene in scenes)
+        return Sample(f"{name}/interleaved", tuple(map(render, scenes)), (turn,), image_ids=ids)
+
+    def _unequal(self, index: int, number: int, stream: Stream) -> tuple[list[Scene], str]:
+        """Scenes, the one with strictly the most first, and what is counted in them."""
+        attempt = index * _STRIDE
+        while True:
+            scenes = [self._scene(attempt + i) for i in range(number)]
+            attempt += number
+            views = [View(scene) for scene in scenes]
+            mask = stream.choice((0, COLOR, SHAPE))
+            term = stream.choice(stream.choice(views).attributes)
+            counts = [view.matching(mask, term) for view in views]
+            most = max(counts)
+            if counts.count(most) == 1:
+                best = counts.index(most)
+                return [scenes[best], *scenes[:best], *scenes[best + 1 :]], phrase(self.domain, mask, term, plural=True)
+
+
+class WorldText(_WorldSource):
+    """Text-only samples for the language model: no image, the scene told in words.
+
+    Args:
+        split, size, seed, domain: as for every source of the world.
+        forms: how scenes are told, see ``text.FORMS``; each sample uses one of them; all for None.
+
+    Raises:
+        UserError: for an unknown split, domain or form, or a size below 1.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        size: int,
+        seed: int = 0,
+        domain: str = "base",
+        forms: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(split, size, seed, domain)
+        self.forms = check_forms(forms)
+
+    def _sample(self, index: int) -> Sample:
+        form = self._stream(index, "form").choice(self.forms)
+        return text_sample(self._scene(index), form)
+
+
+__all__ = [
+    "FORMS",
+    "STYLES",
+    "WorldCaptions",
+    "WorldInstruct",
+    "WorldInterleaved",
+    "WorldQuestions",
+    "WorldText",
+]

@@ -1,0 +1,1 @@
+"""Encoders: pixels (I, 3, H, W) uint8 -> Visual."""

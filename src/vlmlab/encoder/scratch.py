@@ -1,0 +1,45 @@
+"""``scratch``: a SigLIP vision tower with random weights; what ``recipe=embedded_towers`` starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from vlmlab.encoder.hf import HfEncoder
+from vlmlab.encoder.preprocess import Preprocess
+
+
+class ScratchEncoder(HfEncoder):
+    """A randomly initialised SigLIP vision tower (arXiv 2303.15343 for the family; sizes are ours).
+
+    Args:
+        image_size: pixels per side.
+        patch_size: pixels per side of a patch; the tower returns (image_size / patch_size)^2 features.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: as in ``SiglipVisionConfig``.
+        layers, pooled: see ``HfEncoder``.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_hidden_layers: int,
+        num_attention_heads: int,
+        layers: Sequence[int] | None = None,
+        pooled: bool = False,
+    ) -> None:
+        super(HfEncoder, self).__init__()
+        config = SiglipVisionConfig(
+            image_size=image_size,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            attn_implementation="sdpa",
+        )
+        self.source = None
+        self._setup(SiglipVisionModel(config), Preprocess(image_size, image_size), layers, pooled)

@@ -1,0 +1,4 @@
+"""Evaluation: generation over the benchmarks and the metrics computed from the saved predictions.
+
+Importing this package never imports torch; the modules that generate do.
+"""

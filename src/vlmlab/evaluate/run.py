@@ -1,0 +1,119 @@
+"""Evaluates a model on every benchmark, with wrong images and without any, and writes what it said.
+
+    python evaluate.py run=outputs/<name>     # the same numbers again, from the saved weights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.sample import Sample, SampleSource, references
+from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled
+from vlmlab.evaluate.metrics.rows import Row, write_rows
+from vlmlab.evaluate.metrics.scoring import predictions_file, score_predictions
+from vlmlab.model import VLM, build_collator
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+BASELINES: dict[str, Callable[[SampleSource], SampleSource]] = {"shuffled": Shuffled, "no_image": NoImage}
+Progress = Callable[[str], None]
+
+
+def evaluate_model(model: VLM, cfg: DictConfig, folder: Path, say: Progress = print) -> dict[str, float]:
+    """Scores of all benchmarks and held-out losses; predictions go to ``<folder>/predictions``.
+
+    Args:
+        model: a trained composition, on the device it shall run on.
+        cfg: the run's configuration: ``data.benchmarks``, ``data.val``, ``evaluation``, ``budget``.
+        folder: the run's folder.
+        say: takes one line of progress at a time.
+
+    Returns:
+        "<benchmark>/<metric>", and the same with "/shuffled" and "/no_image"; "val/<data>/loss" in nats per token.
+    """
+    from hydra.utils import instantiate
+
+    model.eval()
+    scores: dict[str, float] = {}
+    for name, benchmark in cfg.data.benchmarks.items():
+        source = Limited(instantiate(benchmark.source), cfg.budget.eval_limit)
+        for baseline in ("", *cfg.evaluation.baselines):
+            shown = BASELINES[baseline](source) if baseline else source
+            rows = answer(model, cfg, str(name), shown, benchmark.max_new_tokens)
+            write_rows(predictions_file(folder, str(name), baseline), rows)
+            say(f"{name}{' ' + baseline if baseline else ''}: {len(rows)} answers")
+        metrics = [instantiate(metric, _partial_=True) for metric in benchmark.metrics]
+        scores.update(score_predictions(folder, str(name), metrics))
+    return {**scores, **held_out_losses(model, cfg, say)}
+
+
+def answer(model: VLM, cfg: DictConfig, name: str, source: SampleSource, max_new_tokens: int) -> list[Row]:
+    """Greedy cached answers to the last turn of every sample."""
+    collator = build_collator(cfg, model, "chat")
+    device = next(model.parameters()).device
+    rows: list[Row] = []
+    for samples in _chunks(source, cfg.evaluation.batch_size):
+        texts = model.generate(collator.ask(samples).to(device), max_new_tokens)
+        rows += [_row(name, sample, text) for sample, text in zip(samples, texts, strict=True)]
+    return rows
+
+
+def held_out_losses(model: VLM, cfg: DictConfig, say: Progress = print) -> dict[str, float]:
+    """Mean next-token loss (nats per supervised token) of the named validation sets: right, wrong and no images."""
+    from hydra.utils import instantiate
+
+    losses: dict[str, float] = {}
+    for name in cfg.evaluation.held_out:
+        if name not in cfg.data.val:
+            continue
+        limit = cfg.evaluation.held_out_samples
+        if cfg.budget.eval_limit is not None:
+            limit = min(limit, cfg.budget.eval_limit)
+        source = Limited(instantiate(cfg.data.val[name]), limit)
+        for baseline in ("", *cfg.evaluation.baselines):
+            shown = BASELINES[baseline](source) if baseline else source
+            key = f"val/{name}/loss" + (f"/{baseline}" if baseline else "")
+            losses[key] = mean_loss(model, cfg, shown)
+            say(f"{key}: {losses[key]:.4f}")
+    return losses
+
+
+@torch.no_grad()
+def mean_loss(model: VLM, cfg: DictConfig, source: SampleSource) -> float:
+    """Sum of token losses over sum of supervised tokens."""
+    collator = build_collator(cfg, model, "chat")
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for samples in _chunks(source, cfg.evaluation.batch_size):
+        outputs = VLM.forward(model, collator(samples).to(device))
+        loss = torch.nn.functional.cross_entropy(outputs.logits.float(), outputs.targets, reduction="sum")
+        total, count = total + float(loss), count + outputs.targets.numel()
+    return total / count
+
+
+def _chunks(source: SampleSource, size: int) -> Iterator[Sequence[Sample]]:
+    if len(source) == 0:
+        raise UserError("A benchmark has no samples; raise budget.eval_limit or the size of its source.")
+    for start in range(0, len(source), size):
+        yield [source[index] for index in range(start, min(start + size, len(source)))]
+
+
+def _row(benchmark: str, sample: Sample, text: str) -> Row:
+    turn = sample.turns[-1]
+    return Row(
+        benchmark=benchmark,
+        id=sample.id,
+        turn=len(sample.turns) - 1,
+        kind=turn.kind,
+        prompt=turn.prompt,
+        prediction=text,
+        references=tuple(references(turn)),
+        chance=turn.chance,
+        image_ids=tuple(sample.image_ids),
+    )

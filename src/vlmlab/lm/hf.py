@@ -1,0 +1,132 @@
+"""``hf``: any transformers causal LM, by local folder or hub id."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.tensors import Kind, Layout
+from vlmlab.lm.masking import IMPLEMENTATION, generating, within
+from vlmlab.mask.base import Mask
+from vlmlab.towers import resolve, tower_hash
+
+LOGIT_RULES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Config keys by which a family changes its logits after the head; only those a check has covered may be used."""
+
+
+PLAIN_GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+"""Said explicitly, because a checkpoint's own generation settings would otherwise change what greedy decoding returns."""
+
+
+class HfLanguageModel(nn.Module):
+    """A causal LM and its tokenizer, with an image placeholder token and masks of ours.
+
+    Args:
+        path: local folder or hub id.
+        dtype: dtype of the frozen weights.
+        image_token: the placeholder; added behind the vocabulary where the tokenizer lacks it.
+        gradient_checkpointing: recompute activations in the backward pass.
+
+    Raises:
+        UserError: the path is neither a folder nor reachable, the tokenizer has no chat template or end token,
+            or the family changes its logits in a way this class does not reproduce.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        dtype: str = "float32",
+        image_token: str = "<|image|>",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        folder = resolve(path, "lm.path")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.source: str | None = tower_hash(folder)
+        self._setup(model, AutoTokenizer.from_pretrained(folder), image_token, gradient_checkpointing)
+
+    def _setup(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        image_token: str,
+        gradient_checkpointing: bool,
+    ) -> None:
+        _refuse_unknown_heads(model)
+        if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+            raise UserError(f"lm: the tokenizer of {tokenizer.name_or_path} needs a chat template and an end token.")
+        if image_token not in tokenizer.get_vocab():
+            tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.set_attn_implementation(IMPLEMENTATION)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_id = int(tokenizer.convert_tokens_to_ids(image_token))
+        self.width = int(model.get_input_embeddings().embedding_dim)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, S) -> (B, S, D)."""
+        return self.model.get_input_embeddings()(input_ids)
+
+    def states(self, embeds: Tensor, layout: Layout, mask: Mask) -> Tensor:
+        """(B, S, D) embeddings -> (B, S, D) last hidden states under the policy."""
+        q = torch.arange(embeds.shape[1], device=embeds.device)
+        allowed = mask(layout, q)  # (B, S, S)
+        return self.model.base_model(
+            inputs_embeds=embeds,
+            attention_mask=_per_layer_type(self.model.config, allowed, q),
+            position_ids=layout.position,
+            use_cache=False,
+        ).last_hidden_state
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(T, D) hidden states -> (T, V)."""
+        out = self.model.get_output_embeddings()(states)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return out if cap is None else torch.tanh(out / cap) * cap
+
+    @torch.no_grad()
+    def generate(self, embeds: Tensor, layout: Layout, mask: Mask, max_new_tokens: int, **options: Any) -> Tensor:
+        """Cached decoding of left-padded prompts: (B, S, D) -> (B', T) new ids (B' = B x return sequences)."""
+        if bool((layout.kind[:, -1] == Kind.PAD).any()):
+            raise ValueError("prompts must be padded on the left: generation continues the last position")
+        tokenizer = self.tokenizer
+        with generating(mask, layout):
+            return self.model.generate(
+                inputs_embeds=embeds,
+                attention_mask=layout.valid.long(),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=_stop_ids(self.model, tokenizer),
+                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+                **{**PLAIN_GREEDY, **options},
+            )
+
+
+def _refuse_unknown_heads(model: PreTrainedModel) -> None:
+    for key in LOGIT_RULES[1:]:
+        if getattr(model.config, key, None) not in (None, 1, 1.0):
+            raise UserError(f"lm: {type(model).__name__} changes its logits by `{key}`, which vlmlab does not reproduce.")
+
+
+def _per_layer_type(config: Any, allowed: Tensor, q: Tensor) -> Tensor | dict[str, Tensor]:
+    """(B, 1, S, S): the policy, AND-ed with the window in the sliding layers of families that have them."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:  # one kind of layer: all of them slide (Mistral, Phi-3) or none does
+        return within(allowed, q, window)[:, None]
+    if "sliding_attention" not in kinds:
+        return allowed[:, None]
+    return {"full_attention": allowed[:, None], "sliding_attention": within(allowed, q, window)[:, None]}
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's end token, and what the checkpoint's generation settings name (Phi-3 ends turns by another)."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    return sorted({tokenizer.eos_token_id, *([] if named is None else [named] if isinstance(named, int) else named)})

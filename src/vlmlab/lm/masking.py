@@ -1,0 +1,71 @@
+"""How a mask policy reaches transformers' attention.
+
+In training the policy travels as a 4-D tensor. Inside ``generate()`` transformers builds the masks itself, step by
+step; there the registered implementation below asks the policy for the rows of the new queries. This registration is
+transformers' own extension point; a context variable carries the policy, and only inside ``generate()``.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from vlmlab.contracts.tensors import Layout
+from vlmlab.mask.base import Mask
+
+IMPLEMENTATION = "vlmlab_sdpa"
+
+_generating: contextvars.ContextVar[tuple[Mask, Layout] | None] = contextvars.ContextVar("generating", default=None)
+
+
+@contextmanager
+def generating(mask: Mask, layout: Layout) -> Iterator[None]:
+    """While this is open, every attention mask that transformers builds follows the policy on this layout."""
+    token = _generating.set((mask, layout))
+    try:
+        yield
+    finally:
+        _generating.reset(token)
+
+
+def _policy_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0, **kwargs: Any
+) -> Tensor | None:
+    """(B, 1, Q, KV) bool. Generated tokens are answer text of the last packed sample; beams repeat their row.
+
+    transformers gives the window of a sliding layer as ``local_size``.
+    """
+    state = _generating.get()
+    if state is None:
+        return sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **kwargs
+        )
+    mask, layout = state
+    device = layout.kind.device
+    repeats = batch_size // layout.kind.shape[0]
+    if repeats > 1:
+        layout = layout.select(torch.arange(layout.kind.shape[0], device=device).repeat_interleave(repeats))
+    layout = layout.extended(kv_length + kv_offset)
+    q = torch.arange(q_length, device=device) + q_offset
+    allowed = within(mask(layout, q), q, kwargs.get("local_size"))
+    return allowed[:, None, :, kv_offset : kv_offset + kv_length]
+
+
+def within(allowed: Tensor, q: Tensor, window: int | None) -> Tensor:
+    """(B, Q, S) restricted to keys less than `window` positions before their query; None is no window."""
+    if window is None:
+        return allowed
+    keys = torch.arange(allowed.shape[-1], device=q.device)
+    return allowed & (q[:, None] - keys[None, :] < window)
+
+
+AttentionInterface.register(IMPLEMENTATION, sdpa_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, _policy_mask)

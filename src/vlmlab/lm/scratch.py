@@ -1,0 +1,96 @@
+"""``scratch``: a Qwen2 with random weights and a byte-level BPE trained on the spot; for ``recipe=embedded_towers``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from vlmlab.contracts.sample import SampleSource
+from vlmlab.lm.hf import HfLanguageModel
+
+CHATML = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{ message['content'] + '<|im_end|>' }}{%- endgeneration -%}"
+    "{%- else -%}{{ message['content'] + '<|im_end|>' }}{%- endif -%}"
+    "{{ '\\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+)
+"""ChatML without a default system line, with generation markers; a newline after a tag must be printed explicitly."""
+
+
+class ScratchLanguageModel(HfLanguageModel):
+    """A randomly initialised Qwen2 (architecture of Qwen2, sizes are ours) and a tokenizer trained on some text.
+
+    Args:
+        text: the data set whose prompts and answers the tokenizer is trained on.
+        tokenizer_samples: how many of its samples.
+        vocab_size: upper bound of the vocabulary, the 256 bytes included.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
+        max_position_embeddings: as in ``Qwen2Config``.
+    """
+
+    def __init__(
+        self,
+        text: SampleSource,
+        tokenizer_samples: int,
+        vocab_size: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_hidden_layers: int,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        max_position_embeddings: int = 1024,
+    ) -> None:
+        super(HfLanguageModel, self).__init__()
+        tokenizer = train_tokenizer(_texts(text, tokenizer_samples), vocab_size)
+        config = Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=num_key_value_heads,
+            max_position_embeddings=max_position_embeddings,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        self.source = None
+        self._setup(Qwen2ForCausalLM(config), tokenizer, "<|image|>", gradient_checkpointing=False)
+
+
+def _texts(source: SampleSource, count: int) -> Iterator[str]:
+    """What the tokenizer will meet: prompts, answers, and the role words of the template."""
+    for index in range(min(count, len(source))):
+        for turn in source[index].turns:
+            yield from ("system", "user", turn.prompt, "assistant", turn.answer)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in which every byte has a token, so that no text loses a character."""
+    bpe = Tokenizer(models.BPE())
+    # digits and words apart, each word with its leading space
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|image|>"],
+        chat_template=CHATML,
+        padding_side="left",
+    )

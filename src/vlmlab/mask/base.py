@@ -1,0 +1,45 @@
+"""What every mask policy is built from: the common ground rule and the two tensors of a query-key pair."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vlmlab.contracts.tensors import Layout
+
+
+class Mask(Protocol):
+    """Who may look at whom: ``(layout, q) -> (B, Q, S)`` bool for the query positions ``q (Q,)``."""
+
+    def __call__(self, layout: Layout, q: Tensor) -> Tensor: ...
+
+
+def pair(field: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """A field (B, S) as seen by queries, (B, Q, 1), and by keys, (B, 1, S)."""
+    return field[:, q, None], field[:, None, :]
+
+
+def not_later(layout: Layout, q: Tensor) -> Tensor:
+    """(1, Q, S): keys that do not come after the query."""
+    keys = torch.arange(layout.kind.shape[1], device=q.device)
+    return keys[None, None, :] <= q[None, :, None]
+
+
+def same_era(layout: Layout, q: Tensor) -> Tensor:
+    """(B, Q, S): no answer token stands between query and key (the leak rule of every opening beyond causal)."""
+    q_era, k_era = pair(layout.era, q)
+    return q_era == k_era
+
+
+def ground(rule: Tensor, layout: Layout, q: Tensor) -> Tensor:
+    """A policy's rule (B, Q, S) restricted to one's own packed sample and to real tokens.
+
+    A padded query may see itself: a row without any key would be a softmax over nothing.
+    """
+    q_segment, k_segment = pair(layout.segment, q)
+    q_valid, k_valid = pair(layout.valid, q)
+    keys = torch.arange(layout.kind.shape[1], device=q.device)
+    itself = (keys[None, :] == q[:, None])[None]  # (1, Q, S)
+    return (rule & (q_segment == k_segment) & q_valid & k_valid) | (itself & ~q_valid)

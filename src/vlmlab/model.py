@@ -1,0 +1,272 @@
+"""The vision-language model, in the order of the data: encoder -> connector -> fusion into the LM, under a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.tensors import Batch, Kind, Layout, Outputs, Pairing, Role, Visual
+from vlmlab.mask.base import Mask
+from vlmlab.mask.causal import Causal
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from vlmlab.data.collate import Collator
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+class VLM(nn.Module):
+    """A vision-language model made of named parts.
+
+    Args:
+        encoder: pixels -> Visual; None where the fusion reads no vision.
+        connector: Visual -> (I, M, D) visual tokens; None likewise.
+        fusion: how the visual tokens act on the LM.
+        lm: the language model.
+        mask: who may look at whom.
+    """
+
+    def __init__(
+        self, encoder: nn.Module | None, connector: nn.Module | None, fusion: nn.Module, lm: nn.Module, mask: Mask
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.connector = connector
+        self.fusion = fusion
+        self.lm = lm
+        self.mask = mask
+        self._adapted: dict[str, set[str]] = {}  # part -> names of its adapter's parameters
+        fusion.attach(lm)
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Positions that one image takes in the LM's sequence."""
+        if self.encoder is None or self.connector is None:
+            return 0
+        return int(self.fusion.tokens_per_image(self.connector.tokens_per_image(self.encoder.hw)))
+
+    def look(self, batch: Batch) -> tuple[Visual | None, Tensor | None]:
+        """What the encoder saw and the visual tokens (I, M, D), or None without vision."""
+        if self.encoder is None or self.connector is None or batch.pixels.shape[0] == 0:
+            return None, None
+        visual = self.encoder(batch.pixels)
+        return visual, self.connector(visual)
+
+    def embed(self, batch: Batch) -> tuple[Tensor, Visual | None, Tensor | None]:
+        """(B, S, D) embeddings with vision fused in, and what was seen."""
+        visual, tokens = self.look(batch)
+        embeds = self.lm.embed(batch.input_ids)  # (B, S, D)
+        if tokens is not None:
+            embeds = self.fusion(tokens, embeds, batch)
+        elif self.training and self._trains_vision():
+            embeds = embeds + 0 * self._touch_vision(batch)
+        return embeds, visual, tokens
+
+    def forward(self, batch: Batch, mask: Mask | None = None) -> Outputs:
+        """Logits at the positions that predict a supervised token, and their targets."""
+        embeds, visual, tokens = self.embed(batch)
+        states = self.lm.states(embeds, batch.layout, mask or self.mask)  # (B, S, D)
+        chosen = batch.labels[:, 1:] != -100  # (B, S - 1)
+        logits = self.lm.logits(states[:, :-1][chosen])  # (T, V)
+        return Outputs(logits=logits, targets=batch.labels[:, 1:][chosen], visual=visual, tokens=tokens)
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, max_new_tokens: int, **options: Any) -> list[str]:
+        """Greedy cached decoding of left-padded prompts, as text without special tokens."""
+        embeds, _, _ = self.embed(batch)
+        ids = self.lm.generate(embeds, batch.layout, self.mask, max_new_tokens, **options)
+        return [text.strip() for text in self.lm.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def set_mask(self, mask: Mask) -> None:
+        """The policy of the stage that begins."""
+        self.mask = mask
+
+    def set_adapter(self, adapter: Any) -> None:
+        """Wraps the towers that the adapter names; a tower that is wrapped already stays as it is.
+
+        Raises:
+            UserError: the adapter names a part that this composition does not have.
+        """
+        for part in adapter.parts:
+            if part in self._adapted:
+                continue
+            if part not in ("lm", "encoder") or getattr(self, part) is None:
+                raise UserError(f"adapter.parts has {part}, which is no tower of this composition; use lm or encoder.")
+            known = {id(p) for p in self.parameters()}
+            owner, name = (self.lm, "model") if part == "lm" else (self.encoder, "tower")
+            setattr(owner, name, adapter.wrap(getattr(owner, name)))
+            self._adapted[part] = {n for n, p in self.named_parameters() if id(p) not in known}
+
+    def parts(self) -> dict[str, NamedParameters]:
+        """Part -> its named parameters that a stage may train; an adapted tower's own weights are "<part>.base"."""
+        out: dict[str, NamedParameters] = {}
+        for part in ("encoder", "connector", "fusion", "lm"):
+            module = getattr(self, part)
+            own = [] if module is None else list(module.trainable() if hasattr(module, "trainable") else _named(module))
+            named = [(f"{part}.{name}", p) for name, p in own]
+            adapter = self._adapted.get(part)
+            if adapter:
+                out[f"{part}.base"] = [(n, p) for n, p in named if n not in adapter]
+                named = [(n, p) for n, p in named if n in adapter]
+            if named:
+                out[part] = named
+        return out
+
+    def sourced(self) -> dict[str, str]:
+        """Part -> sha256 of the tower it was loaded from."""
+        towers = {"encoder": self.encoder, "lm": self.lm}
+        return {part: tower.source for part, tower in towers.items() if tower is not None and tower.source is not None}
+
+    def _trains_vision(self) -> bool:
+        parts = [part for part in (self.encoder, self.connector) if part is not None]
+        return any(p.requires_grad for part in parts for p in part.parameters())
+
+    def _touch_vision(self, batch: Batch) -> Tensor:
+        """A scalar that depends on every part of the vision path: a rank without images must join the reduction."""
+        size = self.encoder.preprocess  # type: ignore[union-attr]
+        blank = torch.zeros(1, 3, size.height, size.width, dtype=torch.uint8, device=batch.input_ids.device)
+        return self.connector(self.encoder(blank)).sum()  # type: ignore[misc]
+
+
+class DualEncoder(VLM):
+    """An image encoder and a text encoder for contrastive training; the text encoder also captions.
+
+    The text model reads a caption alone for the contrastive pair (its state at the end token), and after the visual
+    tokens for the captioning term, as in CoCa (arXiv 2205.01917, section 3.2): one text model, two passes.
+
+    Args:
+        encoder, connector, fusion, lm, mask: as in ``VLM``; the encoder must return a pooled feature.
+        width: of the shared embedding space.
+        scale, bias: initial temperature and bias (10 and -10 in SigLIP, arXiv 2303.15343 section 3.2).
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        connector: nn.Module,
+        fusion: nn.Module,
+        lm: nn.Module,
+        mask: Mask,
+        width: int = 128,
+        scale: float = 10.0,
+        bias: float = -10.0,
+    ) -> None:
+        super().__init__(encoder, connector, fusion, lm, mask)
+        self.pair = PairHead(int(encoder.tower.config.hidden_size), int(lm.width), width, scale, bias)
+
+    def forward(self, batch: Batch, mask: Mask | None = None) -> Outputs:
+        """The captioning outputs with the pair of embeddings."""
+        outputs = super().forward(batch, mask)
+        if outputs.visual is None or outputs.visual.pooled is None or batch.pixels.shape[0] != len(batch.input_ids):
+            raise UserError("ContrastiveModule needs one image a row and a tower with a pooled output (encoder.pooled=true).")
+        pairing = self.pair(outputs.visual.pooled, self.text_state(batch))
+        return Outputs(outputs.logits, outputs.targets, outputs.visual, outputs.tokens, pairing)
+
+    def text_state(self, batch: Batch) -> Tensor:
+        """(B, D): the state at the end of each row's caption, read without any image."""
+        answer = batch.labels != -100
+        length = answer.sum(1)  # (B,)
+        longest = int(length.max())
+        steps = torch.arange(longest, device=length.device)
+        index = (answer.long().argmax(1, keepdim=True) + steps).clamp(max=answer.shape[1] - 1)  # (B, L)
+        valid = steps < length[:, None]
+        layout = _text_layout(valid)
+        states = self.lm.states(self.lm.embed(batch.input_ids.gather(1, index)), layout, Causal())  # (B, L, D)
+        return states[torch.arange(len(length), device=length.device), length - 1]
+
+    def parts(self) -> dict[str, NamedParameters]:
+        """The parts of a VLM and the pair head."""
+        return {**super().parts(), "pair": [(f"pair.{n}", p) for n, p in _named(self.pair)]}
+
+
+class PairHead(nn.Module):
+    """Projects both sides into one space of unit vectors, with SigLIP's learned temperature and bias."""
+
+    def __init__(self, image_width: int, text_width: int, width: int, scale: float, bias: float) -> None:
+        super().__init__()
+        self.image = nn.Linear(image_width, width, bias=False)
+        self.text = nn.Linear(text_width, width, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(scale).log())
+        self.bias = nn.Parameter(torch.tensor(bias))
+
+    def forward(self, image: Tensor, text: Tensor) -> Pairing:
+        """(B, Dv) and (B, D) -> unit vectors (B, E)."""
+        return Pairing(
+            image=F.normalize(self.image(image), dim=-1),
+            text=F.normalize(self.text(text), dim=-1),
+            log_scale=self.log_scale,
+            bias=self.bias,
+        )
+
+
+def _named(module: nn.Module) -> NamedParameters:
+    return list(module.named_parameters())
+
+
+def _text_layout(valid: Tensor) -> Layout:
+    """The layout of right-padded text, (B, L) bool -> Layout."""
+    none = torch.full_like(valid, -1, dtype=torch.long)
+    return Layout(
+        kind=torch.where(valid, int(Kind.TEXT), int(Kind.PAD)),
+        image=none,
+        tile=none,
+        segment=torch.where(valid, 0, -1),
+        role=torch.full_like(none, int(Role.USER)),
+        position=torch.arange(valid.shape[1], device=valid.device).expand_as(none),
+    )
+
+
+# -- composition -----------------------------------------------------------------------------------------------------
+
+
+def build_model(cfg: DictConfig) -> VLM:
+    """The composition that a configuration describes; towers are loaded, everything else is new."""
+    return VLM(**_instantiate_parts(cfg))
+
+
+def build_dual_encoder(cfg: DictConfig) -> DualEncoder:
+    """The same groups as an image encoder and a text encoder for contrastive training."""
+    return DualEncoder(**_instantiate_parts(cfg, encoder={"pooled": True}))
+
+
+def _instantiate_parts(cfg: DictConfig, encoder: dict[str, Any] | None = None) -> dict[str, Any]:
+    from hydra.utils import instantiate
+
+    lm = instantiate(cfg.lm)
+    fusion = instantiate(cfg.fusion)
+    mask = instantiate(cfg.mask)
+    if fusion.reads == "nothing":
+        return {"encoder": None, "connector": None, "fusion": fusion, "lm": lm, "mask": mask}
+    tower = instantiate(cfg.encoder, **(encoder or {}))
+    connector = instantiate(cfg.connector, in_width=tower.width, out_width=lm.width)
+    return {"encoder": tower, "connector": connector, "fusion": fusion, "lm": lm, "mask": mask}
+
+
+def build_collator(cfg: DictConfig, model: VLM, prompt: Literal["plain", "chat"]) -> Collator:
+    """Samples -> Batch for this model: its tokenizer, its tower's geometry, its number of visual tokens."""
+    from vlmlab.data.chat import ChatEncoder
+    from vlmlab.data.collate import Collator
+
+    tokenizer = model.lm.tokenizer
+    encoder = ChatEncoder(
+        tokenizer=tokenizer,
+        image_token=tokenizer.convert_ids_to_tokens(model.lm.image_id),
+        tokens_per_image=model.tokens_per_image,
+        prompt=prompt,
+        max_length=cfg.collate.max_length,
+    )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    resize = None if model.encoder is None else model.encoder.preprocess
+    return Collator(encoder=encoder, resize=resize, pad_id=pad, pack_length=cfg.collate.pack_length)
+
+
+def total(parameters: Sequence[tuple[str, nn.Parameter]]) -> int:
+    """Number of values in some named parameters."""
+    return sum(p.numel() for _, p in parameters)

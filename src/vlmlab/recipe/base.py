@@ -1,0 +1,356 @@
+"""The thin LightningModule under every stage: optimizer groups, freezing, and one optimizer step.
+
+One training step is one optimizer step: its item holds all micro-batches of this rank, so that
+
+    loss = sum over objectives of weight * (sum over micro-batches and ranks) / (count over micro-batches and ranks)
+
+is exact, whatever the number of ranks, micro-batches and tokens in each. Gradients are summed over ranks once per step,
+here rather than by DDP's hooks: a rank whose micro-batches touch no image then does not hang, and a tensor that no rank
+used has no gradient, as on one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.sample import Sample
+from vlmlab.contracts.tensors import Batch, Outputs
+from vlmlab.data.module import Window
+from vlmlab.recipe.stage import Stage
+
+BUCKET = 1 << 25
+"""Elements of gradient that travel between ranks together (128 MiB of fp32)."""
+
+
+class Objective(Protocol):
+    """A loss: ``(outputs, batch) -> {name: (sum, count)}``.
+
+    Attributes:
+        weight: factor in the total loss.
+        per_micro_batch: the count is only known after the forward pass, since samples are compared with each other;
+            such an objective gathers over ranks itself, with gradient, and refuses accumulation.
+
+    An objective that counts anything else than supervised tokens, and is not `per_micro_batch`, also has
+    ``counts(batch) -> {name: count}``, the same names for every batch, known before the forward pass.
+    """
+
+    weight: float
+    per_micro_batch: bool
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> dict[str, tuple[Tensor, Any]]:
+        """(sum, count) of every term."""
+        ...
+
+
+class VisionLanguageModel(Protocol):
+    """What the trainer asks of ``VLM`` and ``DualEncoder``."""
+
+    def parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Part -> its parameters under their state-dict names; "<part>.base" is what an adapter wraps."""
+        ...
+
+    def sourced(self) -> dict[str, str]:
+        """Part -> sha256 of the tower it was loaded from; a new part is absent."""
+        ...
+
+    def set_mask(self, mask: Any) -> None:
+        """The mask of the stage that begins."""
+        ...
+
+    def set_adapter(self, adapter: Any) -> None:
+        """Wrap the parts it names, once."""
+        ...
+
+
+class NonFinite(UserError):
+    """The loss or the gradient became infinite or not a number.
+
+    Attributes:
+        facts: stage, step, losses and sample ids, for ``nonfinite.json``.
+    """
+
+    def __init__(self, stage: str, step: int, what: str, losses: Mapping[str, float], samples: list[str]) -> None:
+        self.facts = {"stage": stage, "step": step, "what": what, "losses": dict(losses), "samples": samples}
+        shown = ", ".join(samples[:3]) + (f" and {len(samples) - 3} more" if len(samples) > 3 else "")
+        super().__init__(
+            f"stage {stage}, step {step}: {what} is not finite (samples {shown}; all in nonfinite.json); "
+            f"lower recipe.stages.{stage}.train or use precision=fp32."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        f = self.facts
+        return NonFinite, (f["stage"], f["step"], f["what"], f["losses"], f["samples"])
+
+
+@dataclass
+class StepReport:
+    """What one optimizer step did, over all ranks.
+
+    Attributes:
+        loss: the weighted sum of all objectives.
+        losses: every objective's own value, before its weight.
+        gradient_norm: before clipping.
+        samples: rows of all micro-batches.
+        tokens: positions that are not padding.
+        supervised: tokens with a label.
+    """
+
+    loss: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)
+    gradient_norm: float = 0.0
+    samples: int = 0
+    tokens: int = 0
+    supervised: int = 0
+
+
+class StageModule(L.LightningModule):
+    """One stage of one model.
+
+    Args:
+        model: a ``VLM`` or ``DualEncoder``; the same object in all stages that share it.
+        stage: what trains, how fast and for how long.
+        objectives: the losses, by name.
+        rates: learning rate of every part that trains (the stage's, or its adapter's own).
+
+    Attributes:
+        prompt: how captions are asked for where the stage does not say: "plain" or "chat".
+        done: optimizer steps finished in this stage.
+        pending: trainable tensors that have had no gradient so far.
+        report: of the last step.
+    """
+
+    prompt: ClassVar[str] = "chat"
+
+    @staticmethod
+    def build(cfg: DictConfig) -> nn.Module:
+        """The model this kind of stage trains."""
+        from vlmlab.model import build_model
+
+        return build_model(cfg)
+
+    @staticmethod
+    def collator(cfg: DictConfig, model: nn.Module, prompt: str) -> Callable[[list[Sample]], Batch]:
+        """Samples to a micro-batch for this model."""
+        from vlmlab.model import build_collator
+
+        return build_collator(cfg, model, prompt)  # type: ignore[arg-type]
+
+    def __init__(
+        self, model: nn.Module, stage: Stage, objectives: Mapping[str, Objective], rates: Mapping[str, float]
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.stage = stage
+        self.objectives = dict(objectives)
+        self.rates = dict(rates)
+        self.done = 0
+        self.report = StepReport()
+        self.pending = {name for name, _, _ in self.trained()}
+        self._counts: dict[str, float] = {}
+        check_objectives(stage, self.objectives)
+
+    # -- what trains ---------------------------------------------------------------------------------------------
+
+    def trained(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """``(name, part, parameter)`` of everything this stage trains, in a fixed order."""
+        for part, named in self.model.parts().items():  # type: ignore[operator]
+            if part in self.rates:
+                for name, parameter in named:
+                    yield name, part, parameter
+
+    def configure_optimizers(self) -> Optimizer:
+        """AdamW with two groups per part: matrices with weight decay, vectors without."""
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for _, part, parameter in self.trained():
+            groups.setdefault((part, parameter.ndim >= 2), []).append(parameter)
+        stage = self.stage
+        return AdamW(
+            [
+                {"params": params, "part": part, "weight_decay": stage.weight_decay if matrix else 0.0}
+                for (part, matrix), params in groups.items()
+            ],
+            lr=0.0,  # set before every step
+            betas=stage.betas,
+        )
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def transfer_batch_to_device(self, batch: Window, device: torch.device, dataloader_idx: int) -> Window:
+        """Count what the losses divide by, then move the micro-batches."""
+        self._counts = self._announce(batch)
+        return batch.to(device)
+
+    def training_step(self, window: Window, batch_idx: int) -> None:
+        """One optimizer step over all micro-batches of all ranks."""
+        if window.error is not None:
+            raise window.error
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        factor = self.stage.factor(self.done)
+        for group in optimizer.param_groups:
+            group["lr"] = self.rates[group["part"]] * factor
+        optimizer.step(closure=lambda: self._backward(window))
+        optimizer.zero_grad(set_to_none=True)
+        self.done += 1
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip; runs after fp16's unscaling."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.report.gradient_norm = norm.item()
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # skips such a step itself
+        if not scaled and not torch.isfinite(norm):
+            raise NonFinite(self.stage.name, self.done + 1, "the gradient", self.report.losses, self._samples)
+        if self.stage.gradient_clip is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.stage.gradient_clip, norm)
+
+    def _announce(self, window: Window) -> dict[str, float]:
+        """Counts of the whole step over all ranks, before any forward pass."""
+        counts: dict[str, float] = {"rows": 0, "tokens": 0, "supervised": 0, "broken": float(window.error is not None)}
+        for batch in window.batches:
+            counts["rows"] += batch.input_ids.shape[0]
+            counts["tokens"] += int(batch.layout.valid.sum())
+            counts["supervised"] += batch.supervised
+        for name, objective in self.objectives.items():
+            if (count := getattr(objective, "counts", None)) is not None and not objective.per_micro_batch:
+                for batch in window.batches:
+                    for term, number in count(batch).items():
+                        counts[f"{name}/{term}"] = counts.get(f"{name}/{term}", 0) + float(number)
+        totals = self._reduced(torch.tensor(list(counts.values()), dtype=torch.float64, device=self.device))
+        counts = dict(zip(counts, totals.tolist(), strict=True))
+        if counts["broken"] and window.error is None:
+            raise UserError(f"stage {self.stage.name}: another rank could not read its data; its message says why.")
+        return counts
+
+    def _backward(self, window: Window) -> Tensor:
+        """Forward and backward of every micro-batch; leaves the summed gradients and ``report``."""
+        self._samples = [sample for batch in window.batches for row in batch.sample_ids for sample in row]
+        sums: list[Tensor] = []
+        no_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        for batch in window.batches:
+            with no_sync():
+                total, terms = self._loss(batch)
+                with torch.autocast(self.device.type, enabled=False):
+                    self.manual_backward(total)
+            sums.append(torch.stack([total.detach().double(), *(value.double() for value in terms.values())]))
+        names = ["loss", *terms]
+        self._finish_report(names, torch.stack(sums), window)
+        self._sum_gradients()
+        return torch.tensor(self.report.loss)
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """One micro-batch's part of the step's loss, and of every objective's value."""
+        outputs = self.model(batch)
+        total: Tensor | None = None
+        values: dict[str, Tensor] = {}
+        for name, objective in self.objectives.items():
+            for term, (value, count) in objective(outputs, batch).items():
+                part = value / self._total(name, term, objective, count)
+                total = objective.weight * part if total is None else total + objective.weight * part
+                values[term] = values.get(term, 0) + part.detach()
+        assert total is not None
+        return total, values
+
+    def _total(self, name: str, term: str, objective: Objective, count: Any) -> Tensor | float:
+        """What a term divides by: its count over the whole step and all ranks."""
+        if objective.per_micro_batch:
+            number = torch.as_tensor(count, dtype=torch.float64, device=self.device).reshape(1)
+            return self._reduced(number.clone())[0].clamp(min=1.0).to(torch.float32)
+        return max(self._counts.get(f"{name}/{term}", self._counts["supervised"]), 1.0)
+
+    def _finish_report(self, names: list[str], sums: Tensor, window: Window) -> None:
+        """Sum over micro-batches and ranks; stop on all ranks where one is not finite."""
+        bad = ~torch.isfinite(sums).all(1)
+        totals = self._reduced(torch.cat([sums.nan_to_num().sum(0), bad.any().double()[None]])).tolist()
+        counts = self._counts
+        self.report = StepReport(
+            loss=totals[0],
+            losses=dict(zip(names[1:], totals[1:-1], strict=True)),
+            samples=int(counts["rows"]),
+            tokens=int(counts["tokens"]),
+            supervised=int(counts["supervised"]),
+        )
+        if totals[-1]:
+            own = [b for b, broken in zip(window.batches, bad.tolist(), strict=True) if broken]
+            samples = self._gathered([sample for batch in own for row in batch.sample_ids for sample in row])
+            losses = dict(zip(names, sums.sum(0).tolist(), strict=True))
+            raise NonFinite(self.stage.name, self.done + 1, "the loss", losses, samples)
+
+    # -- ranks ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _ranks(self) -> int:
+        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+    def _reduced(self, value: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self._ranks > 1:
+            dist.all_reduce(value)
+        return value
+
+    def _gathered(self, items: list[str]) -> list[str]:
+        if self._ranks == 1:
+            return items
+        found: list[list[str]] = [[] for _ in range(self._ranks)]
+        dist.all_gather_object(found, items)
+        return [item for part in found for item in part]
+
+    def _sum_gradients(self) -> None:
+        """Sum gradients over ranks; a tensor that no rank used keeps none, as on one rank."""
+        named = [(name, parameter) for name, _, parameter in self.trained()]
+        used = [parameter.grad is not None for _, parameter in named]
+        if self._ranks > 1:
+            flags = torch.tensor(used, dtype=torch.int32, device=self.device)
+            used = [bool(flag) for flag in self._reduced(flags).tolist()]
+            for bucket in _buckets([parameter for (_, parameter), is_used in zip(named, used, strict=True) if is_used]):
+                _all_reduce(bucket)
+        if self.pending:
+            self.pending -= {name for (name, _), is_used in zip(named, used, strict=True) if is_used}
+
+
+def check_objectives(stage: Stage, objectives: Mapping[str, Objective]) -> None:
+    """Refuse accumulation for objectives that compare samples of one micro-batch with each other.
+
+    Raises:
+        UserError: naming the stage's key.
+    """
+    for name, objective in objectives.items():
+        if objective.per_micro_batch and stage.accumulate > 1:
+            raise UserError(
+                f"{stage.key('accumulate')}={stage.accumulate} is not possible with the objective {name}, which "
+                "compares the samples of a micro-batch with each other; set it to 1."
+            )
+
+
+def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        if bucket and sum(p.numel() for p in bucket) + parameter.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
+
+
+def _all_reduce(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])  # type: ignore[union-attr]
+    dist.all_reduce(flat)
+    for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad.copy_(piece.view_as(parameter))  # type: ignore[union-attr]

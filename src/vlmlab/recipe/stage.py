@@ -1,0 +1,215 @@
+"""A stage: what trains, how fast, on which data, with which objective, mask and adapter. Never imports torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from vlmlab.contracts.errors import UserError
+
+PARTS = ("encoder", "connector", "fusion", "lm", "pair")
+"""What a stage may train; a part the composition has no weights in is simply empty (``pair`` is a dual encoder's head)."""
+
+SCHEDULES = ("cosine", "linear", "constant")
+PROMPTS = ("plain", "chat")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe, its steps already scaled by the budget.
+
+    Attributes:
+        index: place in the recipe, from 0.
+        name: its key in ``recipe.stages``.
+        module: dotted path of a ``vlmlab.recipe.base.StageModule`` class.
+        train: learning rate of every part that trains; all others are frozen.
+        data: key of ``data.train``.
+        prompt: "plain" (image, then caption) or "chat" (the LM's template); empty takes the module's own.
+        objective: one objective's configuration, or a mapping of several.
+        mask: configuration of the attention mask.
+        adapter: configuration of the adapter.
+        steps: optimizer steps.
+        batch_size: samples per optimizer step, over all ranks and micro-batches.
+        accumulate: micro-batches per optimizer step and rank.
+        warmup: share of the steps over which the learning rate rises linearly from 0.
+        schedule: "cosine", "linear" or "constant" after the warm-up.
+        min_lr_ratio: where the schedule ends, as a share of the learning rate.
+        weight_decay: AdamW's, on weights of two or more dimensions only.
+        betas: AdamW's.
+        gradient_clip: largest norm of the gradient; None: no clipping.
+    """
+
+    index: int
+    name: str
+    module: str
+    train: dict[str, float]
+    data: str
+    objective: dict[str, Any]
+    steps: int
+    batch_size: int
+    prompt: str = ""
+    mask: dict[str, Any] | None = None
+    adapter: dict[str, Any] | None = None
+    accumulate: int = 1
+    warmup: float = 0.03
+    schedule: str = "cosine"
+    min_lr_ratio: float = 0.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    gradient_clip: float | None = None
+
+    def key(self, name: str) -> str:
+        """The full name of one of this stage's keys on the command line."""
+        return f"recipe.stages.{self.name}.{name}"
+
+    def factor(self, step: int) -> float:
+        """What the learning rates are multiplied by in an optimizer step (from 0)."""
+        rising = math.ceil(self.warmup * self.steps)
+        if step < rising:
+            return (step + 1) / rising
+        if self.schedule == "constant":
+            return 1.0
+        share = (step - rising) / max(1, self.steps - rising)
+        shape = 0.5 * (1.0 + math.cos(math.pi * share)) if self.schedule == "cosine" else 1.0 - share
+        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * shape
+
+
+KEYS = {field.name for field in dataclasses.fields(Stage)} - {"index", "name"}
+REQUIRED = ("module", "train", "data", "steps", "batch_size")
+
+
+def parse(cfg: DictConfig, parts: Collection[str] = PARTS) -> list[Stage]:
+    """The stages of a composed configuration, in order, checked.
+
+    Args:
+        cfg: the whole configuration; read are ``recipe.stages``, ``data.train``, ``objective``, ``mask``, ``adapter``,
+            ``trainer.gradient_clip``, ``trainer.devices``, ``budget`` and ``debug``.
+        parts: names a stage may train.
+
+    Raises:
+        UserError: naming the key that is wrong and what to do.
+    """
+    node = OmegaConf.select(cfg, "recipe.stages")
+    if not node:
+        raise UserError("recipe.stages is empty; give at least one stage, as conf/recipe/four_stage.yaml does.")
+    limit = OmegaConf.select(cfg, "debug.steps")
+    names = [str(name) for name in node]
+    stages = [_stage(cfg, index, name, parts) for index, name in enumerate(names)]
+    if limit is not None:
+        stages = [dataclasses.replace(stages[0], steps=min(stages[0].steps, int(limit)))]
+    return stages
+
+
+def _stage(cfg: DictConfig, index: int, name: str, parts: Collection[str]) -> Stage:
+    where = f"recipe.stages.{name}"
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        raise UserError(f"{where}: a stage's name becomes a folder; use letters, digits and _ only.")
+    raw = OmegaConf.to_container(OmegaConf.select(cfg, where), resolve=True)
+    if not isinstance(raw, dict):
+        raise UserError(f"{where} is not a mapping; give it {', '.join(REQUIRED)}.")
+    keys = {str(key): value for key, value in raw.items()}
+    for key in sorted(set(keys) - KEYS):
+        raise UserError(f"{where}.{key} is no key of a stage; choose from {', '.join(sorted(KEYS))}.")
+    for key in REQUIRED:
+        if keys.get(key) is None:
+            raise UserError(f"{where}.{key} is missing; every stage needs {', '.join(REQUIRED)}.")
+    for key in ("objective", "mask"):
+        keys[key] = keys[key] if keys.get(key) is not None else _plain(cfg, key)
+    keys.setdefault("adapter", _plain(cfg, "adapter"))  # null is a choice: none in this stage
+    keys.setdefault("gradient_clip", OmegaConf.select(cfg, "trainer.gradient_clip"))
+    keys = {key: value for key, value in keys.items() if value is not None}
+    keys["module"] = _module(keys["module"], where)
+    keys["train"] = _rates(keys["train"], where, parts)
+    _check_choices(keys, where, _plain(cfg, "data.train") or {})
+    _check_numbers(keys, where, OmegaConf.select(cfg, "trainer.devices"))
+    keys["betas"] = (float(keys["betas"][0]), float(keys["betas"][1])) if "betas" in keys else (0.9, 0.999)
+    keys["steps"] = _scaled(int(keys["steps"]), cfg)
+    return Stage(index=index, name=name, **keys)
+
+
+def _plain(cfg: DictConfig, key: str) -> Any:
+    node = OmegaConf.select(cfg, key)
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def _scaled(steps: int, cfg: DictConfig) -> int:
+    """Steps after ``budget.steps_scale`` and ``budget.max_steps``."""
+    scale = OmegaConf.select(cfg, "budget.steps_scale")
+    most = OmegaConf.select(cfg, "budget.max_steps")
+    scaled = math.ceil(round(steps * (1.0 if scale is None else float(scale)), 9))
+    return scaled if most is None else min(scaled, int(most))
+
+
+def _module(value: Any, where: str) -> str:
+    path = value.get("_target_") if isinstance(value, Mapping) else value
+    if not isinstance(path, str) or "." not in path:
+        raise UserError(
+            f"{where}.module={path} is no class; give its dotted path, as in vlmlab.recipe.alignment.AlignmentModule."
+        )
+    return path
+
+
+def _rates(value: Any, where: str, parts: Collection[str]) -> dict[str, float]:
+    if not isinstance(value, Mapping) or not any(rate is not None for rate in value.values()):
+        raise UserError(f"{where}.train is empty; give a learning rate to at least one of {', '.join(parts)}.")
+    rates = {}
+    for part, rate in value.items():
+        if part not in parts:
+            raise UserError(f"{where}.train.{part} is no part of the model; choose from {', '.join(parts)}.")
+        if rate is None:  # frozen, written out
+            continue
+        if not isinstance(rate, (int, float)) or isinstance(rate, bool) or rate < 0:
+            raise UserError(f"{where}.train.{part}={rate} is no learning rate; give a number of at least 0 or null.")
+        rates[str(part)] = float(rate)
+    return rates
+
+
+def _check_choices(keys: Mapping[str, Any], where: str, sources: Collection[str]) -> None:
+    if keys["data"] not in sources:
+        raise UserError(f"{where}.data={keys['data']} is not in data.train; choose from {', '.join(sources)}.")
+    if keys.get("prompt") and keys["prompt"] not in PROMPTS:
+        raise UserError(f"{where}.prompt={keys['prompt']} is unknown; choose from {', '.join(PROMPTS)}.")
+    if keys.get("schedule", "cosine") not in SCHEDULES:
+        raise UserError(f"{where}.schedule={keys['schedule']} is unknown; choose from {', '.join(SCHEDULES)}.")
+    if not isinstance(keys.get("objective"), Mapping):
+        raise UserError(f"{where}.objective is missing; give one with _target_, or a mapping of several.")
+
+
+def _check_numbers(keys: Mapping[str, Any], where: str, devices: Any) -> None:
+    for key, least in (("steps", 0), ("batch_size", 1), ("accumulate", 1)):
+        value = keys.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"{where}.{key}={value} is not possible; give a whole number of at least {least}.")
+    for key in ("warmup", "min_lr_ratio"):
+        value = keys.get(key, 0.0)
+        if not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+            raise UserError(f"{where}.{key}={value} is no share; give a number from 0 to 1.")
+    decay, clip = keys.get("weight_decay", 0.0), keys.get("gradient_clip")
+    if not isinstance(decay, (int, float)) or decay < 0:
+        raise UserError(f"{where}.weight_decay={decay} is not possible; give a number of at least 0.")
+    if clip is not None and (not isinstance(clip, (int, float)) or clip <= 0):
+        raise UserError(f"{where}.gradient_clip={clip} is not possible; give a number above 0, or null.")
+    betas = keys.get("betas", (0.9, 0.999))
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2 or not all(0.0 <= float(b) < 1.0 for b in betas):
+        raise UserError(f"{where}.betas={betas} is not possible; give two numbers from 0 to 1, as in [0.9,0.999].")
+    if isinstance(devices, int) and devices > 0:
+        check_divides(keys["batch_size"], keys.get("accumulate", 1), devices, where)
+
+
+def check_divides(batch_size: int, accumulate: int, ranks: int, where: str) -> None:
+    """Refuse a batch that does not split evenly over ranks and micro-batches.
+
+    Raises:
+        UserError: naming ``<where>.batch_size``.
+    """
+    if batch_size % (accumulate * ranks):
+        raise UserError(
+            f"{where}.batch_size={batch_size} does not divide by accumulate={accumulate} times "
+            f"trainer.devices={ranks}; choose a multiple of {accumulate * ranks}."
+        )

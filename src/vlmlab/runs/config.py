@@ -1,0 +1,70 @@
+"""The resolved configuration of a run as plain values, its hash, and how two of them differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.runs.names import changes_result
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration with every reference resolved, as dicts, lists, strings, numbers, booleans and None.
+
+    Raises:
+        UserError: naming the key that is missing or refers to nothing.
+    """
+    try:
+        value = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "the configuration"
+        first = str(error).splitlines()[0]
+        raise UserError(f"{key} cannot be resolved: {first}; give it a value, as in {key}=...") from error
+    assert isinstance(value, dict)
+    config = {str(key): item for key, item in value.items() if key != "hydra"}
+    return json.loads(json.dumps(config, default=str))
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every ``(dotted key, value)`` of nested mappings; lists and empty mappings are values."""
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, name + ".")
+        else:
+            yield name, value
+
+
+def result_leaves(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves that can change what a run computes, and the order of the recipe's stages, which counts too."""
+    chosen = {key: value for key, value in leaves(config) if changes_result(key)}
+    recipe = config.get("recipe")
+    stages = recipe.get("stages") if isinstance(recipe, Mapping) else None
+    if isinstance(stages, Mapping):
+        chosen["recipe.stages (order)"] = list(stages)
+    return chosen
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that are equal for two runs exactly if they compute the same thing."""
+    text = json.dumps(result_leaves(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One ``key: old -> new`` for every key that makes the hashes differ, sorted."""
+    before, after = result_leaves(old), result_leaves(new)
+    absent = "(absent)"
+    keys = sorted(key for key in {*before, *after} if before.get(key, absent) != after.get(key, absent))
+    return [f"{key}: {_shown(before.get(key, absent))} -> {_shown(after.get(key, absent))}" for key in keys]
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

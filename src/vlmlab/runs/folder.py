@@ -1,0 +1,239 @@
+"""The run folder: what may be reused, resumed or must be refused, and the files that say how far a run is."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import yaml
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.runs.config import config_hash, differences
+from vlmlab.runs.environment import code_fingerprint, environment
+from vlmlab.runs.files import read_json, read_rows, write_atomic, write_json
+from vlmlab.runs.lock import FolderLock, is_locked
+
+FORMAT = 1
+"""Version of ``result.json``."""
+
+StateName = Literal["running", "done", "failed", "interrupted"]
+
+
+class RunFolder:
+    """The files of one run. Making one touches nothing; ``open`` decides and locks, the other methods read or write.
+
+    Any number of them may stand for the same folder: one opens it, and whoever is given its path reads and writes.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._lock: FolderLock | None = None
+
+    # -- deciding ------------------------------------------------------------------------------------------------
+
+    def open(self, config: Mapping[str, Any], overrides: Sequence[str] = (), fresh: bool = False) -> dict[str, Any] | None:
+        """Lock the folder for this configuration and say whether anything is left to do.
+
+        Args:
+            config: the plain resolved configuration (``vlmlab.runs.config.plain``).
+            overrides: the task overrides.
+            fresh: move what is there aside to ``<name>.old-<k>`` and begin again.
+
+        Returns:
+            The result of a finished run of the same configuration, or None: train, or go on where it stopped.
+
+        Raises:
+            UserError: another process holds the folder, or it belongs to another configuration.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._acquire()
+        try:
+            if fresh and self.config() is not None:
+                self._move_aside()
+            old = self.config()
+            if old is not None and config_hash(old) != config_hash(config):
+                raise UserError(self._refusal(old, config))
+            result = self.result()
+            if result is None:
+                self._begin(config, overrides)
+            return result
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Unlock the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _acquire(self) -> None:
+        lock = FolderLock(self.path)
+        lock.acquire()
+        self._lock = lock
+
+    def _move_aside(self) -> None:
+        """Rename the folder (at once, so that no half of it can be taken for a run) and lock a new one."""
+        k = 1
+        while (aside := self.path.with_name(f"{self.path.name}.old-{k}")).exists():
+            k += 1
+        before = self._lock
+        self.path.rename(aside)
+        self.path.mkdir(parents=True)
+        log = aside / "log.txt"
+        if log.exists():  # a launcher may be writing this very process's output into it
+            log.rename(self.path / "log.txt")
+        self._acquire()
+        if before is not None:
+            before.release()
+
+    def _refusal(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+        changed = differences(old, new)
+        shown = "; ".join(changed[:8]) + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
+        return (
+            f"{self.path} holds a run of another configuration ({shown}); "
+            "choose another name=..., or keep that one aside and train again with fresh=true"
+        )
+
+    def _begin(self, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+        write_atomic(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        before = read_json(self.path / "env.json") or {}
+        codes = [code for code in before.get("codes", []) if code != code_fingerprint()]
+        facts = {"overrides": [str(override) for override in overrides], "codes": [*codes, code_fingerprint()]}
+        write_json(self.path / "env.json", environment() | facts)
+        known = self.state()
+        self.write_state("running", known.get("stage"), known.get("step"))
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any] | None:
+        """The configuration this folder belongs to, or None where no run has begun.
+
+        Raises:
+            UserError: the file is there and cannot be read.
+        """
+        file = self.path / "config.yaml"
+        if not file.is_file():
+            return None
+        try:
+            value = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} is damaged ({error}); delete the folder or choose another name=...") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{file} is no configuration; delete the folder or choose another name=...")
+        return value
+
+    def result(self) -> dict[str, Any] | None:
+        """``result.json`` of a finished run, or None.
+
+        Raises:
+            UserError: it is of another format than this code writes.
+        """
+        result = read_json(self.path / "result.json")
+        if result is not None and result.get("format") != FORMAT:
+            raise UserError(
+                f"{self.path / 'result.json'} has format {result.get('format')!r} and this code reads {FORMAT}; "
+                "train again with fresh=true"
+            )
+        return result
+
+    def state(self) -> dict[str, Any]:
+        """``state.json``, or an empty dict; ``running`` without a living process reads ``interrupted``."""
+        state = read_json(self.path / "state.json") or {}
+        if state.get("state") == "running" and self._lock is None and not is_locked(self.path):
+            state["state"] = "interrupted"
+        return state
+
+    def env(self) -> dict[str, Any]:
+        """``env.json``, or an empty dict."""
+        return read_json(self.path / "env.json") or {}
+
+    def by_other_code(self) -> bool:
+        """Whether any part of this run was made by other code of the package than the present."""
+        return self.env().get("codes", [code_fingerprint()]) != [code_fingerprint()]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of ``metrics.jsonl``, oldest first."""
+        return read_rows(self.path / "metrics.jsonl")
+
+    def stage_folder(self, index: int, name: str) -> Path:
+        """``stages/<index>_<name>``, made if missing; holds ``model.safetensors`` and ``last.ckpt``."""
+        folder = self.path / "stages" / f"{index}_{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def write_state(
+        self,
+        state: StateName,
+        stage: str | None = None,
+        step: int | None = None,
+        steps: int | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Say how far the run is: its stage, optimizer step of `steps` in that stage, and why it failed."""
+        value = {
+            "state": state,
+            "stage": stage,
+            "step": step,
+            "steps": steps,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "error": error,
+        }
+        write_json(self.path / "state.json", value)
+
+    def end(self, state: StateName, error: str | None = None) -> None:
+        """Say how the run ended, keeping the stage and step it had reached."""
+        known = self.state()
+        self.write_state(state, known.get("stage"), known.get("step"), known.get("steps"), error)
+
+    def update_env(self, **facts: Any) -> None:
+        """Add facts to ``env.json`` (torch threads, the device's name, hashes of the source towers)."""
+        write_json(self.path / "env.json", self.env() | facts)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one row to ``metrics.jsonl``; it needs ``stage`` and ``step`` to be cut back after a crash."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(row), default=str) + "\n")
+
+    def cut_back(self, stage: str, step: int) -> None:
+        """Forget the rows of ``metrics.jsonl`` later than this optimizer step of this stage (a replay writes them again)."""
+        rows = self.metrics()
+        first = next((i for i, row in enumerate(rows) if row.get("stage") == stage), len(rows))
+        kept = rows[:first] + [r for r in rows[first:] if r.get("stage") == stage and int(r.get("step", 0)) <= step]
+        write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+    def finish(self, metrics: Mapping[str, Any], cost: Mapping[str, Any]) -> dict[str, Any]:
+        """Write ``result.json``, the last file of a run, at once and durably; return it."""
+        config = self.config()
+        if config is None:
+            raise UserError(f"{self.path} has no config.yaml and cannot be finished; train into another folder")
+        result = {
+            "format": FORMAT,
+            "config_hash": config_hash(config),
+            "overrides": self.env().get("overrides", []),
+            "seed": config.get("seed"),
+            "metrics": dict(metrics),
+            "cost": dict(cost),
+        }
+        self.write_state("done")
+        write_json(self.path / "result.json", result, durable=True)
+        return result

@@ -1,0 +1,91 @@
+"""Names of run folders and sweep cells, made from overrides and never from the clock.
+
+Importing this module registers the resolvers that ``conf/train.yaml`` uses for its folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+
+from omegaconf import OmegaConf
+
+NOT_THE_RESULT = (
+    "name",
+    "fresh",
+    "logger",
+    "hydra",
+    "trainer.save_every_s",
+    "trainer.workers",
+    "trainer.progress",
+)
+"""Keys that do not change what a run computes: they enter neither names nor ``config_hash``."""
+
+LONGEST = 100
+"""Longest cell name in characters; a longer one is cut and ends with 8 characters of hash."""
+
+
+def short_hash(text: str) -> str:
+    """The first 8 hexadecimal digits of the text's sha256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def override_key(override: str) -> str:
+    """The key an override sets: ``a.b`` of ``+a.b=1``, ``connector`` of ``connector=mlp``."""
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def changes_result(key: str) -> bool:
+    """Whether a key can change what a run computes (``NOT_THE_RESULT`` says which cannot)."""
+    return not any(key == ignored or key.startswith(ignored + ".") for ignored in NOT_THE_RESULT)
+
+
+def result_overrides(overrides: Iterable[str]) -> list[str]:
+    """The overrides that can change what a run computes, sorted."""
+    return sorted(o for o in overrides if changes_result(override_key(o)))
+
+
+def cell_name(overrides: Sequence[str]) -> str:
+    """A folder name such as ``connector-mlp_mask-bidir_seed-1``, in the order of the overrides.
+
+    Letters, digits and ``-_.`` only, since Hydra cannot parse ``=`` in a path. A name that lost other characters
+    than ``=`` or that is longer than ``LONGEST`` ends with 8 characters of hash, so that different cells stay different.
+    """
+    if not overrides:
+        return "default"
+    parts = [o.lstrip("+").replace("=", "-", 1) for o in overrides]
+    clean = [re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-.") for part in parts]
+    name = "_".join(clean)
+    if clean == parts and len(name) <= LONGEST:
+        return name
+    return f"{name[: LONGEST - 9].rstrip('-_.')}-{short_hash(' '.join(overrides))}"
+
+
+def run_name(name: str | None, overrides: Iterable[str]) -> str:
+    """The folder of a run or a sweep below ``outputs/`` or ``sweeps/``.
+
+    The given name, or ``default`` without overrides, or their readable form and a hash of all of them.
+    """
+    if name:
+        return str(name)
+    chosen = result_overrides(overrides)
+    if not chosen:
+        return "default"
+    readable = cell_name(chosen)[:60].rstrip("-_.")
+    return f"{readable}-{short_hash(' '.join(chosen))}"
+
+
+def register_resolvers() -> None:
+    """Register ``vlmlab.run_name``, ``vlmlab.sweep_name`` (one value per command) and ``vlmlab.cell_name``."""
+
+    def cell(overrides: Iterable[str]) -> str:
+        return cell_name([o for o in overrides if changes_result(override_key(o))])
+
+    OmegaConf.register_new_resolver("vlmlab.run_name", run_name, replace=True)
+    # Cached: Hydra composes every cell anew, with its own overrides, and all cells belong into one folder.
+    OmegaConf.register_new_resolver("vlmlab.sweep_name", run_name, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("vlmlab.cell_name", cell, replace=True)
+
+
+register_resolvers()

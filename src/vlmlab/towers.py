@@ -1,0 +1,53 @@
+"""Where towers come from: a local folder, a hub id, or the package itself; and the hash that names their weights."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+from vlmlab.contracts.errors import UserError
+
+
+def embedded(name: str) -> Path:
+    """The folder of a shipped tower, "vision" or "lm".
+
+    Raises:
+        UserError: the package was installed without its towers.
+    """
+    folder = Path(str(files("vlmlab"))) / "embedded" / name
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not there; reinstall vlmlab or rebuild it with `python train.py recipe=embedded_towers`.")
+    return folder
+
+
+def resolve(path: str, key: str) -> Path:
+    """The local folder of a tower: the path itself, or the cached snapshot of a hub id.
+
+    Raises:
+        UserError: neither a folder nor a reachable hub id; names the config key.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{key}={path} has no config.json; give the folder that save_pretrained wrote.")
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(f"{key}={path} is neither a local folder nor a hub id that can be reached; give a folder.") from error
+
+
+@lru_cache(maxsize=16)
+def tower_hash(folder: Path) -> str:
+    """sha256 over the safetensors files of a tower, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()

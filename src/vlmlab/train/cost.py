@@ -1,0 +1,47 @@
+"""What a run costs: parameters, visual tokens, floating-point operations of one sample, memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlmlab.contracts.tensors import Batch, Outputs
+
+
+def sample_cost(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Floating-point operations of one sample's forward pass (2 per multiply-add), and its visual tokens per image.
+
+    Args:
+        model: on the batch's device; its mode is restored.
+        batch: a micro-batch of one sample.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        outputs = model(batch)
+    for module, training in modes.items():
+        module.training = training
+    return {"flops_sample": int(counter.get_total_flops()), "visual_tokens": _visual_tokens(outputs, batch)}
+
+
+def _visual_tokens(outputs: Any, batch: Batch) -> int:
+    images = batch.pixels.shape[0]
+    if not images:
+        return 0
+    if isinstance(outputs, Outputs) and outputs.tokens is not None:
+        return int(outputs.tokens.shape[1])
+    return int(batch.layout.visual.sum()) // images
+
+
+def peak_bytes() -> int:
+    """Most memory this process has held: on its GPU where it used one, else resident."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,130 @@
+"""Saving and restoring a stage: on time, on a signal, and on every rank together."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from vlmlab.recipe.base import StageModule
+from vlmlab.train import rng
+from vlmlab.train.proof import Fingerprint
+from vlmlab.train.resume import content_of, save_last
+from vlmlab.train.signals import Interrupted, Signals
+from vlmlab.train.weights import Trainee
+
+LEAST_SHARE = 10
+"""Saving never takes more than about one part in this many of the time."""
+
+
+class Keeper(L.Callback):
+    """Writes ``last.ckpt`` every `every_s` seconds and on signals; restores optimizer and random states.
+
+    Args:
+        path: of ``last.ckpt``.
+        trainee: the model.
+        signals: whether one came.
+        before: fingerprints from the beginning of the stage.
+        every_s: seconds between checkpoints; 0: after every step.
+        seed: the run's seed, which starts the stage's random states.
+        saved: what ``load_last`` returned.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        trainee: Trainee,
+        signals: Signals,
+        before: dict[str, Fingerprint],
+        every_s: float,
+        seed: int,
+        saved: dict[str, Any] | None,
+    ) -> None:
+        self.path, self.trainee, self.signals, self.before = path, trainee, signals, before
+        self.every_s, self.seed, self.saved = every_s, seed, saved
+        self._earlier = float(saved["seconds"]) if saved else 0.0
+        self._began = self._last_save = time.perf_counter()
+        self._cost = 0.0
+        self._fresh = True
+
+    @property
+    def seconds(self) -> float:
+        """Training time of this stage over all restarts."""
+        return self._earlier + time.perf_counter() - self._began
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From here on signals wait for the end of a step."""
+        self.signals.install()  # again: Lightning took SIGTERM in between
+        self.signals.deferred = True
+        self._began = self._last_save = time.perf_counter()
+        if self.saved:
+            _optimizer(trainer).load_state_dict(self.saved["optimizer"])
+            if self.saved["scaler"]:
+                trainer.precision_plugin.load_state_dict(self.saved["scaler"])
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Before the first step of this process: random states as they were, or as the stage begins."""
+        assert isinstance(pl_module, StageModule)
+        if not self._fresh:
+            return
+        self._fresh = False
+        states = self.saved["rng"] if self.saved else []
+        if trainer.global_rank < len(states):
+            rng.restore(states[trainer.global_rank])
+        else:
+            rng.seed_all(self.seed, pl_module.stage.name, trainer.global_rank)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """After every optimizer step: save when it is time or a signal came; leave after a signal."""
+        assert isinstance(pl_module, StageModule)
+        if pl_module.done >= pl_module.stage.steps:
+            return  # the stage's own file follows
+        save, signum = self._agree(trainer, pl_module.device)
+        if save or signum:
+            self._save(trainer, pl_module)
+        if signum:
+            self.signals.deferred = False
+            raise Interrupted(signum)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Signals act at once again."""
+        self.signals.deferred = False
+
+    def _agree(self, trainer: L.Trainer, device: torch.device) -> tuple[bool, int]:
+        """Whether to save and which signal came to any rank; the same answer on all."""
+        wait = max(self.every_s, LEAST_SHARE * self._cost) if self.every_s else 0.0
+        due = trainer.is_global_zero and time.perf_counter() - self._last_save >= wait
+        signum = self.signals.caught or 0
+        if trainer.world_size > 1:
+            both = torch.tensor([int(due), signum], device=device)
+            dist.all_reduce(both, op=dist.ReduceOp.MAX)
+            due, signum = bool(both[0]), int(both[1])
+        return due, signum
+
+    def _save(self, trainer: L.Trainer, module: StageModule) -> None:
+        began = time.perf_counter()
+        states = rng.states_of_all_ranks()
+        if trainer.is_global_zero:
+            content = content_of(
+                module.stage,
+                module.done,
+                self.trainee,
+                _optimizer(trainer),
+                trainer.precision_plugin.state_dict(),
+                states,
+                self.before,
+                module.pending,
+                self.seconds,
+            )
+            save_last(self.path, content)
+        self._last_save = time.perf_counter()
+        self._cost = self._last_save - began
+
+
+def _optimizer(trainer: L.Trainer) -> Optimizer:
+    return trainer.strategy.optimizers[0]

@@ -1,0 +1,206 @@
+"""What a run says while it trains: rows of ``metrics.jsonl``, a bar or lines, the table before a stage."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import lightning as L
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from vlmlab.recipe.base import StageModule
+from vlmlab.recipe.stage import Stage
+from vlmlab.runs.folder import RunFolder
+from vlmlab.train.precision import Precision
+from vlmlab.train.weights import Trainee
+
+LOG_EVERY = 10
+LINE_EVERY = 0.1
+
+
+class RunLogger(Logger):
+    """Lightning's logger interface over the run folder's ``metrics.jsonl``; only rank 0 writes."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        super().__init__()
+        self.folder = folder
+
+    @property
+    def name(self) -> str:
+        """The run."""
+        return self.folder.path.name
+
+    @property
+    def version(self) -> str:
+        """There is one version of a run."""
+        return ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """``config.yaml`` has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Append one row; it brings its own ``stage`` and ``step``."""
+        self.folder.log(metrics)
+
+
+def wandb_logger(cfg: DictConfig, folder: RunFolder) -> Logger:
+    """W&B as a mirror of ``metrics.jsonl``: one run per folder, offline unless ``WANDB_MODE`` says otherwise."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    os.environ.setdefault("WANDB_MODE", "offline")
+    path = folder.path.resolve()
+    group = path.parent.name if path.parent.parent.name == "sweeps" else None
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    return WandbLogger(
+        name=path.name,
+        save_dir=str(path),
+        id=hashlib.sha256(str(path).encode()).hexdigest()[:16],
+        project=cfg.logger.get("project") or "vlmlab",
+        group=group,
+        resume="allow",
+        entity=cfg.logger.get("entity"),
+        tags=list(cfg.logger.get("tags") or []),
+        config={key: value for key, value in config.items() if key != "hydra"},
+        job_type="train",
+    )
+
+
+class Recorder(L.Callback):
+    """Writes a row every few steps and at the last one, and keeps ``state.json`` current.
+
+    Args:
+        folder: the run.
+        every: optimizer steps between rows.
+        offset: optimizer steps of the stages before (W&B counts through).
+    """
+
+    def __init__(self, folder: RunFolder, every: int, offset: int = 0) -> None:
+        self.folder, self.every, self.offset = folder, max(1, every), offset
+        self._since, self._samples = time.perf_counter(), 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._since, self._samples = time.perf_counter(), 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """After every optimizer step."""
+        assert isinstance(pl_module, StageModule)
+        stage, done = pl_module.stage, pl_module.done
+        self._samples += pl_module.report.samples
+        if done % self.every and done not in (1, stage.steps):
+            return
+        now = time.perf_counter()
+        row = row_of(pl_module, self._samples / max(now - self._since, 1e-9))
+        self._since, self._samples = now, 0
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.log_metrics(row, done)
+            else:
+                logger.log_metrics({f"train/{key}": value for key, value in row.items()}, self.offset + done)
+        if trainer.is_global_zero:
+            self.folder.write_state("running", stage.name, done, stage.steps)
+
+
+def row_of(module: StageModule, samples_per_s: float) -> dict[str, Any]:
+    """One row of ``metrics.jsonl``."""
+    report, stage = module.report, module.stage
+    factor = stage.factor(module.done - 1)
+    return {
+        "stage": stage.name,
+        "step": module.done,
+        "loss": report.loss,
+        **{f"loss/{name}": value for name, value in report.losses.items()},
+        **{f"lr/{part}": rate * factor for part, rate in module.rates.items()},
+        "gradient_norm": report.gradient_norm,
+        "tokens": report.tokens,
+        "labelled_fraction": report.supervised / max(report.tokens, 1),
+        "samples_per_s": round(samples_per_s, 2),
+    }
+
+
+class Progress(L.Callback):
+    """A bar on a terminal; a line every tenth of a stage elsewhere.
+
+    Args:
+        setting: "auto", True (a bar) or False (lines).
+        out: where to.
+    """
+
+    def __init__(self, setting: str | bool = "auto", out: TextIO | None = None) -> None:
+        self._out = out or sys.stdout
+        self._on = self._out.isatty() if setting == "auto" else bool(setting)
+        self._bar: Any = None
+        self._said = 0.0
+        self._began, self._first = time.perf_counter(), 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the bar."""
+        assert isinstance(pl_module, StageModule)
+        self._began, self._first = time.perf_counter(), pl_module.done
+        self._said = pl_module.done / max(pl_module.stage.steps, 1)
+        if self._on and trainer.is_global_zero:
+            from tqdm import tqdm
+
+            stage = pl_module.stage
+            self._bar = tqdm(total=stage.steps, initial=pl_module.done, desc=stage.name, file=self._out)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Move the bar, or say a line."""
+        assert isinstance(pl_module, StageModule)
+        stage, done, loss = pl_module.stage, pl_module.done, pl_module.report.loss
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            self._bar.update(1)
+        elif trainer.is_global_zero and (done / stage.steps >= self._said + LINE_EVERY - 1e-9 or done == stage.steps):
+            self._said = done / stage.steps
+            spent = time.perf_counter() - self._began
+            left = spent / max(done - self._first, 1) * (stage.steps - done)
+            print(
+                f"{stage.name}  step {done}/{stage.steps}  loss {loss:.4f}  {spent:.0f} s, {left:.0f} s to go",
+                file=self._out,
+                flush=True,
+            )
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Close the bar, also after an exception."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def stage_table(stage: Stage, trainee: Trainee, precision: Precision, prompt: str, samples: int) -> str:
+    """What is printed before a stage's first step: part, parameters, trainable, learning rate; the rest in words."""
+    rows = [("part", "parameters", "trainable", "learning rate")]
+    parts: Mapping[str, Any] = trainee.model.parts()  # type: ignore[operator]
+    for part, named in parts.items():
+        size = sum(parameter.numel() for _, parameter in named)
+        trains = part in trainee.rates
+        rate = f"{trainee.rates[part]:g}" if trains else "frozen"
+        rows.append((part, f"{size:,}", f"{size:,}" if trains else "-", rate))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [f"{r[0]:<{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]:>{widths[3]}}" for r in rows]
+    facts = [
+        f"mask {target(stage.mask)}, objective {target(stage.objective)}, adapter {target(stage.adapter)}, "
+        f"prompt {prompt}",
+        f"data {stage.data} ({samples:,} samples), {stage.steps} steps of {stage.batch_size} samples"
+        + (f" in {stage.accumulate} micro-batches" if stage.accumulate > 1 else ""),
+        f"precision {precision.shown} ({precision.why})",
+    ]
+    return "\n".join([*lines, *facts])
+
+
+def target(config: Mapping[str, Any] | None) -> str:
+    """The class a configuration makes, in one word; several joined by +."""
+    if not config:
+        return "none"
+    if "_target_" in config:
+        return str(config["_target_"]).rsplit(".", 1)[-1]
+    return " + ".join(target(value) for value in config.values() if isinstance(value, Mapping))

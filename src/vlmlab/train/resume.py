@@ -1,0 +1,85 @@
+"""``last.ckpt``: all that the present stage needs to go on bit for bit, as tensors, lists and numbers."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from vlmlab.contracts.errors import CheckpointError
+from vlmlab.recipe.stage import Stage
+from vlmlab.train.proof import Fingerprint
+from vlmlab.train.weights import Trainee, check_names, put, replace_durably
+
+FORMAT = 1
+"""Version of ``last.ckpt``."""
+
+
+def save_last(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint at once and durably."""
+    new = path.with_name(f".{path.name}.new")
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with new.open("wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    replace_durably(new, path)
+
+
+def content_of(
+    stage: Stage,
+    step: int,
+    trainee: Trainee,
+    optimizer: Optimizer,
+    scaler: dict[str, Any],
+    rng: list[dict[str, Any]],
+    before: dict[str, Fingerprint],
+    pending: set[str],
+    seconds: float,
+) -> dict[str, Any]:
+    """What ``last.ckpt`` holds. The schedule and the order of the data are functions of `step`: nothing else to keep."""
+    return {
+        "format": FORMAT,
+        "stage": stage.name,
+        "step": step,
+        "weights": {name: tensor.detach() for name, tensor in trainee.live().items()},
+        "names": list(trainee.trained()),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler,
+        "rng": rng,
+        "before": {name: list(value) for name, value in before.items()},
+        "pending": sorted(pending),
+        "seconds": seconds,
+    }
+
+
+def load_last(path: Path, stage: Stage, trainee: Trainee) -> dict[str, Any] | None:
+    """Read a checkpoint, put its weights into the model and return it; None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read, or belongs to another stage or composition.
+    """
+    if not path.is_file():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); delete it to train that stage again.") from error
+    if saved.get("format") != FORMAT or saved.get("stage") != stage.name:
+        raise CheckpointError(f"{path} is not a checkpoint of stage {stage.name}; delete it to train that stage again.")
+    live = trainee.live()
+    check_names(path, live, saved["weights"])
+    for name, tensor in saved["weights"].items():
+        if tensor.shape != live[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} is {tuple(tensor.shape)} and the model's is {tuple(live[name].shape)}; "
+                "delete it to train that stage again."
+            )
+    put(trainee.model, saved["weights"])
+    return saved

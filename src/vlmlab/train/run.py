@@ -1,0 +1,454 @@
+"""The composition root, read from top to bottom: build the model, go through the stages, evaluate, write the result."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import get_class, instantiate
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader
+
+from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.contracts.sample import SampleSource
+from vlmlab.data.module import Window, Windows, step_loader
+from vlmlab.data.sampler import Order
+from vlmlab.recipe.base import NonFinite, Objective, StageModule, check_objectives
+from vlmlab.recipe.stage import Stage, check_divides, parse
+from vlmlab.runs.files import read_json, write_json
+from vlmlab.runs.folder import RunFolder
+from vlmlab.train import cost, proof, rng
+from vlmlab.train.keeper import Keeper
+from vlmlab.train.precision import Precision, choose
+from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, stage_table, wandb_logger
+from vlmlab.train.resume import load_last
+from vlmlab.train.signals import Interrupted, Signals
+from vlmlab.train.weights import Trainee, plain_key
+
+Builder = Callable[[DictConfig], nn.Module]
+Evaluate = Callable[[nn.Module, DictConfig, Path], dict[str, Any]]
+
+
+def train(cfg: DictConfig, folder: Path, evaluate: Evaluate | None = None) -> dict[str, Any] | None:
+    """Train, go on with, or only evaluate what is left of a run.
+
+    Args:
+        cfg: the composed configuration.
+        folder: the run folder, opened and locked by the caller on rank 0.
+        evaluate: ``(model, cfg, folder) -> metrics``; the benchmarks of ``vlmlab.evaluate`` if None.
+
+    Returns:
+        The result written to ``result.json``; None for ``debug.steps`` and on ranks other than 0.
+
+    Raises:
+        UserError: a mistake in configuration or data, a loss that is not finite, or a proof that failed.
+        Interrupted: SIGINT or SIGTERM; everything learnt is saved.
+    """
+    run = Run(cfg, RunFolder(Path(folder)), evaluate or _benchmarks)
+    with run.signals:
+        try:
+            return _train(run)
+        except Interrupted:
+            run.note_state()
+            if not run.writes:
+                raise SystemExit(0) from None  # a rank that fails would take rank 0 down before it has written
+            raise
+        except Exception:
+            run.note_state()
+            raise
+        finally:
+            run.close_loggers()
+
+
+@dataclass
+class Run:
+    """What all stages of a run share.
+
+    Attributes:
+        cfg: the configuration.
+        folder: the run folder.
+        evaluate: what scores the trained model.
+        signals: whether SIGINT or SIGTERM came.
+        trainees: the model of every builder, made when its first stage comes.
+        finished: file of the last finished stage of a model that is still to be loaded.
+        stage: the present stage.
+        step: optimizer steps done in it.
+        steps_before: optimizer steps of the stages before.
+        loggers: Lightning's.
+    """
+
+    cfg: DictConfig
+    folder: RunFolder
+    evaluate: Evaluate
+    signals: Signals = field(default_factory=Signals)
+    trainees: dict[Builder, Trainee] = field(default_factory=dict)
+    finished: dict[Builder, Path] = field(default_factory=dict)
+    stage: Stage | None = None
+    step: int = 0
+    steps_before: int = 0
+    loggers: list[Logger] = field(default_factory=list)
+
+    @cached_property
+    def precision(self) -> Precision:
+        """What it computes in."""
+        return choose(str(self.cfg.precision.name), on_gpu(self.cfg))
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is rank 0, the only one that writes."""
+        return getattr(rank_zero_only, "rank", 0) == 0
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.writes:
+            print(text, flush=True)
+
+    def note_state(self) -> None:
+        """Note how far the run is; whoever opened the folder adds how it ended."""
+        if self.writes and self.stage is not None:
+            self.folder.write_state("running", self.stage.name, self.step, self.stage.steps)
+
+    def close_loggers(self) -> None:
+        """Finish W&B's run, or the next one in this process would write into it."""
+        if any(not isinstance(logger, RunLogger) for logger in self.loggers):
+            import wandb
+
+            wandb.finish()
+
+    def weights(self, stage: Stage) -> Path:
+        """Where a finished stage's weights are."""
+        return self.folder.path / "stages" / f"{stage.index}_{stage.name}" / "model.safetensors"
+
+
+def _train(run: Run) -> dict[str, Any] | None:
+    cfg = run.cfg
+    torch.set_num_threads(int(cfg.trainer.get("threads", 1)))
+    stages = parse(cfg)
+    kinds = {stage.index: module_class(stage) for stage in stages}
+    objectives = {stage.index: build_objectives(stage) for stage in stages}  # all mistakes come before the first step
+    assert run.precision
+    run.loggers = [RunLogger(run.folder)]
+    if cfg.logger.name == "wandb" and run.writes:
+        run.loggers.append(wandb_logger(cfg, run.folder))
+
+    ready = True
+    for stage in stages:
+        run.stage, run.step = stage, 0
+        build: Builder = kinds[stage.index].build
+        trainee = _trainee(run, build)
+        ready = ready and run.weights(stage).is_file()
+        rng.seed_all(cfg.seed, stage.name, "enter")
+        if not ready and build in run.finished:  # weights of the stages before, under their own adapters' names
+            trainee.load(run.finished.pop(build))
+        trainee.enter(stage)
+        if ready:
+            run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name} is finished already")
+            run.finished[build] = run.weights(stage)
+        else:
+            run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name}")
+            _run_stage(run, stage, kinds[stage.index], trainee, objectives[stage.index])
+            run.signals.check()
+        run.steps_before += stage.steps
+    if not run.writes:
+        return None
+    for build, path in run.finished.items():
+        run.trainees[build].load(path)
+    if not any(trainee.ever_trained() for trainee in run.trainees.values()):
+        raise UserError("recipe.stages trains nothing: no part named in train has weights in this composition.")
+    if OmegaConf.select(cfg, "debug.steps") is not None:
+        run.folder.write_state("done", stages[-1].name, stages[-1].steps, stages[-1].steps)
+        run.say("debug.steps is set: the run ends here and is not evaluated")
+        return None
+    return _finish(run, stages, kinds)
+
+
+def _trainee(run: Run, build: Builder) -> Trainee:
+    if build not in run.trainees:
+        rng.seed_all(run.cfg.seed)
+        run.trainees[build] = Trainee(build(run.cfg))
+    return run.trainees[build]
+
+
+def _run_stage(
+    run: Run, stage: Stage, kind: type[StageModule], trainee: Trainee, objectives: dict[str, Objective]
+) -> None:
+    """One stage from its table to its file."""
+    cfg, home = run.cfg, run.weights(stage).parent
+    if run.writes:
+        home.mkdir(parents=True, exist_ok=True)
+    source = instantiate(cfg.data.train[stage.data])
+    prompt = stage.prompt or kind.prompt
+    run.say(stage_table(stage, trainee, run.precision, prompt, len(source)))
+    facts: dict[str, Any] = {"steps": 0, "seconds": 0.0, "unmoved": []}
+    if not trainee.trained() or not stage.steps:
+        run.say("nothing to train here: skipped")
+    else:
+        module = kind(trainee.model, stage, objectives, trainee.rates)
+        data = StageData(cfg, stage, trainee.model, source, prompt, module)
+        keeper = _keeper(run, stage, module, trainee, home / "last.ckpt")
+        try:
+            _fit(run, module, data, keeper)
+        finally:
+            run.step = module.done
+        unmoved = _prove(stage, module, trainee, keeper.before)
+        facts = {"steps": module.done, "seconds": keeper.seconds, "unmoved": unmoved}
+        _say_end(run, stage, facts)
+    if run.writes:
+        facts["peak_bytes"] = cost.peak_bytes()
+        write_json(home / "stage.json", facts, durable=True)
+        trainee.save(run.weights(stage), stage, cfg)
+        (home / "last.ckpt").unlink(missing_ok=True)
+
+
+def _keeper(run: Run, stage: Stage, module: StageModule, trainee: Trainee, path: Path) -> Keeper:
+    """Go on from ``last.ckpt`` where there is one; what keeps the next ones."""
+    saved = load_last(path, stage, trainee)
+    before = _fingerprints(trainee, saved, path)
+    if saved:
+        module.done = int(saved["step"])
+        module.pending = set(saved["pending"])
+        run.say(f"going on after step {module.done}")
+    if run.writes:
+        run.folder.cut_back(stage.name, module.done)
+    return Keeper(path, trainee, run.signals, before, float(run.cfg.trainer.save_every_s), int(run.cfg.seed), saved)
+
+
+def _fingerprints(trainee: Trainee, saved: dict[str, Any] | None, path: Path) -> dict[str, proof.Fingerprint]:
+    """Fingerprints from the beginning of the stage; frozen weights must still be those."""
+    frozen = proof.fingerprints(trainee.frozen().items())
+    if saved is None:
+        return frozen | proof.fingerprints(trainee.live().items())
+    before = {name: (int(a), int(b)) for name, (a, b) in saved["before"].items()}
+    if other := proof.changed(before, frozen):
+        raise CheckpointError(
+            f"{path} was made with other frozen weights ({other[0]} differs); restore them or train with fresh=true."
+        )
+    return before
+
+
+def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper) -> None:
+    """Let Lightning run the optimizer steps that are left."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device list, no tips
+    trainer = _trainer(run, keeper)
+    stage = module.stage
+    check_divides(stage.batch_size, stage.accumulate, trainer.world_size, f"recipe.stages.{stage.name}")
+    try:
+        with _profiled(run), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")  # advice on workers, sizes, checkpoints
+            warnings.filterwarnings("ignore", category=PossibleUserWarning)
+            trainer.fit(module, datamodule=data)
+    except NonFinite as error:
+        if run.writes:
+            write_json(run.folder.path / "nonfinite.json", error.facts)
+        raise
+
+
+def _trainer(run: Run, keeper: Keeper) -> L.Trainer:
+    settings = run.cfg.trainer
+    devices: Any = plain_key(settings, "devices")
+    several = devices if isinstance(devices, int) else 2
+    strategy = settings.strategy if settings.strategy != "auto" or several == 1 else "ddp"
+    every = int(settings.get("log_every") or LOG_EVERY)
+    return L.Trainer(
+        accelerator=settings.accelerator,
+        devices=devices,
+        strategy=strategy,
+        precision=run.precision.name,
+        max_epochs=1,
+        logger=run.loggers,
+        callbacks=[Recorder(run.folder, every, run.steps_before), Progress(settings.get("progress", "auto")), keeper],
+        default_root_dir=str(run.folder.path),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+
+
+class StageData(L.LightningDataModule):
+    """The windows of one stage for this rank, from the step where it goes on.
+
+    Args:
+        cfg: the configuration; read are ``seed``, ``trainer.workers`` and ``debug.overfit``.
+        stage: the stage.
+        model: what the collator asks for its token counts.
+        source: the samples.
+        prompt: "plain" or "chat".
+        module: says how many steps are done.
+    """
+
+    def __init__(
+        self, cfg: DictConfig, stage: Stage, model: nn.Module, source: SampleSource, prompt: str, module: StageModule
+    ) -> None:
+        super().__init__()
+        self.cfg, self.stage, self.source, self.module = cfg, stage, source, module
+        self.collate = module.collator(cfg, model, prompt)
+        if not len(source):
+            raise UserError(f"{stage.key('data')}={stage.data} has no samples; check data.train.{stage.data}.")
+
+    def train_dataloader(self) -> DataLoader[Window]:
+        """All steps that are left."""
+        assert self.trainer is not None
+        few = int(OmegaConf.select(self.cfg, "debug.overfit") or 0)
+        size = min(len(self.source), few) if few else len(self.source)
+        order = Order(size, self.stage.batch_size, int(self.cfg.seed), self.stage.name)
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        windows = Windows(self.source, self.collate, order, self.stage.steps, rank, ranks, self.stage.accumulate)
+        return step_loader(windows, self.module.done, int(self.cfg.trainer.workers))
+
+
+def _prove(stage: Stage, module: StageModule, trainee: Trainee, before: Mapping[str, proof.Fingerprint]) -> list[str]:
+    """Hold the stage to its word; return the trained tensors that had a gradient and did not move.
+
+    Raises:
+        UserError: a frozen tensor changed, or a tensor that should train never had a gradient.
+    """
+    if touched := proof.changed(before, proof.fingerprints(trainee.frozen().items())):
+        raise UserError(
+            f"stage {stage.name}: frozen weights changed ({_few(touched)}); whatever writes to them outside the "
+            "optimizer must stop."
+        )
+    if module.pending:
+        raise UserError(
+            f"stage {stage.name}: {_few(sorted(module.pending))} should train and never had a gradient; take the part "
+            f"out of {stage.key('train')} or the unused layer out of the model."
+        )
+    moved = set(proof.changed(before, proof.fingerprints(trainee.live().items())))
+    return [name for name in trainee.trained() if name not in moved]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _say_end(run: Run, stage: Stage, facts: Mapping[str, Any]) -> None:
+    if facts["unmoved"]:
+        run.say(f"note: {_few(facts['unmoved'])} had gradients and did not move")
+    if run.writes:
+        row = {"stage": stage.name, "step": stage.steps, "finished": True, **facts}
+        run.folder.log(row | {"seconds": round(facts["seconds"], 1)})
+
+
+def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]]) -> dict[str, Any]:
+    """Cost, evaluation, ``result.json``."""
+    cfg, stage = run.cfg, stages[-1]
+    last = run.trainees[kinds[stage.index].build]
+    device = torch.device("cuda" if on_gpu(cfg) else "cpu")
+    last.model.to(device).requires_grad_(False)
+    source = instantiate(cfg.data.train[stage.data])
+    kind = kinds[stage.index]
+    sample = next((s for s in (source[i] for i in range(min(32, len(source)))) if s.images), source[0])
+    one = kind.collator(cfg, last.model, stage.prompt or kind.prompt)([sample])
+    done = [read_json(run.weights(s).with_name("stage.json")) or {} for s in stages]
+    costs = {
+        "params": sum(parameter.numel() for parameter in last.model.parameters()),
+        "trainable": last.ever_trained(),
+        **cost.sample_cost(last.model, one.to(device)),
+        "seconds": round(sum(float(facts.get("seconds", 0.0)) for facts in done), 1),
+    }
+    metrics = run.evaluate(last.model, cfg, run.folder.path)
+    costs["peak_bytes"] = max(cost.peak_bytes(), *(int(facts.get("peak_bytes", 0)) for facts in done))
+    write_json(run.folder.path / "cost.json", costs)
+    if OmegaConf.select(cfg, "recipe.finish"):
+        models = {s.name: run.trainees[kinds[s.index].build].model for s in stages}
+        metrics |= instantiate(cfg.recipe.finish)(models, cfg, run.folder.path, costs)
+    for logger in run.loggers:
+        if not isinstance(logger, RunLogger):
+            logger.log_metrics({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
+    return run.folder.finish(metrics, costs)
+
+
+# -- building -------------------------------------------------------------------------------------------------------
+
+
+def module_class(stage: Stage) -> type[StageModule]:
+    """The LightningModule class of a stage.
+
+    Raises:
+        UserError: there is no such class, or it is none of a stage's.
+    """
+    try:
+        found = get_class(stage.module)
+    except Exception as error:
+        raise UserError(f"{stage.key('module')}={stage.module} cannot be imported ({error}).") from error
+    if not issubclass(found, StageModule):
+        raise UserError(f"{stage.key('module')}={stage.module} is no StageModule; see vlmlab.recipe.base.")
+    return found
+
+
+def build_objectives(stage: Stage) -> dict[str, Objective]:
+    """The objectives of a stage by name; a single configuration is called ``objective``.
+
+    Raises:
+        UserError: there is none, or one of them does not go with the stage.
+    """
+    config = {"objective": stage.objective} if "_target_" in stage.objective else stage.objective
+    objectives = {str(name): instantiate(value) for name, value in config.items() if value}
+    if not objectives:
+        raise UserError(f"{stage.key('objective')} is empty; give one with _target_, or a mapping of several.")
+    check_objectives(stage, objectives)
+    return objectives
+
+
+def _benchmarks(model: nn.Module, cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    from vlmlab.evaluate.run import evaluate_model
+
+    return evaluate_model(model, cfg, folder)  # type: ignore[arg-type]  # the last stage's model is a VLM
+
+
+def load_trained(cfg: DictConfig, path: Path) -> nn.Module:
+    """The model of a finished run, as after its last stage, in evaluation mode.
+
+    Args:
+        cfg: the run's configuration.
+        path: the run folder.
+
+    Raises:
+        CheckpointError: a stage's file is missing or does not fit.
+    """
+    run = Run(cfg, RunFolder(path), _benchmarks)
+    stages = parse(cfg)
+    for stage in stages:
+        build: Builder = module_class(stage).build
+        trainee = _trainee(run, build)
+        rng.seed_all(cfg.seed, stage.name, "enter")
+        if not run.weights(stage).is_file():
+            raise CheckpointError(f"{run.weights(stage)} is missing; finish the run first by starting it again.")
+        trainee.enter(stage)
+        run.finished[build] = run.weights(stage)
+    trainee = run.trainees[build]
+    trainee.load(run.finished[build])
+    trainee.model.requires_grad_(False)
+    return trainee.model.eval()
+
+
+def on_gpu(cfg: DictConfig) -> bool:
+    """Whether the run computes on a GPU."""
+    return cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+@contextlib.contextmanager
+def _profiled(run: Run) -> Iterator[None]:
+    """With ``debug.profile``, write the most expensive operations to ``profile.txt``."""
+    if not OmegaConf.select(run.cfg, "debug.profile"):
+        yield
+        return
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        yield
+    table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
+    if run.writes:
+        (run.folder.path / "profile.txt").write_text(table, encoding="utf-8")
+        run.say(f"wrote {run.folder.path / 'profile.txt'}")

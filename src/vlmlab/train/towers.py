@@ -1,0 +1,108 @@
+"""What ``recipe=embedded_towers`` does after its last stage: score the towers and save them as transformers folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from vlmlab.contracts.sample import SampleSource
+from vlmlab.model import DualEncoder, build_collator
+from vlmlab.towers import tower_hash
+
+CARD = """# Embedded towers
+
+Two tiny towers trained on the embedded world (`vlmlab.data.world`), generated data, no third-party data or weights.
+`vision` is a SigLIP vision model that saw images and captions and no question; `lm` is a Qwen2 that saw text and no image.
+Stored in float16; loaded in float32.
+
+| | |
+|---|---|
+| command | `{command}` |
+| seed | {seed} |
+| steps x batch | vision {vision_steps} x {vision_batch}, lm {lm_steps} x {lm_batch} |
+| duration | {seconds:.0f} s on {device} |
+| parameters | vision {vision_params:,}, lm {lm_params:,} |
+| sha256 of vision | `{vision_hash}` |
+| sha256 of lm | `{lm_hash}` |
+
+| metric | value |
+|---|---|
+{metrics}
+
+Rebuild: the command above writes `towers/` into its run folder; a rebuild should reach these metrics within 2 points.
+"""
+
+
+class ExportTowers:
+    """Saves the vision tower and the LM, in float16, with a model card.
+
+    Args:
+        vision_stage: name of the stage whose model holds the vision tower.
+        lm_stage: name of the stage whose model is the language model.
+        pairs: images and captions for the retrieval score.
+        batch_size: images among which each caption has to find its own.
+    """
+
+    def __init__(self, vision_stage: str, lm_stage: str, pairs: SampleSource, batch_size: int = 256) -> None:
+        self.vision_stage = vision_stage
+        self.lm_stage = lm_stage
+        self.pairs = pairs
+        self.batch_size = batch_size
+
+    def __call__(
+        self, models: Mapping[str, nn.Module], cfg: DictConfig, folder: Path, costs: Mapping[str, Any]
+    ) -> dict[str, float]:
+        """Write ``<folder>/towers/{vision,lm}`` and return the retrieval accuracy of the vision tower."""
+        dual, language = models[self.vision_stage], models[self.lm_stage]
+        assert isinstance(dual, DualEncoder)
+        score = {"towers/retrieval_at_1": self._retrieval(dual, cfg)}
+        vision, lm = folder / "towers" / "vision", folder / "towers" / "lm"
+        _save(dual.encoder.tower, vision)  # type: ignore[union-attr]
+        _save_preprocess(dual.encoder.preprocess, vision)  # type: ignore[union-attr]
+        _save(language.lm.model, lm)  # type: ignore[union-attr]
+        language.lm.tokenizer.save_pretrained(lm)  # type: ignore[union-attr]
+        return score
+
+    @torch.no_grad()
+    def _retrieval(self, model: DualEncoder, cfg: DictConfig) -> float:
+        """Share of captions whose own image is the most similar of the whole set."""
+        model.eval()
+        collate = build_collator(cfg, model, "plain")
+        device = next(model.parameters()).device
+        images: list[Tensor] = []
+        texts: list[Tensor] = []
+        for start in range(0, len(self.pairs), self.batch_size):
+            samples = [self.pairs[i] for i in range(start, min(start + self.batch_size, len(self.pairs)))]
+            pairing = model(collate(samples).to(device)).pairing
+            images.append(pairing.image)
+            texts.append(pairing.text)
+        nearest = (torch.cat(texts) @ torch.cat(images).T).argmax(1)  # (pairs,)
+        return float((nearest == torch.arange(len(nearest), device=nearest.device)).float().mean())
+
+
+def _save(model: Any, folder: Path) -> None:
+    dtype = next(model.parameters()).dtype
+    model.to(torch.float16).save_pretrained(folder)
+    model.to(dtype)
+
+
+def _save_preprocess(preprocess: Any, folder: Path) -> None:
+    settings = {
+        "image_processor_type": "SiglipImageProcessor",
+        "size": {"height": preprocess.height, "width": preprocess.width},
+        "image_mean": list(preprocess.mean),
+        "image_std": list(preprocess.std),
+        "resample": preprocess.resample,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "rescale_factor": 1 / 255,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

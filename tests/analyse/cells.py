@@ -1,0 +1,44 @@
+"""Small run folders for the tests of the analysis."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def metrics(accuracy: float, cider: float = 0.8) -> dict[str, float]:
+    """Metrics of a question and a caption benchmark."""
+    return {
+        "quiz/vqa_accuracy": accuracy,
+        "quiz/vqa_accuracy/shuffled": 0.3,
+        "quiz/vqa_accuracy/no_image": 0.25,
+        "quiz/vqa_accuracy/kind/count": accuracy - 0.1,
+        "quiz/vqa_accuracy/kind/count/shuffled": 0.2,
+        "quiz/vqa_accuracy/count": 40,
+        "quiz/chance": 0.28,
+        "quiz/chance/kind/count": 0.2,
+        "quiz/normalised": (accuracy - 0.28) / 0.72,
+        "quiz/normalised/kind/count": (accuracy - 0.3) / 0.8,
+        "tales/cider_d": cider,
+        "tales/cider_d/shuffled": 0.1,
+        "tales/human/cider_d": 1.0,
+        "tales/count": 10,
+    }
+
+
+def write_cell(sweep: Path, *overrides: str, **files: Any) -> Path:
+    """A cell folder with ``overrides.json`` and the given files (``result={...}`` writes ``result.json``)."""
+    folder = sweep / "_".join(text.replace("=", "-") for text in overrides)
+    folder.mkdir(parents=True)
+    (folder / "overrides.json").write_text(json.dumps(list(overrides)))
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / f"{name}.json").write_text(text)
+    return folder
+
+
+def result(accuracy: float, cider: float = 0.8) -> dict[str, Any]:
+    """Contents of ``result.json``."""
+    cost = {"seconds": 12.5, "params": 1_500_000, "visual_tokens": 16}
+    return {"format": 1, "seed": 0, "overrides": [], "metrics": metrics(accuracy, cider), "cost": cost}
