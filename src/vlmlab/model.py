@@ -232,14 +232,16 @@ def build_model(cfg: DictConfig) -> VLM:
 
 
 def build_dual_encoder(cfg: DictConfig) -> DualEncoder:
-    """The same groups as an image encoder and a text encoder for contrastive training."""
-    return DualEncoder(**_instantiate_parts(cfg, encoder={"pooled": True}))
+    """The same groups as an image encoder and a text encoder; the text encoder is ``text_tower`` where there is one."""
+    return DualEncoder(**_instantiate_parts(cfg, text=cfg.get("text_tower"), encoder={"pooled": True}))
 
 
-def _instantiate_parts(cfg: DictConfig, encoder: dict[str, Any] | None = None) -> dict[str, Any]:
+def _instantiate_parts(
+    cfg: DictConfig, text: DictConfig | None = None, encoder: dict[str, Any] | None = None
+) -> dict[str, Any]:
     from hydra.utils import instantiate
 
-    lm = instantiate(cfg.lm)
+    lm = instantiate(cfg.lm if text is None else text)
     fusion = instantiate(cfg.fusion)
     mask = instantiate(cfg.mask)
     if fusion.reads == "nothing":

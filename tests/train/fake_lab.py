@@ -103,7 +103,7 @@ class FakeVLM(nn.Module):
             tokens = self.connector(features)[:, None]
             if self.adapter is not None:
                 tokens = tokens + self.adapter(tokens)
-            hidden = hidden.index_add(0, batch.image_row, tokens.expand(-1, hidden.shape[1], -1))
+            hidden = hidden.index_add(0, batch.image_row, tokens.expand(-1, hidden.shape[1], -1).to(hidden.dtype))
         if self.drift and self.training:
             with torch.no_grad():
                 self.encoder[0].weight[0, 0] += 1e-6
@@ -219,7 +219,7 @@ def config(**changes: Any) -> DictConfig:
         }
     )  # fmt: skip
     for key, value in changes.items():
-        OmegaConf.update(cfg, key.replace("__", "."), value, force_add=True)
+        OmegaConf.update(cfg, key.replace("__", "."), value, merge=False, force_add=True)
     return cfg
 
 

@@ -61,11 +61,12 @@ class Layout:
     @property
     def era(self) -> Tensor:
         """(B, S): number of answer tokens before a position within its segment (the leak rule's clock)."""
-        answer = (self.role == Role.ANSWER) & self.valid
-        before = answer.cumsum(1) - answer.long()
-        same = self.segment[:, :, None] == self.segment[:, None, :]  # (B, S, S)
-        first = same.long().argmax(2)  # (B, S) first position of one's own segment
-        return before - before.gather(1, first)
+        answer = ((self.role == Role.ANSWER) & self.valid).long()
+        before = answer.cumsum(1) - answer
+        new = self.segment[:, 1:] != self.segment[:, :-1]  # packed samples are contiguous
+        place = torch.arange(self.kind.shape[1], device=self.kind.device)
+        starts = torch.cat([torch.zeros_like(place[:1]).expand(len(new), 1), torch.where(new, place[1:], 0)], 1)
+        return before - before.gather(1, starts.cummax(1).values)
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on another device."""

@@ -49,5 +49,5 @@ class Order:
 @lru_cache(maxsize=4)
 def _permutation(size: int, seed: int, stage: str, epoch: int) -> NDArray[np.int64]:
     key = hashlib.sha256(f"{seed}/{stage}/{epoch}".encode()).digest()
-    words = np.frombuffer(key, dtype=np.uint32).tolist()
+    words = np.frombuffer(key, dtype="<u4").tolist()
     return np.random.Generator(np.random.PCG64(words)).permutation(size)

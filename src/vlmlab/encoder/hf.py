@@ -82,7 +82,9 @@ class HfEncoder(nn.Module):
         dtype = next(self.tower.parameters()).dtype
         values = ((pixels.float() - self.mean) / self.std).to(dtype)
         out = self.tower(pixel_values=values, output_hidden_states=self.layers is not None)
-        taken = [out.last_hidden_state] if self.layers is None else [out.hidden_states[i] for i in self.layers]
+        final = (out.last_hidden_state,)
+        # a tower cut down to its embedding reports no hidden states: its output is that embedding
+        taken = final if self.layers is None else [(out.hidden_states or final)[i] for i in self.layers]
         rows, columns = pixels.shape[2] // self.patch, pixels.shape[3] // self.patch
         # class and register tokens, where a family has them, come before the patches
         grids = [grid[:, grid.shape[1] - rows * columns :] for grid in taken]  # each (I, N, Dv)

@@ -1,17 +1,17 @@
 """Evaluates a model on every benchmark, with wrong images and without any, and writes what it said.
 
-    python evaluate.py run=outputs/<name>     # the same numbers again, from the saved weights
+``python evaluate.py run=outputs/<name>`` gives the same numbers again, from the saved weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.contracts.sample import Sample, SampleSource, references
 from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled
 from vlmlab.evaluate.metrics.rows import Row, write_rows
@@ -49,7 +49,7 @@ def evaluate_model(model: VLM, cfg: DictConfig, folder: Path, say: Progress = pr
             write_rows(predictions_file(folder, str(name), baseline), rows)
             say(f"{name}{' ' + baseline if baseline else ''}: {len(rows)} answers")
         metrics = [instantiate(metric, _partial_=True) for metric in benchmark.metrics]
-        scores.update(score_predictions(folder, str(name), metrics))
+        scores.update(score_predictions(folder, str(name), metrics, list(cfg.evaluation.baselines)))
     return {**scores, **held_out_losses(model, cfg, say)}
 
 
@@ -117,3 +117,70 @@ def _row(benchmark: str, sample: Sample, text: str) -> Row:
         chance=turn.chance,
         image_ids=tuple(sample.image_ids),
     )
+
+
+def evaluate(folder: Path, cfg: DictConfig) -> dict[str, Any]:
+    """Score a finished run again, from its saved weights, and say whether the numbers are those of the run.
+
+    Args:
+        folder: the run's folder; predictions and ``metrics.json`` go to ``<folder>/evaluate``.
+        cfg: ``conf/evaluate.yaml``: benchmarks, limit, batch_size, device.
+
+    Returns:
+        The run's result with the metrics measured now.
+
+    Raises:
+        UserError: the run is not finished, or a benchmark's name is unknown.
+    """
+    from vlmlab.analyse.table import final_table
+    from vlmlab.runs.files import write_json
+    from vlmlab.runs.folder import RunFolder
+    from vlmlab.train.run import load_trained
+
+    run = RunFolder(folder)
+    result = run.result()
+    if result is None:
+        raise CheckpointError(f"{folder} is not finished (no result.json); start its training command again to finish it.")
+    config = _overridden(run.config() or {}, cfg)
+    torch.set_num_threads(int(config.trainer.threads))
+    model = load_trained(config, folder)
+    assert isinstance(model, VLM)
+    model.to(_device(str(cfg.device)))
+    metrics = evaluate_model(model, config, folder / "evaluate")
+    write_json(folder / "evaluate" / "metrics.json", metrics)
+    print(final_table({**result, "metrics": metrics}))
+    print(_compared(result["metrics"], metrics))
+    return {**result, "metrics": metrics}
+
+
+def _overridden(run: Mapping[str, Any], cfg: DictConfig) -> DictConfig:
+    """The run's configuration with what the evaluation asks for."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create(dict(run))
+    if cfg.benchmarks is not None:
+        unknown = [name for name in cfg.benchmarks if name not in config.data.benchmarks]
+        if unknown:
+            raise UserError(f"benchmarks={unknown[0]} is not in this run; choose from {', '.join(config.data.benchmarks)}.")
+        config.data.benchmarks = {name: config.data.benchmarks[name] for name in cfg.benchmarks}
+    if cfg.limit is not None:
+        config.budget.eval_limit = cfg.limit
+    if cfg.batch_size is not None:
+        config.evaluation.batch_size = cfg.batch_size
+    return config
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _compared(before: Mapping[str, float], now: Mapping[str, float]) -> str:
+    """One line: how many of the run's numbers came out the same."""
+    shared = [key for key in now if key in before]
+    other = [key for key in shared if now[key] != before[key]]
+    if not other:
+        return f"all {len(shared)} numbers equal those of result.json"
+    shown = "; ".join(f"{key}: {now[key]:.6g} here, {before[key]:.6g} in result.json" for key in other[:5])
+    return f"{len(other)} of {len(shared)} numbers differ from result.json: {shown}"

@@ -98,15 +98,15 @@ class HfLanguageModel(nn.Module):
         if bool((layout.kind[:, -1] == Kind.PAD).any()):
             raise ValueError("prompts must be padded on the left: generation continues the last position")
         tokenizer = self.tokenizer
+        settings = {
+            **PLAIN_GREEDY,
+            "eos_token_id": _stop_ids(self.model, tokenizer),
+            "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            "max_new_tokens": max_new_tokens,
+            **options,
+        }
         with generating(mask, layout):
-            return self.model.generate(
-                inputs_embeds=embeds,
-                attention_mask=layout.valid.long(),
-                max_new_tokens=max_new_tokens,
-                eos_token_id=_stop_ids(self.model, tokenizer),
-                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-                **{**PLAIN_GREEDY, **options},
-            )
+            return self.model.generate(inputs_embeds=embeds, attention_mask=layout.valid.long(), **settings)
 
 
 def _refuse_unknown_heads(model: PreTrainedModel) -> None:

@@ -210,8 +210,7 @@ class StageModule(L.LightningModule):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self.report.gradient_norm = norm.item()
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # skips such a step itself
-        if not scaled and not torch.isfinite(norm):
+        if not self._scaled and not torch.isfinite(norm):
             raise NonFinite(self.stage.name, self.done + 1, "the gradient", self.report.losses, self._samples)
         if self.stage.gradient_clip is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -243,8 +242,9 @@ class StageModule(L.LightningModule):
         for batch in window.batches:
             with no_sync():
                 total, terms = self._loss(batch)
-                with torch.autocast(self.device.type, enabled=False):
-                    self.manual_backward(total)
+                if total.requires_grad:  # text alone says nothing to a connector
+                    with torch.autocast(self.device.type, enabled=False):
+                        self.manual_backward(total)
             sums.append(torch.stack([total.detach().double(), *(value.double() for value in terms.values())]))
         names = ["loss", *terms]
         self._finish_report(names, torch.stack(sums), window)
@@ -289,6 +289,11 @@ class StageModule(L.LightningModule):
             losses = dict(zip(names, sums.sum(0).tolist(), strict=True))
             raise NonFinite(self.stage.name, self.done + 1, "the loss", losses, samples)
 
+    @property
+    def _scaled(self) -> bool:
+        """Whether fp16's loss scaling is on; it passes over steps whose gradient is not finite itself."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
     # -- ranks ---------------------------------------------------------------------------------------------------
 
     @property
@@ -317,6 +322,8 @@ class StageModule(L.LightningModule):
             used = [bool(flag) for flag in self._reduced(flags).tolist()]
             for bucket in _buckets([parameter for (_, parameter), is_used in zip(named, used, strict=True) if is_used]):
                 _all_reduce(bucket)
+        if not any(used) and self._scaled:  # fp16's scaling wants at least one gradient
+            named[0][1].grad = torch.zeros_like(named[0][1])
         if self.pending:
             self.pending -= {name for (name, _), is_used in zip(named, used, strict=True) if is_used}
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from omegaconf import DictConfig
 from torch import nn
 
+from vlmlab.contracts.sample import Sample
+from vlmlab.contracts.tensors import Batch
 from vlmlab.recipe.base import StageModule
 
 
@@ -19,3 +24,10 @@ class ContrastiveModule(StageModule):
         from vlmlab.model import build_dual_encoder
 
         return build_dual_encoder(cfg)
+
+    @staticmethod
+    def collator(cfg: DictConfig, model: nn.Module, prompt: str) -> Callable[[list[Sample]], Batch]:
+        """Samples to a micro-batch with one image a row: pairs are never packed."""
+        from vlmlab.model import build_collator
+
+        return replace(build_collator(cfg, model, prompt), pack_length=None)  # type: ignore[arg-type]

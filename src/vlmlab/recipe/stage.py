@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from vlmlab.contracts.errors import UserError
 
 PARTS = ("encoder", "connector", "fusion", "lm", "pair")
-"""What a stage may train; a part the composition has no weights in is simply empty (``pair`` is a dual encoder's head)."""
+"""What a stage may train; a part the composition has no weights in is empty (``pair``: a dual encoder's head)."""
 
 SCHEDULES = ("cosine", "linear", "constant")
 PROMPTS = ("plain", "chat")

@@ -1,4 +1,4 @@
-"""Proof that frozen weights stayed and trained ones moved: exact fingerprints of all tensors, computed where they are."""
+"""Proof that frozen weights stayed and trained ones moved: exact fingerprints, computed where the tensors are."""
 
 from __future__ import annotations
 

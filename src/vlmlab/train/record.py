@@ -187,9 +187,9 @@ def stage_table(stage: Stage, trainee: Trainee, precision: Precision, prompt: st
         rows.append((part, f"{size:,}", f"{size:,}" if trains else "-", rate))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [f"{r[0]:<{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]:>{widths[3]}}" for r in rows]
+    adapter = target(stage.adapter) if trainee.adapted else "none"
     facts = [
-        f"mask {target(stage.mask)}, objective {target(stage.objective)}, adapter {target(stage.adapter)}, "
-        f"prompt {prompt}",
+        f"mask {target(stage.mask)}, objective {target(stage.objective)}, adapter {adapter}, prompt {prompt}",
         f"data {stage.data} ({samples:,} samples), {stage.steps} steps of {stage.batch_size} samples"
         + (f" in {stage.accumulate} micro-batches" if stage.accumulate > 1 else ""),
         f"precision {precision.shown} ({precision.why})",

@@ -43,7 +43,7 @@ def content_of(
     pending: set[str],
     seconds: float,
 ) -> dict[str, Any]:
-    """What ``last.ckpt`` holds. The schedule and the order of the data are functions of `step`: nothing else to keep."""
+    """What ``last.ckpt`` holds. The schedule and the order of the data are functions of `step`: no state."""
     return {
         "format": FORMAT,
         "stage": stage.name,

@@ -48,7 +48,7 @@ class Signals:
         self._before = {}
 
     def install(self) -> None:
-        """Take the signals (back from Lightning, whose handler talks to other ranks inside a signal, which can hang)."""
+        """Take the signals (back from Lightning, whose handler talks to other ranks inside a signal and can hang)."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._note)
             signal.signal(signal.SIGTERM, self._note)

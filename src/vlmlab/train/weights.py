@@ -33,11 +33,13 @@ class Trainee:
 
     Attributes:
         rates: learning rate of every part that trains in the stage entered last.
+        adapted: parts that its adapter wraps.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.rates: dict[str, float] = {}
+        self.adapted: tuple[str, ...] = ()
         self._ever: dict[int, nn.Parameter] = {}  # by identity: an adapter renames the weights it wraps
 
     # -- stages --------------------------------------------------------------------------------------------------
@@ -48,11 +50,12 @@ class Trainee:
         if stage.mask:
             model.set_mask(instantiate(stage.mask))
         adapter = instantiate(stage.adapter) if stage.adapter else None
-        wrapped = tuple(getattr(adapter, "parts", ()))
-        if wrapped:
+        self.adapted = tuple(getattr(adapter, "parts", ()))
+        if self.adapted:
             model.set_adapter(adapter)
         own = getattr(adapter, "lr", None)
-        self.rates = {part: own if own is not None and part in wrapped else rate for part, rate in stage.train.items()}
+        adapted = self.adapted if own is not None else ()
+        self.rates = {part: own if part in adapted else rate for part, rate in stage.train.items()}
         model.requires_grad_(False)
         for part, named in model.parts().items():
             if part in self.rates:

@@ -6,7 +6,7 @@ Shapes are sampled 4 x 4 times per pixel on an integer grid of eighths of a pixe
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +27,7 @@ PATCH = 14
 NOISE = 3
 """Largest deviation of a background pixel from the scene's grey level."""
 _SAMPLES = 4
-_RADII = (55, 34)
+_RADII = (55, 36)
 """Radius of (large, small) in eighths of a pixel."""
 
 Ints = NDArray[np.int64]
@@ -39,7 +39,7 @@ def _circle(x: Ints, y: Ints, r: int) -> Bools:
 
 
 def _square(x: Ints, y: Ints, r: int) -> Bools:
-    return 8 * np.maximum(abs(x), abs(y)) <= 7 * r
+    return np.maximum(abs(x), abs(y)) <= r
 
 
 def _triangle(x: Ints, y: Ints, r: int) -> Bools:
@@ -47,12 +47,12 @@ def _triangle(x: Ints, y: Ints, r: int) -> Bools:
 
 
 def _diamond(x: Ints, y: Ints, r: int) -> Bools:
-    return 8 * (abs(x) + abs(y)) <= 9 * r
+    return abs(x) + abs(y) <= r
 
 
 def _cross(x: Ints, y: Ints, r: int) -> Bools:
     near, far = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
-    return (20 * near <= 7 * r) & (far <= r)
+    return (4 * near <= r) & (far <= r)
 
 
 def _ring(x: Ints, y: Ints, r: int) -> Bools:
@@ -75,7 +75,7 @@ def _pattern(name: str) -> Bools:
     return np.zeros((PATCH, PATCH), bool)
 
 
-@lru_cache(maxsize=None)
+@cache
 def coverage(shape: int, size: int) -> NDArray[np.int16]:
     """(PATCH, PATCH) sixteenths of every pixel that a shape covers."""
     steps = np.arange(PATCH * _SAMPLES, dtype=np.int64) * 2 + 1 - PATCH * _SAMPLES
@@ -83,7 +83,7 @@ def coverage(shape: int, size: int) -> NDArray[np.int16]:
     return inside.reshape(PATCH, _SAMPLES, PATCH, _SAMPLES).sum((1, 3)).astype(np.int16)
 
 
-@lru_cache(maxsize=None)
+@cache
 def bounds(shape: int, size: int) -> tuple[int, int, int, int]:
     """The box ``(x0, y0, x1, y1)`` of a shape within its patch; the upper ends are exclusive."""
     touched = coverage(shape, size) > 0
@@ -91,7 +91,7 @@ def bounds(shape: int, size: int) -> tuple[int, int, int, int]:
     return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
 
 
-@lru_cache(maxsize=None)
+@cache
 def _patch(domain: str, color: int, shape: int, size: int, texture: int) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
     """What is kept of the background, and what is added, both (PATCH, PATCH, 3) in sixteenths."""
     words = lexicon(domain)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from vlmlab.contracts.errors import UserError
@@ -40,8 +40,8 @@ _LEVELS = ((0, COLOR, SHAPE, SIZE, TEXTURE, 3, 5, 6, 9, 10), (7, 11, 13, 14), (1
 """Attribute masks of a reference by length; longer ones are used only where no shorter one is unique."""
 TERMS = {"shape": 2, "color": 1, "pair": 3, "size_shape": 6, "texture_shape": 10, "size_pair": 7}
 _MOST_PAIRS = 3
-_RARE = ({"relation"}, {"relation", "two_hop"})
-"""Kinds that not every scene offers: one that does asks twice, the second only in half of the conversations."""
+_RARE = ("relation", "relation", "relation", "two_hop")
+"""Kinds that not every scene offers: a conversation asks one of them twice as readily as the other kinds."""
 
 Key = tuple[str, str]
 Payload = tuple[Any, ...]
@@ -112,12 +112,12 @@ class View:
         return sum(not mask & _difference(attributes, other) for other in self.attributes)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _difference(a: Attributes, b: Attributes) -> int:
     return sum(bit for bit, x, y in zip((COLOR, SHAPE, SIZE, TEXTURE), a, b, strict=True) if x != y)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _unique_masks(differences: tuple[int, ...], without: int, including: int) -> tuple[int, ...]:
     for level in _LEVELS:
         found = tuple(
@@ -426,9 +426,7 @@ class _Asker:
         return _render(self.view, self.stream, kind, key, payload)
 
 
-def dialogue(
-    scene: Scene, stream: Stream, kinds: Sequence[str] = KINDS, weights: Weights = WEIGHTS
-) -> list[Question]:
+def dialogue(scene: Scene, stream: Stream, kinds: Sequence[str] = KINDS, weights: Weights = WEIGHTS) -> list[Question]:
     """Six to eight different questions about a scene, their kinds as evenly spread as the scene allows.
 
     At most a third of them are yes/no. With few ``kinds`` there may be fewer questions.
@@ -449,7 +447,7 @@ def dialogue(
         if len(kinds) > 1 and counts["existence"] >= wanted // 3:
             open_kinds.discard("existence")
         order = stream.shuffled([kind for kind in kinds if kind in open_kinds])
-        order.sort(key=lambda kind: counts[kind] - (kind in rare and counts[kind] == 1))
+        order.sort(key=lambda kind: counts[kind] - (kind == rare and counts[kind] == 1))
         kind = order[0] if order else None
         if kind is None:
             break

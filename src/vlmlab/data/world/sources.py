@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from vlmlab.contracts.errors import UserError
@@ -21,7 +22,7 @@ _INSIST = 64
 _ORDINALS = ("first", "second", "third")
 
 
-class _WorldSource:
+class _WorldSource(ABC):
     """What all sources of the world share: an address and a size.
 
     Args:
@@ -52,8 +53,9 @@ class _WorldSource:
             raise IndexError(f"sample {index} of {self.size}")
         return self._sample(index)
 
+    @abstractmethod
     def _sample(self, index: int) -> Sample:
-        raise NotImplementedError
+        """The sample of an index within the size."""
 
     def _scene(self, index: int) -> Scene:
         return sample_scene(self.split, index, self.seed, self.domain)

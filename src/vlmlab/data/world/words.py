@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from vlmlab.contracts.errors import UserError
 
@@ -76,7 +76,7 @@ _BASE = Lexicon(
     colors=("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white"),
     palette=(
         (225, 25, 25),
-        (20, 150, 30),
+        (15, 185, 40),
         (30, 60, 235),
         (250, 235, 30),
         (150, 30, 190),
@@ -133,7 +133,7 @@ _SHIFTED = Lexicon(
     synonyms=("major", "minor"),
     textures=("dotted", "checked"),
     patterns=("dots", "checks"),
-    second_tone=(255, 4),
+    second_tone=(255, 5),
     background=(195, 225),
     noun="finding",
     nouns="findings",
@@ -186,7 +186,7 @@ COLOR, SHAPE, SIZE, TEXTURE = 1, 2, 4, 8
 """Bits of a mask that says which attributes a phrase names."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def phrase(domain: str, mask: int, attributes: tuple[int, int, int, int], plural: bool = False) -> str:
     """Words for an object, such as ``large red striped circle``, without an article.
 

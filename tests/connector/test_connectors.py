@@ -1,0 +1,101 @@
+"""Shapes, the paper's formulas written out, and transformers' Q-Former."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch.nn import functional as F
+from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+from tests.tiny import choices, spread, worst
+from vlmlab.connector.mlp import MlpConnector
+from vlmlab.connector.qformer import QFormerConnector
+from vlmlab.contracts.tensors import Visual
+
+
+def visual(layers: int = 1, images: int = 3, width: int = 32) -> Visual:
+    generator = torch.Generator().manual_seed(0)
+    grids = [torch.randn(images, 16, width, generator=generator) for _ in range(layers)]
+    return Visual(grids=grids, pooled=None, hw=torch.tensor([[4, 4]] * images))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("path", choices("connector"), ids=lambda p: p.stem)
+def test_every_connector_gives_the_tokens_it_promises(path: object, layers: int) -> None:
+    connector = instantiate(OmegaConf.load(path), in_width=32 * layers, out_width=24)
+    tokens = connector(visual(layers))
+    assert tokens.shape == (3, connector.tokens_per_image((4, 4)), 24)
+    tokens.square().sum().backward()
+    assert [n for n, p in connector.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("path", choices("connector"), ids=lambda p: p.stem)
+@torch.no_grad()
+def test_images_do_not_see_each_other(path: object) -> None:
+    connector = spread(instantiate(OmegaConf.load(path), in_width=32, out_width=24))
+    seen = visual()
+    other = Visual([seen.grids[0].flip(0)], None, seen.hw)
+    assert worst(connector(seen).flip(0), connector(other)) < 1e-6
+
+
+@torch.no_grad()
+def test_mlp_formula() -> None:
+    connector = spread(MlpConnector(32, 24, depth=3, hidden=20))
+    first, second, third = (m for m in connector.layers if isinstance(m, torch.nn.Linear))
+    x = visual().grids[0]
+    gelu = lambda v: 0.5 * v * (1 + torch.erf(v / math.sqrt(2)))  # noqa: E731
+    want = gelu(gelu(x @ first.weight.T + first.bias) @ second.weight.T + second.bias) @ third.weight.T + third.bias
+    assert first.weight.shape == (20, 32) and third.weight.shape == (24, 20)
+    assert worst(connector(visual()), want) < 1e-5
+
+
+def qformer(cross_every: int = 2) -> QFormerConnector:
+    connector = QFormerConnector(20, 24, queries=5, hidden=16, layers=3, heads=2, cross_every=cross_every, dropout=0.1)
+    return spread(connector)  # evaluation mode: no dropout
+
+
+@torch.no_grad()
+def test_qformer_is_transformers_blip2() -> None:
+    ours = qformer()
+    theirs = Blip2QFormerModel(
+        Blip2QFormerConfig(
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=64,
+            cross_attention_frequency=2,
+            encoder_hidden_size=20,
+        )
+    ).eval()
+    theirs.load_state_dict(ours.qformer.state_dict())
+    assert [hasattr(layer, "crossattention") for layer in theirs.encoder.layer] == [True, False, True]
+    features = visual(width=20).grids[0]
+    normed = F.layer_norm(features, (20,), ours.norm.weight, ours.norm.bias)
+    out = theirs(query_embeds=ours.queries.expand(3, -1, -1), encoder_hidden_states=normed).last_hidden_state
+    assert worst(ours(visual(width=20)), out @ ours.out.weight.T + ours.out.bias) < 1e-6
+
+
+@torch.no_grad()
+def test_one_cross_attention_by_a_plain_loop() -> None:
+    ours = qformer()
+    block = ours.qformer.encoder.layer[0].crossattention
+    queries, features = ours.queries[0], visual(width=20).grids[0][0]
+    part = block.attention
+    want = torch.zeros_like(queries)
+    for head in range(2):
+        mine = slice(head * 8, head * 8 + 8)
+        for i, query in enumerate(queries):
+            q = (part.query.weight @ query + part.query.bias)[mine]
+            weights = torch.stack([q @ (part.key.weight @ x + part.key.bias)[mine] / math.sqrt(8) for x in features]).exp()
+            values = [(part.value.weight @ x + part.value.bias)[mine] for x in features]
+            want[i, mine] = sum(w * v for w, v in zip(weights / weights.sum(), values, strict=True))
+    want = want @ block.output.dense.weight.T + block.output.dense.bias + queries
+    norm = block.output.LayerNorm
+    want = F.layer_norm(want, (16,), norm.weight, norm.bias, norm.eps)
+    got = block(ours.queries, encoder_hidden_states=features[None])
+    got = got[0] if isinstance(got, tuple) else got
+    assert worst(got[0], want) < 1e-5

@@ -1,0 +1,199 @@
+import hashlib
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.sample import IMAGE_TAG
+from vlmlab.data.world.scene import sample_scene
+from vlmlab.data.world.sources import (
+    WorldCaptions,
+    WorldInstruct,
+    WorldInterleaved,
+    WorldQuestions,
+    WorldText,
+)
+
+CONFIG = Path(__file__).parents[3] / "conf" / "data" / "world.yaml"
+SOURCES = {
+    "short": WorldCaptions("short", "train", 200),
+    "dense": WorldCaptions("dense", "val", 200),
+    "mixed": WorldCaptions("mixed", "train", 200, seed=3),
+    "conversation": WorldQuestions("train", 200, multi_turn=True),
+    "single": WorldQuestions("test", 200),
+    "compositional": WorldQuestions("compositional", 200),
+    "instruct": WorldInstruct("train", 200),
+    "interleaved": WorldInterleaved("test", 200),
+    "text": WorldText("train", 200),
+    "shifted": WorldInstruct("train", 200, domain="shifted"),
+    "shifted_single": WorldQuestions("test", 200, domain="shifted"),
+    "shifted_interleaved": WorldInterleaved("train", 200, seed=1, domain="shifted"),
+}
+
+GOLDEN = {
+    "short": ["24ff003ee3efcc37", "738867153295e3ab", "4b735f2da8f4aff9"],
+    "dense": ["af9b4478ffe1cdaf", "235c6cc4c9943e0c", "e043ed881832b92d"],
+    "mixed": ["65476614a11c669b", "b48563e4018554da", "d1ce6d323cc3e573"],
+    "conversation": ["f7b9a7f5499d932e", "570fa3f12a31abca", "5268541ca2604778"],
+    "single": ["b3f60396cd264351", "204394043f4042b1", "9cd934d7068e01cc"],
+    "compositional": ["85baed8ebd540fa4", "473dbbb9b774d2ca", "5505a8fae062837b"],
+    "instruct": ["f7b9a7f5499d932e", "570fa3f12a31abca", "561cd30873ba02ff"],
+    "interleaved": ["12f71f197f5557c1", "46d3c08bd87cb55f", "d1751e0a9568cd51"],
+    "text": ["6eafd9a0f1327a27", "19fa79c23fbc6e49", "ac9def43bb095361"],
+    "shifted": ["be2feaf532f402e8", "7cf8faa6ffcd9346", "8b5ebc6facd5aea0"],
+    "shifted_single": ["72a92d3f0636fae0", "53238279bcf649cc", "052ef57a58181b15"],
+    "shifted_interleaved": ["2c8b2f82a9d59259", "b9236a3b7a8b99a0", "eaa2f308dbf09f47"],
+}
+
+
+def digest(sample):
+    """A hash of everything in a sample."""
+    words = repr((sample.id, sample.turns, sample.system, sample.image_ids)).encode()
+    return hashlib.sha256(words + b"".join(image.tobytes() for image in sample.images)).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_golden_samples(name):
+    assert [digest(SOURCES[name][index]) for index in (0, 57, 199)] == GOLDEN[name]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_samples_do_not_depend_on_the_order_of_access(name):
+    source = SOURCES[name]
+    forward = [digest(source[index]) for index in range(20)]
+    backward = [digest(source[index]) for index in reversed(range(20))]
+    assert forward == backward[::-1]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_samples_are_well_formed(name):
+    samples = list(SOURCES[name])
+    assert len(samples) == len(SOURCES[name]) == 200
+    assert len({sample.id for sample in samples}) == 200
+    for sample in samples:
+        assert len(sample.images) == len(sample.image_ids)
+        assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for image in sample.images)
+        assert sample.turns and all(turn.answer and turn.kind for turn in sample.turns)
+        assert all(turn.chance is None or 0 < turn.chance <= 0.5 for turn in sample.turns)
+
+
+def test_size_does_not_change_samples():
+    assert digest(WorldQuestions("test", 8)[7]) == digest(WorldQuestions("test", 2000)[7])
+
+
+def test_indices_outside_are_refused():
+    for index in (-1, 200):
+        with pytest.raises(IndexError):
+            SOURCES["short"][index]
+
+
+def test_short_captions_come_with_five_references_and_their_own_prompts():
+    short, dense = SOURCES["short"], SOURCES["dense"]
+    assert all(len(s.turns[0].references) == 5 and s.turns[0].answer in s.turns[0].references for s in short)
+    assert not {s.turns[0].prompt for s in short} & {s.turns[0].prompt for s in dense}
+
+
+def test_mixed_captions_and_instruct_mix_as_said():
+    kinds = [sample.turns[0].kind for sample in WorldCaptions("mixed", "train", 1000)]
+    assert 0.45 < kinds.count("caption") / 1000 < 0.55
+    samples = list(WorldInstruct("train", 1000, caption_fraction=0.3))
+    assert 0.26 < sum("caption" in sample.turns[0].kind for sample in samples) / 1000 < 0.34
+    assert not any("caption" in s.turns[0].kind for s in WorldInstruct("train", 100, caption_fraction=0))
+
+
+def test_kinds_can_be_chosen():
+    source = WorldQuestions("test", 40, kinds=["count", "relation"])
+    assert [sample.turns[0].kind for sample in source] == ["count", "relation"] * 20
+    turns = WorldQuestions("train", 20, multi_turn=True, kinds=["existence"])[3].turns
+    assert {turn.kind for turn in turns} == {"existence"}
+
+
+def test_the_picture_of_a_question_is_the_scene_it_names():
+    from vlmlab.data.world.draw import render
+
+    for sample in list(SOURCES["single"])[:30]:
+        split, index = sample.image_ids[0].split("/")[1:]
+        assert (sample.images[0] == render(sample_scene(split, int(index)))).all()
+
+
+def test_interleaved_answers_are_right_and_balanced():
+    colors = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "white"]
+    shapes = ["circles", "squares", "triangles", "diamonds", "crosses", "rings"]
+    answers = []
+    for sample in WorldInterleaved("test", 600):
+        (turn,) = sample.turns
+        assert turn.prompt.count(IMAGE_TAG) == len(sample.images) == len(set(sample.image_ids))
+        term = turn.prompt.rstrip("?").split("more " if len(sample.images) == 2 else "most ")[1]
+        counts = []
+        for name in sample.image_ids:
+            things = sample_scene("test", int(name.split("/")[-1])).objects
+            word = term.split()[0]
+            wanted = ("shape", shapes.index(word)) if word in shapes else ("color", word)
+            if word == "objects":
+                counts.append(len(things))
+            elif wanted[0] == "shape":
+                counts.append(sum(t.shape == wanted[1] for t in things))
+            else:
+                counts.append(sum(t.color == colors.index(word) for t in things))
+        best = ("first", "second", "third").index(turn.answer)
+        assert all(counts[best] > count for place, count in enumerate(counts) if place != best)
+        answers.append((len(sample.images), turn.answer))
+    for number in (2, 3):
+        mine = [answer for count, answer in answers if count == number]
+        assert all(abs(mine.count(a) / len(mine) - 1 / number) < 0.08 for a in set(mine))
+
+
+def _config():
+    """The configuration, the sources of benchmarks in the place of the benchmarks."""
+    config = yaml.safe_load(CONFIG.read_text())
+    config["benchmarks"] = {name: keys["source"] for name, keys in config["benchmarks"].items()}
+    return config
+
+
+@pytest.mark.parametrize(
+    ("make", "choices"),
+    [
+        (lambda: WorldCaptions("long", "train", 1), "short, dense, mixed"),
+        (lambda: WorldCaptions("short", "dev", 1), "train, val, test, compositional"),
+        (lambda: WorldQuestions("test", 1, domain="xray"), "base, shifted"),
+        (lambda: WorldQuestions("test", 1, kinds=["color"]), "attribute, existence, count"),
+        (lambda: WorldQuestions("test", 1, kinds=[]), "attribute, existence, count"),
+        (lambda: WorldQuestions("test", 0), "1 or more"),
+        (lambda: WorldInstruct("train", 1, caption_fraction=1.5), "0 to 1"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_sentence(make, choices):
+    with pytest.raises(UserError, match=choices) as caught:
+        make()
+    assert str(caught.value).count(".") - str(caught.value).count("1.5") == 1
+    assert "\n" not in str(caught.value)
+
+
+def test_the_configuration_builds_every_source():
+    config = _config()
+    assert set(config) == {"train", "val", "benchmarks"}
+    assert set(config["train"]) == set(config["val"])
+    for group in config.values():
+        for name, keys in group.items():
+            module, target = keys.pop("_target_").rsplit(".", 1)
+            source = getattr(importlib.import_module(module), target)(**keys)
+            assert source[0].turns, name
+            assert len(source) == keys["size"]
+
+
+def test_splits_of_the_configuration_are_disjoint():
+    config = _config()
+    assert {keys["split"] for keys in config["train"].values()} == {"train"}
+    assert {keys["split"] for keys in config["val"].values()} == {"val"}
+    assert {keys["split"] for keys in config["benchmarks"].values()} == {"test", "compositional"}
+
+
+def test_the_world_does_not_import_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, vlmlab.data.world.sources; sys.exit('torch' in sys.modules or 'PIL' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

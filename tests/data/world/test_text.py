@@ -1,0 +1,86 @@
+"""Every form of a scene told in words gives back every object: nothing that a question needs is missing."""
+
+import re
+
+import pytest
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.data.world.scene import sample_scene
+from vlmlab.data.world.stream import Stream
+from vlmlab.data.world.text import FORMS, describe, text_sample
+
+NUMBERS = {"one": 0, "two": 1, "three": 2, "four": 3}
+SIZES = {"large": 0, "big": 0, "small": 1, "little": 1}
+COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "white"]
+TEXTURES = ["solid", "striped"]
+SHAPES = ["circle", "square", "triangle", "diamond", "cross", "ring"]
+
+
+def _thing(words, row, col):
+    """(color, shape, size, texture, row, col) from a phrase in any order of words."""
+    known = words.replace(",", " ").split()
+    values = []
+    for table in (COLORS, SHAPES, SIZES, TEXTURES):
+        (word,) = [w for w in known if w in table]
+        values.append(table[word] if isinstance(table, dict) else table.index(word))
+    return (*values, row, col)
+
+
+def _at(pattern, text, words, row, col):
+    return {_thing(match[words], NUMBERS[match[row]], NUMBERS[match[col]]) for match in re.finditer(pattern, text)}
+
+
+def _cells(text):
+    cells = re.sub(r"row \w+: ", "", text.rstrip(".")).replace(".", ",").split(",")
+    assert len(cells) == 16
+    return {_thing(cell, *divmod(place, 4)) for place, cell in enumerate(cells) if cell.strip() != "empty"}
+
+
+def _told(text):
+    found = set()
+    for sentence in text.rstrip(".").split("."):
+        row, col = re.search(r"row (\w+)", sentence)[1], re.search(r"column (\w+)", sentence)[1]
+        found.add(_thing(sentence, NUMBERS[row], NUMBERS[col]))
+    return found
+
+
+PARSERS = {
+    "dense": lambda text: _at(r"an? ([\w ]+?) in row (\w+) column (\w+)", text, 1, 2, 3),
+    "cells": _cells,
+    "coordinates": lambda text: _at(r"row (\w+) column (\w+): ([\w ]+)\.", text, 3, 1, 2),
+    "told": _told,
+}
+
+
+@pytest.mark.parametrize("form", PARSERS)
+def test_forms_are_complete(form):
+    for index in range(300):
+        scene = sample_scene("train", index)
+        told = PARSERS[form](describe(scene, form, Stream(index)))
+        assert told == {(t.color, t.shape, t.size, t.texture, t.row, t.col) for t in scene.objects}
+
+
+def test_every_form_has_a_test():
+    assert set(FORMS) == {*PARSERS, "caption"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_text_samples_hold_no_image(form):
+    for index in range(50):
+        scene = sample_scene("train", index)
+        sample = text_sample(scene, form)
+        assert sample.images == () == sample.image_ids
+        assert not any("<image>" in turn.prompt for turn in sample.turns)
+        if form == "caption":
+            assert [turn.prompt for turn in sample.turns] == [""]
+        else:
+            assert 6 <= len(sample.turns) <= 9
+            told = PARSERS[form](re.sub(r"(?<=\.) [A-Z][^.:]*[?.]$", "", sample.turns[0].prompt))
+            assert len(told) == len(scene.objects)
+
+
+def test_unknown_forms_are_refused():
+    from vlmlab.data.world.sources import WorldText
+
+    with pytest.raises(UserError, match="dense, cells, coordinates, told, caption"):
+        WorldText("train", 1, forms=["grid"])

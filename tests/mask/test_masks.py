@@ -1,0 +1,237 @@
+"""Every policy of conf/mask against the table of names, rules and the leak rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from tests.tiny import batches, choices, layouts, qwen2
+from vlmlab.contracts.tensors import Batch, Kind, Layout, Role
+from vlmlab.lm.hf import HfLanguageModel
+from vlmlab.mask.base import ground, not_later, pair, same_era
+from vlmlab.mask.bidir import Bidirectional
+from vlmlab.mask.causal import Causal
+
+POLICIES = choices("mask")
+LAYOUTS = list(layouts())
+
+
+def policy(path: Path) -> object:
+    return instantiate(OmegaConf.load(path))
+
+
+# -- the rules, written out once more for one pair (i, j) of one row; "opens" is what needs the leak rule ----------------
+
+
+class Row:
+    """One row of a layout as plain lists."""
+
+    def __init__(self, layout: Layout, row: int) -> None:
+        self.kind, self.image, self.segment, self.role = (
+            getattr(layout, name)[row].tolist() for name in ("kind", "image", "segment", "role")
+        )
+
+    def visual(self, i: int) -> bool:
+        return self.kind[i] == Kind.VISUAL
+
+    def answer(self, i: int) -> bool:
+        return self.role[i] == Role.ANSWER
+
+    def era(self, k: int) -> int:
+        return sum(self.answer(m) and self.segment[m] == self.segment[k] for m in range(k))
+
+
+Rule = Callable[[Row, int, int], bool]
+NO: Rule = lambda r, i, j: False  # noqa: E731
+OPENS: dict[str, Rule] = {
+    "causal": NO,
+    "bidir": lambda r, i, j: r.visual(i) and r.visual(j) and r.image[i] == r.image[j],
+    "bidir_all_images": lambda r, i, j: r.visual(i) and r.visual(j),
+    "visual_keys_open": lambda r, i, j: r.visual(j),
+    "prefix_lm": lambda r, i, j: not r.answer(i) and not r.answer(j),
+    "visual_rows_open": lambda r, i, j: r.visual(i),
+    "visual_isolated": NO,
+    "visual_self_only": NO,
+}
+CLOSES: dict[str, Rule] = {
+    "visual_isolated": lambda r, i, j: r.visual(i) and not r.visual(j),
+    "visual_self_only": lambda r, i, j: r.visual(i) and i != j,
+}
+
+
+def dense(name: str, layout: Layout) -> Tensor:
+    """(B, S, S) by a double loop."""
+    assert name in OPENS, f"{name} has no rule here; add it to OPENS (and CLOSES)"
+    rows, length = layout.kind.shape
+    out = torch.zeros(rows, length, length, dtype=torch.bool)
+    for b in range(rows):
+        row = Row(layout, b)
+        eras = [row.era(k) for k in range(length)]
+        for i in range(length):
+            for j in range(length):
+                if row.kind[i] == Kind.PAD or row.kind[j] == Kind.PAD:
+                    out[b, i, j] = i == j and row.kind[i] == Kind.PAD  # a padded query sees itself, or softmax is empty
+                elif row.segment[i] == row.segment[j] and not CLOSES.get(name, NO)(row, i, j):
+                    out[b, i, j] = j <= i or (OPENS[name](row, i, j) and eras[i] == eras[j])
+    return out
+
+
+@pytest.mark.parametrize("where", LAYOUTS)
+@pytest.mark.parametrize("path", POLICIES, ids=lambda p: p.stem)
+def test_matrix_equals_the_double_loop(path: Path, where: str) -> None:
+    layout = layouts()[where]
+    got = policy(path)(layout, torch.arange(layout.kind.shape[1]))
+    assert got.dtype == torch.bool
+    assert torch.equal(got, dense(path.stem, layout))
+
+
+def test_layouts_are_what_they_are_called() -> None:
+    found = layouts()
+    assert found["packed"].segment.unique().tolist() == [0, 1, 2]
+    assert found["left padding"].kind[:, 0].eq(Kind.PAD).any() and found["left padding"].kind[:, -1].ne(Kind.PAD).all()
+    assert found["right padding"].kind[:, -1].eq(Kind.PAD).any()
+    tail = found["one turn"].role[0, -1]
+    assert tail != Role.ANSWER, "the template's tail stands after the answer"
+    first_answer = int(found["image in turn two"].role[0].eq(Role.ANSWER).int().argmax())
+    assert int(found["image in turn two"].visual[0].int().argmax()) > first_answer
+
+
+def text(matrix: Tensor) -> list[str]:
+    return ["".join("x" if cell else "." for cell in row) for row in matrix]
+
+
+def six() -> Layout:
+    """User, two tokens of image 0, one of image 1, two answer tokens."""
+    return Layout(
+        kind=torch.tensor([[1, 2, 2, 2, 1, 1]]),
+        image=torch.tensor([[-1, 0, 0, 1, -1, -1]]),
+        tile=torch.tensor([[-1, 0, 0, 0, -1, -1]]),
+        segment=torch.zeros(1, 6, dtype=torch.long),
+        role=torch.tensor([[1, 1, 1, 1, 2, 2]]),
+        position=torch.arange(6)[None],
+    )
+
+
+def test_golden_tables() -> None:
+    q = torch.arange(6)
+    assert text(Bidirectional()(six(), q)[0]) == ["x.....", "xxx...", "xxx...", "xxxx..", "xxxxx.", "xxxxxx"]
+    assert text(Causal()(six(), q)[0]) == ["x.....", "xx....", "xxx...", "xxxx..", "xxxxx.", "xxxxxx"]
+
+
+def test_era_counts_answers_before_within_the_segment() -> None:
+    role = torch.tensor([[1, 2, 2, 1, 2, 1, 1, 2, 0, 0]])
+    segment = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, -1, -1]])
+    one = torch.ones_like(role)
+    kind = torch.where(segment < 0, 0, 1)
+    era = Layout(kind, -one, -one, segment, role, one).era
+    assert era[0, :8].tolist() == [0, 0, 1, 2, 2, 0, 0, 0]
+
+
+@pytest.mark.parametrize("path", POLICIES, ids=lambda p: p.stem)
+def test_rows_of_any_queries_equal_those_of_the_whole(path: Path) -> None:
+    layout = layouts()["packed"]
+    whole = policy(path)(layout, torch.arange(layout.kind.shape[1]))
+    q = torch.tensor([7, 3, 20])
+    assert torch.equal(policy(path)(layout, q), whole[:, q])
+
+
+def test_labels_never_reach_the_mask(lm: HfLanguageModel) -> None:
+    batch = batches()["right padding"]
+    seen = []
+    for labels in (batch.labels, torch.full_like(batch.labels, 5)):
+        changed = Batch(**{**batch.__dict__, "labels": labels})
+        seen.append(lm.states(lm.embed(changed.input_ids), changed.layout, Bidirectional()))
+    assert torch.equal(*seen)
+
+
+# -- the leak rule -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lm() -> HfLanguageModel:
+    """Four layers: a leak that needs several hops shows."""
+    return HfLanguageModel(str(qwen2())).eval().requires_grad_(False)
+
+
+def leak(lm: HfLanguageModel, mask: object, batch: Batch) -> float:
+    """Largest gradient of any answer's logit with respect to itself, a later answer token or another packed sample."""
+    embeds = lm.embed(batch.input_ids).requires_grad_()
+    logits = lm.logits(lm.states(embeds, batch.layout, mask))  # (B, S, V)
+    answer = batch.layout.role.eq(Role.ANSWER) & batch.layout.valid
+    worst = 0.0
+    for t in range(1, embeds.shape[1]):
+        rows = batch.labels[:, t].ne(-100)
+        if not rows.any():
+            continue
+        chosen = logits[rows, t - 1].gather(1, batch.input_ids[rows, t, None]).sum()  # rows do not see each other
+        (gradient,) = torch.autograd.grad(chosen, embeds, retain_graph=True)
+        later = answer & (torch.arange(embeds.shape[1]) >= t)
+        foreign = batch.layout.segment != batch.layout.segment[:, t, None]
+        worst = max(worst, float((gradient.abs().amax(-1) * (rows[:, None] & (later | foreign))).max()))
+    return worst
+
+
+@pytest.mark.parametrize("where", LAYOUTS)
+@pytest.mark.parametrize("path", POLICIES, ids=lambda p: p.stem)
+def test_no_answer_logit_depends_on_later_answers(path: Path, where: str, lm: HfLanguageModel) -> None:
+    mask = policy(path)
+    found = leak(lm, mask, batches()[where])
+    if getattr(mask, "leaks", False):  # the negative control, refused for training
+        assert found > 0 or not batches()[where].layout.visual.any()
+    else:
+        assert found == 0.0
+
+
+class AllImagesWithoutEra:
+    """Planted: images of different turns see each other, whatever was answered between them."""
+
+    def __call__(self, layout: Layout, q: Tensor) -> Tensor:
+        q_visual, k_visual = pair(layout.visual, q)
+        return ground(not_later(layout, q) | (q_visual & k_visual), layout, q)
+
+
+class PrefixWithoutEra:
+    """Planted: every token that is no answer sees every other, the template's tail included."""
+
+    def __call__(self, layout: Layout, q: Tensor) -> Tensor:
+        q_answer, k_answer = pair(layout.role == Role.ANSWER, q)
+        return ground(not_later(layout, q) | (~q_answer & ~k_answer), layout, q)
+
+
+class PrefixWithEra:
+    """The same with the leak rule."""
+
+    def __call__(self, layout: Layout, q: Tensor) -> Tensor:
+        q_answer, k_answer = pair(layout.role == Role.ANSWER, q)
+        return ground(not_later(layout, q) | (~q_answer & ~k_answer & same_era(layout, q)), layout, q)
+
+
+class AcrossSegments:
+    """Planted: packed samples see each other."""
+
+    def __call__(self, layout: Layout, q: Tensor) -> Tensor:
+        return not_later(layout, q).expand(layout.kind.shape[0], -1, -1)
+
+
+@pytest.mark.parametrize(
+    ("mask", "where"),
+    [
+        (AllImagesWithoutEra(), "image in each turn"),
+        (PrefixWithoutEra(), "one turn"),
+        (PrefixWithoutEra(), "left padding"),
+        (AcrossSegments(), "packed"),
+    ],
+)
+def test_the_leak_test_can_fail(mask: object, where: str, lm: HfLanguageModel) -> None:
+    assert leak(lm, mask, batches()[where]) > 1e-6
+
+
+@pytest.mark.parametrize("where", LAYOUTS)
+def test_the_leak_rule_closes_the_planted_leak(where: str, lm: HfLanguageModel) -> None:
+    assert leak(lm, PrefixWithEra(), batches()[where]) == 0.0

@@ -1,0 +1,104 @@
+import pytest
+from omegaconf import OmegaConf
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.recipe.stage import Stage, parse
+
+
+def config(**stage):
+    whole = {"module": "a.B", "train": {"connector": 1e-3}, "data": "short", "steps": 10, "batch_size": 8, **stage}
+    return OmegaConf.create(
+        {
+            "mask": {"_target_": "m.M"},
+            "objective": {"_target_": "o.O"},
+            "adapter": {"_target_": "a.A"},
+            "data": {"train": {"short": {}, "long": {}}},
+            "trainer": {"gradient_clip": 1.0, "devices": 2},
+            "budget": {"steps_scale": 1.0, "max_steps": None},
+            "debug": {"steps": None},
+            "recipe": {"stages": {"one": whole}},
+        }
+    )
+
+
+def test_defaults_come_from_the_groups():
+    (stage,) = parse(config())
+    assert (stage.mask, stage.objective, stage.adapter) == ({"_target_": "m.M"}, {"_target_": "o.O"}, {"_target_": "a.A"})
+    assert stage.gradient_clip == 1.0
+    assert stage.betas == (0.9, 0.999)
+    assert stage.train == {"connector": 1e-3}
+
+
+def test_null_turns_off_what_has_an_off_choice():
+    (stage,) = parse(config(adapter=None, gradient_clip=None, train={"connector": 1e-3, "encoder": None}))
+    assert stage.adapter is None
+    assert stage.gradient_clip is None
+    assert stage.train == {"connector": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"train": {"conector": 1e-3}}, "train.conector"),
+        ({"train": {}}, "train"),
+        ({"train": {"lm": None}}, "train"),
+        ({"train": {"lm": "fast"}}, "train.lm"),
+        ({"train": {"lm": -1.0}}, "train.lm"),
+        ({"data": "shrot"}, "data"),
+        ({"prompt": "chatty"}, "prompt"),
+        ({"schedule": "cosin"}, "schedule"),
+        ({"batch_size": 6, "accumulate": 2}, "batch_size"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"steps": -1}, "steps"),
+        ({"steps": 1.5}, "steps"),
+        ({"steps": None}, "steps"),
+        ({"accumulate": True}, "accumulate"),
+        ({"warmup": 3}, "warmup"),
+        ({"min_lr_ratio": -0.1}, "min_lr_ratio"),
+        ({"weight_decay": -1}, "weight_decay"),
+        ({"betas": [0.9]}, "betas"),
+        ({"gradient_clip": 0}, "gradient_clip"),
+        ({"module": "AlignmentModule"}, "module"),
+        ({"lr": 1e-3}, "lr"),
+    ],
+)
+def test_a_mistake_names_its_key(change, key):
+    with pytest.raises(UserError, match=rf"^recipe\.stages\.one\.{key}\b") as caught:
+        parse(config(**change))
+    assert "\n" not in str(caught.value)
+
+
+def test_budget_scales_and_caps_steps():
+    cfg = config(steps=30)
+    cfg.budget.steps_scale = 0.1
+    assert parse(cfg)[0].steps == 3
+    cfg.budget.steps_scale = 0.05
+    assert parse(cfg)[0].steps == 2
+    cfg.budget.max_steps = 1
+    assert parse(cfg)[0].steps == 1
+
+
+def test_debug_steps_keeps_only_the_first_stage():
+    cfg = config()
+    cfg.recipe.stages.two = cfg.recipe.stages.one
+    cfg.debug.steps = 3
+    assert [(stage.name, stage.steps) for stage in parse(cfg)] == [("one", 3)]
+
+
+def stage_with(**keys):
+    return Stage(0, "s", "a.B", {"lm": 1.0}, "short", {}, steps=100, batch_size=1, **keys)
+
+
+def test_learning_rate_rises_then_follows_the_cosine():
+    stage = stage_with(warmup=0.1, min_lr_ratio=0.1)
+    factors = [stage.factor(step) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == pytest.approx(1.0)
+    assert factors[55] == pytest.approx(0.55)  # the middle of the cosine
+    assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert 0.1 < factors[-1] < 0.11
+
+
+def test_other_schedules():
+    assert stage_with(warmup=0.0, schedule="constant").factor(99) == 1.0
+    assert stage_with(warmup=0.0, schedule="linear").factor(25) == pytest.approx(0.75)

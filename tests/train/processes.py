@@ -1,0 +1,59 @@
+"""Training in forked processes: cheap to start, and free to be killed."""
+
+import multiprocessing
+import os
+import signal
+import socket
+from pathlib import Path
+
+from fake_lab import evaluate, run
+
+
+def forked(target, *args):
+    """A started process running ``target(*args)``."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def run_and_die(cfg, folder: Path, steps: int) -> None:
+    """Train in a process that kills itself in the middle of optimizer step `steps` (from 0, over all stages)."""
+    process = forked(_dying, cfg, folder, steps)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _dying(cfg, folder, steps):
+    from fake_lab import _die_after
+
+    _die_after(steps)
+    run(cfg, folder)
+
+
+def run_ranks(cfg, folder: Path, ranks: int = 2) -> list[int | None]:
+    """Train with several gloo ranks; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cfg.trainer.devices = ranks
+    processes = [forked(_rank, cfg, folder, rank, ranks, port) for rank in range(ranks)]
+    for process in processes:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+    return [process.exitcode for process in processes]
+
+
+def _rank(cfg, folder, rank, ranks, port):
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(ranks)
+    )
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    rank_zero_only.rank = rank
+    if rank:
+        from vlmlab.train.run import train
+
+        train(cfg, folder, evaluate)
+    else:
+        run(cfg, folder)

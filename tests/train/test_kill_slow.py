@@ -1,0 +1,99 @@
+"""The whole command killed at 20 random moments over all stages, and several real ranks; minutes, so `slow`."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+KILLS = 20
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+
+pytestmark = pytest.mark.slow
+
+
+def fake(folder: Path, **changes) -> list[str]:
+    """The small lab: two stages, dropout, two workers."""
+    stages = {"recipe.stages.align.steps": 30, "recipe.stages.tune.steps": 30}
+    settings = {"fake.dropout": 0.3, "trainer.workers": 2, **stages, **changes}
+    return [sys.executable, str(Path(__file__).with_name("fake_lab.py")), str(folder), json.dumps(settings)]
+
+
+def world(folder: Path) -> list[str]:
+    """The embedded default with few and small steps: all four stages of the real model."""
+    stages = ("coarse_align", "deep_align", "caption_pretrain", "instruction_tune")
+    small = [f"recipe.stages.{name}.batch_size=4" for name in stages]
+    return [
+        sys.executable, str(ROOT / "train.py"), f"hydra.run.dir={folder}", "budget=test", "budget.max_steps=10",
+        "budget.eval_limit=2", "trainer.save_every_s=0", "++trainer.log_every=1", "trainer.progress=false", *small,
+    ]  # fmt: skip
+
+
+def steps_done(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_text().count('"loss"') if path.is_file() else 0
+
+
+def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {path.parent.name: load_file(path) for path in sorted(folder.glob("stages/*/model.safetensors"))}
+
+
+def finish(command: list[str]) -> None:
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(("app", "total"), [(fake, 60), (world, 40)], ids=["fake", "world"])
+def test_killed_at_random_moments(tmp_path, app, total):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(app(whole))
+    assert steps_done(whole) == total
+    draw = random.Random(7)
+    kills = 0
+    for target in sorted(draw.randrange(1, total) for _ in range(KILLS)):
+        process = subprocess.Popen(
+            app(killed), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+        )
+        while steps_done(killed) < target and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(draw.random() * 0.05)
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= KILLS - 2  # the last ones may come too late
+    finish(app(killed))
+    assert weights(killed).keys() == weights(whole).keys()
+    for stage, tensors in weights(whole).items():
+        for name, tensor in tensors.items():
+            assert torch.equal(weights(killed)[stage][name], tensor), f"{stage}: {name}"
+
+
+def test_two_real_ranks_stop_together_and_go_on(tmp_path):
+    """Rank 1 is started by Lightning; only rank 0 gets the signal."""
+    ranks = {"trainer.devices": 2, "trainer.workers": 0}
+    finish(fake(tmp_path / "whole", **ranks))
+    process = subprocess.Popen(fake(tmp_path / "cut", **ranks), env=ENVIRONMENT)
+    while steps_done(tmp_path / "cut") < 35 and process.poll() is None:
+        time.sleep(0.005)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    finish(fake(tmp_path / "cut", **ranks))
+    assert weights(tmp_path / "cut").keys() == weights(tmp_path / "whole").keys()
+    for stage, tensors in weights(tmp_path / "whole").items():
+        for name, tensor in tensors.items():
+            assert torch.equal(weights(tmp_path / "cut")[stage][name], tensor), f"{stage}: {name}"
+
+
+def test_wandb_mirrors_a_run(tmp_path):
+    """Offline, two runs in one process: each has its own files."""
+    logger = {"logger.name": "wandb", "logger.project": "test", "trainer.workers": 0}
+    finish(fake(tmp_path / "a", **logger))
+    assert len(list((tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb"))) == 1

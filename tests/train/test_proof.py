@@ -1,0 +1,90 @@
+import pytest
+import torch
+from fake_lab import config, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.runs.folder import RunFolder
+from vlmlab.train import proof
+
+
+def one(tensor):
+    return tuple(proof.fingerprint(tensor).tolist())
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    size=st.integers(1, 300), place=st.integers(0, 299), bit=st.integers(0, 15),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64]),
+)  # fmt: skip
+def test_every_flipped_bit_is_seen(size, place, bit, dtype):
+    values = torch.arange(size).to(dtype)
+    other = values.clone()
+    bits = other.view(proof.INTEGERS[other.element_size()])
+    bits[place % size] ^= 1 << bit if bit < 15 or other.element_size() > 2 else -(1 << 15)
+    assert one(values) == one(values.clone())
+    assert one(values) != one(other)
+
+
+def test_values_that_trade_places_are_seen(monkeypatch):
+    values = torch.randn(1000)
+    whole = one(values)
+    swapped = values.clone()
+    swapped[[3, 700]] = values[[700, 3]]
+    assert whole != one(swapped)
+    monkeypatch.setattr(proof, "CHUNK", 64)
+    assert whole == one(values)
+    assert one(torch.zeros(0)) == (0, 0)
+    assert one(torch.tensor([True, False])) != one(torch.tensor([False, True]))
+    assert one(values.reshape(10, 100).T) == one(values.reshape(10, 100).T.contiguous())
+
+
+def test_a_frozen_tensor_that_changes_fails_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"stage tune: frozen weights changed \(encoder\.0\.weight\)"):
+        run(config(fake__drift=True, recipe__stages__align__steps=0), tmp_path)
+    assert not (tmp_path / "stages" / "1_tune" / "model.safetensors").exists()
+
+
+def test_a_tensor_that_never_has_a_gradient_fails_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"lm\.spare\.bias, lm\.spare\.weight should train and never had a gradient"):
+        run(config(fake__unused=True), tmp_path)
+
+
+def test_one_that_does_not_move_is_reported(tmp_path, capsys):
+    run(config(recipe__stages__align__train={"connector": 0.0}), tmp_path)
+    ends = [row for row in RunFolder(tmp_path).metrics() if row.get("finished")]
+    assert ends[0]["unmoved"] == ["connector.weight", "connector.bias"]
+    assert ends[1]["unmoved"] == []
+    assert "connector.weight, connector.bias had gradients and did not move" in capsys.readouterr().out
+
+
+def test_running_statistics_move_only_where_the_module_trains(tmp_path):
+    from safetensors.torch import load_file
+
+    run(config(recipe__stages__tune__train={"encoder": 1e-3, "lm": 1e-3}), tmp_path)
+    first = load_file(tmp_path / "stages" / "0_align" / "model.safetensors")
+    second = load_file(tmp_path / "stages" / "1_tune" / "model.safetensors")
+    assert sorted(first) == ["connector.bias", "connector.weight"]
+    assert second["encoder.1.num_batches_tracked"] == 5
+    assert {name.split(".")[0] for name in second} == {"encoder", "connector", "lm"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    import json
+
+    with pytest.raises(UserError, match=r"stage align, step \d+: the loss is not finite \(samples .*s7"):
+        run(config(fake__explode="s7"), tmp_path)
+    facts = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert "s7" in facts["samples"]
+    assert len(facts["samples"]) == 4  # its own micro-batch, not the whole step
+    rows = RunFolder(tmp_path).metrics()
+    assert facts["step"] == (rows[-1]["step"] if rows else 0) + 1
+
+
+def test_broken_data_stops_with_its_own_sentence(tmp_path):
+    from vlmlab.contracts.errors import DataError
+
+    cfg = config(data__train__short__broken=7, trainer__workers=2, recipe__stages__align__steps=50)
+    with pytest.raises(DataError, match=r"^row 7 is broken; mend it\.$"):
+        run(cfg, tmp_path)
