@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.parts import Adapter, Connector, Encoder, Fusion
 from vlmlab.contracts.tensors import Batch, Kind, Layout, Outputs, Pairing, Role, Visual
 from vlmlab.mask.base import Mask
 from vlmlab.mask.causal import Causal
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from vlmlab.data.collate import Collator
+    from vlmlab.lm.hf import HfLanguageModel
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -34,7 +36,7 @@ class VLM(nn.Module):
     """
 
     def __init__(
-        self, encoder: nn.Module | None, connector: nn.Module | None, fusion: nn.Module, lm: nn.Module, mask: Mask
+        self, encoder: Encoder | None, connector: Connector | None, fusion: Fusion, lm: HfLanguageModel, mask: Mask
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -50,7 +52,7 @@ class VLM(nn.Module):
         """Positions that one image takes in the LM's sequence."""
         if self.encoder is None or self.connector is None:
             return 0
-        return int(self.fusion.tokens_per_image(self.connector.tokens_per_image(self.encoder.hw)))
+        return self.fusion.tokens_per_image(self.connector.tokens_per_image(self.encoder.hw))
 
     def look(self, batch: Batch) -> tuple[Visual | None, Tensor | None]:
         """What the encoder saw and the visual tokens (I, M, D), or None without vision."""
@@ -88,7 +90,7 @@ class VLM(nn.Module):
         """The policy of the stage that begins."""
         self.mask = mask
 
-    def set_adapter(self, adapter: Any) -> None:
+    def set_adapter(self, adapter: Adapter) -> None:
         """Wraps the towers that the adapter names; a tower that is wrapped already stays as it is.
 
         Raises:
@@ -130,9 +132,10 @@ class VLM(nn.Module):
 
     def _touch_vision(self, batch: Batch) -> Tensor:
         """A scalar that depends on every part of the vision path: a rank without images must join the reduction."""
-        size = self.encoder.preprocess  # type: ignore[union-attr]
+        assert self.encoder is not None and self.connector is not None
+        size = self.encoder.preprocess
         blank = torch.zeros(1, 3, size.height, size.width, dtype=torch.uint8, device=batch.input_ids.device)
-        return self.connector(self.encoder(blank)).sum()  # type: ignore[misc]
+        return self.connector(self.encoder(blank)).sum()
 
 
 class DualEncoder(VLM):
@@ -149,17 +152,17 @@ class DualEncoder(VLM):
 
     def __init__(
         self,
-        encoder: nn.Module,
-        connector: nn.Module,
-        fusion: nn.Module,
-        lm: nn.Module,
+        encoder: Encoder,
+        connector: Connector,
+        fusion: Fusion,
+        lm: HfLanguageModel,
         mask: Mask,
         width: int = 128,
         scale: float = 10.0,
         bias: float = -10.0,
     ) -> None:
         super().__init__(encoder, connector, fusion, lm, mask)
-        self.pair = PairHead(int(encoder.tower.config.hidden_size), int(lm.width), width, scale, bias)
+        self.pair = PairHead(encoder.pooled_width, lm.width, width, scale, bias)
 
     def forward(self, batch: Batch, mask: Mask | None = None) -> Outputs:
         """The captioning outputs with the pair of embeddings."""
@@ -255,11 +258,12 @@ def build_collator(cfg: DictConfig, model: VLM, prompt: Literal["plain", "chat"]
     """Samples -> Batch for this model: its tokenizer, its tower's geometry, its number of visual tokens."""
     from vlmlab.data.chat import ChatEncoder
     from vlmlab.data.collate import Collator
+    from vlmlab.lm.hf import HfLanguageModel
 
     tokenizer = model.lm.tokenizer
     encoder = ChatEncoder(
         tokenizer=tokenizer,
-        image_token=tokenizer.convert_ids_to_tokens(model.lm.image_id),
+        image_token=model.lm.image_token,
         tokens_per_image=model.tokens_per_image,
         prompt=prompt,
         max_length=cfg.collate.max_length,

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -23,7 +25,8 @@ def config(**stage):
 
 def test_defaults_come_from_the_groups():
     (stage,) = parse(config())
-    assert (stage.mask, stage.objective, stage.adapter) == ({"_target_": "m.M"}, {"_target_": "o.O"}, {"_target_": "a.A"})
+    chosen = (stage.mask, stage.objective, stage.adapter)
+    assert chosen == ({"_target_": "m.M"}, {"_target_": "o.O"}, {"_target_": "a.A"})
     assert stage.gradient_clip == 1.0
     assert stage.betas == (0.9, 0.999)
     assert stage.train == {"connector": 1e-3}
@@ -95,7 +98,7 @@ def test_learning_rate_rises_then_follows_the_cosine():
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == factors[10] == pytest.approx(1.0)
     assert factors[55] == pytest.approx(0.55)  # the middle of the cosine
-    assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a > b for a, b in pairwise(factors[10:]))
     assert 0.1 < factors[-1] < 0.11
 
 

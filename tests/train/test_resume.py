@@ -49,7 +49,13 @@ def stop_at(monkeypatch, step, number):
 
 @pytest.mark.parametrize(
     ("step", "number", "workers"),
-    [(0, signal.SIGTERM, 0), (2, signal.SIGINT, 2), (5, signal.SIGTERM, 0), (6, signal.SIGINT, 0), (8, signal.SIGTERM, 2)],
+    [
+        (0, signal.SIGTERM, 0),
+        (2, signal.SIGINT, 2),
+        (5, signal.SIGTERM, 0),
+        (6, signal.SIGINT, 0),
+        (8, signal.SIGTERM, 2),
+    ],
 )
 def test_a_signal_saves_and_loses_nothing(tmp_path, monkeypatch, uninterrupted, step, number, workers):
     cfg = config(fake__dropout=0.3, trainer__save_every_s=1000, trainer__workers=workers)

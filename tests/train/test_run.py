@@ -76,7 +76,7 @@ def test_a_stage_without_weights_is_passed_over(tmp_path, capsys):
     [
         ({"recipe__stages__tune__module": "fake_lab.Nothing"}, r"recipe\.stages\.tune\.module"),
         ({"recipe__stages__tune__module": "fake_lab.FakeLoss"}, r"is no StageModule"),
-        ({"recipe__stages__align__objective": {"_target_": "fake_lab.FakeLoss", "per_micro_batch": True}}, "accumulate=2"),
+        ({"objective": {"_target_": "fake_lab.FakeLoss", "per_micro_batch": True}}, "accumulate=2"),
         ({"precision__name": "fp8"}, "precision.name=fp8"),
     ],
 )
@@ -95,7 +95,8 @@ def test_weights_decay_only_in_matrices_and_rates_follow_parts():
     stage = parse(config())[1]
     trainee = Trainee(FakeVLM())
     trainee.enter(stage)
-    groups = FakeInstruction(trainee.model, stage, {"lm": FakeLoss()}, trainee.rates).configure_optimizers().param_groups
+    module = FakeInstruction(trainee.model, stage, {"lm": FakeLoss()}, trainee.rates)
+    groups = module.configure_optimizers().param_groups
     decays = {(g["part"], g["weight_decay"]): {p.ndim >= 2 for p in g["params"]} for g in groups}
     assert decays == {
         ("connector", 0.1): {True}, ("connector", 0.0): {False}, ("lm", 0.1): {True}, ("lm", 0.0): {False},

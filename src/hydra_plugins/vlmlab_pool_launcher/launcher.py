@@ -1,6 +1,7 @@
-"""The launcher that ``conf/train.yaml`` uses for ``-m``. Its parts are imported only when a sweep starts."""
+"""The launcher that ``conf/train.yaml`` uses for ``-m``. Its parts are imported only when a sweep starts.
 
-from __future__ import annotations
+Hydra runs this file without entering it into ``sys.modules``, so that a dataclass here cannot have postponed annotations.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -7,10 +7,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from vlmlab.contracts.parts import Connector
 from vlmlab.contracts.tensors import Visual
 
 
-class MlpConnector(nn.Module):
+class MlpConnector(Connector):
     """Linear, then (GELU, Linear) for every further layer; one visual token per feature.
 
     Args:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
+from vlmlab.contracts.parts import Connector
 from vlmlab.contracts.tensors import Visual
 
 
-class QFormerConnector(nn.Module):
+class QFormerConnector(Connector):
     """transformers' BLIP-2 Q-Former with its learned queries, and a linear layer to the LM's width.
 
     Args:

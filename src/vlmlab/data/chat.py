@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 SYSTEM, USER, ANSWER = 0, 1, 2
-Span = tuple[int, int]
+Span: TypeAlias = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,13 @@ class Encoded:
     labels: list[int]
     roles: list[int]
     image: list[int]
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of one token of the vocabulary."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
 
 
 class ChatEncoder:
@@ -66,7 +73,7 @@ class ChatEncoder:
             raise UserError(f"prompt={prompt} is unknown; use plain or chat.")
         self.tokenizer = tokenizer
         self.image_token = image_token
-        self.image_id = int(tokenizer.convert_tokens_to_ids(image_token))
+        self.image_id = token_id(tokenizer, image_token)
         self.tokens_per_image = tokens_per_image
         self.prompt = prompt
         self.max_length = max_length
@@ -158,7 +165,7 @@ class ChatEncoder:
             chat_template=self.tokenizer.chat_template,
             return_assistant_tokens_mask=True,
             add_generation_prompt=ask,
-            **self.tokenizer.special_tokens_map,
+            **dict(self.tokenizer.special_tokens_map),  # type: ignore[arg-type]  # the template's variables
         )
         text, answers = texts[0], [message["content"] for message in messages if message["role"] == "assistant"]
         if len(marked[0]) != len(answers):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModel, Dinov2Model, PreTrainedModel, SiglipVisionModel
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.parts import Encoder
 from vlmlab.contracts.tensors import Visual
 from vlmlab.encoder.preprocess import Preprocess, read_preprocess
-from vlmlab.towers import resolve, tower_hash
+from vlmlab.towers import quiet, resolve, tower_hash
 
 BEHIND_FINAL: dict[type[nn.Module], tuple[str, ...]] = {
     SiglipVisionModel: ("head",),
@@ -29,7 +31,7 @@ BEHIND_TAP: dict[type[nn.Module], tuple[str, ...]] = {
 """Children that a hidden state does not depend on."""
 
 
-class HfEncoder(nn.Module):
+class HfEncoder(Encoder):
     """A transformers vision tower whose patch features are tapped at chosen layers.
 
     Args:
@@ -67,8 +69,11 @@ class HfEncoder(nn.Module):
         if not pooled:
             _cut(tower, depth if self.layers is None else max(self.layers), tapped=self.layers is not None)
         self.width = int(tower.config.hidden_size) * (1 if self.layers is None else len(self.layers))
+        self.pooled_width = int(tower.config.hidden_size)
         self.patch = int(tower.config.patch_size)
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (preprocess.mean, preprocess.std))
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
@@ -100,10 +105,12 @@ class HfEncoder(nn.Module):
 def _load_tower(folder: Path, dtype: str) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder)
     vision = getattr(config, "vision_config", config)
-    tower_class = AutoModel._model_mapping[type(vision)]
-    tower, info = tower_class.from_pretrained(
-        folder, config=vision, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
-    )
+    tower_class: type[PreTrainedModel] = AutoModel._model_mapping[type(vision)]  # type: ignore[assignment]
+    with quiet():
+        loaded: Any = tower_class.from_pretrained(
+            folder, config=vision, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
+        )
+    tower, info = loaded
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise UserError(f"{folder} lacks weights of {tower_class.__name__} ({missing}, ...); check encoder.path.")

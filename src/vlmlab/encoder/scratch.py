@@ -39,7 +39,6 @@ class ScratchEncoder(HfEncoder):
             intermediate_size=intermediate_size,
             num_hidden_layers=num_hidden_layers,
             num_attention_heads=num_attention_heads,
-            attn_implementation="sdpa",
         )
         self.source = None
         self._setup(SiglipVisionModel(config), Preprocess(image_size, image_size), layers, pooled)

@@ -13,7 +13,7 @@ import torch
 
 from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.contracts.sample import Sample, SampleSource, references
-from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled
+from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled, image_names
 from vlmlab.evaluate.metrics.rows import Row, write_rows
 from vlmlab.evaluate.metrics.scoring import predictions_file, score_predictions
 from vlmlab.model import VLM, build_collator
@@ -115,7 +115,7 @@ def _row(benchmark: str, sample: Sample, text: str) -> Row:
         prediction=text,
         references=tuple(references(turn)),
         chance=turn.chance,
-        image_ids=tuple(sample.image_ids),
+        image_ids=image_names(sample),
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.parts import Fusion
 from vlmlab.contracts.tensors import Batch
 
 
-class ConcatFusion(nn.Module):
+class ConcatFusion(Fusion):
     """Scatters the visual tokens to the positions that the collator has set aside for them."""
 
     reads = "tokens"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from vlmlab.contracts.parts import Fusion
 from vlmlab.contracts.tensors import Batch
 
 
-class NoFusion(nn.Module):
+class NoFusion(Fusion):
     """Images are read from the data and left out of the sequence; no encoder and no connector is built."""
 
     reads = "nothing"

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Kind, Layout
+from vlmlab.data.chat import token_id
 from vlmlab.lm.masking import IMPLEMENTATION, generating, within
 from vlmlab.mask.base import Mask
-from vlmlab.towers import resolve, tower_hash
+from vlmlab.towers import quiet, resolve, tower_hash
 
 LOGIT_RULES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Config keys by which a family changes its logits after the head; only those a check has covered may be used."""
@@ -45,7 +46,8 @@ class HfLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         folder = resolve(path, "lm.path")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         self.source: str | None = tower_hash(folder)
         self._setup(model, AutoTokenizer.from_pretrained(folder), image_token, gradient_checkpointing)
 
@@ -61,15 +63,16 @@ class HfLanguageModel(nn.Module):
             raise UserError(f"lm: the tokenizer of {tokenizer.name_or_path} needs a chat template and an end token.")
         if image_token not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        if len(tokenizer) > _embeddings(model).num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         model.set_attn_implementation(IMPLEMENTATION)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = model
         self.tokenizer = tokenizer
-        self.image_id = int(tokenizer.convert_tokens_to_ids(image_token))
-        self.width = int(model.get_input_embeddings().embedding_dim)
+        self.image_token = image_token
+        self.image_id = token_id(tokenizer, image_token)
+        self.width = _embeddings(model).embedding_dim
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(B, S) -> (B, S, D)."""
@@ -88,7 +91,9 @@ class HfLanguageModel(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """(T, D) hidden states -> (T, V)."""
-        out = self.model.get_output_embeddings()(states)
+        head = self.model.get_output_embeddings()
+        assert head is not None
+        out: Tensor = head(states)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return out if cap is None else torch.tanh(out / cap) * cap
 
@@ -107,6 +112,12 @@ class HfLanguageModel(nn.Module):
         }
         with generating(mask, layout):
             return self.model.generate(inputs_embeds=embeds, attention_mask=layout.valid.long(), **settings)
+
+
+def _embeddings(model: PreTrainedModel) -> nn.Embedding:
+    table = model.get_input_embeddings()
+    assert isinstance(table, nn.Embedding)
+    return table
 
 
 def _refuse_unknown_heads(model: PreTrainedModel) -> None:

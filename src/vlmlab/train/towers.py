@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlmlab.contracts.sample import SampleSource
 from vlmlab.model import DualEncoder, build_collator
-from vlmlab.towers import tower_hash
+from vlmlab.towers import quiet, tower_hash
 
 CARD = """# Embedded towers
 
@@ -89,7 +89,8 @@ class ExportTowers:
 
 def _save(model: Any, folder: Path) -> None:
     dtype = next(model.parameters()).dtype
-    model.to(torch.float16).save_pretrained(folder)
+    with quiet():
+        model.to(torch.float16).save_pretrained(folder)
     model.to(dtype)
 
 

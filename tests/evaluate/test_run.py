@@ -1,0 +1,112 @@
+"""Evaluation of a model on benchmarks: what is asked, what is written, what is counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from tests import tiny
+from vlmlab.contracts.errors import UserError
+from vlmlab.evaluate.gallery import side_by_side, write_gallery
+from vlmlab.evaluate.metrics.rows import read_rows
+from vlmlab.evaluate.run import evaluate_model, mean_loss
+from vlmlab.model import VLM, build_collator
+
+
+class Source(list):  # type: ignore[type-arg]
+    """Some samples as a data set that a configuration can name."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__([s for s in tiny.SAMPLES if s.images][:count])
+
+
+def config() -> DictConfig:
+    here = "tests.evaluate.test_run.Source"
+    vqa = {"_target_": "vlmlab.evaluate.metrics.vqa.VqaAccuracy"}
+    return OmegaConf.create(
+        {
+            "data": {
+                "benchmarks": {"toy": {"source": {"_target_": here, "count": 4}, "metrics": [vqa], "max_new_tokens": 3}},
+                "val": {"captions": {"_target_": here, "count": 4}},
+            },
+            "evaluation": {
+                "batch_size": 3,
+                "baselines": ["shuffled", "no_image"],
+                "held_out": ["captions", "instruct"],
+                "held_out_samples": 10,
+            },
+            "budget": {"eval_limit": None},
+            "collate": {"max_length": 512, "pack_length": None},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> VLM:
+    return tiny.vlm().eval()
+
+
+def test_scores_predictions_and_held_out_loss(model: VLM, tmp_path: Path) -> None:
+    said: list[str] = []
+    scores = evaluate_model(model, config(), tmp_path, said.append)
+    assert scores["toy/vqa_accuracy/count"] == 4
+    for suffix in ("", "/shuffled", "/no_image"):
+        assert 0 <= scores[f"toy/vqa_accuracy{suffix}"] <= 1
+        assert scores[f"val/captions/loss{suffix}"] > 0
+    assert not any("instruct" in key for key in scores)
+    rows = {name: read_rows(tmp_path / "predictions" / f"toy{name}.jsonl") for name in ("", ".shuffled", ".no_image")}
+    assert [row.id for row in rows[""]] == [row.id for row in rows[".shuffled"]] == [row.id for row in rows[".no_image"]]
+    assert all(a.image_ids != b.image_ids for a, b in zip(rows[""], rows[".shuffled"], strict=True) if a.image_ids)
+    assert all(row.image_ids == () for row in rows[".no_image"])
+    assert len(said) == 6
+
+
+def test_evaluating_twice_gives_the_same_numbers(model: VLM, tmp_path: Path) -> None:
+    assert evaluate_model(model, config(), tmp_path / "a", print) == evaluate_model(model, config(), tmp_path / "b", print)
+
+
+def test_batch_size_does_not_change_an_answer(model: VLM, tmp_path: Path) -> None:
+    one, many = config(), config()
+    one.evaluation.batch_size = 1
+    evaluate_model(model, one, tmp_path / "one", print)
+    evaluate_model(model, many, tmp_path / "many", print)
+    answers = [[r.prediction for r in read_rows(tmp_path / n / "predictions" / "toy.jsonl")] for n in ("one", "many")]
+    assert answers[0] == answers[1]
+
+
+def test_mean_loss_is_per_token_over_the_whole_set(model: VLM) -> None:
+    cfg = config()
+    source = Source(4)
+    collator = build_collator(cfg, model, "chat")
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for sample in source:
+            outputs = model(collator([sample]))
+            chosen = outputs.logits.log_softmax(-1).gather(1, outputs.targets[:, None])
+            total, count = total - float(chosen.sum()), count + len(chosen)
+    assert mean_loss(model, cfg, source) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_an_empty_benchmark_is_refused(model: VLM, tmp_path: Path) -> None:
+    cfg = config()
+    cfg.budget.eval_limit = 0
+    with pytest.raises(UserError, match="no samples"):
+        evaluate_model(model, cfg, tmp_path, print)
+
+
+def test_gallery_shows_images_and_answers(model: VLM, tmp_path: Path) -> None:
+    cfg = config()
+    metrics = evaluate_model(model, cfg, tmp_path, print)
+    page = write_gallery(cfg, tmp_path, {"metrics": metrics, "cost": {}, "seed": 0, "overrides": []}, "toy", 3)
+    text = page.read_text()
+    assert text.count("data:image/png;base64") >= 3
+    assert "what colour is it" in text
+
+
+def test_several_images_stand_side_by_side() -> None:
+    joined = side_by_side((tiny.picture(1, (8, 6)), tiny.picture(2, (4, 5))))
+    assert joined.shape == (8, 6 + 4 + 5, 3)
+    assert (joined[:8, :6] == tiny.picture(1, (8, 6))).all() and (joined[:4, 10:] == tiny.picture(2, (4, 5))).all()
