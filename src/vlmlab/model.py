@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from vlmlab.mask.causal import Causal
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from vlmlab.data.chat import Prompt
     from vlmlab.data.collate import Collator
     from vlmlab.lm.hf import HfLanguageModel
 
@@ -254,9 +255,10 @@ def _instantiate_parts(
     return {"encoder": tower, "connector": connector, "fusion": fusion, "lm": lm, "mask": mask}
 
 
-def build_collator(cfg: DictConfig, model: VLM, prompt: Literal["plain", "chat"]) -> Collator:
+def build_collator(cfg: DictConfig, model: VLM, prompt: Prompt) -> Collator:
     """Samples -> Batch for this model: its tokenizer, its tower's geometry, its number of visual tokens."""
     from vlmlab.data.chat import ChatEncoder
+    from vlmlab.data.chat import Prompt
     from vlmlab.data.collate import Collator
     from vlmlab.lm.hf import HfLanguageModel
 

@@ -9,35 +9,25 @@ from vlmlab.runs.folder import RunFolder
 from vlmlab.train import proof
 
 
-def one(tensor):
-    return tuple(proof.fingerprint(tensor).tolist())
-
-
 @settings(max_examples=50, deadline=None)
 @given(
-    size=st.integers(1, 300), place=st.integers(0, 299), bit=st.integers(0, 15),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64]),
+    size=st.integers(1, 300), place=st.integers(0, 4799), bit=st.integers(0, 7),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool]),
 )  # fmt: skip
 def test_every_flipped_bit_is_seen(size, place, bit, dtype):
     values = torch.arange(size).to(dtype)
     other = values.clone()
-    bits = other.view(proof.INTEGERS[other.element_size()])
-    bits[place % size] ^= 1 << bit if bit < 15 or other.element_size() > 2 else -(1 << 15)
-    assert one(values) == one(values.clone())
-    assert one(values) != one(other)
+    octets = other.view(torch.uint8)
+    octets[place % len(octets)] ^= 1 << bit
+    assert proof.fingerprint(values) == proof.fingerprint(values.clone())
+    assert proof.fingerprint(values) != proof.fingerprint(other)
 
 
-def test_values_that_trade_places_are_seen(monkeypatch):
-    values = torch.randn(1000)
-    whole = one(values)
-    swapped = values.clone()
-    swapped[[3, 700]] = values[[700, 3]]
-    assert whole != one(swapped)
-    monkeypatch.setattr(proof, "CHUNK", 64)
-    assert whole == one(values)
-    assert one(torch.zeros(0)) == (0, 0)
-    assert one(torch.tensor([True, False])) != one(torch.tensor([False, True]))
-    assert one(values.reshape(10, 100).T) == one(values.reshape(10, 100).T.contiguous())
+def test_shapes_a_digest_could_stumble_over():
+    values = torch.randn(20, 50)
+    assert proof.fingerprint(values.T) == proof.fingerprint(values.T.contiguous())
+    assert proof.fingerprint(torch.tensor(1.0)) != proof.fingerprint(torch.tensor(2.0))
+    assert proof.fingerprint(torch.zeros(0)) == proof.fingerprint(torch.zeros(0))
 
 
 def test_a_frozen_tensor_that_changes_fails_the_run(tmp_path):

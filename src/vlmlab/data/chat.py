@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 IGNORE = -100
 SYSTEM, USER, ANSWER = 0, 1, 2
 Span: TypeAlias = tuple[int, int]
+Prompt: TypeAlias = Literal["plain", "chat", "text"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,12 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     return found
 
 
+def _all_supervised(encoded: Encoded) -> Encoded:
+    """Every token but the first and the visual ones as a label."""
+    labels = [token if image < 0 else IGNORE for token, image in zip(encoded.ids, encoded.image, strict=True)]
+    return replace(encoded, labels=[IGNORE, *labels[1:]])
+
+
 class ChatEncoder:
     """Turns samples into tokens for one tokenizer and one number of visual tokens per image.
 
@@ -54,7 +61,8 @@ class ChatEncoder:
         tokenizer: a fast tokenizer with a chat template.
         image_token: its placeholder; written `tokens_per_image` times for every image.
         tokens_per_image: 0 where vision does not enter the sequence.
-        prompt: "plain" (images, then the first answer, no template: LLaVA's alignment stage) or "chat".
+        prompt: "plain" (images, then the first answer, no template: LLaVA's alignment stage), "chat" (the template,
+            answers supervised), or "text" (the template, every word supervised: language modelling).
         max_length: longest sequence in tokens; a longer sample is refused by name.
 
     Raises:
@@ -66,11 +74,11 @@ class ChatEncoder:
         tokenizer: PreTrainedTokenizerBase,
         image_token: str,
         tokens_per_image: int,
-        prompt: Literal["plain", "chat"] = "chat",
+        prompt: Prompt = "chat",
         max_length: int = 2048,
     ) -> None:
-        if prompt not in ("plain", "chat"):
-            raise UserError(f"prompt={prompt} is unknown; use plain or chat.")
+        if prompt not in get_args(Prompt):
+            raise UserError(f"prompt={prompt} is unknown; use {', '.join(get_args(Prompt))}.")
         self.tokenizer = tokenizer
         self.image_token = image_token
         self.image_id = token_id(tokenizer, image_token)
@@ -94,7 +102,7 @@ class ChatEncoder:
         encoded = self._tokenise(sample, text, answers, start, supervise=True)
         if all(label == IGNORE for label in encoded.labels):
             raise DataError(f"Sample {sample.id} has no supervised token: its answers are empty; give it an answer.")
-        return encoded
+        return _all_supervised(encoded) if self.prompt == "text" else encoded
 
     def ask(self, sample: Sample) -> Encoded:
         """The conversation up to the last turn's answer, ready for generation; earlier answers keep their role."""
@@ -185,12 +193,14 @@ class ChatEncoder:
                 continue
             before = self._render(messages[:i], add_generation_prompt=True)
             after = self._render(messages[: i + 1])
-            if not after.startswith(before) or not whole.startswith(after):
+            stop = self._answer_stop(after, len(before), message["content"])
+            # what stands behind the end token may change: some templates end every conversation with one more token
+            if not after.startswith(before) or not whole.startswith(after[:stop]):
                 raise UserError(
                     f"The chat template of {self.tokenizer.name_or_path} rewrites earlier turns (sample {sample.id}): "
                     "labels cannot be told apart; use a template that only appends, or one with generation markers."
                 )
-            spans.append((len(before), self._answer_stop(after, len(before), message["content"])))
+            spans.append((len(before), stop))
         return whole, spans
 
     def _answer_stop(self, text: str, start: int, answer: str) -> int:

@@ -17,7 +17,7 @@ PARTS = ("encoder", "connector", "fusion", "lm", "pair")
 """What a stage may train; a part the composition has no weights in is empty (``pair``: a dual encoder's head)."""
 
 SCHEDULES = ("cosine", "linear", "constant")
-PROMPTS = ("plain", "chat")
+PROMPTS = ("plain", "chat", "text")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Stage:
         module: dotted path of a ``vlmlab.recipe.base.StageModule`` class.
         train: learning rate of every part that trains; all others are frozen.
         data: key of ``data.train``.
-        prompt: "plain" (image, then caption) or "chat" (the LM's template); empty takes the module's own.
+        prompt: "plain" (image, then caption), "chat" (the LM's template) or "text" (the template, every word
+            supervised); empty takes the module's own.
         objective: one objective's configuration, or a mapping of several.
         mask: configuration of the attention mask.
         adapter: configuration of the adapter.

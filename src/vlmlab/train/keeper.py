@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from vlmlab.recipe.base import StageModule
 from vlmlab.train import rng
-from vlmlab.train.proof import Fingerprint
 from vlmlab.train.resume import content_of, save_last
 from vlmlab.train.signals import Interrupted, Signals
 from vlmlab.train.weights import Trainee
@@ -40,7 +39,7 @@ class Keeper(L.Callback):
         path: Path,
         trainee: Trainee,
         signals: Signals,
-        before: dict[str, Fingerprint],
+        before: dict[str, str],
         every_s: float,
         seed: int,
         saved: dict[str, Any] | None,

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from vlmlab.contracts.errors import CheckpointError
 from vlmlab.recipe.stage import Stage
-from vlmlab.train.proof import Fingerprint
 from vlmlab.train.weights import Trainee, check_names, put, replace_durably
 
 FORMAT = 1
@@ -39,7 +38,7 @@ def content_of(
     optimizer: Optimizer,
     scaler: dict[str, Any],
     rng: list[dict[str, Any]],
-    before: dict[str, Fingerprint],
+    before: dict[str, str],
     pending: set[str],
     seconds: float,
 ) -> dict[str, Any]:
@@ -53,7 +52,7 @@ def content_of(
         "optimizer": optimizer.state_dict(),
         "scaler": scaler,
         "rng": rng,
-        "before": {name: list(value) for name, value in before.items()},
+        "before": before,
         "pending": sorted(pending),
         "seconds": seconds,
     }

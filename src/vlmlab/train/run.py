@@ -225,12 +225,12 @@ def _keeper(run: Run, stage: Stage, module: StageModule, trainee: Trainee, path:
     return Keeper(path, trainee, run.signals, before, float(run.cfg.trainer.save_every_s), int(run.cfg.seed), saved)
 
 
-def _fingerprints(trainee: Trainee, saved: dict[str, Any] | None, path: Path) -> dict[str, proof.Fingerprint]:
+def _fingerprints(trainee: Trainee, saved: dict[str, Any] | None, path: Path) -> dict[str, str]:
     """Fingerprints from the beginning of the stage; frozen weights must still be those."""
     frozen = proof.fingerprints(trainee.frozen().items())
     if saved is None:
         return frozen | proof.fingerprints(trainee.live().items())
-    before = {name: (int(a), int(b)) for name, (a, b) in saved["before"].items()}
+    before: dict[str, str] = saved["before"]
     if other := proof.changed(before, frozen):
         raise CheckpointError(
             f"{path} was made with other frozen weights ({other[0]} differs); restore them or train with fresh=true."
@@ -310,7 +310,7 @@ class StageData(L.LightningDataModule):
         return step_loader(windows, self.module.done, int(self.cfg.trainer.workers))
 
 
-def _prove(stage: Stage, module: StageModule, trainee: Trainee, before: Mapping[str, proof.Fingerprint]) -> list[str]:
+def _prove(stage: Stage, module: StageModule, trainee: Trainee, before: Mapping[str, str]) -> list[str]:
     """Hold the stage to its word; return the trained tensors that had a gradient and did not move.
 
     Raises:

@@ -53,9 +53,9 @@ class Trainee:
         self.adapted = tuple(getattr(adapter, "parts", ()))
         if self.adapted:
             model.set_adapter(adapter)
-        own = getattr(adapter, "lr", None)
-        adapted = self.adapted if own is not None else ()
-        self.rates = {part: own if part in adapted else rate for part, rate in stage.train.items()}
+        self.rates = dict(stage.train)
+        if (own := getattr(adapter, "lr", None)) is not None:
+            self.rates |= {part: float(own) for part in self.adapted if part in stage.train}
         model.requires_grad_(False)
         for part, named in model.parts().items():
             if part in self.rates:

@@ -1,0 +1,31 @@
+"""Running the commands as a user does, in a folder of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(script: str, *arguments: str, cwd: Path, timeout: float = 3000) -> subprocess.CompletedProcess[str]:
+    """``python <script> <arguments>`` from another folder; its output is in the failure message."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        cwd=cwd, env=environment, text=True, capture_output=True, timeout=timeout, check=False,
+    )  # fmt: skip
+    print(done.stdout[-6000:], done.stderr[-6000:])
+    return done
+
+
+def trained(*arguments: str, cwd: Path) -> dict[str, Any]:
+    """The result of a run that must succeed."""
+    done = command("train.py", "name=run", *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = json.loads((cwd / "outputs" / "run" / "result.json").read_text())
+    return result

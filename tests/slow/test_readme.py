@@ -1,0 +1,81 @@
+"""Every command of the README runs: two steps a stage, in an empty folder with tiny files of the names it uses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.slow.runs import ROOT, command
+from vlmlab.data.world.sources import WorldQuestions
+
+pytestmark = pytest.mark.slow
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    """Lines of the README that call one of our scripts, without their comments."""
+    lines = [line.strip().split("  #")[0] for line in README.splitlines()]
+    lines = [re.split(r"\s{3,}", line)[0] for line in lines if re.match(r"python (train|evaluate)\.py", line)]
+    return list(dict.fromkeys(lines))
+
+
+def user_files(folder: Path) -> None:
+    """The data files that the README's commands name."""
+    source = WorldQuestions(split="train", size=40, multi_turn=False)
+    (folder / "images").mkdir()
+    questions, chats, captions, images = [], [], [], []
+    for index in range(len(source)):
+        sample, name = source[index], f"images/{index}.png"
+        Image.fromarray(sample.images[0]).save(folder / name)
+        turn = sample.turns[0]
+        questions.append({"question_id": index, "image": name, "question": turn.prompt, "answer": turn.answer})
+        talk = [{"from": "human", "value": f"<image>\n{turn.prompt}"}, {"from": "gpt", "value": turn.answer}]
+        chats.append({"id": str(index), "image": f"{index}.png", "conversations": talk})
+        images.append({"id": index, "file_name": f"{index}.png"})
+        captions += [{"id": 2 * index + k, "image_id": index, "caption": f"picture {index % 7} {k}"} for k in range(2)]
+    (folder / "train.json").write_text(json.dumps(questions[:30]))
+    (folder / "test.json").write_text(json.dumps(questions[30:]))
+    (folder / "chat.json").write_text(json.dumps(chats))
+    (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(commands()) >= 9
+
+
+def test_every_command_runs(tmp_path: Path) -> None:
+    user_files(tmp_path)
+    for line in commands():
+        script, *arguments = shlex.split(line)[1:]
+        if script == "evaluate.py":
+            run = next(path for path in (tmp_path / "outputs").iterdir() if (path / "result.json").is_file())
+            arguments = [f"run={run}"]
+        elif not {"--help", "--cfg"} & set(arguments):
+            arguments.append("budget=test")
+        done = command(script, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+
+
+def test_the_connector_of_the_readme_works_as_written(tmp_path: Path) -> None:
+    """One file and one YAML, copied out of the README into a copy of the project."""
+    for part in ("src", "conf", "train.py"):
+        subprocess.run(["cp", "-r", str(ROOT / part), str(tmp_path)], check=True)
+    python, yaml = (re.search(rf"```{kind}\n(.*?)```", README, re.S) for kind in ("python", "yaml"))
+    assert python and yaml
+    (tmp_path / "src/vlmlab/connector/pooled.py").write_text(python[1])
+    (tmp_path / "conf/connector/pooled.yaml").write_text(yaml[1])
+    done = subprocess.run(
+        [sys.executable, "train.py", "connector=pooled", "connector.bias=false", "budget=test", "name=pooled"],
+        cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "src"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        text=True, capture_output=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "outputs/pooled/result.json").read_text())
+    assert result["cost"]["visual_tokens"] == 1

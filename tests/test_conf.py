@@ -1,0 +1,47 @@
+"""Every configuration file that ships is found by globbing and composes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from vlmlab.runs import names as names  # registers the resolvers
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+CHOICES = sorted(
+    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("hydra",)
+)
+MANDATORY = {"path": "x", "images": "y"}
+
+
+def composed(*overrides: str) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+def test_the_groups_are_those_of_the_design() -> None:
+    groups = {group for group, _ in CHOICES}
+    assert {"encoder", "connector", "lm", "mask", "fusion", "adapter", "objective", "data", "recipe"} <= groups
+    assert len(CHOICES) >= 35
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_and_is_commented(group: str, choice: str) -> None:
+    cfg = composed(f"{group}={choice}")
+    node = OmegaConf.select(cfg, group)
+    assert node is not None
+    for key, value in MANDATORY.items():
+        if OmegaConf.is_config(node) and OmegaConf.is_missing(node, key):
+            OmegaConf.update(cfg, f"{group}.{key}", value)
+    resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    assert resolved or choice in ("none",)
+
+
+@pytest.mark.parametrize("group", ["fusion", "adapter", "logger", "debug"])
+def test_every_group_that_can_be_off_has_none(group: str) -> None:
+    assert (group, "none") in CHOICES
