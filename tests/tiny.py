@@ -240,7 +240,7 @@ def choices(group: str) -> list[Path]:
 def worst(a: Tensor, b: Tensor) -> float:
     """Largest absolute difference."""
     assert a.shape == b.shape, (a.shape, b.shape)
-    return float((a - b).abs().max())
+    return float((a - b).detach().abs().max())
 
 
 def supervised(batch: Batch) -> list[list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,8 +67,6 @@ class VLM(nn.Module):
         embeds = self.lm.embed(batch.input_ids)  # (B, S, D)
         if tokens is not None:
             embeds = self.fusion(tokens, embeds, batch)
-        elif self.training and self._trains_vision():
-            embeds = embeds + 0 * self._touch_vision(batch)
         return embeds, visual, tokens
 
     def forward(self, batch: Batch, mask: Mask | None = None) -> Outputs:
@@ -126,17 +123,6 @@ class VLM(nn.Module):
         """Part -> sha256 of the tower it was loaded from."""
         towers = {"encoder": self.encoder, "lm": self.lm}
         return {part: tower.source for part, tower in towers.items() if tower is not None and tower.source is not None}
-
-    def _trains_vision(self) -> bool:
-        parts = [part for part in (self.encoder, self.connector) if part is not None]
-        return any(p.requires_grad for part in parts for p in part.parameters())
-
-    def _touch_vision(self, batch: Batch) -> Tensor:
-        """A scalar that depends on every part of the vision path: a rank without images must join the reduction."""
-        assert self.encoder is not None and self.connector is not None
-        size = self.encoder.preprocess
-        blank = torch.zeros(1, 3, size.height, size.width, dtype=torch.uint8, device=batch.input_ids.device)
-        return self.connector(self.encoder(blank)).sum()
 
 
 class DualEncoder(VLM):
@@ -273,8 +259,3 @@ def build_collator(cfg: DictConfig, model: VLM, prompt: Prompt) -> Collator:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     resize = None if model.encoder is None else model.encoder.preprocess
     return Collator(encoder=encoder, resize=resize, pad_id=pad, pack_length=cfg.collate.pack_length)
-
-
-def total(parameters: Sequence[tuple[str, nn.Parameter]]) -> int:
-    """Number of values in some named parameters."""
-    return sum(p.numel() for _, p in parameters)

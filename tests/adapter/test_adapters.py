@@ -10,9 +10,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
+from tests.tiny import ONE_TURN, TWO_IMAGES, TWO_TURNS, batches, choices, clip, collator, gemma3, qwen2, vlm, worst
 from torch import nn
 
-from tests.tiny import ONE_TURN, TWO_IMAGES, TWO_TURNS, batches, choices, clip, collator, gemma3, qwen2, vlm, worst
 from vlmlab.adapter.lora import LoraAdapter
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch

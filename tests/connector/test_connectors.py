@@ -8,10 +8,10 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from tests.tiny import choices, spread, worst
 from torch.nn import functional as F
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from tests.tiny import choices, spread, worst
 from vlmlab.connector.mlp import MlpConnector
 from vlmlab.connector.qformer import QFormerConnector
 from vlmlab.contracts.tensors import Visual
@@ -90,7 +90,8 @@ def test_one_cross_attention_by_a_plain_loop() -> None:
         mine = slice(head * 8, head * 8 + 8)
         for i, query in enumerate(queries):
             q = (part.query.weight @ query + part.query.bias)[mine]
-            weights = torch.stack([q @ (part.key.weight @ x + part.key.bias)[mine] / math.sqrt(8) for x in features]).exp()
+            keys = [(part.key.weight @ x + part.key.bias)[mine] for x in features]
+            weights = torch.stack([q @ key / math.sqrt(8) for key in keys]).exp()
             values = [(part.value.weight @ x + part.value.bias)[mine] for x in features]
             want[i, mine] = sum(w * v for w, v in zip(weights / weights.sum(), values, strict=True))
     want = want @ block.output.dense.weight.T + block.output.dense.bias + queries

@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.tiny import CLIP_STATISTICS, VISION, clip, dinov2, picture, root, siglip, spread, worst
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, Dinov2Model, SiglipVisionModel
 
-from tests.tiny import CLIP_STATISTICS, VISION, clip, dinov2, picture, root, siglip, spread, worst
 from vlmlab.contracts.errors import UserError
 from vlmlab.encoder.hf import HfEncoder
 from vlmlab.encoder.scratch import ScratchEncoder
 
-TOWERS = {"siglip": (siglip, SiglipVisionModel, 0), "clip": (clip, CLIPVisionModel, 1), "dinov2": (dinov2, Dinov2Model, 1)}
+TOWERS = {  # folder, class, number of tokens before the patches
+    "siglip": (siglip, SiglipVisionModel, 0),
+    "clip": (clip, CLIPVisionModel, 1),
+    "dinov2": (dinov2, Dinov2Model, 1),
+}
 
 
 def seen(encoder: HfEncoder) -> torch.Tensor:

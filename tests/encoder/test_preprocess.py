@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.tiny import picture
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
-from tests.tiny import picture
 from vlmlab.contracts.errors import UserError
 from vlmlab.encoder.preprocess import Preprocess, read_preprocess
 
@@ -59,6 +59,7 @@ def test_an_image_of_the_right_size_is_untouched() -> None:
 
 
 def test_settings_without_a_size_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 64}, "do_center_crop": False}))
+    raw = {"size": {"shortest_edge": 64}, "do_center_crop": False}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match="height and width"):
         read_preprocess(tmp_path)

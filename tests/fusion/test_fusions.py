@@ -6,9 +6,9 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from tests.tiny import ADJACENT, ONE_TURN, SAMPLES, TWO_IMAGES, choices, collator, qwen2, vlm
 from torch import Tensor
 
-from tests.tiny import ADJACENT, ONE_TURN, SAMPLES, TWO_IMAGES, choices, collator, qwen2, vlm
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.tensors import Batch
 from vlmlab.fusion.concat import ConcatFusion

@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import MistralConfig, MistralForCausalLM, Qwen2ForCausalLM
-
 from tests.tiny import (
     ADJACENT,
     ONE_TURN,
@@ -29,6 +26,9 @@ from tests.tiny import (
     vlm,
     worst,
 )
+from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM, Qwen2ForCausalLM
+
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch, Kind, Layout, Role
 from vlmlab.lm.hf import HfLanguageModel
@@ -40,7 +40,7 @@ from vlmlab.model import VLM
 MASKS = [Causal(), Bidirectional()]
 
 
-# -- an own forward of Qwen2: fp64, one head at a time -------------------------------------------------------------------
+# -- an own forward of Qwen2: fp64, one head at a time -----------------------------------------------------------------
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -140,7 +140,7 @@ def test_within() -> None:
     assert within(allowed, torch.arange(3), None) is allowed
 
 
-# -- cached decoding equals full forwards --------------------------------------------------------------------------------
+# -- cached decoding equals full forwards ------------------------------------------------------------------------------
 
 
 def grown(layout: Layout) -> Layout:
@@ -233,7 +233,14 @@ def test_beams_score_what_full_forwards_score() -> None:
     batch = collator(model).ask([ONE_TURN, TWO_IMAGES])
     embeds, _, _ = model.embed(batch)
     out = model.lm.generate(
-        embeds, batch.layout, model.mask, 4, num_beams=3, eos_token_id=-1, return_dict_in_generate=True, output_scores=True
+        embeds,
+        batch.layout,
+        model.mask,
+        4,
+        num_beams=3,
+        eos_token_id=-1,
+        return_dict_in_generate=True,
+        output_scores=True,
     )
     layout, score = batch.layout, torch.zeros(2)
     for t in range(4):
@@ -280,7 +287,7 @@ def test_right_padded_prompts_are_refused() -> None:
         model.generate(batch, 2)
 
 
-# -- construction --------------------------------------------------------------------------------------------------------
+# -- construction ------------------------------------------------------------------------------------------------------
 
 
 def test_the_placeholder_is_added_behind_the_vocabulary() -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from tests.tiny import batches, choices, layouts, qwen2
 from torch import Tensor
 
-from tests.tiny import batches, choices, layouts, qwen2
 from vlmlab.contracts.tensors import Batch, Kind, Layout, Role
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.mask.base import ground, not_later, pair, same_era
@@ -26,7 +26,7 @@ def policy(path: Path) -> object:
     return instantiate(OmegaConf.load(path))
 
 
-# -- the rules, written out once more for one pair (i, j) of one row; "opens" is what needs the leak rule ----------------
+# -- the rules, written out once more for one pair (i, j) of one row; "opens" is what needs the leak rule --------------
 
 
 class Row:
@@ -150,7 +150,7 @@ def test_labels_never_reach_the_mask(lm: HfLanguageModel) -> None:
     assert torch.equal(*seen)
 
 
-# -- the leak rule -------------------------------------------------------------------------------------------------------
+# -- the leak rule -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

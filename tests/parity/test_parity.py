@@ -4,17 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
-
 from tests.tiny import (
     ONE_TURN,
     SAMPLES,
@@ -35,6 +24,17 @@ from tests.tiny import (
     vlm,
     worst,
 )
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
 from vlmlab.connector.mlp import MlpConnector
 from vlmlab.contracts.tensors import Batch
 from vlmlab.encoder.hf import HfEncoder
@@ -168,7 +168,8 @@ def test_generation_without_fusion_is_transformers() -> None:
     mask = batch.layout.valid.long()
     want = theirs.generate(input_ids=batch.input_ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
     want = want[:, batch.input_ids.shape[1] :]
-    assert model.generate(batch, 8) == [t.strip() for t in model.lm.tokenizer.batch_decode(want, skip_special_tokens=True)]
+    texts = model.lm.tokenizer.batch_decode(want, skip_special_tokens=True)
+    assert model.generate(batch, 8) == [text.strip() for text in texts]
 
 
 @torch.no_grad()
@@ -195,9 +196,10 @@ def test_gradients_equal_llavas() -> None:
     F.cross_entropy(out.logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum").backward()
     total, _ = LanguageModelling()(model(batch), batch)["lm"]
     total.backward()
+    first, their_first = model.lm.model.model.layers[0], theirs.model.language_model.layers[0]
     pairs = [
         (model.connector.layers[0].weight, theirs.model.multi_modal_projector.linear_1.weight),
-        (model.lm.model.model.layers[0].self_attn.q_proj.weight, theirs.model.language_model.layers[0].self_attn.q_proj.weight),
+        (first.self_attn.q_proj.weight, their_first.self_attn.q_proj.weight),
     ]
     for a, b in pairs:
         assert worst(a.grad, b.grad) < 1e-4 * float(b.grad.abs().max())

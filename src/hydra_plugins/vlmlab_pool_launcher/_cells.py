@@ -16,7 +16,7 @@ from omegaconf import DictConfig, open_dict
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.runs.config import config_hash, plain
-from vlmlab.runs.files import read_json, write_json
+from vlmlab.runs.files import write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.names import cell_name, override_key, short_hash
 
@@ -63,6 +63,11 @@ class Cell:
         """Its run folder."""
         return RunFolder(self.folder)
 
+    def announce(self) -> None:
+        """Make its folder with ``overrides.json``, from which the table knows the cell whatever becomes of it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "overrides.json", self.overrides)
+
     def settle_finished(self) -> bool:
         """Whether a result of this very configuration is there already; then the cell is done."""
         if self.fresh or self.config_hash is None:
@@ -79,21 +84,16 @@ class Cell:
     def settle_ended(self, code: int, stopping: bool) -> None:
         """Record how its process ended."""
         self.seconds = time.monotonic() - self.started
-        result = None
-        try:
-            result = self.run.result()
-        except UserError as error:
-            self.note = str(error)
-        if code == 0 and result is not None:
-            self.state, self.note = "done", ""
+        state = self.run.state()
+        finished = (self.folder / "result.json").is_file()
+        if code == 0 and (finished or state.get("state") == "done"):
+            self.state, self.note = "done", "" if finished else "no result: debug"
             return
         stopped = stopping and (code in (130, 143) or -code in (signal.SIGINT, signal.SIGTERM))
         self.state = "interrupted" if stopped else "failed"
-        if not self.note:
-            self.note = "" if stopped else self._reason(code)
-        state = self.run.state()  # a killed process could not say so itself
-        if state and state.get("state") != "failed" and result is None:
-            self.run.write_state(self.state, state.get("stage"), state.get("step"), state.get("steps"), self.note or None)
+        self.note = self.note or ("" if stopped else self._reason(code))
+        if not finished and state.get("state") != "failed":  # a killed process could not say so itself
+            self.run.end(self.state, self.note or None)
 
     def _reason(self, code: int) -> str:
         if code < 0:
@@ -128,13 +128,21 @@ def plan(
         name = cell_name(swept)
         if any(cell.name == name for cell in cells):
             name = f"{name[:90]}-{short_hash(' '.join(swept))}"
-        cells.append(_compose(config, loader, list(map(str, overrides)), index, Cell(
-            name=name,
-            folder=sweep / name,
-            overrides=task,
-            swept=dict(_pair(override) for override in swept),
-            cfg=config,
-        )))
+        cells.append(
+            _compose(
+                config,
+                loader,
+                list(map(str, overrides)),
+                index,
+                Cell(
+                    name=name,
+                    folder=sweep / name,
+                    overrides=task,
+                    swept=dict(_pair(override) for override in swept),
+                    cfg=config,
+                ),
+            )
+        )
     return cells
 
 
@@ -164,14 +172,3 @@ def _compose(config: DictConfig, loader: ConfigLoader, overrides: list[str], ind
     cell.fresh = bool(values.get("fresh", False))
     cell.config_hash = config_hash(values)
     return cell
-
-
-def write_index(sweep: Path, cells: Sequence[Cell]) -> None:
-    """``sweep.json``: which cells the sweep has and which keys tell them apart, those of earlier calls included."""
-    known = read_json(sweep / "sweep.json") or {}
-    names = {cell.name for cell in cells}
-    earlier = [c for c in known.get("cells", []) if c["name"] not in names and (sweep / c["name"]).is_dir()]
-    now = [{"name": cell.name, "overrides": cell.overrides, "swept": cell.swept} for cell in cells]
-    everything = [*earlier, *now]
-    swept = list(dict.fromkeys(key for cell in everything for key in cell["swept"]))
-    write_json(sweep / "sweep.json", {"format": 1, "swept": swept, "cells": everything})

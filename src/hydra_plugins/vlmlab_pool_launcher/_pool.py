@@ -48,7 +48,7 @@ class Pool:
         self._began = time.monotonic()
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Run all waiting cells; on SIGINT or SIGTERM tell the running ones and wait for them, on a second kill them."""
+        """Run all waiting cells; the first SIGINT or SIGTERM is passed on and waited for, the second one kills."""
         with self._listening(cells):
             try:
                 while any(cell.state in ("waiting", "running") for cell in cells):

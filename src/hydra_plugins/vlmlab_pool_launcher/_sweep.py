@@ -12,7 +12,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from hydra_plugins.vlmlab_pool_launcher._cells import Cell, plan, write_index
+from hydra_plugins.vlmlab_pool_launcher._cells import Cell, plan
 from hydra_plugins.vlmlab_pool_launcher._display import display
 from hydra_plugins.vlmlab_pool_launcher._pool import Pool
 from hydra_plugins.vlmlab_pool_launcher._slots import make_slots
@@ -41,6 +41,10 @@ class CellReturn(JobReturn):
             raise self._return_value
         return self._return_value
 
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
+
 
 def run_sweep(
     config: DictConfig,
@@ -64,9 +68,9 @@ def run_sweep(
     sweep.mkdir(parents=True, exist_ok=True)
     cells = plan(config, loader, job_overrides, first, sweep)
     places = make_slots(cells, slots)
-    write_index(sweep, cells)
     for cell in cells:
-        cell.settle_finished()
+        if not cell.settle_finished():
+            cell.announce()
     print(f"sweep {sweep}: {len(cells)} cells, {len(places)} at a time; each writes <cell>/log.txt", flush=True)
     start = start_command()
     with display() as show:

@@ -1,6 +1,6 @@
 """The launcher that ``conf/train.yaml`` uses for ``-m``. Its parts are imported only when a sweep starts.
 
-Hydra runs this file without entering it into ``sys.modules``, so that a dataclass here cannot have postponed annotations.
+Hydra runs this file without entering it into ``sys.modules``: a dataclass here cannot have postponed annotations.
 """
 
 from collections.abc import Sequence

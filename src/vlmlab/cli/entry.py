@@ -20,10 +20,6 @@ class ConfigError(UserError):
     """The command or the composition cannot work; exit code 2."""
 
 
-class Interrupted(Exception):
-    """A signal stopped the run; exit code 130."""
-
-
 def debugging() -> bool:
     """Whether ``VLMLAB_DEBUG=1`` asks for whole tracebacks."""
     return os.environ.get("VLMLAB_DEBUG") == "1"
@@ -46,8 +42,7 @@ def guard(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
             if debugging():
                 raise
             raise SystemExit(fail(str(error), MISTAKE if isinstance(error, ConfigError) else FAILED)) from error
-        except (Interrupted, KeyboardInterrupt) as error:
-            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        except KeyboardInterrupt as error:
             raise SystemExit(INTERRUPTED) from error
 
     return guarded
@@ -62,7 +57,7 @@ def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int
         config_name: the primary configuration, for the same.
 
     Returns:
-        The exit code: ``DONE`` or ``MISTAKE``. A task wrapped by ``guard`` exits by itself.
+        The exit code. A task wrapped by ``guard`` exits by itself.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
     try:
@@ -72,6 +67,7 @@ def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int
             raise
         return fail(str(error), MISTAKE if isinstance(error, ConfigError) else FAILED)
     except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
         return INTERRUPTED
     except Exception as error:
         if debugging():

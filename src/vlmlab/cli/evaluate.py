@@ -23,7 +23,9 @@ def evaluate_command(cfg: DictConfig) -> None:
         raise ConfigError("which run? write run=<folder>, as in: python evaluate.py run=outputs/default")
     folder = Path(str(cfg.run))
     if RunFolder(folder).config() is None:
-        raise ConfigError(f"run={folder} is no run folder (it has no config.yaml); give the folder that training printed")
+        raise ConfigError(
+            f"run={folder} is no run folder (it has no config.yaml); give the folder that training printed"
+        )
     from vlmlab.evaluate.run import evaluate  # from here on torch
 
     evaluate(folder, cfg)

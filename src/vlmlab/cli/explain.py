@@ -19,7 +19,7 @@ def explain(error: Exception, conf: Path, config_name: str) -> str | None:
     if isinstance(error, MissingConfigException):
         return _missing(error)
     if isinstance(error, OverrideParseException):
-        hint = 'quote special characters, as in \'key="a=b,c"\''
+        hint = "quote special characters, as in 'key=\"a=b,c\"'"
         return f"the override {error.override!r} cannot be read: {_first(error)}; {hint}"
     if isinstance(error, ConfigCompositionException):
         return _composition(error, conf, config_name)
@@ -40,7 +40,7 @@ def _missing(error: MissingConfigException) -> str:
     if not group or not error.options:
         return _first(error)
     options = sorted(error.options)
-    return f"{group} has no choice {choice!r}{_closest(choice, options)}; choose one of {', '.join(options)}"
+    return f"{group} has no choice {choice!r}{_closest(choice, options)}: choose one of {', '.join(options)}"
 
 
 def _composition(error: ConfigCompositionException, conf: Path, config_name: str) -> str:
@@ -61,12 +61,10 @@ def _composition(error: ConfigCompositionException, conf: Path, config_name: str
 
 
 def _closest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
-    if not close:
-        last = word.rpartition(".")[2]
-        tails = [key for key in known if key.rpartition(".")[2] == last]
-        close = tails[:2]
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not close:  # the right last part in the wrong place
+        close = [key for key in known if key.rpartition(".")[2] == word.rpartition(".")[2]][:2]
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def _known_keys(conf: Path, config_name: str) -> list[str]:
@@ -81,7 +79,7 @@ def _known_keys(conf: Path, config_name: str) -> list[str]:
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in cfg:
+    for key in map(str, cfg):
         name = f"{prefix}{key}"
         yield name
         node = None if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key) else cfg[key]

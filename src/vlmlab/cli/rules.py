@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from hydra.conf import HydraConf
+from omegaconf import DictConfig
 
 from vlmlab.cli.entry import ConfigError
 from vlmlab.contracts.errors import UserError
@@ -123,16 +124,10 @@ def files_exist(cfg: Config, choices: Choices) -> str | None:
 
 
 def something_to_train(cfg: Config, choices: Choices) -> str | None:
-    """Without vision (fusion=none) a stage that trains only its side has nothing to train."""
-    if choices.get("fusion") != "none":
-        return None
-    for name, stage in _stages(cfg):
-        parts = [part for part, rate in (stage.get("train") or {}).items() if rate is not None]
-        if parts and not {"lm", "adapter"} & set(parts):
-            return (
-                f"recipe.stages.{name} trains {' and '.join(parts)}, which fusion=none leaves out; "
-                f"choose another fusion, or drop the stage by '~recipe.stages.{name}'"
-            )
+    """Without vision (fusion=none) only the LM can learn; stages that train the vision side alone are skipped."""
+    learns = any((stage.get("train") or {}).get("lm") is not None for _, stage in _stages(cfg))
+    if choices.get("fusion") == "none" and not learns:
+        return "fusion=none leaves only the LM and no stage of the recipe trains lm; choose another fusion or recipe"
     return None
 
 
@@ -181,8 +176,8 @@ def _stages(cfg: Config) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield str(name), stage
 
 
-def choices_of(hydra_cfg: DictConfig) -> dict[str, Any]:
+def choices_of(hydra_cfg: HydraConf) -> dict[str, Any]:
     """The chosen file of every group, and how Hydra was started (``_mode``: RUN or MULTIRUN)."""
-    chosen = OmegaConf.to_container(hydra_cfg.runtime.choices)
-    assert isinstance(chosen, dict)
-    return {str(key): value for key, value in chosen.items()} | {"_mode": getattr(hydra_cfg.mode, "name", None)}
+    return {str(key): value for key, value in hydra_cfg.runtime.choices.items()} | {
+        "_mode": getattr(hydra_cfg.mode, "name", None)
+    }

@@ -6,15 +6,16 @@ import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from vlmlab.analyse.table import final_table
 from vlmlab.cli.conf import conf_folder
-from vlmlab.cli.entry import ConfigError, Interrupted, guard, run_command
+from vlmlab.cli.entry import ConfigError, guard, run_command
 from vlmlab.cli.rules import check, choices_of
-from vlmlab.cli.show import result_text
 from vlmlab.contracts.errors import UserError
 from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
 from vlmlab.runs.config import plain
@@ -28,7 +29,6 @@ def train_command(cfg: DictConfig) -> None:
     Raises:
         ConfigError: the composition breaks a rule.
         UserError: the folder is in use or belongs to another configuration; or training says so.
-        Interrupted: a signal stopped training.
     """
     die_with_parent()
     hydra_cfg = HydraConfig.get()
@@ -46,27 +46,37 @@ def train_command(cfg: DictConfig) -> None:
         result = run.open(config, list(hydra_cfg.overrides.task), fresh=bool(cfg.fresh))
         if result is not None:
             code = ", made by other code of this package" if run.by_other_code() else ""
-            print(f"{folder} is finished{code} (fresh=true trains again)\n{result_text(result)}")
+            print(f"{folder} is finished{code}; fresh=true trains again\n\n{final_table(result)}")
             return
-        _train_in(run, cfg)
+        print(f"run folder: {folder}", flush=True)
+        result = _train_in(run, cfg)
+        if result is not None:
+            print(f"\n{final_table(result)}\n{_report(cfg, folder, result)}", flush=True)
 
 
-def _train_in(run: RunFolder, cfg: DictConfig) -> None:
+def _train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
     """Train, and leave in ``state.json`` how it ended."""
     try:
-        _train(cfg, run.path)
+        return _train(cfg, run.path)
     except Exception as error:
-        run.end("failed", f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
+        run.end("failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
         raise
-    except BaseException as error:  # a signal: KeyboardInterrupt, or an exit that training chose after saving
+    except BaseException:  # a signal; what was learnt is saved
         run.end("interrupted")
-        raise Interrupted from error
+        print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        raise
 
 
-def _train(cfg: DictConfig, folder: Path) -> None:
+def _train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     from vlmlab.train.run import train  # from here on torch
 
-    train(cfg, folder)
+    return train(cfg, folder)
+
+
+def _report(cfg: DictConfig, folder: Path, result: dict[str, Any]) -> Path:
+    from vlmlab.evaluate.gallery import write_gallery
+
+    return write_gallery(cfg, folder, result, title=f"Run {folder.name}")
 
 
 def _short(folder: Path) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample
@@ -105,12 +105,16 @@ class ChatEncoder:
         return _all_supervised(encoded) if self.prompt == "text" else encoded
 
     def ask(self, sample: Sample) -> Encoded:
-        """The conversation up to the last turn's answer, ready for generation; earlier answers keep their role."""
-        if self.prompt == "plain":
-            text, answers, start = self._visual_prefix(sample), [], len(self.begin)
-        else:
-            text, answers, start = self._chat(sample, ask=True)
-        return self._tokenise(sample, text, answers, start, supervise=False)
+        """The conversation up to the last turn's answer, ready for generation; earlier answers keep their role.
+
+        Raises:
+            DataError: nothing to ask (a plain prompt without an image), too long, or image tags that do not fit.
+        """
+        text, answers, start = self._plain(sample, ask=True) if self.prompt == "plain" else self._chat(sample, ask=True)
+        encoded = self._tokenise(sample, text, answers, start, supervise=False)
+        if not encoded.ids:
+            raise DataError(f"Sample {sample.id} has nothing to continue: plain prompts are images; use prompt=chat.")
+        return encoded
 
     # -- rendering -----------------------------------------------------------------------------------------------
 
@@ -118,10 +122,10 @@ class ChatEncoder:
         self._refuse_placeholder(sample)
         return self.begin + self.image_token * (self.tokens_per_image * len(sample.images))
 
-    def _plain(self, sample: Sample) -> tuple[str, list[Span], int]:
+    def _plain(self, sample: Sample, ask: bool = False) -> tuple[str, list[Span], int]:
         prefix = self._visual_prefix(sample)
         answer = sample.turns[0].answer
-        if not answer:
+        if ask or not answer:
             return prefix, [], len(self.begin)
         text = prefix + answer + (self.end or "")
         return text, [(len(prefix), len(text))], len(self.begin)
@@ -139,7 +143,8 @@ class ChatEncoder:
         if tags == 0 and sample.images:
             prompts[0] = IMAGE_TAG * len(sample.images) + prompts[0]
         elif tags != len(sample.images):
-            raise DataError(f"Sample {sample.id} has {tags} image tags for {len(sample.images)} images; make them equal.")
+            found = f"{tags} image tags for {len(sample.images)} images"
+            raise DataError(f"Sample {sample.id} has {found}; make them equal.")
         self._refuse_placeholder(sample)
         placeholder = self.image_token * self.tokens_per_image
         messages = [{"role": "system", "content": sample.system}] if sample.system else []
@@ -168,20 +173,21 @@ class ChatEncoder:
         """What the template's generation markers enclose, cut behind the end token."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts, marked = render_jinja_template(
+        rendered: Any = render_jinja_template(
             [messages],
             chat_template=self.tokenizer.chat_template,
             return_assistant_tokens_mask=True,
             add_generation_prompt=ask,
-            **dict(self.tokenizer.special_tokens_map),  # type: ignore[arg-type]  # the template's variables
+            **dict(self.tokenizer.special_tokens_map),  # the template's variables
         )
-        text, answers = texts[0], [message["content"] for message in messages if message["role"] == "assistant"]
-        if len(marked[0]) != len(answers):
+        (text,), (marked,) = rendered  # one conversation: its text, and the span of every generation block
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        if len(marked) != len(answers):
             raise UserError(
-                f"The chat template of {self.tokenizer.name_or_path} marks {len(marked[0])} generations for "
+                f"The chat template of {self.tokenizer.name_or_path} marks {len(marked)} generations for "
                 f"{len(answers)} answers; put one generation block around every assistant turn."
             )
-        spans = zip(marked[0], answers, strict=True)
+        spans = zip(marked, answers, strict=True)
         return text, [(start, self._answer_stop(text, start, answer)) for (start, _), answer in spans if answer]
 
     def _differences(self, sample: Sample, messages: list[dict[str, str]], ask: bool) -> tuple[str, list[Span]]:
@@ -218,7 +224,7 @@ class ChatEncoder:
         tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(tokens["input_ids"]), tokens["offset_mapping"]
         if len(ids) > self.max_length:
-            raise DataError(f"Sample {sample.id} has {len(ids)} tokens, more than max_length={self.max_length}; raise it.")
+            raise DataError(f"Sample {sample.id} has {len(ids)} tokens, over max_length={self.max_length}; raise it.")
         roles = [SYSTEM if stop <= start else USER for _, stop in offsets]
         labels = [IGNORE] * len(ids)
         span = iter(answers)

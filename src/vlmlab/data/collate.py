@@ -44,7 +44,8 @@ class Collator:
         return self._batch(samples, encoded, [[i] for i in range(len(samples))], left=True)
 
     def _batch(self, samples: Sequence[Sample], encoded: list[Encoded], rows: list[list[int]], left: bool) -> Batch:
-        order = [index for row in rows for index in row]
+        if not samples:
+            raise ValueError("a batch needs at least one sample")
         images = [(r, i, k) for r, row in enumerate(rows) for i in row for k in range(len(samples[i].images))]
         if self.resize is None:
             images = []
@@ -57,16 +58,12 @@ class Collator:
             image_row=torch.tensor([r for r, _, _ in images], dtype=torch.long),
             image_ids=[_image_id(samples[i], k) for _, i, k in images],
             sample_ids=[[samples[i].id for i in row] for row in rows],
-        ) if order else _refuse_empty()
+        )
 
     def _pixels(self, images: list[Image]) -> Tensor:
         if not images or self.resize is None:
             return torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
         return torch.from_numpy(np.stack([self.resize(image) for image in images]))  # (I, 3, H, W)
-
-
-def _refuse_empty() -> Batch:
-    raise ValueError("a batch needs at least one sample")
 
 
 def _image_id(sample: Sample, index: int) -> str:

@@ -60,7 +60,7 @@ def read_preprocess(folder: Path) -> Preprocess:
     """
     path = folder / "preprocessor_config.json"
     if not path.is_file():
-        raise UserError(f"{folder} has no preprocessor_config.json; save the tower's image processor beside its weights.")
+        raise UserError(f"{folder} has no preprocessor_config.json; save the tower's image processor beside it.")
     raw = json.loads(path.read_text())
     size, crop = raw.get("size") or {}, raw.get("crop_size") or {}
     shortest = size.get("shortest_edge")

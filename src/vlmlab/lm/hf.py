@@ -16,11 +16,10 @@ from vlmlab.mask.base import Mask
 from vlmlab.towers import quiet, resolve, tower_hash
 
 LOGIT_RULES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-"""Config keys by which a family changes its logits after the head; only those a check has covered may be used."""
-
+"""Config keys by which a family changes its logits after the head; only those a test has covered may be used."""
 
 PLAIN_GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-"""Said explicitly, because a checkpoint's own generation settings would otherwise change what greedy decoding returns."""
+"""Said explicitly, because a checkpoint's own generation settings would otherwise change greedy decoding."""
 
 
 class HfLanguageModel(nn.Module):
@@ -62,7 +61,9 @@ class HfLanguageModel(nn.Module):
         if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
             raise UserError(f"lm: the tokenizer of {tokenizer.name_or_path} needs a chat template and an end token.")
         if image_token not in tokenizer.get_vocab():
-            tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+            tokenizer.add_special_tokens(
+                {"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False
+            )
         if len(tokenizer) > _embeddings(model).num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         model.set_attn_implementation(IMPLEMENTATION)
@@ -110,8 +111,9 @@ class HfLanguageModel(nn.Module):
             "max_new_tokens": max_new_tokens,
             **options,
         }
+        decode: Any = self.model.generate
         with generating(mask, layout):
-            return self.model.generate(inputs_embeds=embeds, attention_mask=layout.valid.long(), **settings)
+            return decode(inputs_embeds=embeds, attention_mask=layout.valid.long(), **settings)
 
 
 def _embeddings(model: PreTrainedModel) -> nn.Embedding:
@@ -123,7 +125,8 @@ def _embeddings(model: PreTrainedModel) -> nn.Embedding:
 def _refuse_unknown_heads(model: PreTrainedModel) -> None:
     for key in LOGIT_RULES[1:]:
         if getattr(model.config, key, None) not in (None, 1, 1.0):
-            raise UserError(f"lm: {type(model).__name__} changes its logits by `{key}`, which vlmlab does not reproduce.")
+            family = type(model).__name__
+            raise UserError(f"lm: {family} changes its logits by `{key}`, which vlmlab does not reproduce.")
 
 
 def _per_layer_type(config: Any, allowed: Tensor, q: Tensor) -> Tensor | dict[str, Tensor]:

@@ -46,7 +46,12 @@ def _policy_mask(
     state = _generating.get()
     if state is None:
         return sdpa_mask(
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **kwargs
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            **kwargs,
         )
     mask, layout = state
     device = layout.kind.device

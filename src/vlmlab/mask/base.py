@@ -13,7 +13,9 @@ from vlmlab.contracts.tensors import Layout
 class Mask(Protocol):
     """Who may look at whom: ``(layout, q) -> (B, Q, S)`` bool for the query positions ``q (Q,)``."""
 
-    def __call__(self, layout: Layout, q: Tensor) -> Tensor: ...
+    def __call__(self, layout: Layout, q: Tensor) -> Tensor:
+        """Who may look at whom."""
+        ...
 
 
 def pair(field: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:

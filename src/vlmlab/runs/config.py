@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.runs.names import changes_result
@@ -22,6 +22,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     """
     try:
         value = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} is needed; write {error.full_key}=... on the command line") from error
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
         first = str(error).splitlines()[0]

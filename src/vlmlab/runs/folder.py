@@ -39,7 +39,9 @@ class RunFolder:
 
     # -- deciding ------------------------------------------------------------------------------------------------
 
-    def open(self, config: Mapping[str, Any], overrides: Sequence[str] = (), fresh: bool = False) -> dict[str, Any] | None:
+    def open(
+        self, config: Mapping[str, Any], overrides: Sequence[str] = (), fresh: bool = False
+    ) -> dict[str, Any] | None:
         """Lock the folder for this configuration and say whether anything is left to do.
 
         Args:
@@ -215,7 +217,7 @@ class RunFolder:
             file.write(json.dumps(dict(row), default=str) + "\n")
 
     def cut_back(self, stage: str, step: int) -> None:
-        """Forget the rows of ``metrics.jsonl`` later than this optimizer step of this stage (a replay writes them again)."""
+        """Forget the rows of ``metrics.jsonl`` later than this step of this stage; a replay writes them again."""
         rows = self.metrics()
         first = next((i for i, row in enumerate(rows) if row.get("stage") == stage), len(rows))
         kept = rows[:first] + [r for r in rows[first:] if r.get("stage") == stage and int(r.get("step", 0)) <= step]

@@ -50,7 +50,7 @@ def cell_name(overrides: Sequence[str]) -> str:
     """A folder name such as ``connector-mlp_mask-bidir_seed-1``, in the order of the overrides.
 
     Letters, digits and ``-_.`` only, since Hydra cannot parse ``=`` in a path. A name that lost other characters
-    than ``=`` or that is longer than ``LONGEST`` ends with 8 characters of hash, so that different cells stay different.
+    than ``=`` or that is longer than ``LONGEST`` ends with 8 characters of hash: different cells stay different.
     """
     if not overrides:
         return "default"

@@ -1,4 +1,4 @@
-"""Proof that frozen weights stayed and trained ones moved: a digest of every tensor's bits, before and after a stage."""
+"""Proof that frozen weights stayed and trained ones moved: a digest of the bits of every tensor before and after."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 def fingerprint(tensor: Tensor) -> str:
     """32 hexadecimal digits of the tensor's bits (blake2b), the same on every device."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.blake2b(flat.view(torch.uint8).numpy(), digest_size=16).hexdigest()
+    return hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=16).hexdigest()
 
 
 def fingerprints(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:

@@ -36,6 +36,13 @@ def _cells(text):
     return {_thing(cell, *divmod(place, 4)) for place, cell in enumerate(cells) if cell.strip() != "empty"}
 
 
+def _compound(text):
+    cells = text.split()
+    assert len(cells) == 16
+    spaced = [re.sub("|".join([*SIZES, *COLORS, *TEXTURES]), lambda m: m[0] + " ", cell) for cell in cells]
+    return {_thing(cell, *divmod(place, 4)) for place, cell in enumerate(spaced) if cell != "empty"}
+
+
 def _told(text):
     found = set()
     for sentence in text.rstrip(".").split("."):
@@ -47,6 +54,7 @@ def _told(text):
 PARSERS = {
     "dense": lambda text: _at(r"an? ([\w ]+?) in row (\w+) column (\w+)", text, 1, 2, 3),
     "cells": _cells,
+    "compound": _compound,
     "coordinates": lambda text: _at(r"row (\w+) column (\w+): ([\w ]+)\.", text, 3, 1, 2),
     "told": _told,
 }

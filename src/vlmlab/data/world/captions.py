@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vlmlab.data.world.draw import GRID
 from vlmlab.data.world.scene import Object, Scene
 from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.words import COLOR, NUMBERS, SHAPE, SIZE, TEXTURE, Lexicon, lexicon, phrase, with_article
@@ -34,6 +35,12 @@ def full_phrase(scene: Scene, thing: Object) -> str:
 def cell_words(thing: Object) -> str:
     """The cell in words, ``row one column two``."""
     return f"row {NUMBERS[thing.row + 1]} column {NUMBERS[thing.col + 1]}"
+
+
+def compound_caption(scene: Scene) -> str:
+    """The 16 cells in raster order, one word each: ``largeredstripedring`` or ``empty``, each after a blank."""
+    inside = {(thing.row, thing.col): full_phrase(scene, thing).replace(" ", "") for thing in scene.objects}
+    return "".join(f" {inside.get(divmod(place, GRID), 'empty')}" for place in range(GRID * GRID))
 
 
 def dense_caption(scene: Scene) -> str:

@@ -14,7 +14,7 @@ from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.text import FORMS, caption_turn, check_forms, text_sample
 from vlmlab.data.world.words import COLOR, SHAPE, lexicon, phrase
 
-STYLES = ("short", "dense", "mixed")
+STYLES = ("short", "dense", "mixed", "compound")
 _STRIDE = 1024
 """Scenes set aside for one question or one interleaved sample: they are tried in turn until one fits."""
 _INSIST = 64
@@ -79,7 +79,8 @@ class WorldCaptions(_WorldSource):
     """One image and a request for a caption.
 
     Args:
-        style: ``short`` (the answer is one of five references), ``dense`` (the re-caption) or ``mixed`` (either).
+        style: ``short`` (the answer is one of five references), ``dense`` (the re-caption), ``mixed`` (either),
+            or ``compound`` (one word a cell: what the vision tower learns to name).
         split, size, seed, domain: as for every source of the world.
 
     Raises:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample, Turn
-from vlmlab.data.world.captions import attributes, cell_words, dense_caption, full_phrase, short_captions
+from vlmlab.data.world.captions import attributes, cell_words, compound_caption, dense_caption, full_phrase, short_captions
 from vlmlab.data.world.draw import GRID
 from vlmlab.data.world.questions import dialogue
 from vlmlab.data.world.scene import Object, Scene
 from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.words import COLOR, NUMBERS, SHAPE, SIZE, TEXTURE, lexicon, phrase, with_article
 
+COMPOUND_PROMPT = "Name every cell in one word."
 _CAPTION_REQUEST = 0.5
 """How often a conversation about a scene told in words also asks for a caption."""
 
@@ -28,6 +29,11 @@ def _cells(scene: Scene, stream: Stream) -> str:
     if stream.chance(0.5):
         return f"{', '.join(rows)}."
     return " ".join(f"row {NUMBERS[row + 1]}: {cells}." for row, cells in enumerate(rows))
+
+
+def _compound(scene: Scene, stream: Stream) -> str:
+    """One word a cell: as short as the picture's own tokens."""
+    return compound_caption(scene)
 
 
 def _coordinates(scene: Scene, stream: Stream) -> str:
@@ -60,6 +66,7 @@ def _told(scene: Scene, stream: Stream) -> str:
 _FORMS: dict[str, Callable[[Scene, Stream], str]] = {
     "dense": _dense,
     "cells": _cells,
+    "compound": _compound,
     "coordinates": _coordinates,
     "told": _told,
 }
@@ -87,8 +94,10 @@ def describe(scene: Scene, form: str, stream: Stream) -> str:
 
 
 def caption_turn(scene: Scene, style: str, stream: Stream) -> Turn:
-    """A request for a caption: one of five references for ``short``, the re-caption for ``dense``."""
+    """A request for a caption: one of five references for ``short``, the re-caption for ``dense``, or ``compound``."""
     words = lexicon(scene.domain)
+    if style == "compound":
+        return Turn(COMPOUND_PROMPT, compound_caption(scene), "compound_caption")
     if style == "dense":
         return Turn(stream.choice(words.dense_prompts), dense_caption(scene), "dense_caption")
     captions = short_captions(scene)

@@ -1,0 +1,131 @@
+"""Help, configuration and mistakes are answered in one sentence, by a process that never imports torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+ASK = """
+import contextlib, io, json, sys
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from vlmlab.cli.conf import conf_folder
+from vlmlab.cli.entry import guard, run_command
+from vlmlab.cli.evaluate import evaluate_command
+from vlmlab.cli.train import train_command
+
+tasks = {"train": train_command, "evaluate": evaluate_command}
+answers = {}
+for line in json.loads(sys.argv[1]):
+    verb, *arguments = line.split(" ")
+    sys.argv = [verb, *arguments]
+    GlobalHydra.instance().clear()
+    main = hydra.main(config_path=str(conf_folder()), config_name=verb, version_base="1.3")(guard(tasks[verb]))
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = run_command(main, conf_folder(), verb)
+        except SystemExit as end:
+            code = end.code
+    answers[line] = (code, out.getvalue(), err.getvalue())
+heavy = [m for m in ("torch", "transformers", "lightning", "matplotlib") if m in sys.modules]
+sys.stdout.write(json.dumps({"answers": answers, "heavy": heavy}))
+"""
+
+MISTAKES = {
+    "train connector=mpl": r"error: connector has no choice 'mpl' \(did you mean mlp\?\): choose one of .*mlp.*qformer",
+    "train hydra/launcher=pol": r"error: hydra/launcher has no choice 'pol' .*pool",
+    "train conector=mlp": r"error: no key 'conector' .*did you mean connector\?",
+    "train trainer.device=2": r"error: no key 'trainer.device' .*did you mean trainer.devices\?",
+    "train +seed=2": r"error: .*already at 'seed'",
+    "train trainer.devices=[1": r"error: the override 'trainer.devices=\[1' cannot be read",
+    "train data=vqa": r"error: data.path is needed; write data.path=",
+    "train data=vqa data.path=/no/such/file": r"error: data\.[a-z.]*path=/no/such/file does not exist",
+    "train seed=-1": r"error: seed=-1 is no seed",
+    "train precision=fp16 trainer.accelerator=cpu": r"error: precision=fp16 needs a GPU",
+    "train recipe.stages.coarse_align.steps=-5": r"error: recipe.stages.coarse_align.steps=-5 is not possible",
+    "train -m mask=bidir,cousal": r"error: mask has no choice 'cousal' \(did you mean causal\?\)",
+    "evaluate": r"error: which run\? write run=<folder>",
+    "evaluate run=nowhere": r"error: run=nowhere is no run folder",
+    "evaluate runn=x": r"error: no key 'runn' .*did you mean run\?",
+}
+HELP = ["train --help", "train --cfg job", "train --cfg job -p connector", "evaluate --help", "train --hydra-help"]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("asked")
+    lines = [*HELP, *MISTAKES]
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, json.dumps(lines)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=True,
+    )
+    return {**json.loads(done.stdout), "folder": folder}
+
+
+def test_torch_is_not_imported(asked: dict[str, Any]) -> None:
+    assert asked["heavy"] == []
+
+
+def test_help_names_the_groups_and_the_commands(asked: dict[str, Any]) -> None:
+    code, out, err = asked["answers"]["train --help"]
+    assert (code, err) == (0, "")
+    for word in ("connector: linear, mlp, qformer", "mask: bidir, causal", "python train.py -m", "evaluate.py run="):
+        assert word in out
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_the_configuration_is_shown(asked: dict[str, Any]) -> None:
+    code, out, _ = asked["answers"]["train --cfg job"]
+    assert code == 0 and "coarse_align" in out and "hydra" not in out
+    assert "vlmlab.connector.mlp" in asked["answers"]["train --cfg job -p connector"][1]
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_sentence_and_exit_code_2(asked: dict[str, Any], line: str) -> None:
+    code, out, err = asked["answers"][line]
+    assert (code, out) == (2, "")
+    assert re.fullmatch(MISTAKES[line] + r".*\n", err), err
+
+
+def test_a_refused_run_leaves_nothing_behind(asked: dict[str, Any]) -> None:
+    assert [path.name for path in asked["folder"].rglob("*") if path.name not in ("outputs", "sweeps")] == [] or [
+        str(path) for path in asked["folder"].rglob("*")
+    ]
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_the_scripts_answer(script: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0 and "evaluate.py run=" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_console_command_runs_the_verbs(tmp_path: Path) -> None:
+    def vlmlab(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "vlmlab.cli", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env={**os.environ})
+
+    assert vlmlab("train", "mask=x").stderr.startswith("error: mask has no choice 'x'")
+    sweep = vlmlab("sweep", "mask=x,bidir")
+    assert sweep.returncode == 2 and "mask has no choice 'x'" in sweep.stderr
+    wrong = vlmlab("trian")
+    assert (
+        wrong.returncode == 2
+        and wrong.stderr == "error: vlmlab has no verb 'trian'; choose one of train, sweep, evaluate\n"
+    )

@@ -1,0 +1,34 @@
+"""One thread, no network, and where data of the outside lies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before torch or transformers are imported, here and in every process a test starts.
+for _name, _value in {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "MPLBACKEND": "Agg",
+}.items():
+    os.environ[_name] = _value
+for _name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "VLMLAB_LAUNCHER_PID", "VLMLAB_DEBUG"):
+    os.environ.pop(_name, None)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets: ``$VLMLAB_SHARED``, or ``shared/data`` beside the checkout."""
+    named = os.environ.get("VLMLAB_SHARED")
+    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set VLMLAB_SHARED to its folder")
+    return folder
