@@ -56,7 +56,7 @@ def root() -> Path:
     return Path(folder)
 
 
-def spread(model: nn.Module, seed: int = 0, scale: float = 0.2) -> nn.Module:
+def spread(model: nn.Module, seed: int = 0, scale: float = 0.15) -> nn.Module:
     """Random weights large enough that every attention row matters (0.02 would hide a wrong mask)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -126,14 +126,18 @@ class VLM(nn.Module):
 
 
 class DualEncoder(VLM):
-    """An image encoder and a text encoder for contrastive training; the text encoder also captions.
+    """An image encoder and a text encoder for contrastive training, with a captioning term on the patch features.
 
-    The text model reads a caption alone for the contrastive pair (its state at the end token), and after the visual
-    tokens for the captioning term, as in CoCa (arXiv 2205.01917, section 3.2): one text model, two passes.
+    The text model reads a caption alone for the contrastive pair (its state at the end token). The caption is also
+    predicted from the visual tokens: either word by word after them, as in CoCa (arXiv 2205.01917, section 3.2), or
+    all words at once, each from one visual token, without seeing any other word (parallel prediction, as in CapPa,
+    arXiv 2306.07915, section 3.2, here without a decoder). Parallel prediction cannot lean on the words before, so
+    the patch features themselves must name what they show.
 
     Args:
         encoder, connector, fusion, lm, mask: as in ``VLM``; the encoder must return a pooled feature.
         width: of the shared embedding space.
+        parallel: predict all words at once; the k-th word of every caption then belongs to the k-th visual token.
         scale, bias: initial temperature and bias (10 and -10 in SigLIP, arXiv 2303.15343 section 3.2).
     """
 
@@ -145,19 +149,35 @@ class DualEncoder(VLM):
         lm: HfLanguageModel,
         mask: Mask,
         width: int = 128,
+        parallel: bool = False,
         scale: float = 10.0,
         bias: float = -10.0,
     ) -> None:
         super().__init__(encoder, connector, fusion, lm, mask)
+        self.parallel = parallel
         self.pair = PairHead(encoder.pooled_width, lm.width, width, scale, bias)
 
     def forward(self, batch: Batch, mask: Mask | None = None) -> Outputs:
         """The captioning outputs with the pair of embeddings."""
-        outputs = super().forward(batch, mask)
+        outputs = self._parallel(batch) if self.parallel else super().forward(batch, mask)
         if outputs.visual is None or outputs.visual.pooled is None or batch.pixels.shape[0] != len(batch.input_ids):
-            raise UserError("ContrastiveModule needs one image a row and a tower with a pooled output (encoder.pooled=true).")
+            raise UserError("ContrastiveModule needs one image a row and a tower with a pooled output.")
         pairing = self.pair(outputs.visual.pooled, self.text_state(batch))
         return Outputs(outputs.logits, outputs.targets, outputs.visual, outputs.tokens, pairing)
+
+    def _parallel(self, batch: Batch) -> Outputs:
+        """Word k of every caption from visual token k alone."""
+        visual, tokens = self.look(batch)
+        if tokens is None:
+            raise UserError("ContrastiveModule needs images; give recipe.stages.<name>.data captioned images.")
+        answer = batch.labels != -100
+        words = batch.labels[answer & (answer.cumsum(1) <= tokens.shape[1])]  # (I * M,) if all are long enough
+        if words.numel() != tokens.shape[0] * tokens.shape[1]:
+            raise UserError(
+                f"dual_encoder.parallel needs captions of {tokens.shape[1]} tokens or more, one for each visual token "
+                f"(samples {batch.sample_ids[0]} ...); use captions of one word a cell, or parallel=false."
+            )
+        return Outputs(self.lm.logits(tokens).flatten(0, 1), words, visual, tokens)
 
     def text_state(self, batch: Batch) -> Tensor:
         """(B, D): the state at the end of each row's caption, read without any image."""
@@ -223,7 +243,8 @@ def build_model(cfg: DictConfig) -> VLM:
 
 def build_dual_encoder(cfg: DictConfig) -> DualEncoder:
     """The same groups as an image encoder and a text encoder; the text encoder is ``text_tower`` where there is one."""
-    return DualEncoder(**_instantiate_parts(cfg, text=cfg.get("text_tower"), encoder={"pooled": True}))
+    settings = cfg.get("dual_encoder") or {}
+    return DualEncoder(**_instantiate_parts(cfg, text=cfg.get("text_tower"), encoder={"pooled": True}), **settings)
 
 
 def _instantiate_parts(
@@ -244,9 +265,7 @@ def _instantiate_parts(
 def build_collator(cfg: DictConfig, model: VLM, prompt: Prompt) -> Collator:
     """Samples -> Batch for this model: its tokenizer, its tower's geometry, its number of visual tokens."""
     from vlmlab.data.chat import ChatEncoder
-    from vlmlab.data.chat import Prompt
     from vlmlab.data.collate import Collator
-    from vlmlab.lm.hf import HfLanguageModel
 
     tokenizer = model.lm.tokenizer
     encoder = ChatEncoder(

@@ -20,7 +20,8 @@ def embedded(name: str) -> Path:
     """
     folder = Path(str(files("vlmlab"))) / "embedded" / name
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not there; reinstall vlmlab or rebuild it with `python train.py recipe=embedded_towers`.")
+        remedy = "reinstall vlmlab, or rebuild it by `python train.py recipe=embedded_towers`"
+        raise UserError(f"{folder} is missing; {remedy}.")
     return folder
 
 
@@ -41,12 +42,12 @@ def resolve(path: str, key: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(f"{key}={path} is neither a local folder nor a hub id that can be reached; give a folder.") from error
+        raise UserError(f"{key}={path} is neither a local folder nor a hub id within reach; give a folder.") from error
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers' progress bars are off while this is open: a tiny tower loads faster than its bar draws."""
+    """Keeps transformers' progress bars off while this is open: a tiny tower loads faster than its bar draws."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

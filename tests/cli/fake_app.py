@@ -52,9 +52,10 @@ def terminated(number, frame):
 
 
 signal.signal(signal.SIGTERM, terminated)
-main = hydra.main(config_path="conf", config_name="train", version_base="1.3")(guard(train_command))
+conf = Path(__file__).resolve().parent / "conf"
+main = hydra.main(config_path=str(conf), config_name="train", version_base="1.3")(guard(train_command))
 if __name__ == "__main__":
-    sys.exit(run_command(main, Path(__file__).parent / "conf", "train"))
+    sys.exit(run_command(main, conf, "train"))
 """
 
 CONF = """

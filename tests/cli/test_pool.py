@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(condition: object, seconds: float = 120) -> bool:
+def wait_for(condition: object, seconds: float = 60) -> bool:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if condition():  # type: ignore[operator]
@@ -59,7 +60,7 @@ def test_failed_cells_leave_the_others_and_are_the_only_ones_run_again(tmp_path:
     (tmp_path / "bad").unlink()
     code, out, err = call(script, *SWEEP)
     assert (code, err) == (0, "") and counts(sweep) == [1, 1, 3, 1]
-    assert out.count("finished before") == 3
+    assert len(re.findall(r"y-\d: done (finished before|made by other code)", out)) == 3  # and none of them started
     assert "failed" not in (sweep / "table.csv").read_text() and (sweep / "figure.png").stat().st_size > 0
 
     code, out, _ = call(script, "x=2", "y=1", "seed=0", f"hydra.run.dir={sweep / CELLS[2]}")

@@ -58,7 +58,7 @@ def test_differences_name_keys_and_both_values() -> None:
 
 
 def test_plain_resolves_and_names_what_is_missing() -> None:
-    cfg = OmegaConf.create({"a": 1, "b": "${a}", "hydra": {"x": 1}})
+    cfg = OmegaConf.create({"a": 1, "b": "${a}", "hydra": {"x": "???"}})
     assert plain(cfg) == {"a": 1, "b": 1}
     with pytest.raises(UserError, match=r"data\.path is needed"):
         plain(OmegaConf.create({"data": {"path": "???"}}))

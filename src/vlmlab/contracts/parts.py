@@ -18,12 +18,18 @@ class Geometry(Protocol):
     """How a tower wants its pixels: ``(H, W, 3)`` of any size -> ``(3, height, width)``, uint8."""
 
     @property
-    def height(self) -> int: ...
+    def height(self) -> int:
+        """Rows of pixels."""
+        ...
 
     @property
-    def width(self) -> int: ...
+    def width(self) -> int:
+        """Columns of pixels."""
+        ...
 
-    def __call__(self, image: Image) -> Image: ...
+    def __call__(self, image: Image) -> Image:
+        """Resize and crop."""
+        ...
 
 
 class Encoder(nn.Module, ABC):

@@ -173,14 +173,14 @@ class ChatEncoder:
         """What the template's generation markers enclose, cut behind the end token."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered: Any = render_jinja_template(
+        render: Any = render_jinja_template  # its annotations do not fit what it returns
+        (text,), (marked,) = render(  # one conversation: its text, and the span of every generation block
             [messages],
             chat_template=self.tokenizer.chat_template,
             return_assistant_tokens_mask=True,
             add_generation_prompt=ask,
             **dict(self.tokenizer.special_tokens_map),  # the template's variables
         )
-        (text,), (marked,) = rendered  # one conversation: its text, and the span of every generation block
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         if len(marked) != len(answers):
             raise UserError(

@@ -140,7 +140,7 @@ def evaluate(folder: Path, cfg: DictConfig) -> dict[str, Any]:
     run = RunFolder(folder)
     result = run.result()
     if result is None:
-        raise CheckpointError(f"{folder} is not finished (no result.json); start its training command again to finish it.")
+        raise CheckpointError(f"{folder} is not finished (no result.json); start its training command again.")
     config = _overridden(run.config() or {}, cfg)
     torch.set_num_threads(int(config.trainer.threads))
     model = load_trained(config, folder)
@@ -161,7 +161,8 @@ def _overridden(run: Mapping[str, Any], cfg: DictConfig) -> DictConfig:
     if cfg.benchmarks is not None:
         unknown = [name for name in cfg.benchmarks if name not in config.data.benchmarks]
         if unknown:
-            raise UserError(f"benchmarks={unknown[0]} is not in this run; choose from {', '.join(config.data.benchmarks)}.")
+            known = ", ".join(config.data.benchmarks)
+            raise UserError(f"benchmarks={unknown[0]} is not in this run; choose from {known}.")
         config.data.benchmarks = {name: config.data.benchmarks[name] for name in cfg.benchmarks}
     if cfg.limit is not None:
         config.budget.eval_limit = cfg.limit

@@ -32,6 +32,8 @@ class ScratchLanguageModel(HfLanguageModel):
         vocab_size: upper bound of the vocabulary, the 256 bytes included.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
         max_position_embeddings: as in ``Qwen2Config``.
+        initializer_range: standard deviation of the initial weights; about width ** -0.5 for a narrow model.
+        rope_theta: base of the rotary positions (1e6 in Qwen2).
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class ScratchLanguageModel(HfLanguageModel):
         num_attention_heads: int,
         num_key_value_heads: int,
         max_position_embeddings: int = 1024,
+        initializer_range: float = 0.02,
+        rope_theta: float = 1e6,
     ) -> None:
         super(HfLanguageModel, self).__init__()
         tokenizer = train_tokenizer(_texts(text, tokenizer_samples), vocab_size)
@@ -57,6 +61,8 @@ class ScratchLanguageModel(HfLanguageModel):
             num_key_value_heads=num_key_value_heads,
             max_position_embeddings=max_position_embeddings,
             tie_word_embeddings=True,
+            initializer_range=initializer_range,
+            rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

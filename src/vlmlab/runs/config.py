@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -20,8 +21,11 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: naming the key that is missing or refers to nothing.
     """
+    job = copy.copy(cfg)  # Hydra's own node has missing values and is nobody's business
+    OmegaConf.set_struct(job, False)
+    job.pop("hydra", None)
     try:
-        value = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        value = OmegaConf.to_container(job, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} is needed; write {error.full_key}=... on the command line") from error
     except OmegaConfBaseException as error:
@@ -29,8 +33,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         first = str(error).splitlines()[0]
         raise UserError(f"{key} cannot be resolved: {first}; give it a value, as in {key}=...") from error
     assert isinstance(value, dict)
-    config = {str(key): item for key, item in value.items() if key != "hydra"}
-    return json.loads(json.dumps(config, default=str))
+    config: dict[str, Any] = json.loads(json.dumps(value, default=str))
+    return config
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from vlmlab.contracts.sample import SampleSource
 from vlmlab.model import DualEncoder, build_collator
-from vlmlab.towers import quiet, tower_hash
+from vlmlab.towers import quiet
 
 CARD = """# Embedded towers
 
 Two tiny towers trained on the embedded world (`vlmlab.data.world`), generated data, no third-party data or weights.
-`vision` is a SigLIP vision model that saw images and captions and no question; `lm` is a Qwen2 that saw text and no image.
-Stored in float16; loaded in float32.
+`vision` is a SigLIP vision model that saw images and captions and no question; `lm` is a Qwen2 that saw text and no
+image. Stored in float16; loaded in float32.
 
 | | |
 |---|---|

@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample, Turn
-from vlmlab.data.world.captions import attributes, cell_words, compound_caption, dense_caption, full_phrase, short_captions
+from vlmlab.data.world.captions import (
+    attributes,
+    cell_words,
+    compound_caption,
+    dense_caption,
+    full_phrase,
+    short_captions,
+)
 from vlmlab.data.world.draw import GRID
 from vlmlab.data.world.questions import dialogue
 from vlmlab.data.world.scene import Object, Scene
