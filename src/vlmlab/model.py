@@ -130,14 +130,14 @@ class DualEncoder(VLM):
 
     The text model reads a caption alone for the contrastive pair (its state at the end token). The caption is also
     predicted from the visual tokens: either word by word after them, as in CoCa (arXiv 2205.01917, section 3.2), or
-    all words at once, each from one visual token, without seeing any other word (parallel prediction, as in CapPa,
-    arXiv 2306.07915, section 3.2, here without a decoder). Parallel prediction cannot lean on the words before, so
-    the patch features themselves must name what they show.
+    all words at once, without seeing any other word (parallel prediction, as in CapPa, arXiv 2306.07915, section 3.2,
+    here without a decoder: visual token k predicts the k-th equal share of the caption's words, in no order). Parallel
+    prediction cannot lean on the words before, so the patch features themselves must name what they show.
 
     Args:
         encoder, connector, fusion, lm, mask: as in ``VLM``; the encoder must return a pooled feature.
         width: of the shared embedding space.
-        parallel: predict all words at once; the k-th word of every caption then belongs to the k-th visual token.
+        parallel: predict all words at once; captions then have a multiple of M words, in the order of the tokens.
         scale, bias: initial temperature and bias (10 and -10 in SigLIP, arXiv 2303.15343 section 3.2).
     """
 
@@ -166,18 +166,21 @@ class DualEncoder(VLM):
         return Outputs(outputs.logits, outputs.targets, outputs.visual, outputs.tokens, pairing)
 
     def _parallel(self, batch: Batch) -> Outputs:
-        """Word k of every caption from visual token k alone."""
+        """The words of every caption, each from the visual token whose share it is in, and from that alone."""
         visual, tokens = self.look(batch)
         if tokens is None:
             raise UserError("ContrastiveModule needs images; give recipe.stages.<name>.data captioned images.")
         answer = batch.labels != -100
-        words = batch.labels[answer & (answer.cumsum(1) <= tokens.shape[1])]  # (I * M,) if all are long enough
-        if words.numel() != tokens.shape[0] * tokens.shape[1]:
+        length = answer.sum(1, keepdim=True) - 1  # (B, 1) without the end token
+        share = int(length[0]) // tokens.shape[1]
+        if share == 0 or bool((length != share * tokens.shape[1]).any()):
             raise UserError(
-                f"dual_encoder.parallel needs captions of {tokens.shape[1]} tokens or more, one for each visual token "
-                f"(samples {batch.sample_ids[0]} ...); use captions of one word a cell, or parallel=false."
+                f"dual_encoder.parallel needs captions of one length that {tokens.shape[1]} visual tokens divide "
+                f"(sample {batch.sample_ids[0][0]} has {int(length[0])} tokens); use other captions or parallel=false."
             )
-        return Outputs(self.lm.logits(tokens).flatten(0, 1), words, visual, tokens)
+        words = batch.labels[answer & (answer.cumsum(1) <= length)]  # (I * M * share,)
+        logits = self.lm.logits(tokens).flatten(0, 1).repeat_interleave(share, 0)  # (I * M * share, V)
+        return Outputs(logits, words, visual, tokens)
 
     def text_state(self, batch: Batch) -> Tensor:
         """(B, D): the state at the end of each row's caption, read without any image."""

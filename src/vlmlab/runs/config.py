@@ -21,7 +21,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: naming the key that is missing or refers to nothing.
     """
-    job = copy.copy(cfg)  # Hydra's own node has missing values and is nobody's business
+    job = copy.deepcopy(cfg)  # Hydra's own node has missing values and is nobody's business
     OmegaConf.set_struct(job, False)
     job.pop("hydra", None)
     try:

@@ -364,7 +364,7 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
     write_json(run.folder.path / "cost.json", costs)
     if OmegaConf.select(cfg, "recipe.finish"):
         models = {s.name: run.trainees[kinds[s.index].build].model for s in stages}
-        metrics |= instantiate(cfg.recipe.finish)(models, cfg, run.folder.path, costs)
+        metrics |= instantiate(cfg.recipe.finish)(models, cfg, run.folder.path, costs, metrics)
     for logger in run.loggers:
         if not isinstance(logger, RunLogger):
             logger.log_metrics({key: value for key, value in metrics.items() if isinstance(value, (int, float))})

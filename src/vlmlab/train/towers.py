@@ -9,25 +9,25 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from safetensors import safe_open
+from torch import Tensor
 
 from vlmlab.contracts.sample import SampleSource
-from vlmlab.model import DualEncoder, build_collator
-from vlmlab.towers import quiet
+from vlmlab.model import VLM, DualEncoder, build_collator
+from vlmlab.towers import quiet, tower_hash
 
 CARD = """# Embedded towers
 
-Two tiny towers trained on the embedded world (`vlmlab.data.world`), generated data, no third-party data or weights.
-`vision` is a SigLIP vision model that saw images and captions and no question; `lm` is a Qwen2 that saw text and no
-image. Stored in float16; loaded in float32.
+Two tiny towers trained on the embedded world (`vlmlab.data.world`): generated data, no third-party data or weights.
+`vision` is a SigLIP vision model that saw captioned images and no question; `lm` is a Qwen2 that saw text and no image.
+Stored in float16, loaded in float32.
 
 | | |
 |---|---|
-| command | `{command}` |
-| seed | {seed} |
-| steps x batch | vision {vision_steps} x {vision_batch}, lm {lm_steps} x {lm_batch} |
-| duration | {seconds:.0f} s on {device} |
-| parameters | vision {vision_params:,}, lm {lm_params:,} |
+| command | `python train.py recipe=embedded_towers seed={seed}` |
+| steps x batch | {steps} |
+| seconds of training | {seconds:.0f}, {threads} CPU thread(s) |
+| parameters | vision {vision:,}, lm {lm:,} |
 | sha256 of vision | `{vision_hash}` |
 | sha256 of lm | `{lm_hash}` |
 
@@ -35,7 +35,7 @@ image. Stored in float16; loaded in float32.
 |---|---|
 {metrics}
 
-Rebuild: the command above writes `towers/` into its run folder; a rebuild should reach these metrics within 2 points.
+The command writes `towers/` into its run folder; a rebuild should reach these metrics within 2 points.
 """
 
 
@@ -56,17 +56,24 @@ class ExportTowers:
         self.batch_size = batch_size
 
     def __call__(
-        self, models: Mapping[str, nn.Module], cfg: DictConfig, folder: Path, costs: Mapping[str, Any]
+        self,
+        models: Mapping[str, VLM],
+        cfg: DictConfig,
+        folder: Path,
+        costs: Mapping[str, Any],
+        metrics: Mapping[str, float],
     ) -> dict[str, float]:
-        """Write ``<folder>/towers/{vision,lm}`` and return the retrieval accuracy of the vision tower."""
+        """Write ``<folder>/towers/{vision,lm}`` with a card; return the retrieval accuracy of the vision tower."""
         dual, language = models[self.vision_stage], models[self.lm_stage]
-        assert isinstance(dual, DualEncoder)
+        assert isinstance(dual, DualEncoder) and dual.encoder is not None
         score = {"towers/retrieval_at_1": self._retrieval(dual, cfg)}
         vision, lm = folder / "towers" / "vision", folder / "towers" / "lm"
-        _save(dual.encoder.tower, vision)  # type: ignore[union-attr]
-        _save_preprocess(dual.encoder.preprocess, vision)  # type: ignore[union-attr]
-        _save(language.lm.model, lm)  # type: ignore[union-attr]
-        language.lm.tokenizer.save_pretrained(lm)  # type: ignore[union-attr]
+        _save(dual.encoder.tower, vision)
+        _save_preprocess(dual.encoder.preprocess, vision)
+        _save(language.lm.model, lm)
+        language.lm.tokenizer.save_pretrained(lm)
+        card = _card(cfg, costs, {**metrics, **score}, vision, lm)
+        (folder / "towers" / "README.md").write_text(card, encoding="utf-8")
         return score
 
     @torch.no_grad()
@@ -84,6 +91,27 @@ class ExportTowers:
             texts.append(pairing.text)
         nearest = (torch.cat(texts) @ torch.cat(images).T).argmax(1)  # (pairs,)
         return float((nearest == torch.arange(len(nearest), device=nearest.device)).float().mean())
+
+
+def _card(cfg: DictConfig, costs: Mapping[str, Any], metrics: Mapping[str, float], vision: Path, lm: Path) -> str:
+    stages = cfg.recipe.stages
+    return CARD.format(
+        seed=cfg.seed,
+        steps=", ".join(f"{name} {stage.steps} x {stage.batch_size}" for name, stage in stages.items()),
+        seconds=costs["seconds"],
+        threads=cfg.trainer.threads,
+        vision=_stored(vision),
+        lm=_stored(lm),
+        vision_hash=tower_hash(vision),
+        lm_hash=tower_hash(lm),
+        metrics="\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
+    )
+
+
+def _stored(folder: Path) -> int:
+    """Number of values in a folder's weights."""
+    with safe_open(str(folder / "model.safetensors"), framework="pt") as file:
+        return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118 - not a mapping
 
 
 def _save(model: Any, folder: Path) -> None:

@@ -37,6 +37,13 @@ def cell_words(thing: Object) -> str:
     return f"row {NUMBERS[thing.row + 1]} column {NUMBERS[thing.col + 1]}"
 
 
+def cells_caption(scene: Scene) -> str:
+    """The 16 cells in raster order, four words each: size, colour, texture and shape, or four times ``empty``."""
+    inside = {(thing.row, thing.col): full_phrase(scene, thing) for thing in scene.objects}
+    nothing = " ".join(["empty"] * 4)
+    return "".join(f" {inside.get(divmod(place, GRID), nothing)}" for place in range(GRID * GRID))
+
+
 def compound_caption(scene: Scene) -> str:
     """The 16 cells in raster order, one word each: ``largeredstripedring`` or ``empty``, each after a blank."""
     inside = {(thing.row, thing.col): full_phrase(scene, thing).replace(" ", "") for thing in scene.objects}

@@ -9,6 +9,7 @@ from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.data.world.captions import (
     attributes,
     cell_words,
+    cells_caption,
     compound_caption,
     dense_caption,
     full_phrase,
@@ -20,7 +21,7 @@ from vlmlab.data.world.scene import Object, Scene
 from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.words import COLOR, NUMBERS, SHAPE, SIZE, TEXTURE, lexicon, phrase, with_article
 
-COMPOUND_PROMPT = "Name every cell in one word."
+CELLS_PROMPT = "Name every cell in four words."
 _CAPTION_REQUEST = 0.5
 """How often a conversation about a scene told in words also asks for a caption."""
 
@@ -101,10 +102,10 @@ def describe(scene: Scene, form: str, stream: Stream) -> str:
 
 
 def caption_turn(scene: Scene, style: str, stream: Stream) -> Turn:
-    """A request for a caption: one of five references for ``short``, the re-caption for ``dense``, or ``compound``."""
+    """A request for a caption: one of five references for ``short``, the re-caption for ``dense``, or ``cells``."""
     words = lexicon(scene.domain)
-    if style == "compound":
-        return Turn(COMPOUND_PROMPT, compound_caption(scene), "compound_caption")
+    if style == "cells":
+        return Turn(CELLS_PROMPT, cells_caption(scene), "cells_caption")
     if style == "dense":
         return Turn(stream.choice(words.dense_prompts), dense_caption(scene), "dense_caption")
     captions = short_captions(scene)
