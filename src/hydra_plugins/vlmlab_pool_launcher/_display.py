@@ -18,6 +18,8 @@ def progress(cell: Cell) -> str:
     if cell.state != "running":
         return cell.note
     state = cell.run.state()
+    if state.get("state") == "done":
+        return "writing its report"
     step, steps = state.get("step"), state.get("steps")
     place = "" if step is None else f" {step}" + (f"/{steps}" if steps else "")
     return f"{state.get('stage') or 'starting'}{place}"
