@@ -216,7 +216,7 @@ class WorldText(_WorldSource):
 
     Args:
         split, size, seed, domain: as for every source of the world.
-        forms: how scenes are told, see ``text.FORMS``; each sample uses one of them; all for None.
+        forms: how scenes are told, see ``text.FORMS``; each sample uses one of them; the usual five for None.
 
     Raises:
         UserError: for an unknown split, domain or form, or a size below 1.

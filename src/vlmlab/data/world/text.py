@@ -74,21 +74,23 @@ def _told(scene: Scene, stream: Stream) -> str:
 _FORMS: dict[str, Callable[[Scene, Stream], str]] = {
     "dense": _dense,
     "cells": _cells,
-    "compound": _compound,
     "coordinates": _coordinates,
     "told": _told,
+    "compound": _compound,
 }
 FORMS = (*_FORMS, "caption")
 """Forms of a text-only sample; ``caption`` is caption text alone, without a question."""
+USUAL_FORMS = ("dense", "cells", "coordinates", "told", "caption")
+"""What a source without a choice of forms mixes; never to be extended, since that would change its samples."""
 
 
 def check_forms(forms: Sequence[str] | None) -> tuple[str, ...]:
-    """The forms asked for, all of them for None.
+    """The forms asked for, the usual ones for None.
 
     Raises:
         UserError: for an empty list or an unknown form.
     """
-    chosen = FORMS if forms is None else tuple(forms)
+    chosen = USUAL_FORMS if forms is None else tuple(forms)
     unknown = [form for form in chosen if form not in FORMS]
     if unknown or not chosen:
         wrong = f"no text form {unknown[0]!r}" if unknown else "nothing to tell with an empty list of forms"
