@@ -35,7 +35,7 @@ $(VENV)/.installed: $(STAMPED) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: $(STAMPED) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,notebooks]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/.installed
 
 clean:
