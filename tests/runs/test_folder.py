@@ -157,17 +157,20 @@ def test_a_held_folder_is_refused_and_a_killed_holder_is_no_obstacle(tmp_path: P
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.open(CONFIG)
-    reading, writing = os.pipe()
+    ready, say_ready = os.pipe()
+    go, say_go = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(writing)
-        os.read(reading, 1)  # until the parent has looked
+        os.write(say_ready, b".")
+        os.read(go, 1)  # until the parent has looked
         os._exit(0)
+    os.read(ready, 1)
     run.close()
     free = not is_locked(tmp_path)
-    os.close(writing)
+    os.write(say_go, b".")
     os.waitpid(child, 0)
-    os.close(reading)
+    for descriptor in (ready, say_ready, go, say_go):
+        os.close(descriptor)
     assert free
 
 
