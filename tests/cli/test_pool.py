@@ -32,7 +32,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(condition: object, seconds: float = 60) -> bool:
+def wait_for(condition: object, seconds: float = 150) -> bool:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if condition():  # type: ignore[operator]

@@ -52,7 +52,7 @@ def test_a_signal_interrupts_and_the_same_command_goes_on(script: Path, number: 
     folder = script.parent / "outputs" / "default"
     (script.parent / "bad").write_text("wait")
     process = start(script)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 150
     while not trained(folder) and time.monotonic() < until:
         time.sleep(0.05)
     time.sleep(0.2)
