@@ -13,7 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vlmlab.contracts.sample import SampleSource
-from vlmlab.model import VLM, DualEncoder, build_collator
+from vlmlab.model import VLM, DualEncoder
+from vlmlab.recipe.contrastive import ContrastiveModule
 from vlmlab.towers import quiet, tower_hash
 
 CARD = """# Embedded towers
@@ -80,7 +81,7 @@ class ExportTowers:
     def _retrieval(self, model: DualEncoder, cfg: DictConfig) -> float:
         """Share of captions whose own image is the most similar of the whole set."""
         model.eval()
-        collate = build_collator(cfg, model, "plain")
+        collate = ContrastiveModule.collator(cfg, model, "plain")
         device = next(model.parameters()).device
         images: list[Tensor] = []
         texts: list[Tensor] = []
