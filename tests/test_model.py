@@ -32,7 +32,6 @@ from vlmlab.encoder.hf import HfEncoder
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.mask.causal import Causal
 from vlmlab.model import VLM, DualEncoder, build_dual_encoder, build_model
-from vlmlab.towers import embedded
 
 GROUPS = ("mask", "lm", "encoder", "connector", "fusion", "adapter", "objective")
 
@@ -62,20 +61,11 @@ class Text:
         return SAMPLES[index]
 
 
-def shipped() -> bool:
-    try:
-        return bool(embedded("vision") and embedded("lm"))
-    except UserError:
-        return False
-
-
 CASES = [(group, path.stem) for group in GROUPS for path in choices(group)]
 
 
 @pytest.mark.parametrize(("group", "name"), CASES, ids=str)
 def test_every_choice_builds_and_runs(group: str, name: str) -> None:
-    if name == "embedded" and not shipped():
-        pytest.skip("the embedded towers are not there")
     if group == "objective":
         assert instantiate(config(objective=name).objective).weight > 0
         return

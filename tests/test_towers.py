@@ -7,12 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
-from tests.tiny import qwen2, siglip
+from tests.tiny import CONF, qwen2, siglip
 from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.sample import IMAGE_TAG
 from vlmlab.encoder.hf import HfEncoder
 from vlmlab.lm.hf import HfLanguageModel
-from vlmlab.towers import resolve, tower_hash
+from vlmlab.runs import names as names  # registers the resolvers
+from vlmlab.towers import embedded, resolve, tower_hash
 
 
 def test_the_hash_is_of_the_weights(tmp_path: Path) -> None:
@@ -34,3 +38,23 @@ def test_resolve(tmp_path: Path) -> None:
     for wrong in ("no/such/tower", "not an id at all", str(tmp_path / "gone")):
         with pytest.raises(UserError, match=r"lm\.path=.*neither"):
             resolve(wrong, "lm.path")
+
+
+def test_the_lm_saw_no_image_and_the_vision_tower_no_question() -> None:
+    """From the recipe's own data list: what each stage of ``embedded_towers`` is given."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", ["recipe=embedded_towers"])
+    seen = {name: instantiate(cfg.data.train[stage.data]) for name, stage in cfg.recipe.stages.items()}
+    assert set(seen) == {"vision", "language"}
+    for index in range(60):
+        told, shown = seen["language"][index], seen["vision"][index]
+        assert told.images == () and not any(IMAGE_TAG in turn.prompt for turn in told.turns)
+        assert len(shown.images) == 1
+        assert [turn.kind for turn in shown.turns] == ["cells_caption"] and "?" not in shown.turns[0].prompt
+
+
+def test_the_shipped_towers_are_those_of_their_card() -> None:
+    card = (embedded("lm").parent / "README.md").read_text()
+    assert tower_hash(embedded("vision")) in card and tower_hash(embedded("lm")) in card
+    size = sum(path.stat().st_size for path in embedded("lm").parent.rglob("*") if path.is_file())
+    assert size <= 8_000_000

@@ -19,6 +19,7 @@ NOT_THE_RESULT = (
     "trainer.save_every_s",
     "trainer.workers",
     "trainer.progress",
+    "trainer.log_every",
 )
 """Keys that do not change what a run computes: they enter neither names nor ``config_hash``."""
 

@@ -139,6 +139,9 @@ def _train(run: Run) -> dict[str, Any] | None:
     kinds = {stage.index: module_class(stage) for stage in stages}
     objectives = {stage.index: build_objectives(stage) for stage in stages}  # all mistakes come before the first step
     assert run.precision
+    if run.writes:
+        device = torch.cuda.get_device_name() if on_gpu(cfg) else "cpu"
+        run.folder.update_env(device=device, threads=torch.get_num_threads(), precision=run.precision.name)
     run.loggers = [RunLogger(run.folder)]
     if cfg.logger.name == "wandb" and run.writes:
         run.loggers.append(wandb_logger(cfg, run.folder))
@@ -359,6 +362,7 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
         **cost.sample_cost(last.model, one.to(device)),
         "seconds": round(sum(float(facts.get("seconds", 0.0)) for facts in done), 1),
     }
+    run.folder.write_state("running", "evaluation", 0, None)
     metrics = run.evaluate(last.model, cfg, run.folder.path)
     costs["peak_bytes"] = max(cost.peak_bytes(), *(int(facts.get("peak_bytes", 0)) for facts in done))
     write_json(run.folder.path / "cost.json", costs)
