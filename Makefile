@@ -22,7 +22,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow --timeout=3600 --durations=0
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist load --timeout=3600
 
 install: $(VENV)/.installed
 
