@@ -129,3 +129,19 @@ def test_the_console_command_runs_the_verbs(tmp_path: Path) -> None:
         wrong.returncode == 2
         and wrong.stderr == "error: vlmlab has no verb 'trian'; choose one of train, sweep, evaluate\n"
     )
+
+
+def test_a_mistake_inside_instantiate_is_still_one_sentence():
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from vlmlab.cli.entry import guard, mistake_within
+
+    bad = OmegaConf.create(
+        {"_target_": "vlmlab.data.world.sources.WorldCaptions", "style": "odd", "split": "train", "size": 1}
+    )
+    with pytest.raises(SystemExit) as ended:
+        guard(instantiate)(bad)
+    assert ended.value.code == 1
+    assert mistake_within(ended.value) is not None and "no caption style" in str(mistake_within(ended.value))
+    assert mistake_within(ValueError("other")) is None

@@ -37,10 +37,10 @@ def test_easy_vqa_is_learnt_from_its_images(tmp_path: Path, shared_data: Path) -
     """Real files through instruction tuning: far above the same model with wrong images."""
     data = shared_data / "easy_vqa_mini"
     arguments = (f"data.path={data}/train.json", f"data.test_path={data}/test.json", f"data.images={data}")
-    metrics = trained("data=vqa", *arguments, "budget.steps_scale=0.25", cwd=tmp_path)["metrics"]
+    metrics = trained("data=vqa", *arguments, "budget.steps_scale=0.4", cwd=tmp_path)["metrics"]
     assert metrics["vqa_test/vqa_accuracy/count"] == 2900
     other = metrics["vqa_test/vqa_accuracy/kind/other"]
-    assert other >= 0.3 and other >= metrics["vqa_test/vqa_accuracy/kind/other/shuffled"] + 0.1
+    assert other >= 0.4 and other >= metrics["vqa_test/vqa_accuracy/kind/other/shuffled"] + 0.2
 
 
 def test_coco_captions_run_through_all_stages(tmp_path: Path, shared_data: Path) -> None:

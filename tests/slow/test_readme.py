@@ -28,7 +28,7 @@ def commands() -> list[str]:
 
 def user_files(folder: Path) -> None:
     """The data files that the README's commands name."""
-    source = WorldQuestions(split="train", size=40, multi_turn=False)
+    source = WorldQuestions(split="train", size=150, multi_turn=False)
     (folder / "images").mkdir()
     questions, chats, captions, images = [], [], [], []
     for index in range(len(source)):
@@ -40,8 +40,8 @@ def user_files(folder: Path) -> None:
         chats.append({"id": str(index), "image": f"{index}.png", "conversations": talk})
         images.append({"id": index, "file_name": f"{index}.png"})
         captions += [{"id": 2 * index + k, "image_id": index, "caption": f"picture {index % 7} {k}"} for k in range(2)]
-    (folder / "train.json").write_text(json.dumps(questions[:30]))
-    (folder / "test.json").write_text(json.dumps(questions[30:]))
+    (folder / "train.json").write_text(json.dumps(questions[:120]))
+    (folder / "test.json").write_text(json.dumps(questions[120:]))
     (folder / "chat.json").write_text(json.dumps(chats))
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
 

@@ -51,7 +51,7 @@ def finish(command: list[str]) -> None:
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize(("app", "total", "kills"), [(fake, 60, 20), (world, 40, 6)], ids=["fake", "world"])
+@pytest.mark.parametrize(("app", "total", "kills"), [(fake, 60, 20), (world, 40, 20)], ids=["fake", "world"])
 def test_killed_at_random_moments(tmp_path, app, total, kills):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(app(whole))

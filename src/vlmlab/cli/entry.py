@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from vlmlab.contracts.errors import UserError
@@ -42,10 +43,23 @@ def guard(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
             if debugging():
                 raise
             raise SystemExit(fail(str(error), MISTAKE if isinstance(error, ConfigError) else FAILED)) from error
+        except InstantiationException as error:
+            mistake = mistake_within(error)
+            if mistake is None or debugging():
+                raise
+            raise SystemExit(fail(str(mistake), FAILED)) from error
         except KeyboardInterrupt as error:
             raise SystemExit(INTERRUPTED) from error
 
     return guarded
+
+
+def mistake_within(error: BaseException) -> UserError | None:
+    """The user's mistake that Hydra's ``instantiate`` has wrapped, or None."""
+    cause = error.__cause__
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__
+    return cause
 
 
 def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int:
