@@ -292,3 +292,11 @@ def test_a_sample_that_is_too_long_is_refused_by_name() -> None:
 def test_an_unknown_prompt_is_refused() -> None:
     with pytest.raises(UserError, match="prompt=poem is unknown; use plain, chat"):
         ChatEncoder(tokenizer(), "<|image|>", 3, prompt="poem")  # type: ignore[arg-type]
+
+
+def test_text_prompt_supervises_every_word_but_the_first_and_the_image() -> None:
+    answers, words = (chat(prompt=prompt).train(TWO_TURNS) for prompt in ("chat", "text"))
+    assert (words.ids, words.roles, words.image) == (answers.ids, answers.roles, answers.image)
+    expected = [token if image < 0 else -100 for token, image in zip(words.ids, words.image, strict=True)]
+    assert words.labels == [-100, *expected[1:]]
+    assert words.labels != answers.labels
