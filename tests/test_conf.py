@@ -33,7 +33,7 @@ def test_the_groups_are_those_of_the_design() -> None:
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes_and_is_commented(group: str, choice: str) -> None:
     cfg = composed(f"{group}={choice}")
-    node = OmegaConf.select(cfg, group)
+    node = cfg.recipe if group == "preset" else OmegaConf.select(cfg, group)  # a preset only sets other groups
     assert node is not None
     for key, value in MANDATORY.items():
         if OmegaConf.is_config(node) and OmegaConf.is_missing(node, key):
@@ -42,6 +42,6 @@ def test_every_choice_composes_and_is_commented(group: str, choice: str) -> None
     assert resolved or choice in ("none",)
 
 
-@pytest.mark.parametrize("group", ["fusion", "adapter", "logger", "debug"])
+@pytest.mark.parametrize("group", ["fusion", "adapter", "logger", "debug", "preset"])
 def test_every_group_that_can_be_off_has_none(group: str) -> None:
     assert (group, "none") in CHOICES
