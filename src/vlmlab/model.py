@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,18 +35,28 @@ class VLM(nn.Module):
         fusion: how the visual tokens act on the LM.
         lm: the language model.
         mask: who may look at whom.
+
+    Raises:
+        UserError: the connector reads the user's text and the fusion gives images no place in the sequence.
     """
 
     def __init__(
         self, encoder: Encoder | None, connector: Connector | None, fusion: Fusion, lm: HfLanguageModel, mask: Mask
     ) -> None:
         super().__init__()
+        if connector is not None and connector.reads_instruction and not fusion.in_sequence:
+            raise UserError(
+                "connector reads the text of the turn an image stands in, and this fusion gives images no place in the "
+                "sequence; use fusion=concat, or connector.instruction=false where the connector has that key."
+            )
         self.encoder = encoder
         self.connector = connector
         self.fusion = fusion
         self.lm = lm
         self.mask = mask
-        self._adapted: dict[str, set[str]] = {}  # part -> names of its adapter's parameters
+        self._adapted: dict[str, dict[str, Adapted]] = {}  # part -> name -> its adapter
+        self.objectives = nn.ModuleDict()  # those of the stage that have weights of their own
+        self._acting: dict[str, str | None] = {}  # part -> name of the adapter that acts
         fusion.attach(lm)
 
     @property
@@ -59,7 +71,7 @@ class VLM(nn.Module):
         if self.encoder is None or self.connector is None or batch.pixels.shape[0] == 0:
             return None, None
         visual = self.encoder(batch.pixels)
-        return visual, self.connector(visual)
+        return visual, self.connector(visual, batch.instructions() if self.connector.reads_instruction else None)
 
     def embed(self, batch: Batch) -> tuple[Tensor, Visual | None, Tensor | None]:
         """(B, S, D) embeddings with vision fused in, and what was seen."""
@@ -75,7 +87,8 @@ class VLM(nn.Module):
         states = self.lm.states(embeds, batch.layout, mask or self.mask)  # (B, S, D)
         chosen = batch.labels[:, 1:] != -100  # (B, S - 1)
         logits = self.lm.logits(states[:, :-1][chosen])  # (T, V)
-        return Outputs(logits=logits, targets=batch.labels[:, 1:][chosen], visual=visual, tokens=tokens)
+        targets = batch.labels[:, 1:][chosen]
+        return Outputs(logits=logits, targets=targets, visual=visual, tokens=tokens, embeds=embeds)
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, **options: Any) -> list[str]:
@@ -88,35 +101,115 @@ class VLM(nn.Module):
         """The policy of the stage that begins."""
         self.mask = mask
 
-    def set_adapter(self, adapter: Adapter) -> None:
-        """Wraps the towers that the adapter names; a tower that is wrapped already stays as it is.
+    def set_objectives(self, objectives: Mapping[str, Any]) -> None:
+        """The objectives of the stage that begins, as far as they have weights; those of the stage before are dropped.
 
         Raises:
-            UserError: the adapter names a part that this composition does not have.
+            UserError: one of them does not go with this composition.
+        """
+        for objective in objectives.values():
+            objective.attach(self)
+        self.objectives = nn.ModuleDict(dict(objectives))
+
+    def set_adapter(self, adapter: Adapter) -> None:
+        """Lets the adapter act on the towers that it names, wrapping each of them once per name of an adapter.
+
+        Raises:
+            UserError: the adapter names a part that this composition does not have, or its name or kind does not go
+                with the adapters that are there.
         """
         for part in adapter.parts:
-            if part in self._adapted:
-                continue
             if part not in ("lm", "encoder") or getattr(self, part) is None:
                 raise UserError(f"adapter.parts has {part}, which is no tower of this composition; use lm or encoder.")
-            known = {id(p) for p in self.parameters()}
-            owner, name = (self.lm, "model") if part == "lm" else (self.encoder, "tower")
-            setattr(owner, name, adapter.wrap(getattr(owner, name)))
-            self._adapted[part] = {n for n, p in self.named_parameters() if id(p) not in known}
+            others = self._adapted.setdefault(part, {})
+            _check_company(adapter, part, others)
+            if adapter.name not in others:
+                known = {id(t) for t in self.state_dict(keep_vars=True).values()}
+                owner, place = self._tower(part)
+                wrapped = adapter.wrap(getattr(owner, place))
+                setattr(owner, place, wrapped)
+                ratios = {id(p): ratio for p, ratio in adapter.ratios(wrapped).items()}
+                new = {n: t for n, t in _once(self.state_dict(keep_vars=True)).items() if id(t) not in known}
+                rates = {n: ratios[id(t)] for n, t in new.items() if id(t) in ratios}
+                others[adapter.name] = Adapted(adapter, set(new), rates)
+        self._switch(adapter.parts, adapter.name)
+
+    def switch(self, name: str | None) -> None:
+        """Let the adapters of this name act, and no other; None: none, every tower as it was loaded.
+
+        One model serves many tasks: switch between batches or requests. Soft prompts stand in the batches, so make
+        those with a collator built after switching.
+
+        Raises:
+            UserError: no tower has such an adapter, or one cannot be without its adapter.
+        """
+        known = sorted({other for others in self._adapted.values() for other in others})
+        if name is not None and name not in known:
+            raise UserError(f"there is no adapter {name} to switch to; the model has {', '.join(known) or 'none'}.")
+        if name is None and any(a.adapter.alone for others in self._adapted.values() for a in others.values()):
+            raise UserError("adapter.pissa=true took its share out of the tower's weights; it cannot be switched off.")
+        self._switch(self._adapted, name)
+
+    def _switch(self, parts: Iterable[str], name: str | None) -> None:
+        from vlmlab.adapter.base import switch
+
+        for part in parts:
+            owner, place = self._tower(part)
+            switch(getattr(owner, place), name)
+            self._acting[part] = name if name in self._adapted[part] else None
+
+    def merge(self) -> None:
+        """Put the adapters that act into the towers' own weights and drop all adapters: plain towers again.
+
+        Raises:
+            UserError: an adapter that acts is no change of weights.
+        """
+        from vlmlab.adapter.base import merge
+
+        for part in list(self._adapted):
+            owner, place = self._tower(part)
+            setattr(owner, place, merge(getattr(owner, place)))
+            del self._adapted[part], self._acting[part]
+
+    def _tower(self, part: str) -> tuple[Any, str]:
+        """Where a tower is: its owner and the attribute's name."""
+        return (self.lm, "model") if part == "lm" else (self.encoder, "tower")
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Positions that the adapter that acts on the LM wants before every sample."""
+        name = self._acting.get("lm")
+        return 0 if name is None else self._adapted["lm"][name].adapter.prompt_tokens
+
+    def adapter_tensors(self, name: str) -> set[str]:
+        """State-dict names of the weights and buffers of the adapters of this name."""
+        return {n for others in self._adapted.values() if name in others for n in others[name].tensors}
+
+    def ratios(self) -> dict[str, float]:
+        """Learning rates that are a multiple of their part's, by the parameter's name."""
+        return {n: r for others in self._adapted.values() for a in others.values() for n, r in a.ratios.items()}
 
     def parts(self) -> dict[str, NamedParameters]:
-        """Part -> its named parameters that a stage may train; an adapted tower's own weights are "<part>.base"."""
+        """Part -> its named parameters that a stage may train.
+
+        Of an adapted tower that is the adapter that acts; "<part>.base" are its own weights and "<part>.<name>" other
+        adapters.
+        """
         out: dict[str, NamedParameters] = {}
         for part in ("encoder", "connector", "fusion", "lm"):
             module = getattr(self, part)
             own = [] if module is None else list(module.trainable() if hasattr(module, "trainable") else _named(module))
             named = [(f"{part}.{name}", p) for name, p in own]
-            adapter = self._adapted.get(part)
-            if adapter:
-                out[f"{part}.base"] = [(n, p) for n, p in named if n not in adapter]
-                named = [(n, p) for n, p in named if n in adapter]
-            if named:
+            if adapters := self._adapted.get(part):
+                every = set().union(*(adapted.tensors for adapted in adapters.values()))
+                out[f"{part}.base"] = [(n, p) for n, p in named if n not in every]
+                for name, adapted in adapters.items():
+                    key = part if name == self._acting.get(part) else f"{part}.{name}"
+                    out[key] = [(n, p) for n, p in named if n in adapted.tensors]
+            elif named:
                 out[part] = named
+        if own := _named(self.objectives):
+            out["objective"] = [(f"objectives.{name}", p) for name, p in own]
         return out
 
     def sourced(self) -> dict[str, str]:
@@ -163,7 +256,7 @@ class DualEncoder(VLM):
         if outputs.visual is None or outputs.visual.pooled is None or batch.pixels.shape[0] != len(batch.input_ids):
             raise UserError("ContrastiveModule needs one image a row and a tower with a pooled output.")
         pairing = self.pair(outputs.visual.pooled, self.text_state(batch))
-        return Outputs(outputs.logits, outputs.targets, outputs.visual, outputs.tokens, pairing)
+        return replace(outputs, pairing=pairing)
 
     def _parallel(self, batch: Batch) -> Outputs:
         """The words of every caption, each from the visual token whose share it is in, and from that alone."""
@@ -219,6 +312,39 @@ class PairHead(nn.Module):
         )
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """What an adapter did to one tower.
+
+    Attributes:
+        adapter: the adapter.
+        tensors: state-dict names of its weights and buffers.
+        ratios: learning rates that are a multiple of the others', by name.
+    """
+
+    adapter: Adapter
+    tensors: set[str]
+    ratios: dict[str, float]
+
+
+def _check_company(adapter: Adapter, part: str, others: Mapping[str, Adapted]) -> None:
+    """Refuse an adapter that cannot share a tower with those that are there."""
+    for name, other in others.items():
+        if type(other.adapter) is not type(adapter):
+            kinds = f"{type(other.adapter).__name__} {name} and {type(adapter).__name__} {adapter.name}"
+            raise UserError(f"adapter: {part} cannot have {kinds} together; use one kind of adapter in all stages.")
+        if name != adapter.name and (other.adapter.alone or adapter.alone):
+            raise UserError(f"adapter.pissa=true goes with no second adapter on {part}; use one name in all stages.")
+
+
+def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A tensor that modules share under its first name alone, as ``named_parameters`` has it."""
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in first.values()}
+
+
 def _named(module: nn.Module) -> NamedParameters:
     return list(module.named_parameters())
 
@@ -261,8 +387,22 @@ def _instantiate_parts(
     if fusion.reads == "nothing":
         return {"encoder": None, "connector": None, "fusion": fusion, "lm": lm, "mask": mask}
     tower = instantiate(cfg.encoder, **(encoder or {}))
-    connector = instantiate(cfg.connector, in_width=tower.width, out_width=lm.width)
+    described = _with_vocabulary(cfg.connector, lm.model.get_input_embeddings().num_embeddings)
+    connector = instantiate(described, in_width=tower.width, out_width=lm.width)
     return {"encoder": tower, "connector": connector, "fusion": fusion, "lm": lm, "mask": mask}
+
+
+def _with_vocabulary(node: DictConfig, size: int) -> DictConfig:
+    """A connector's configuration, or that of several, with every null ``vocab_size`` filled (see contracts.parts)."""
+    from omegaconf import DictConfig, OmegaConf
+
+    out = node.copy()
+    for key in (key for key in node if not OmegaConf.is_missing(node, key)):
+        if key == "vocab_size" and node[key] is None:
+            out[key] = size
+        elif isinstance(node[key], DictConfig):
+            out[key] = _with_vocabulary(node[key], size)
+    return out
 
 
 def build_collator(cfg: DictConfig, model: VLM, prompt: Prompt) -> Collator:
@@ -280,4 +420,10 @@ def build_collator(cfg: DictConfig, model: VLM, prompt: Prompt) -> Collator:
     )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     resize = None if model.encoder is None else model.encoder.preprocess
-    return Collator(encoder=encoder, resize=resize, pad_id=pad, pack_length=cfg.collate.pack_length)
+    return Collator(
+        encoder=encoder,
+        resize=resize,
+        pad_id=pad,
+        pack_length=cfg.collate.pack_length,
+        prompt_tokens=model.prompt_tokens,
+    )

@@ -1,3 +1,5 @@
+"""Each rule on plain values, and those that a choice on the command line can break on the real configuration."""
+
 from __future__ import annotations
 
 import copy
@@ -5,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError
-from vlmlab.cli.rules import SIGLIP, check
+from vlmlab.cli.rules import CONTRASTIVE, MMA, MULTI, PATCH, SHOWS_PROMPT, SIGLIP, check, choices_of
+from vlmlab.runs import names as names  # registers the resolvers
 from vlmlab.runs.config import plain
 
 GOOD: dict[str, Any] = {
@@ -92,3 +98,78 @@ def test_a_file_that_is_there_passes(tmp_path: Path) -> None:
     cfg = OmegaConf.create(copy.deepcopy(GOOD))
     cfg.data.train.short.path = str(tmp_path)
     check(cfg, plain(cfg), CHOICES)
+
+
+def passes(changes: dict[str, Any], choices: dict[str, Any] | None = None) -> None:
+    cfg = OmegaConf.create(copy.deepcopy(GOOD))
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key, value, merge=False)
+    check(cfg, plain(cfg), CHOICES | (choices or {}))
+
+
+def test_the_leaking_mask_is_refused_from_the_command_line() -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        composed = compose("train", ["mask=visual_rows_open"], return_hydra_config=True)
+    cfg = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    with pytest.raises(ConfigError) as caught:
+        check(cfg, plain(cfg), choices_of(composed.hydra))
+    assert str(caught.value) == (
+        "mask=visual_rows_open leaks later answers and is a control for tests only; choose mask=bidir"
+    )
+
+
+MASKS = {path.stem: plain(OmegaConf.load(path)) for path in sorted((conf_folder() / "mask").glob("*.yaml"))}
+TEXT = {"recipe.stages.tune.prompt": "text"}
+
+
+@pytest.mark.parametrize("mask", [name for name in MASKS if name != "visual_rows_open"])
+def test_a_prompt_that_is_learnt_is_not_shown(mask: str) -> None:
+    passes({"mask": MASKS[mask]})
+    passes({"mask": MASKS[mask], "recipe.stages.tune.prompt": "plain"})
+    if mask in SHOWS_PROMPT:
+        words = f"recipe.stages.tune.prompt=text learns the words of the prompt, which mask={mask} shows"
+        assert refused({"mask": MASKS[mask], **TEXT}).startswith(words)
+    else:
+        passes({"mask": MASKS[mask], **TEXT})
+
+
+def test_a_stages_own_mask_counts() -> None:
+    own = {"recipe.stages.tune.mask": MASKS["prefix_lm"]}
+    passes(own)
+    assert "mask=prefix_lm shows" in refused({**own, **TEXT})
+    passes({"mask": MASKS["prefix_lm"], "recipe.stages.tune.mask": MASKS["causal"], **TEXT})
+
+
+def test_an_adapter_needs_layers() -> None:
+    bare, wide = ({"_target_": PATCH, "features": features} for features in (None, 32))
+    both, alone = ({"_target_": "x.Y", "parts": parts} for parts in (["lm", "encoder"], ["lm"]))
+    assert "recipe.stages.tune names encoder" in refused({"encoder": bare, "recipe.stages.tune.adapter": both})
+    assert "encoder.features" in refused({"encoder": bare, "adapter": both})
+    passes({"encoder": bare, "adapter": both, **{f"recipe.stages.{n}.adapter": None for n in ("align", "tune")}})
+    passes({"encoder": wide, "adapter": both})
+    passes({"encoder": bare, "adapter": alone})
+
+
+def test_an_adapter_that_wants_one_tower() -> None:
+    mma = {"_target_": MMA, "parts": ["encoder"]}
+    assert "adapter=mma wants a single tower" in refused({"encoder": {"_target_": MULTI}, "adapter": mma})
+    passes({"encoder": {"_target_": MULTI}, "adapter": mma | {"parts": ["lm"]}})
+    passes({"encoder": {"_target_": "vlmlab.encoder.hf.HfEncoder"}, "adapter": mma})
+
+
+def test_a_contrastive_stage_wants_a_pooled_tower() -> None:
+    stage = {"recipe.stages.align.module": CONTRASTIVE}
+    for target in (PATCH, MULTI):
+        assert "recipe.stages.align is a ContrastiveModule" in refused({"encoder": {"_target_": target}, **stage})
+    assert "set encoder.layers=null" in refused({"encoder": {"_target_": "a.B", "layers": [-2]}, **stage})
+    assert "fusion=none leaves out" in refused(stage, {"fusion": "none"})
+    passes({"encoder": {"_target_": "a.B", "layers": None}, **stage})
+
+
+def test_raw_patches_alone_cannot_train() -> None:
+    only = {f"recipe.stages.{name}.train": {"encoder": 1e-3, "lm": None} for name in ("align", "tune")}
+    assert "encoder=patch has no weights" in refused({"encoder": {"_target_": PATCH}, **only})
+    passes({"encoder": {"_target_": PATCH, "newline": True}, **only})
+    passes({"encoder": {"_target_": PATCH, "features": 8}, **only})
+    passes({"encoder": {"_target_": PATCH}})

@@ -8,19 +8,15 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from tests.connector.features import visual
 from tests.tiny import choices, spread, worst
 from torch.nn import functional as F
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from vlmlab.connector.mlp import MlpConnector
 from vlmlab.connector.qformer import QFormerConnector
+from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Visual
-
-
-def visual(layers: int = 1, images: int = 3, width: int = 32) -> Visual:
-    generator = torch.Generator().manual_seed(0)
-    grids = [torch.randn(images, 16, width, generator=generator) for _ in range(layers)]
-    return Visual(grids=grids, pooled=None, hw=torch.tensor([[4, 4]] * images))
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -40,6 +36,41 @@ def test_images_do_not_see_each_other(path: object) -> None:
     seen = visual()
     other = Visual([seen.grids[0].flip(0)], None, seen.hw)
     assert worst(connector(seen).flip(0), connector(other)) < 1e-6
+
+
+@pytest.mark.parametrize("path", choices("connector"), ids=lambda p: p.stem)
+def test_every_connector_trains_in_bf16(path: object) -> None:
+    connector = instantiate(OmegaConf.load(path), in_width=32, out_width=24)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = connector(visual())
+    tokens.float().square().sum().backward()
+    assert torch.isfinite(tokens).all()
+    assert [n for n, p in connector.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
+
+
+@pytest.mark.parametrize("hw", [(3, 3), (2, 6), (5, 4)], ids=str)
+@pytest.mark.parametrize("path", choices("connector"), ids=lambda p: p.stem)
+@torch.no_grad()
+def test_any_grid_gives_its_tokens_or_is_refused_by_the_key(path: object, hw: tuple[int, int]) -> None:
+    connector = instantiate(OmegaConf.load(path), in_width=32, out_width=24)
+    try:
+        promised = connector.tokens_per_image(hw)
+    except UserError as error:
+        assert "connector" in str(error) and str(error).endswith(".")
+        with pytest.raises((UserError, RuntimeError)):
+            connector(visual(hw=hw))
+        return
+    assert connector(visual(hw=hw)).shape == (3, promised, 24)
+
+
+@pytest.mark.parametrize("path", choices("connector"), ids=lambda p: p.stem)
+def test_every_feature_matters(path: object) -> None:
+    """A connector that drops part of the image would show a feature without gradient."""
+    connector = spread(instantiate(OmegaConf.load(path), in_width=32, out_width=24))
+    seen = visual()
+    seen.grids[0].requires_grad_()
+    (connector(seen) * torch.randn(24, generator=torch.Generator().manual_seed(1))).sum().backward()
+    assert (seen.grids[0].grad.abs().sum(-1) > 0).all()
 
 
 @torch.no_grad()

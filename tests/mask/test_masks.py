@@ -1,4 +1,4 @@
-"""Every policy of conf/mask against the table of names, rules and the leak rule."""
+"""Every policy of conf/mask: its matrix by a double loop, the leak rule by gradients, the LM under it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,43 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from tests.tiny import batches, choices, layouts, qwen2
+from tests.lm.test_hf import asked, cache_free, dense_qwen2
+from tests.tiny import (
+    batches,
+    chat,
+    choices,
+    gemma3,
+    layouts,
+    picture,
+    qwen2,
+    sliding_qwen2,
+    tokenizer,
+    vlm,
+)
 from torch import Tensor
 
+from vlmlab.cli.rules import SHOWS_PROMPT
+from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.contracts.tensors import Batch, Kind, Layout, Role
+from vlmlab.data.collate import Collator
 from vlmlab.lm.hf import HfLanguageModel
-from vlmlab.mask.base import ground, not_later, pair, same_era
+from vlmlab.mask.base import Mask, causal_on_text, ground, not_later, pair, same_era
 from vlmlab.mask.bidir import Bidirectional
 from vlmlab.mask.causal import Causal
 
 POLICIES = choices("mask")
 LAYOUTS = list(layouts())
+CONTROL = "visual_rows_open"
+SOUND = [path for path in POLICIES if path.stem != CONTROL]
 
 
-def policy(path: Path) -> object:
+def policy(path: Path) -> Mask:
     return instantiate(OmegaConf.load(path))
+
+
+def test_all_eight_policies_are_there() -> None:
+    assert {*OPENS} <= {path.stem for path in POLICIES}
+    assert [path.stem for path in POLICIES if getattr(policy(path), "leaks", False)] == [CONTROL]
 
 
 # -- the rules, written out once more for one pair (i, j) of one row; "opens" is what needs the leak rule --------------
@@ -118,10 +140,32 @@ def six() -> Layout:
     )
 
 
-def test_golden_tables() -> None:
-    q = torch.arange(6)
-    assert text(Bidirectional()(six(), q)[0]) == ["x.....", "xxx...", "xxx...", "xxxx..", "xxxxx.", "xxxxxx"]
-    assert text(Causal()(six(), q)[0]) == ["x.....", "xx....", "xxx...", "xxxx..", "xxxxx.", "xxxxxx"]
+GOLDEN = {
+    "causal": ["x.....", "xx....", "xxx...", "xxxx..", "xxxxx.", "xxxxxx"],
+    "bidir": ["x.....", "xxx...", "xxx...", "xxxx..", "xxxxx.", "xxxxxx"],
+    "bidir_all_images": ["x.....", "xxxx..", "xxxx..", "xxxx..", "xxxxx.", "xxxxxx"],
+    "visual_keys_open": ["xxxx..", "xxxx..", "xxxx..", "xxxx..", "xxxxx.", "xxxxxx"],
+    "prefix_lm": ["xxxx..", "xxxx..", "xxxx..", "xxxx..", "xxxxx.", "xxxxxx"],
+    "visual_isolated": ["x.....", ".x....", ".xx...", ".xxx..", "xxxxx.", "xxxxxx"],
+    "visual_self_only": ["x.....", ".x....", "..x...", "...x..", "xxxxx.", "xxxxxx"],
+    # the first answer token is of the era before it, so that the images see it: the leak
+    "visual_rows_open": ["x.....", "xxxxx.", "xxxxx.", "xxxxx.", "xxxxx.", "xxxxxx"],
+}
+
+
+@pytest.mark.parametrize("path", POLICIES, ids=lambda p: p.stem)
+def test_golden_tables(path: Path) -> None:
+    assert text(policy(path)(six(), torch.arange(6))[0]) == GOLDEN[path.stem]
+
+
+@pytest.mark.parametrize("path", POLICIES, ids=lambda p: p.stem)
+def test_which_policies_are_causal_where_no_image_stands_in_the_sequence(path: Path) -> None:
+    """A composition whose vision takes no positions can say so; the prefix is open with or without images."""
+    assert causal_on_text(policy(path)) == (path.stem != "prefix_lm")
+    layout = six()
+    only_text = Layout(**{**layout.__dict__, "kind": torch.ones_like(layout.kind), "image": layout.image * 0 - 1})
+    same = torch.equal(policy(path)(only_text, torch.arange(6)), Causal()(only_text, torch.arange(6)))
+    assert same == causal_on_text(policy(path))
 
 
 def test_era_counts_answers_before_within_the_segment() -> None:
@@ -159,11 +203,11 @@ def lm() -> HfLanguageModel:
     return HfLanguageModel(str(qwen2())).eval().requires_grad_(False)
 
 
-def leak(lm: HfLanguageModel, mask: object, batch: Batch) -> float:
+def leak(lm: HfLanguageModel, mask: object, batch: Batch, learnt: Tensor | None = None) -> float:
     """Largest gradient of any answer's logit with respect to itself, a later answer token or another packed sample."""
     embeds = lm.embed(batch.input_ids).requires_grad_()
     logits = lm.logits(lm.states(embeds, batch.layout, mask))  # (B, S, V)
-    answer = batch.layout.role.eq(Role.ANSWER) & batch.layout.valid
+    answer = batch.layout.role.eq(Role.ANSWER) & batch.layout.valid if learnt is None else learnt
     worst = 0.0
     for t in range(1, embeds.shape[1]):
         rows = batch.labels[:, t].ne(-100)
@@ -177,15 +221,17 @@ def leak(lm: HfLanguageModel, mask: object, batch: Batch) -> float:
     return worst
 
 
-@pytest.mark.parametrize("where", LAYOUTS)
-@pytest.mark.parametrize("path", POLICIES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("where", ["packed", "right padding", "left padding"])  # all samples, alone and together
+@pytest.mark.parametrize("path", SOUND, ids=lambda p: p.stem)
 def test_no_answer_logit_depends_on_later_answers(path: Path, where: str, lm: HfLanguageModel) -> None:
-    mask = policy(path)
-    found = leak(lm, mask, batches()[where])
-    if getattr(mask, "leaks", False):  # the negative control, refused for training
-        assert found > 0 or not batches()[where].layout.visual.any()
-    else:
-        assert found == 0.0
+    assert leak(lm, policy(path), batches()[where]) == 0.0
+
+
+@pytest.mark.parametrize("where", LAYOUTS)
+def test_the_negative_control_leaks(where: str, lm: HfLanguageModel) -> None:
+    """Refused for training by ``vlmlab.cli.rules``; here it shows that the test above sees a leak in every layout."""
+    (path,) = (path for path in POLICIES if path.stem == CONTROL)
+    assert leak(lm, policy(path), batches()[where]) > 1e-6
 
 
 class AllImagesWithoutEra:
@@ -235,3 +281,81 @@ def test_the_leak_test_can_fail(mask: object, where: str, lm: HfLanguageModel) -
 @pytest.mark.parametrize("where", LAYOUTS)
 def test_the_leak_rule_closes_the_planted_leak(where: str, lm: HfLanguageModel) -> None:
     assert leak(lm, PrefixWithEra(), batches()[where]) == 0.0
+
+
+# -- a prompt that is learnt itself ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", POLICIES, ids=lambda p: p.stem)
+def test_what_leaks_where_the_prompt_is_learnt(path: Path, lm: HfLanguageModel) -> None:
+    """``prompt: text`` supervises every word: what the rules refuse leaks, and what they let pass does not."""
+    turn = Turn("see <image> what <image> how", "no red")
+    sample = Sample("between", (picture(8), picture(9)), (turn,))
+    encoder = chat(prompt="text")
+    collate = Collator(encoder=encoder, resize=lambda x: x.transpose(2, 0, 1), pad_id=tokenizer().pad_token_id)
+    batch = collate([sample])
+    found = leak(lm, policy(path), batch, learnt=batch.labels.ne(-100))
+    assert found > 1e-6 if path.stem in (*SHOWS_PROMPT, CONTROL) else found == 0.0
+
+
+# -- the LM under each policy ------------------------------------------------------------------------------------------
+
+
+def embedded(lm: HfLanguageModel, batch: Batch) -> Tensor:
+    """(B, S, D); no two visual tokens alike, or averaging over them would look like seeing one."""
+    embeds = lm.embed(batch.input_ids)
+    noise = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(3)) * embeds.std()
+    return torch.where(batch.layout.visual[..., None], noise, embeds)
+
+
+def off(lm: HfLanguageModel, batch: Batch, mask: Mask, window: int | None = None) -> float:
+    """Largest difference of the states from an own forward in fp64, whose upper two layers may have a window."""
+    layout, embeds = batch.layout, embedded(lm, batch)
+    q = torch.arange(embeds.shape[1])
+    allowed = mask(layout, q)
+    near = allowed if window is None else allowed & (q[:, None] - q[None, :] < window)
+    want = dense_qwen2(lm.model, embeds, [allowed] * 2 + [near] * 2, layout.position)
+    return float((lm.states(embeds, layout, mask) - want)[layout.valid].abs().max())
+
+
+@pytest.mark.parametrize("where", ["image in each turn", "packed", "left padding"])
+@pytest.mark.parametrize("path", POLICIES, ids=lambda p: p.stem)
+@torch.no_grad()
+def test_states_equal_the_dense_reference(path: Path, where: str, lm: HfLanguageModel) -> None:
+    assert off(lm, batches()[where], policy(path)) <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def sliding() -> HfLanguageModel:
+    """Two of its four layers see a window of five tokens."""
+    return HfLanguageModel(str(sliding_qwen2())).eval()
+
+
+@pytest.mark.parametrize("where", ["image in each turn", "packed"])
+@pytest.mark.parametrize("path", POLICIES, ids=lambda p: p.stem)
+@torch.no_grad()
+def test_a_sliding_family_sees_policy_and_window(path: Path, where: str, sliding: HfLanguageModel) -> None:
+    assert off(sliding, batches()[where], policy(path), window=5) <= 1e-5
+    assert off(sliding, batches()[where], policy(path)) > 1e-3, "the window must matter here"
+
+
+@pytest.mark.parametrize("tower", [sliding_qwen2, gemma3], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("path", SOUND, ids=lambda p: p.stem)  # images of the control change with what is answered
+def test_cached_decoding_equals_full_forwards(path: Path, tower: Callable[[], Path]) -> None:
+    model = vlm(mask=policy(path), lm=HfLanguageModel(str(tower())))
+    batch = asked(model)
+    embeds, _, _ = model.embed(batch)
+    want, lead = cache_free(model, batch, 6)
+    assert lead > 1e-5, "a tie would make the comparison empty"
+    got = model.lm.generate(embeds, batch.layout, model.mask, 6, eos_token_id=-1)
+    assert got.tolist() == want.tolist()
+
+
+@torch.no_grad()
+def test_every_policy_makes_another_model(lm: HfLanguageModel) -> None:
+    """No two of the eight give the same answers' states: the comparisons above see which mask they hold."""
+    batch = batches()["right padding"]
+    embeds, answer = embedded(lm, batch), batch.labels.ne(-100)
+    states = [lm.states(embeds, batch.layout, policy(path))[answer] for path in POLICIES]
+    for i, a in enumerate(states):
+        assert all(float((a - b).abs().max()) > 1e-3 for b in states[:i])

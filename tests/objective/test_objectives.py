@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from tests.tiny import ONE_TURN, TWO_IMAGES, choices, collator, vlm
+from tests.tiny import ONE_TURN, TWO_TURNS, choices, collator, spread, vlm
+from torch import nn
 from torch.nn import functional as F
 
+from vlmlab.connector.qformer import QFormerConnector
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch, Outputs, Pairing
 from vlmlab.objective.lm import LanguageModelling
@@ -84,9 +87,11 @@ def test_half_precision_logits_are_summed_in_single() -> None:
 def test_every_objective_gives_sum_and_count(path: object) -> None:
     objective = instantiate(OmegaConf.load(path))
     assert objective.weight == 1.0 and isinstance(objective.per_micro_batch, bool)
-    model = vlm()
-    batch = collator(model)([ONE_TURN, TWO_IMAGES])
+    model = vlm(connector=spread(QFormerConnector(32, 32, queries=4, layers=2, heads=2, text=True), seed=1))
+    if isinstance(objective, nn.Module):
+        model.set_objectives({"objective": objective})
+    batch = collator(model)([ONE_TURN, TWO_TURNS])
     out = model(batch)
-    parts = objective(Outputs(out.logits, out.targets, out.visual, out.tokens, pairing()), batch)
+    parts = objective(replace(out, pairing=pairing()), batch)
     for total, count in parts.values():
         assert total.shape == count.shape == () and count > 0 and total > 0

@@ -50,6 +50,7 @@ def test_null_turns_off_what_has_an_off_choice():
         ({"data": "shrot"}, "data"),
         ({"prompt": "chatty"}, "prompt"),
         ({"schedule": "cosin"}, "schedule"),
+        ({"optimizer": "moun"}, "optimizer"),
         ({"batch_size": 6, "accumulate": 2}, "batch_size"),
         ({"batch_size": 0}, "batch_size"),
         ({"steps": -1}, "steps"),

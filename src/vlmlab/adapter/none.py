@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+from torch import nn
+
+from vlmlab.contracts.parts import Adapter
 
 
-class NoAdapter:
+class NoAdapter(Adapter):
     """Wraps nothing."""
 
-    parts: tuple[str, ...] = ()
-    lr: float | None = None
+    parts = ()
 
-    def wrap(self, part: PreTrainedModel) -> PreTrainedModel:
+    def wrap(self, part: nn.Module) -> nn.Module:
         """The part as it is."""
         return part

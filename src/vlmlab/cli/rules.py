@@ -24,6 +24,13 @@ Rule = Callable[[Config, Choices], str | None]
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SIGLIP = "vlmlab.objective.siglip.Siglip"
+SHOWS_PROMPT = ("prefix_lm", "visual_keys_open", "bidir_all_images")
+"""Masks under which a word of the prompt depends on later ones: directly, or through an image behind them."""
+
+PATCH = "vlmlab.encoder.patch.PatchEncoder"
+MULTI = "vlmlab.encoder.multi.MultiEncoder"
+MMA = "vlmlab.adapter.mma.MmaAdapter"
+CONTRASTIVE = "vlmlab.recipe.contrastive.ContrastiveModule"
 PATH_KEYS = ("path", "file", "folder", "images", "image_folder", "root")
 """Keys of a data source that name something on disk."""
 
@@ -114,6 +121,52 @@ def leaking_mask(cfg: Config, choices: Choices) -> str | None:
     return None
 
 
+def prompt_learnt_in_the_open(cfg: Config, choices: Choices) -> str | None:
+    """``prompt: text`` learns every word of the prompt, which some masks show to the words before it."""
+    for name, stage in _stages(cfg):
+        mask = stage.get("mask") or cfg.get("mask")
+        target = str(mask.get("_target_", "")) if isinstance(mask, Mapping) else ""
+        open_to_text = [choice for choice in SHOWS_PROMPT if target.startswith(f"vlmlab.mask.{choice}.")]
+        if stage.get("prompt") == "text" and open_to_text:
+            return (
+                f"recipe.stages.{name}.prompt=text learns the words of the prompt, which mask={open_to_text[0]} shows "
+                f"to the words that predict them; set recipe.stages.{name}.prompt=chat, or choose mask=bidir"
+            )
+    return None
+
+
+def nothing_to_adapt(cfg: Config, choices: Choices) -> str | None:
+    """Raw patches have no layer that an adapter could wrap, and some adapters want one transformers tower."""
+    for name, stage in _stages(cfg):
+        adapter = stage.get("adapter", cfg.get("adapter"))
+        if not isinstance(adapter, Mapping) or "encoder" not in (adapter.get("parts") or ()):
+            continue
+        where = f"the adapter of recipe.stages.{name} names encoder in its parts"
+        if _at(cfg, "encoder._target_") == PATCH and _at(cfg, "encoder.features") is None:
+            return (
+                f"{where} and encoder=patch has no layer to adapt; take encoder out of adapter.parts, or give "
+                "encoder.features a width"
+            )
+        if adapter.get("_target_") == MMA and _at(cfg, "encoder._target_") in (PATCH, MULTI):
+            return f"{where} and adapter=mma wants a single tower there; set adapter.parts=[lm], or use adapter=lora"
+    return None
+
+
+def contrastive_towers(cfg: Config, choices: Choices) -> str | None:
+    """``ContrastiveModule`` compares the pooled output of one tower with a text."""
+    names = [name for name, stage in _stages(cfg) if stage.get("module") == CONTRASTIVE]
+    if not names:
+        return None
+    where = f"recipe.stages.{names[0]} is a ContrastiveModule and wants"
+    if choices.get("fusion") == "none":
+        return f"{where} images, which fusion=none leaves out; use fusion=concat"
+    if _at(cfg, "encoder._target_") in (PATCH, MULTI):
+        return f"{where} one tower that pools; use encoder=scratch, embedded or hf with encoder.layers=null"
+    if _at(cfg, "encoder.layers") is not None:
+        return f"{where} the pooled output behind the last layer; set encoder.layers=null"
+    return None
+
+
 def files_exist(cfg: Config, choices: Choices) -> str | None:
     """What a data source names on disk is there."""
     data = cfg.get("data")
@@ -128,6 +181,15 @@ def something_to_train(cfg: Config, choices: Choices) -> str | None:
     learns = any((stage.get("train") or {}).get("lm") is not None for _, stage in _stages(cfg))
     if choices.get("fusion") == "none" and not learns:
         return "fusion=none leaves only the LM and no stage of the recipe trains lm; choose another fusion or recipe"
+    trains = {
+        part for _, stage in _stages(cfg) for part, rate in (stage.get("train") or {}).items() if rate is not None
+    }
+    weighted = _at(cfg, "encoder.features") is not None or _at(cfg, "encoder.newline")
+    if trains == {"encoder"} and _at(cfg, "encoder._target_") == PATCH and not weighted:
+        return (
+            "encoder=patch has no weights and the recipe trains nothing but the encoder; set encoder.features to a "
+            "width, or choose another recipe"
+        )
     return None
 
 
@@ -156,7 +218,13 @@ RULES: tuple[Rule, ...] = (
 )
 """Checked before the recipe is parsed (``vlmlab.recipe.stage.parse`` has the rules of single stages)."""
 
-STAGE_RULES: tuple[Rule, ...] = (something_to_train, contrastive_counts)
+STAGE_RULES: tuple[Rule, ...] = (
+    something_to_train,
+    contrastive_counts,
+    prompt_learnt_in_the_open,
+    nothing_to_adapt,
+    contrastive_towers,
+)
 """Checked after, on stages that are well-formed."""
 
 

@@ -6,12 +6,12 @@ Shapes: I images, N features of an image, M visual tokens of an image, D the LM'
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from vlmlab.contracts.sample import Image
-from vlmlab.contracts.tensors import Batch, Visual
+from vlmlab.contracts.tensors import Batch, Layout, Visual
 
 
 class Geometry(Protocol):
@@ -64,7 +64,15 @@ class Encoder(nn.Module, ABC):
 
 
 class Connector(nn.Module, ABC):
-    """``(Visual, instruction or None) -> (I, M, D)``; its keywords `in_width` and `out_width` come from the towers."""
+    """``(Visual, instruction or None) -> (I, M, D)``; its keywords `in_width` and `out_width` come from the towers.
+
+    Attributes:
+        reads_instruction: whether it wants what the user says to each image, ``Batch.instructions()``. Such a class has
+            a keyword `vocab_size`, a null key of its YAML that the composition fills with the size of the LM's
+            embedding table.
+    """
+
+    reads_instruction: bool = False
 
     @abstractmethod
     def tokens_per_image(self, hw: tuple[int, int]) -> int:
@@ -72,7 +80,36 @@ class Connector(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
-        """The visual tokens."""
+        """The visual tokens; the instruction is (I, T) token ids, -1 behind the last."""
+
+
+Sight = Literal["apart", "together", "causal"]
+"""Who sees whom among queries and words: each their own kind; all; words also queries, and no later word."""
+
+
+@runtime_checkable
+class QueryText(Protocol):
+    """A connector whose queries can be read together with a text, for objectives that compare the two.
+
+    Attributes:
+        reads_text: whether it has its text side.
+        text_shape: number of queries M, width W of a state, number of words.
+    """
+
+    reads_text: bool
+
+    @property
+    def text_shape(self) -> tuple[int, int, int]:
+        """M, W and the number of words."""
+        ...
+
+    def joint(self, visual: Visual, ids: Tensor, first: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
+        """Features, words (I, T) and the embedding (W,) of what stands before them -> (I, M, W) and (I, 1 + T, W)."""
+        ...
+
+    def word_logits(self, states: Tensor) -> Tensor:
+        """(..., W) -> (..., number of words)."""
+        ...
 
 
 class Fusion(nn.Module, ABC):
@@ -101,16 +138,35 @@ class Fusion(nn.Module, ABC):
         """(I, M, D) visual tokens and (B, S, D) embeddings -> (B, S, D)."""
 
 
-class Adapter(Protocol):
+class Adapter(ABC):
     """Wraps towers in small trainable parts.
 
     Attributes:
         parts: names of the towers it wraps.
+        name: of the adapter; several share one tower under names of their own.
         lr: learning rate wherever a stage trains such a part; None takes the stage's.
+        prompt_tokens: positions it wants before every sample; the collator writes the ids -1, -2, ... there.
+        alone: whether it changes the tower's own weights, so that no second adapter can share them.
     """
 
     parts: tuple[str, ...]
-    lr: float | None
+    name: str = "default"
+    lr: float | None = None
+    prompt_tokens: int = 0
+    alone: bool = False
 
+    @abstractmethod
     def wrap(self, part: Any) -> Any:
         """The tower with its adapter; equal to the tower before the first update."""
+
+    def ratios(self, part: nn.Module) -> dict[nn.Parameter, float]:
+        """Parameters whose learning rate is a multiple of `lr`, with that multiple."""
+        return {}
+
+
+class LayoutReader(ABC):
+    """A direct child of the LM's model that wants to know what the model is about to read."""
+
+    @abstractmethod
+    def read(self, layout: Layout) -> None:
+        """The layout of the forward pass or of the prompts of the generation that follows."""

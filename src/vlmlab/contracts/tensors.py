@@ -141,6 +141,45 @@ class Batch:
         """Number of supervised tokens: what the language-model loss divides by."""
         return int((self.labels[:, 1:] != -100).sum())
 
+    def instructions(self) -> Tensor:
+        """(I, T) token ids of what the user says to each image, -1 behind the last; T is at least 1.
+
+        An image's instruction is the text of role user in its own turn: in the same packed sample, with as many answer
+        tokens before it. So it never holds an answer or a later turn, and is the same in training and in generation.
+        A plain prompt has none. Images without a position in the sequence have no turn and no row here.
+        """
+        row, place = self._images()
+        layout, era = self.layout, self.layout.era
+        user = (layout.kind == Kind.TEXT) & (layout.role == Role.USER)  # (B, S)
+        own = user[row] & (layout.segment[row] == layout.segment[row, place][:, None])  # (I, S)
+        return self._listed(row, own & (era[row] == era[row, place][:, None]))
+
+    def captions(self) -> Tensor:
+        """(I, T) supervised token ids of each image's packed sample, -1 behind the last: for objectives only."""
+        row, place = self._images()
+        same = self.layout.segment[row] == self.layout.segment[row, place][:, None]  # (I, S)
+        return self._listed(row, same & (self.labels != -100)[row])
+
+    def image_samples(self) -> Tensor:
+        """(I,) number of each image's packed sample, over all rows; images of one sample have the same."""
+        row, place = self._images()
+        return row * self.layout.kind.shape[1] + self.layout.segment[row, place]
+
+    def _images(self) -> tuple[Tensor, Tensor]:
+        """Row and first position (I,) of every image, in the order of `pixels`."""
+        layout = self.layout
+        row, place = layout.visual.nonzero(as_tuple=True)  # (P,) both, row by row
+        image = torch.stack([row, layout.image[row, place], layout.tile[row, place]])  # (3, P)
+        first = torch.ones_like(row, dtype=torch.bool)
+        first[1:] = (image[:, 1:] != image[:, :-1]).any(0)
+        return row[first], place[first]
+
+    def _listed(self, row: Tensor, own: Tensor) -> Tensor:
+        """(I, T) ids at the chosen positions (I, S) of these rows (I,), in their order, -1 behind the last."""
+        length = max(int(own.sum(1).max()), 1) if len(row) else 1
+        order = (~own).long().argsort(dim=1, stable=True)[:, :length]  # (I, T) the chosen ones first
+        return self.input_ids[row].gather(1, order).masked_fill(~own.gather(1, order), -1)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return Batch(
@@ -179,6 +218,7 @@ class Outputs:
         visual: what the encoder returned, or None in a text-only batch.
         tokens: (I, M, D) the visual tokens after the connector, or None.
         pairing: the embeddings of a dual encoder, or None.
+        embeds: (B, S, D) what entered the LM, vision fused in, or None where the LM did not read the whole batch.
     """
 
     logits: Tensor
@@ -186,3 +226,4 @@ class Outputs:
     visual: Visual | None = None
     tokens: Tensor | None = None
     pairing: Pairing | None = None
+    embeds: Tensor | None = None

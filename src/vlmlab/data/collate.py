@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmlab.contracts.sample import Image, Sample
 from vlmlab.contracts.tensors import Batch, Kind, Layout
-from vlmlab.data.chat import IGNORE, ChatEncoder, Encoded
+from vlmlab.data.chat import IGNORE, SYSTEM, ChatEncoder, Encoded
 
 Resize = Callable[[Image], Image]
 
@@ -25,22 +25,24 @@ class Collator:
         resize: (H, W, 3) -> (3, h, w) uint8 as the tower wants it; None where no tower is built.
         pad_id: filler of ``input_ids``; never attended to.
         pack_length: pack several samples into rows of at most this many tokens; None pads every sample to a row.
+        prompt_tokens: soft prompts before every sample, as the ids -1, -2, ... of role system.
     """
 
     encoder: ChatEncoder
     resize: Resize | None
     pad_id: int
     pack_length: int | None = None
+    prompt_tokens: int = 0
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """A training batch: answers supervised, padded on the right."""
-        encoded = [self.encoder.train(sample) for sample in samples]
+        encoded = [_prompted(self.encoder.train(sample), self.prompt_tokens) for sample in samples]
         rows = _pack([len(e.ids) for e in encoded], self.pack_length)
         return self._batch(samples, encoded, rows, left=False)
 
     def ask(self, samples: Sequence[Sample]) -> Batch:
         """Prompts for generation: nothing supervised, padded on the left, one sample a row."""
-        encoded = [self.encoder.ask(sample) for sample in samples]
+        encoded = [_prompted(self.encoder.ask(sample), self.prompt_tokens) for sample in samples]
         return self._batch(samples, encoded, [[i] for i in range(len(samples))], left=True)
 
     def _batch(self, samples: Sequence[Sample], encoded: list[Encoded], rows: list[list[int]], left: bool) -> Batch:
@@ -68,6 +70,18 @@ class Collator:
 
 def _image_id(sample: Sample, index: int) -> str:
     return sample.image_ids[index] if sample.image_ids else f"{sample.id}#{index}"
+
+
+def _prompted(encoded: Encoded, count: int) -> Encoded:
+    """The sample behind `count` soft prompts."""
+    if not count:
+        return encoded
+    return Encoded(
+        ids=[*range(-1, -count - 1, -1), *encoded.ids],
+        labels=[IGNORE] * count + encoded.labels,
+        roles=[SYSTEM] * count + encoded.roles,
+        image=[-1] * count + encoded.image,
+    )
 
 
 def _pack(lengths: list[int], limit: int | None) -> list[list[int]]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.parts import LayoutReader
 from vlmlab.contracts.tensors import Kind, Layout
 from vlmlab.data.chat import token_id
 from vlmlab.lm.masking import IMPLEMENTATION, generating, within
@@ -81,6 +82,7 @@ class HfLanguageModel(nn.Module):
 
     def states(self, embeds: Tensor, layout: Layout, mask: Mask) -> Tensor:
         """(B, S, D) embeddings -> (B, S, D) last hidden states under the policy."""
+        self._show(layout)
         q = torch.arange(embeds.shape[1], device=embeds.device)
         allowed = mask(layout, q)  # (B, S, S)
         return self.model.base_model(
@@ -98,11 +100,18 @@ class HfLanguageModel(nn.Module):
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return out if cap is None else torch.tanh(out / cap) * cap
 
+    def _show(self, layout: Layout) -> None:
+        """Tell what acts inside the model by the kind of a sample (an adapter) what comes."""
+        for child in self.model.children():
+            if isinstance(child, LayoutReader):
+                child.read(layout)
+
     @torch.no_grad()
     def generate(self, embeds: Tensor, layout: Layout, mask: Mask, max_new_tokens: int, **options: Any) -> Tensor:
         """Cached decoding of left-padded prompts: (B, S, D) -> (B', T) new ids (B' = B x return sequences)."""
         if bool((layout.kind[:, -1] == Kind.PAD).any()):
             raise ValueError("prompts must be padded on the left: generation continues the last position")
+        self._show(layout)
         tokenizer = self.tokenizer
         settings = {
             **PLAIN_GREEDY,

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vlmlab.contracts.tensors import Layout
+from vlmlab.contracts.tensors import Kind, Layout, Role
 
 
 class Mask(Protocol):
@@ -29,6 +29,12 @@ def not_later(layout: Layout, q: Tensor) -> Tensor:
     return keys[None, None, :] <= q[None, :, None]
 
 
+def same_place(layout: Layout, q: Tensor) -> Tensor:
+    """(1, Q, S): the key is the query."""
+    keys = torch.arange(layout.kind.shape[1], device=q.device)
+    return keys[None, None, :] == q[None, :, None]
+
+
 def same_era(layout: Layout, q: Tensor) -> Tensor:
     """(B, Q, S): no answer token stands between query and key (the leak rule of every opening beyond causal)."""
     q_era, k_era = pair(layout.era, q)
@@ -42,6 +48,20 @@ def ground(rule: Tensor, layout: Layout, q: Tensor) -> Tensor:
     """
     q_segment, k_segment = pair(layout.segment, q)
     q_valid, k_valid = pair(layout.valid, q)
-    keys = torch.arange(layout.kind.shape[1], device=q.device)
-    itself = (keys[None, :] == q[:, None])[None]  # (1, Q, S)
-    return (rule & (q_segment == k_segment) & q_valid & k_valid) | (itself & ~q_valid)
+    return (rule & (q_segment == k_segment) & q_valid & k_valid) | (same_place(layout, q) & ~q_valid)
+
+
+def causal_on_text(mask: Mask) -> bool:
+    """Whether a policy is causal where no visual token stands in the sequence; found by asking it, not by its name."""
+    role = torch.tensor([[Role.SYSTEM, Role.USER, Role.USER, Role.ANSWER, Role.ANSWER, Role.USER, Role.USER]])
+    none = torch.full_like(role, -1)
+    layout = Layout(
+        kind=torch.full_like(role, Kind.TEXT),
+        image=none,
+        tile=none,
+        segment=torch.zeros_like(role),
+        role=role,
+        position=torch.arange(role.shape[1])[None],
+    )
+    q = torch.arange(role.shape[1])
+    return torch.equal(mask(layout, q), not_later(layout, q))

@@ -27,6 +27,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample
 from vlmlab.contracts.tensors import Batch, Outputs
 from vlmlab.data.module import Window
+from vlmlab.recipe.optim import MuonAdamW, hidden_matrices
 from vlmlab.recipe.stage import Stage
 
 BUCKET = 1 << 25
@@ -43,6 +44,9 @@ class Objective(Protocol):
 
     An objective that counts anything else than supervised tokens, and is not `per_micro_batch`, also has
     ``counts(batch) -> {name: count}``, the same names for every batch, known before the forward pass.
+
+    An objective with weights of its own is an ``nn.Module`` and has ``attach(model)``, which makes them. They are the
+    model's part "objective" during the stage, trained at ``train.objective``, and dropped when the next stage begins.
     """
 
     weight: float
@@ -171,19 +175,21 @@ class StageModule(L.LightningModule):
                     yield name, part, parameter
 
     def configure_optimizers(self) -> Optimizer:
-        """AdamW with two groups per part: matrices with weight decay, vectors without."""
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-        for _, part, parameter in self.trained():
-            groups.setdefault((part, parameter.ndim >= 2), []).append(parameter)
-        stage = self.stage
-        return AdamW(
-            [
-                {"params": params, "part": part, "weight_decay": stage.weight_decay if matrix else 0.0}
-                for (part, matrix), params in groups.items()
-            ],
-            lr=0.0,  # set before every step
-            betas=stage.betas,
-        )
+        """Groups by part: matrices with weight decay, vectors without; more where rates or optimizers differ."""
+        ratios: Mapping[str, float] = getattr(self.model, "ratios", dict)()  # an adapter's, as in LoRA+
+        hidden = hidden_matrices(self.model) if self.stage.optimizer == "muon" else set()
+        groups: dict[tuple[str, bool, float, bool], list[nn.Parameter]] = {}
+        for name, part, parameter in self.trained():
+            key = (part, parameter.ndim >= 2, ratios.get(name, 1.0), id(parameter) in hidden)
+            groups.setdefault(key, []).append(parameter)
+        decay = self.stage.weight_decay
+        named = [
+            {"params": params, "part": part, "ratio": ratio, "muon": muon, "weight_decay": decay if matrix else 0.0}
+            for (part, matrix, ratio, muon), params in groups.items()
+        ]
+        if any(group["muon"] for group in named):
+            return MuonAdamW(named, betas=self.stage.betas)
+        return AdamW(named, lr=0.0, betas=self.stage.betas)  # the rate is set before every step
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -200,7 +206,7 @@ class StageModule(L.LightningModule):
         assert not isinstance(optimizer, list)
         factor = self.stage.factor(self.done)
         for group in optimizer.param_groups:
-            group["lr"] = self.rates[group["part"]] * factor
+            group["lr"] = self.rates[group["part"]] * group.get("ratio", 1.0) * factor
         optimizer.step(closure=lambda: self._backward(window))
         optimizer.zero_grad(set_to_none=True)
         self.done += 1

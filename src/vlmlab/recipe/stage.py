@@ -13,10 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.contracts.errors import UserError
 
-PARTS = ("encoder", "connector", "fusion", "lm", "pair")
-"""What a stage may train; a part the composition has no weights in is empty (``pair``: a dual encoder's head)."""
+PARTS = ("encoder", "connector", "fusion", "lm", "pair", "objective")
+"""What a stage may train; a part the composition has no weights in is empty (``pair``: a dual encoder's head;
+``objective``: the objectives' own weights, which are dropped after the stage)."""
 
 SCHEDULES = ("cosine", "linear", "constant")
+OPTIMIZERS = ("adamw", "muon")
 PROMPTS = ("plain", "chat", "text")
 
 
@@ -41,7 +43,8 @@ class Stage:
         warmup: share of the steps over which the learning rate rises linearly from 0.
         schedule: "cosine", "linear" or "constant" after the warm-up.
         min_lr_ratio: where the schedule ends, as a share of the learning rate.
-        weight_decay: AdamW's, on weights of two or more dimensions only.
+        optimizer: "adamw", or "muon" for the matrices inside the layers, with AdamW for all else.
+        weight_decay: on weights of two or more dimensions only.
         betas: AdamW's.
         gradient_clip: largest norm of the gradient; None: no clipping.
     """
@@ -61,6 +64,7 @@ class Stage:
     warmup: float = 0.03
     schedule: str = "cosine"
     min_lr_ratio: float = 0.0
+    optimizer: str = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     gradient_clip: float | None = None
@@ -178,6 +182,8 @@ def _check_choices(keys: Mapping[str, Any], where: str, sources: Collection[str]
         raise UserError(f"{where}.prompt={keys['prompt']} is unknown; choose from {', '.join(PROMPTS)}.")
     if keys.get("schedule", "cosine") not in SCHEDULES:
         raise UserError(f"{where}.schedule={keys['schedule']} is unknown; choose from {', '.join(SCHEDULES)}.")
+    if keys.get("optimizer", "adamw") not in OPTIMIZERS:
+        raise UserError(f"{where}.optimizer={keys['optimizer']} is unknown; choose from {', '.join(OPTIMIZERS)}.")
     if not isinstance(keys.get("objective"), Mapping):
         raise UserError(f"{where}.objective is missing; give one with _target_, or a mapping of several.")
 

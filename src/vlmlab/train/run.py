@@ -25,7 +25,7 @@ from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.contracts.sample import SampleSource
 from vlmlab.data.module import Window, Windows, step_loader
 from vlmlab.data.sampler import Order
-from vlmlab.recipe.base import NonFinite, Objective, StageModule, check_objectives
+from vlmlab.recipe.base import NonFinite, StageModule
 from vlmlab.recipe.stage import Stage, check_divides, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
@@ -35,7 +35,7 @@ from vlmlab.train.precision import Precision, choose
 from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, stage_table, wandb_logger
 from vlmlab.train.resume import load_last
 from vlmlab.train.signals import Interrupted, Signals
-from vlmlab.train.weights import Trainee, plain_key
+from vlmlab.train.weights import Trainee, build_objectives, plain_key
 
 Builder = Callable[[DictConfig], nn.Module]
 Evaluate = Callable[[nn.Module, DictConfig, Path], dict[str, Any]]
@@ -137,7 +137,8 @@ def _train(run: Run) -> dict[str, Any] | None:
     torch.set_num_threads(int(cfg.trainer.get("threads", 1)))
     stages = parse(cfg)
     kinds = {stage.index: module_class(stage) for stage in stages}
-    objectives = {stage.index: build_objectives(stage) for stage in stages}  # all mistakes come before the first step
+    for stage in stages:
+        build_objectives(stage)  # all mistakes come before the first step
     assert run.precision
     if run.writes:
         device = torch.cuda.get_device_name() if on_gpu(cfg) else "cpu"
@@ -161,7 +162,7 @@ def _train(run: Run) -> dict[str, Any] | None:
             run.finished[build] = run.weights(stage)
         else:
             run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name}")
-            _run_stage(run, stage, kinds[stage.index], trainee, objectives[stage.index])
+            _run_stage(run, stage, kinds[stage.index], trainee)
             run.signals.check()
         run.steps_before += stage.steps
     if not run.writes:
@@ -184,9 +185,7 @@ def _trainee(run: Run, build: Builder) -> Trainee:
     return run.trainees[build]
 
 
-def _run_stage(
-    run: Run, stage: Stage, kind: type[StageModule], trainee: Trainee, objectives: dict[str, Objective]
-) -> None:
+def _run_stage(run: Run, stage: Stage, kind: type[StageModule], trainee: Trainee) -> None:
     """One stage from its table to its file."""
     cfg, home = run.cfg, run.weights(stage).parent
     if run.writes:
@@ -198,7 +197,7 @@ def _run_stage(
     if not trainee.trained() or not stage.steps:
         run.say("nothing to train here: skipped")
     else:
-        module = kind(trainee.model, stage, objectives, trainee.rates)
+        module = kind(trainee.model, stage, trainee.objectives, trainee.rates)
         data = StageData(cfg, stage, trainee.model, source, prompt, module)
         keeper = _keeper(run, stage, module, trainee, home / "last.ckpt")
         try:
@@ -391,20 +390,6 @@ def module_class(stage: Stage) -> type[StageModule]:
     if not issubclass(found, StageModule):
         raise UserError(f"{stage.key('module')}={stage.module} is no StageModule; see vlmlab.recipe.base.")
     return found
-
-
-def build_objectives(stage: Stage) -> dict[str, Objective]:
-    """The objectives of a stage by name; a single configuration is called ``objective``.
-
-    Raises:
-        UserError: there is none, or one of them does not go with the stage.
-    """
-    config = {"objective": stage.objective} if "_target_" in stage.objective else stage.objective
-    objectives = {str(name): instantiate(value) for name, value in config.items() if value}
-    if not objectives:
-        raise UserError(f"{stage.key('objective')} is empty; give one with _target_, or a mapping of several.")
-    check_objectives(stage, objectives)
-    return objectives
 
 
 def _benchmarks(model: nn.Module, cfg: DictConfig, folder: Path) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlmlab.contracts.errors import CheckpointError
+from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.recipe.base import Objective, check_objectives
 from vlmlab.recipe.stage import Stage
 
 FORMAT = 1
@@ -34,12 +35,14 @@ class Trainee:
     Attributes:
         rates: learning rate of every part that trains in the stage entered last.
         adapted: parts that its adapter wraps.
+        objectives: the losses of that stage, by name.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.rates: dict[str, float] = {}
         self.adapted: tuple[str, ...] = ()
+        self.objectives: dict[str, Objective] = {}
         self._ever: dict[int, nn.Parameter] = {}  # by identity: an adapter renames the weights it wraps
 
     # -- stages --------------------------------------------------------------------------------------------------
@@ -49,6 +52,8 @@ class Trainee:
         model: Any = self.model
         if stage.mask:
             model.set_mask(instantiate(stage.mask))
+        self.objectives = build_objectives(stage)
+        self._set_objectives(stage)
         adapter = instantiate(stage.adapter) if stage.adapter else None
         self.adapted = tuple(getattr(adapter, "parts", ()))
         if self.adapted:
@@ -64,6 +69,22 @@ class Trainee:
                     parameter.requires_grad_(True)
                     self._ever[id(parameter)] = parameter
         _set_modes(model)
+
+    def _set_objectives(self, stage: Stage) -> None:
+        """Make the weights that objectives have of their own a part of the model, for this stage.
+
+        Raises:
+            UserError: there are some and the stage gives them no learning rate.
+        """
+        model: Any = self.model
+        own = {name: objective for name, objective in self.objectives.items() if isinstance(objective, nn.Module)}
+        if own and "objective" not in stage.train:
+            raise UserError(
+                f"{stage.key('objective')} has weights of its own ({', '.join(own)}) and {stage.key('train')} gives "
+                "them no learning rate; add train.objective."
+            )
+        if own or len(getattr(model, "objectives", ())):
+            model.set_objectives(own)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What the present stage trains, by name."""
@@ -164,6 +185,20 @@ class Trainee:
                     f"{path} was trained on another {part} (sha256 {str(saved.get(part))[:12]}, here "
                     f"{str(now.get(part))[:12]}); load the tower it was trained on, or train again with fresh=true."
                 )
+
+
+def build_objectives(stage: Stage) -> dict[str, Objective]:
+    """The objectives of a stage by name; a single configuration is called ``objective``.
+
+    Raises:
+        UserError: there is none, or one of them does not go with the stage.
+    """
+    config = {"objective": stage.objective} if "_target_" in stage.objective else stage.objective
+    objectives = {str(name): instantiate(value) for name, value in config.items() if value}
+    if not objectives:
+        raise UserError(f"{stage.key('objective')} is empty; give one with _target_, or a mapping of several.")
+    check_objectives(stage, objectives)
+    return objectives
 
 
 def replace_durably(new: Path, path: Path) -> None:

@@ -42,6 +42,14 @@ def _compound(text):
     return {_thing(cell, *divmod(place, 4)) for place, cell in enumerate(spaced) if cell != "empty"}
 
 
+def _placed(text):
+    cells = {a + b: (NUMBERS[a], NUMBERS[b]) for a in list(NUMBERS)[:4] for b in list(NUMBERS)[:4]}
+    words = text.split()
+    count = next((i for i in range(0, len(words), 2) if words[i] not in cells), len(words))  # a question may follow
+    spaced = [re.sub("|".join([*SIZES, *COLORS, *TEXTURES]), lambda m: m[0] + " ", word) for word in words[1:count:2]]
+    return {_thing(thing, *cells[cell]) for cell, thing in zip(words[:count:2], spaced, strict=True)}
+
+
 def _told(text):
     found = set()
     for sentence in text.rstrip(".").split("."):
@@ -54,6 +62,7 @@ PARSERS = {
     "dense": lambda text: _at(r"an? ([\w ]+?) in row (\w+) column (\w+)", text, 1, 2, 3),
     "cells": _cells,
     "compound": _compound,
+    "placed": _placed,
     "coordinates": lambda text: _at(r"row (\w+) column (\w+): ([\w ]+)\.", text, 3, 1, 2),
     "told": _told,
 }
@@ -89,5 +98,5 @@ def test_text_samples_hold_no_image(form):
 def test_unknown_forms_are_refused():
     from vlmlab.data.world.sources import WorldText
 
-    with pytest.raises(UserError, match="dense, cells, coordinates, told, compound, caption"):
+    with pytest.raises(UserError, match="dense, cells, coordinates, told, compound, placed, caption"):
         WorldText("train", 1, forms=["grid"])

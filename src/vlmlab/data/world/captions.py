@@ -50,6 +50,15 @@ def compound_caption(scene: Scene) -> str:
     return "".join(f" {inside.get(divmod(place, GRID), 'empty')}" for place in range(GRID * GRID))
 
 
+def placed_caption(scene: Scene) -> str:
+    """Two words an object in raster order, its cell and itself: ``onetwo largeredstripedring``."""
+    placed = sorted(scene.objects, key=lambda thing: (thing.row, thing.col))
+    cells = (NUMBERS[thing.row + 1] + NUMBERS[thing.col + 1] for thing in placed)
+    return "".join(
+        f" {cell} {full_phrase(scene, thing).replace(' ', '')}" for cell, thing in zip(cells, placed, strict=True)
+    )
+
+
 def dense_caption(scene: Scene) -> str:
     """The number of objects, then every object in raster order with all its attributes and its cell."""
     words, count = lexicon(scene.domain), len(scene.objects)

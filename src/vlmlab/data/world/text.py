@@ -13,6 +13,7 @@ from vlmlab.data.world.captions import (
     compound_caption,
     dense_caption,
     full_phrase,
+    placed_caption,
     short_captions,
 )
 from vlmlab.data.world.draw import GRID
@@ -42,6 +43,11 @@ def _cells(scene: Scene, stream: Stream) -> str:
 def _compound(scene: Scene, stream: Stream) -> str:
     """One word a cell: as short as the picture's own tokens."""
     return compound_caption(scene)
+
+
+def _placed(scene: Scene, stream: Stream) -> str:
+    """Two words an object: where it is, and what it is."""
+    return placed_caption(scene)
 
 
 def _coordinates(scene: Scene, stream: Stream) -> str:
@@ -77,6 +83,7 @@ _FORMS: dict[str, Callable[[Scene, Stream], str]] = {
     "coordinates": _coordinates,
     "told": _told,
     "compound": _compound,
+    "placed": _placed,
 }
 FORMS = (*_FORMS, "caption")
 """Forms of a text-only sample; ``caption`` is caption text alone, without a question."""

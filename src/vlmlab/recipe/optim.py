@@ -1,0 +1,64 @@
+"""The optimizers of a stage: AdamW, or Muon on the hidden matrices with AdamW on all the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+Group = dict[str, Any]
+
+
+def hidden_matrices(model: nn.Module) -> set[int]:
+    """Identities of the two-dimensional weights inside stacks of layers; embeddings, heads and vectors are none."""
+    found: set[int] = set()
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList):
+            tables = {id(m.weight) for m in stack.modules() if isinstance(m, nn.Embedding)}
+            found |= {id(p) for p in stack.parameters() if p.ndim == 2} - tables
+    return found
+
+
+class MuonAdamW(Optimizer):
+    """torch's Muon for the groups with ``muon: True`` and torch's AdamW for the others, behind one optimizer.
+
+    Muon (Jordan 2024) orthogonalises the momentum of a hidden matrix by five Newton-Schulz steps; its rate is scaled
+    to AdamW's RMS (arXiv 2502.16982, section 2.2), so that one learning rate serves both.
+
+    Args:
+        groups: parameter groups, each with the key ``muon``; at least one of each kind.
+        betas: AdamW's.
+        momentum: Muon's, with Nesterov.
+    """
+
+    def __init__(self, groups: Iterable[Group], betas: tuple[float, float], momentum: float = 0.95) -> None:
+        groups = list(groups)
+        hidden, rest = ([g for g in groups if g["muon"] is muon] for muon in (True, False))
+        self._muon = Muon(hidden, lr=0.0, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        self._adamw = AdamW(rest, lr=0.0, betas=betas)
+        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
+        self._link()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._link()  # loading replaces the groups and the state
+
+    def _link(self) -> None:
+        """Both act on this optimizer's own groups and state."""
+        for inner, muon in ((self._muon, True), (self._adamw, False)):
+            inner.param_groups = [group for group in self.param_groups if group["muon"] is muon]
+            inner.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of both, after the closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._muon.step()
+        self._adamw.step()
+        return loss
