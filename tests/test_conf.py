@@ -12,9 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from vlmlab.runs import names as names  # registers the resolvers
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-CHOICES = sorted(
-    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("hydra",)
-)
+CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("hydra",))
 MANDATORY = {"path": "x", "images": "y"}
 
 

@@ -35,6 +35,11 @@ def test_resolve(tmp_path: Path) -> None:
     assert resolve(str(siglip()), "encoder.path") == siglip()
     with pytest.raises(UserError, match=r"encoder\.path=.*config\.json"):
         resolve(str(tmp_path), "encoder.path")
+    shutil.copy(siglip() / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(UserError, match=r"encoder\.path=.* no weights in safetensors; load it once in transformers"):
+        resolve(str(tmp_path), "encoder.path")
+    assert resolve(str(tmp_path), "encoder.path", weights=False) == tmp_path
     for wrong in ("no/such/tower", "not an id at all", str(tmp_path / "gone")):
         with pytest.raises(UserError, match=r"lm\.path=.*neither"):
             resolve(wrong, "lm.path")
@@ -45,10 +50,11 @@ def test_the_lm_saw_no_image_and_the_vision_tower_no_question() -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", ["recipe=embedded_towers"])
     seen = {name: instantiate(cfg.data.train[stage.data]) for name, stage in cfg.recipe.stages.items()}
-    assert set(seen) == {"vision", "language"}
+    assert set(seen) == {"vision", "language", "cells"}
     for index in range(60):
-        told, shown = seen["language"][index], seen["vision"][index]
-        assert told.images == () and not any(IMAGE_TAG in turn.prompt for turn in told.turns)
+        shown = seen["vision"][index]
+        for told in (seen["language"][index], seen["cells"][index]):
+            assert told.images == () and not any(IMAGE_TAG in turn.prompt for turn in told.turns)
         assert len(shown.images) == 1
         assert [turn.kind for turn in shown.turns] == ["cells_caption"] and "?" not in shown.turns[0].prompt
 

@@ -25,24 +25,38 @@ def embedded(name: str) -> Path:
     return folder
 
 
-def resolve(path: str, key: str) -> Path:
+def resolve(path: str, key: str, weights: bool = True) -> Path:
     """The local folder of a tower: the path itself, or the cached snapshot of a hub id.
 
+    Args:
+        path: folder or id.
+        key: the config key that holds it.
+        weights: whether they are needed; an architecture alone is read without.
+
     Raises:
-        UserError: neither a folder nor a reachable hub id; names the config key.
+        UserError: neither a folder nor a reachable hub id, or without weights in safetensors; names the config key.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{key}={path} has no config.json; give the folder that save_pretrained wrote.")
-        return folder
+        return _safe(folder, path, key) if weights else folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+        found = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(f"{key}={path} is neither a local folder nor a hub id within reach; give a folder.") from error
+    return _safe(Path(found), path, key) if weights else Path(found)
+
+
+def _safe(folder: Path, path: str, key: str) -> Path:
+    """The folder, if its weights are safetensors: others are pickles, and are never loaded."""
+    if not any(folder.glob("*.safetensors")):
+        remedy = "load it once in transformers, save_pretrained(folder), and give that folder"
+        raise UserError(f"{key}={path} has no weights in safetensors; {remedy}.")
+    return folder
 
 
 @contextmanager

@@ -83,9 +83,12 @@ def test_torch_is_not_imported(asked: dict[str, Any]) -> None:
 def test_help_names_the_groups_and_the_commands(asked: dict[str, Any]) -> None:
     code, out, err = asked["answers"]["train --help"]
     assert (code, err) == (0, "")
-    for word in ("connector: linear, mlp, qformer", "mask: bidir, causal", "python train.py -m", "evaluate.py run="):
+    for word in ("python train.py -m", "evaluate.py run="):
         assert word in out
-    assert max(map(len, out.splitlines())) <= 120
+    shown = {group: choices.split(", ") for group, choices in re.findall(r"^ *([\w/]+): (.*)$", out, re.MULTILINE)}
+    for group in ("encoder", "connector", "lm", "mask", "fusion", "adapter", "objective", "recipe", "preset"):
+        assert shown[group] == sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+    assert max(len(line) for line in out.splitlines() if line.split(":")[0].strip() not in shown) <= 120
 
 
 def test_the_configuration_is_shown(asked: dict[str, Any]) -> None:
@@ -125,10 +128,33 @@ def test_the_console_command_runs_the_verbs(tmp_path: Path) -> None:
     sweep = vlmlab("sweep", "mask=x,bidir")
     assert sweep.returncode == 2 and "mask has no choice 'x'" in sweep.stderr
     wrong = vlmlab("trian")
-    assert (
-        wrong.returncode == 2
-        and wrong.stderr == "error: vlmlab has no verb 'trian'; choose one of train, sweep, evaluate\n"
-    )
+    said = "error: vlmlab has no verb 'trian' (did you mean train?); choose one of train, sweep, evaluate\n"
+    assert (wrong.returncode, wrong.stderr) == (2, said)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "start"),
+    [
+        ([], 0, "usage: vlmlab train|sweep|evaluate"),
+        (["--help"], 0, "usage: vlmlab train|sweep|evaluate"),
+        (["xyz"], 2, "error: vlmlab has no verb 'xyz'; choose one of train, sweep, evaluate"),
+        (
+            ["mask=causal", "seed=1"],
+            2,
+            "error: vlmlab wants a verb before 'mask=causal'; write vlmlab train mask=causal",
+        ),
+        (["-m", "seed=0,1"], 2, "error: vlmlab wants a verb before '-m'; write vlmlab sweep seed=0,1"),
+        (["--cfg", "job"], 2, "error: vlmlab wants a verb before '--cfg'; write vlmlab train --cfg job"),
+    ],
+)
+def test_without_a_verb_the_console_command_says_how(
+    words: list[str], code: int, start: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vlmlab.cli.main import main
+
+    assert main(words) == code
+    said = capsys.readouterr()
+    assert (said.out + said.err).startswith(start) and "" in (said.out, said.err)
 
 
 def test_a_mistake_inside_instantiate_is_still_one_sentence():

@@ -13,7 +13,23 @@ from omegaconf import OmegaConf
 
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError
-from vlmlab.cli.rules import CONTRASTIVE, MMA, MULTI, PATCH, SHOWS_PROMPT, SIGLIP, check, choices_of
+from vlmlab.cli.rules import (
+    ASVR,
+    CLIP,
+    CONTRASTIVE,
+    LANGUAGE,
+    MMA,
+    MULTI,
+    PATCH,
+    PATCH_TEXT,
+    QUERY_TEXT,
+    SHOWS_PROMPT,
+    SIGLIP,
+    check,
+    choices_of,
+    declared,
+    offers,
+)
 from vlmlab.runs import names as names  # registers the resolvers
 from vlmlab.runs.config import plain
 
@@ -173,3 +189,114 @@ def test_raw_patches_alone_cannot_train() -> None:
     passes({"encoder": {"_target_": PATCH, "newline": True}, **only})
     passes({"encoder": {"_target_": PATCH, "features": 8}, **only})
     passes({"encoder": {"_target_": PATCH}})
+
+
+LM = {"_target_": "vlmlab.objective.lm.LanguageModelling"}
+QFORMER = "vlmlab.connector.qformer.QFormerConnector"
+WITH_TEXT = {"_target_": QFORMER, "text": True, "instruction": False}
+ALIGN = "recipe.stages.align"
+HEADS = {f"{ALIGN}.train": {"connector": 1e-3, "objective": 1e-3}}
+
+
+def of_align(*targets: str) -> dict[str, Any]:
+    """The objectives of the stage that trains the connector alone."""
+    several = {f"o{i}": {"_target_": target} for i, target in enumerate(targets)}
+    return {f"{ALIGN}.objective": several if len(targets) > 1 else {"_target_": targets[0]}}
+
+
+@pytest.mark.parametrize(("target", "word"), [(SIGLIP, "siglip"), (CLIP, "clip")])
+def test_pairs_of_embeddings_need_their_module(target: str, word: str) -> None:
+    for module in LANGUAGE:
+        assert f"objective={word} wants pairs" in refused(
+            {**of_align(LM["_target_"], target), f"{ALIGN}.module": module}
+        )
+    passes({**of_align(target), f"{ALIGN}.module": CONTRASTIVE, "encoder": {"_target_": "a.B", "layers": None}})
+
+
+@pytest.mark.parametrize(
+    ("connector", "remedy"),
+    [
+        ({"_target_": "vlmlab.connector.mlp.MlpConnector"}, "use connector=qformer connector.text=true"),
+        ({"_target_": "vlmlab.connector.several.StackConnector", "parts": {"a": WITH_TEXT}}, "use connector=qformer"),
+        (WITH_TEXT | {"text": False}, "set connector.text=true"),
+        ({"_target_": "vlmlab.connector.bliva.BlivaConnector", "instruction": False}, "set connector.instruction=true"),
+    ],
+)
+def test_queries_and_texts_need_a_connector_with_a_text_side(connector: dict[str, Any], remedy: str) -> None:
+    said = refused({"connector": connector, **of_align(QUERY_TEXT), **HEADS}, {"connector": "chosen"})
+    assert said.startswith(f"{ALIGN} has objective=blip2, which compares queries with texts, and connector=chosen has")
+    assert remedy in said
+    passes({"connector": connector})
+
+
+@pytest.mark.parametrize(
+    "connector",
+    [
+        WITH_TEXT,
+        WITH_TEXT | {"text": False, "instruction": True},
+        {"_target_": "vlmlab.connector.bliva.BlivaConnector", "instruction": True},
+        {"_target_": "vlmlab.connector.two_token.TwoTokenConnector", "instruction": True},
+        {"_target_": "somebody.elses.Connector"},
+    ],
+)
+def test_a_connector_with_a_text_side_passes(connector: dict[str, Any]) -> None:
+    passes({"connector": connector, **of_align(QUERY_TEXT), **HEADS})
+
+
+def test_an_objective_is_called_as_it_was_chosen() -> None:
+    chosen = {"objective": {"_target_": QUERY_TEXT}, "connector": {"_target_": "vlmlab.connector.mlp.MlpConnector"}}
+    assert "objective=itm, which compares" in refused(chosen, {"objective": "itm", "connector": "mlp"})
+
+
+@pytest.mark.parametrize(("target", "word"), [(QUERY_TEXT, "blip2"), (ASVR, "asvr")])
+def test_an_objective_with_weights_has_a_rate(target: str, word: str) -> None:
+    both = {"connector": WITH_TEXT, **of_align(LM["_target_"], target)}
+    said = refused(both)
+    assert said.startswith(
+        f"{ALIGN} has objective={word}, which has weights of its own, and gives them no learning rate"
+    )
+    assert said.endswith(f"add +{ALIGN}.train.objective=1e-3")
+    null = {**both, f"{ALIGN}.train": {"connector": 1e-3, "objective": None}}
+    assert refused(null).endswith(f"add {ALIGN}.train.objective=1e-3")
+    passes({**both, **HEADS})
+
+
+@pytest.mark.parametrize("target", [QUERY_TEXT, ASVR])
+def test_what_reads_images_has_some(target: str) -> None:
+    objective = {"connector": WITH_TEXT, **of_align(target), **HEADS}
+    assert "fusion=none leaves them out" in refused(objective, {"fusion": "none"})
+    passes(objective)
+
+
+@pytest.mark.parametrize("targets", [(QUERY_TEXT,), (PATCH_TEXT,), (PATCH_TEXT, QUERY_TEXT)])
+def test_the_lm_is_trained_by_an_objective_that_reaches_it(targets: tuple[str, ...]) -> None:
+    stage = {"connector": WITH_TEXT, **of_align(*targets)}
+    with_lm = {f"{ALIGN}.train": {"connector": 1e-3, "lm": 1e-3, "objective": 1e-3}}
+    said = refused({**stage, **with_lm})
+    assert said.startswith(
+        f"{ALIGN}.train.lm=0.001 trains the LM, whose layers get no gradient from objective="
+    ) and said.endswith(f"set {ALIGN}.train.lm=null")
+    passes({**stage, **HEADS})
+    passes({**stage, **with_lm, **of_align(LM["_target_"], *targets)})
+    passes({**stage, **with_lm, **of_align(*targets, "somebody.elses.Loss")})
+
+
+def test_samples_are_compared_within_one_micro_batch() -> None:
+    for target in (SIGLIP, CLIP, PATCH_TEXT, QUERY_TEXT):
+        changes = {"connector": WITH_TEXT, **of_align(LM["_target_"], target), **HEADS, f"{ALIGN}.accumulate": 2}
+        assert f"{ALIGN}.accumulate=2 changes objective=" in refused(changes)
+    passes({**of_align(LM["_target_"], ASVR), **HEADS, f"{ALIGN}.accumulate": 2})
+
+
+def test_what_is_read_from_a_source_file_is_so() -> None:
+    """The rules know a class by its text; here is the class itself."""
+    from hydra.utils import get_class
+
+    for target in (SIGLIP, CLIP, PATCH_TEXT, QUERY_TEXT, ASVR, LM["_target_"]):
+        kind = get_class(target)
+        assert declared(target, "per_micro_batch") is kind.per_micro_batch  # type: ignore[attr-defined]
+        assert offers(target, "attach") is hasattr(kind, "attach")
+    for file in sorted((conf_folder() / "connector").glob("*.yaml")):
+        target = OmegaConf.load(file)._target_
+        assert offers(target, "joint") is hasattr(get_class(target), "joint"), target
+    assert offers("somebody.elses.Class", "attach") is None and offers("vlmlab.no.such.Class", "attach") is None

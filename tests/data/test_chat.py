@@ -94,8 +94,6 @@ def zephyr() -> PreTrainedTokenizerFast:
     return made
 
 
-
-
 TEMPLATES: dict[str, tuple[Callable[[], PreTrainedTokenizerFast], str]] = {
     "marked": (chatml, "<|im_end|>"),
     "unmarked": (lambda: chatml(UNMARKED), "<|im_end|>"),

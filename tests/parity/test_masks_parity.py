@@ -139,7 +139,7 @@ def test_paligemma() -> None:
     before = torch.where(layout.role.eq(Role.ANSWER), 1, 0)
     want = whole(
         input_ids=batch.input_ids,
-        pixel_values=(batch.pixels.float() - 127.5) / 127.5,
+        pixel_values=(batch.pixels.float() / 255 - 0.5) / 0.5,
         attention_mask=layout.valid.long(),
         position_ids=layout.position,  # it would count from 1, which rotary positions cannot tell
         token_type_ids=before.masked_fill(~layout.valid, 1),

@@ -51,6 +51,18 @@ def test_null_turns_off_what_has_an_off_choice():
         ({"prompt": "chatty"}, "prompt"),
         ({"schedule": "cosin"}, "schedule"),
         ({"optimizer": "moun"}, "optimizer"),
+        ({"layers": [0, 1]}, "layers"),
+        ({"layers": {"connector": [0, 1]}}, "layers.connector"),
+        ({"layers": {"lm": [0, 1]}}, "layers.lm"),  # frozen
+        ({"train": {"lm": 1e-3}, "layers": {"lm": [1, 0]}}, "layers.lm"),
+        ({"train": {"lm": 1e-3}, "layers": {"lm": 2}}, "layers.lm"),
+        ({"train": {"lm": 1e-3}, "layers": {"lm": [0.5, 1]}}, "layers.lm"),
+        ({"train": {"lm": 1e-3}, "layer_decay": 0.0}, "layer_decay"),
+        ({"train": {"lm": 1e-3}, "layer_decay": 1.1}, "layer_decay"),
+        ({"layer_decay": 0.9}, "layer_decay"),  # nothing with layers trains
+        ({"mix": "a/run"}, "mix"),
+        ({"mix": {"run": "a", "shares": 0.5}}, "mix.shares"),
+        ({"mix": {"run": "a", "share": 1.5}}, "mix.share"),
         ({"batch_size": 6, "accumulate": 2}, "batch_size"),
         ({"batch_size": 0}, "batch_size"),
         ({"steps": -1}, "steps"),
@@ -106,3 +118,10 @@ def test_learning_rate_rises_then_follows_the_cosine():
 def test_other_schedules():
     assert stage_with(warmup=0.0, schedule="constant").factor(99) == 1.0
     assert stage_with(warmup=0.0, schedule="linear").factor(25) == pytest.approx(0.75)
+
+
+def test_layers_and_mix():
+    keys = {"train": {"lm": 1e-3}, "layers": {"lm": [-2, -1], "encoder": None}, "layer_decay": 0.9}
+    (stage,) = parse(config(**keys, mix={"run": "a/run"}))
+    assert stage.layers == {"lm": (-2, -1)} and stage.layer_decay == 0.9
+    assert stage.mix == {"run": "a/run", "share": 0.5, "stage": "one"}

@@ -41,8 +41,17 @@ class SoftPromptAdapter(Adapter):
         self.prompt_tokens = length
 
     def wrap(self, part: Any) -> nn.Module:
-        """The LM with its embedding table wrapped; equal to the LM for ids of at least 0."""
-        table = part.get_input_embeddings()
+        """The LM with its embedding table wrapped; equal to the LM for ids of at least 0.
+
+        Raises:
+            UserError: the tower reads no ids.
+        """
+        find = getattr(part, "get_input_embeddings", None)
+        table = find() if find is not None else None
+        if not isinstance(getattr(table, "base_layer", table), nn.Embedding):
+            raise UserError(
+                f"adapter=soft_prompt needs an LM with a table of words, not {type(part).__name__}; use lora"
+            )
         path = next(path for path, module in part.named_modules() if module is table)
         return insert(part, [path], self.name, SoftPromptLayer, lambda base: SoftPrompt(base, self.prompt_tokens))
 

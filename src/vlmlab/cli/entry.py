@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +27,14 @@ def debugging() -> bool:
     return os.environ.get("VLMLAB_DEBUG") == "1"
 
 
+def one_line(text: str) -> str:
+    """The text without its line breaks, since what libraries say inside a sentence may have some."""
+    return " ".join(text.split())
+
+
 def fail(sentence: str, code: int) -> int:
-    """Print ``error: sentence`` on stderr and return the code."""
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    """Print ``error: sentence`` on stderr, in one line, and return the code."""
+    print(f"error: {one_line(sentence)}", file=sys.stderr, flush=True)
     return code
 
 
@@ -44,10 +50,13 @@ def guard(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
                 raise
             raise SystemExit(fail(str(error), MISTAKE if isinstance(error, ConfigError) else FAILED)) from error
         except InstantiationException as error:
-            mistake = mistake_within(error)
-            if mistake is None or debugging():
+            if debugging():
                 raise
-            raise SystemExit(fail(str(mistake), FAILED)) from error
+            raise SystemExit(fail(unbuildable(error), FAILED)) from error
+        except OSError as error:
+            if debugging() or error.filename is None:
+                raise
+            raise SystemExit(fail(unreachable(error), FAILED)) from error
         except KeyboardInterrupt as error:
             raise SystemExit(INTERRUPTED) from error
 
@@ -60,6 +69,28 @@ def mistake_within(error: BaseException) -> UserError | None:
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__
     return cause
+
+
+def unbuildable(error: InstantiationException) -> str:
+    """The user's mistake behind a part that could not be built; or which part, why, and where its keys are."""
+    mistake = mistake_within(error)
+    if mistake is not None:
+        return str(mistake)
+    text = str(error)
+    place, target = (re.search(pattern, text) for pattern in (r"full_key: (\S+)", r"target '([^']+)'"))
+    where = place.group(1) if place else (target.group(1) if target else "a part")
+    cause = error.__cause__
+    if cause is None or text.startswith("Error locating target"):
+        shown = target.group(1) if target else ""
+        return f"{where}._target_={shown} cannot be imported; give the dotted path of a class that is installed"
+    why = one_line(str(cause)) or type(cause).__name__
+    return f"{where} cannot be built ({why}); correct its keys, VLMLAB_DEBUG=1 shows the whole traceback"
+
+
+def unreachable(error: OSError) -> str:
+    """The file that could not be made, read or written, and why."""
+    why = (error.strerror or type(error).__name__).lower()
+    return f"{error.filename}: {why}; check the path, its permissions and the space on its disk"
 
 
 def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int:
@@ -86,6 +117,8 @@ def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int
     except Exception as error:
         if debugging():
             raise
+        if isinstance(error, OSError) and error.filename is not None:  # Hydra makes the folder before the task starts
+            return fail(unreachable(error), FAILED)
         from vlmlab.cli.explain import explain
 
         sentence = explain(error, conf, config_name)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError, guard, run_command
+from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.runs.folder import RunFolder
 
 
@@ -17,18 +20,57 @@ def evaluate_command(cfg: DictConfig) -> None:
     """Score a finished run again, from its checkpoint.
 
     Raises:
-        ConfigError: ``run`` is missing, or no folder of a run.
+        ConfigError: ``run`` is missing or no folder of a run, or a key has a value it cannot have.
+        CheckpointError: the run is not finished.
     """
     if OmegaConf.is_missing(cfg, "run"):
         raise ConfigError("which run? write run=<folder>, as in: python evaluate.py run=outputs/default")
     folder = Path(str(cfg.run))
-    if RunFolder(folder).config() is None:
+    if _config(folder) is None:
         raise ConfigError(
             f"run={folder} is no run folder (it has no config.yaml); give the folder that training printed"
         )
+    if RunFolder(folder).result() is None:
+        raise CheckpointError(f"{folder} is not finished (no result.json); start its training command again")
+    _check_values(cfg)
     from vlmlab.evaluate.run import evaluate  # from here on torch
 
+    if str(cfg.device).startswith("cuda"):
+        _check_gpu(str(cfg.device))
     evaluate(folder, cfg)
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    """The run's configuration, or None where there is no run; whoever scores a run can only restore a damaged one."""
+    try:
+        return RunFolder(folder).config()
+    except UserError as error:
+        cause = error.__cause__
+        mark = getattr(cause, "problem_mark", None)
+        why = f"line {mark.line + 1}: {getattr(cause, 'problem', cause)}" if mark else "it is no configuration"
+        raise CheckpointError(
+            f"{folder / 'config.yaml'} is damaged ({why}); restore it, or train the run again"
+        ) from error
+
+
+def _check_values(cfg: DictConfig) -> None:
+    """Sizes are counts, the device is one, and the name of a single benchmark is a list of it."""
+    for key in ("limit", "batch_size"):
+        value = cfg[key]
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ConfigError(f"{key}={value} is not possible; give a whole number of at least 1, or null")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(cfg.device)):
+        raise ConfigError(f"device={cfg.device} is unknown; choose one of auto, cpu, cuda")
+    if isinstance(cfg.benchmarks, str):
+        cfg.benchmarks = [cfg.benchmarks]
+
+
+def _check_gpu(device: str) -> None:
+    import torch
+
+    index = torch.device(device).index or 0
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"device={device} is not there ({torch.cuda.device_count()} GPUs); choose device=cpu or auto")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def _missing(error: MissingConfigException) -> str:
     if not group or not error.options:
         return _first(error)
     options = sorted(error.options)
-    return f"{group} has no choice {choice!r}{_closest(choice, options)}: choose one of {', '.join(options)}"
+    off = "; without vision: fusion=none" if choice == "none" and group in ("encoder", "connector") else ""
+    return f"{group} has no choice {choice!r}{_closest(choice, options)}: choose one of {', '.join(options)}{off}"
 
 
 def _composition(error: ConfigCompositionException, conf: Path, config_name: str) -> str:

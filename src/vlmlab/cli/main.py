@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 
@@ -28,6 +29,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE, end="")
         return DONE
     if words[0] not in VERBS:
-        return fail(f"vlmlab has no verb {words[0]!r}; choose one of {', '.join(VERBS)}", MISTAKE)
+        return fail(_unknown(words), MISTAKE)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", *VERBS[words[0]], *words[1:]])
+
+
+def _unknown(words: list[str]) -> str:
+    """No such verb; whoever left it out is shown the whole command."""
+    if "=" in words[0] or words[0].startswith("-"):
+        verb = "sweep" if words[0] in ("-m", "--multirun") else "train"
+        rest = " ".join(words[1:] if verb == "sweep" else words)
+        return f"vlmlab wants a verb before {words[0]!r}; write vlmlab {verb} {rest}".rstrip()
+    close = difflib.get_close_matches(words[0], VERBS, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"vlmlab has no verb {words[0]!r}{hint}; choose one of {', '.join(VERBS)}"

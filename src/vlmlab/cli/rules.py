@@ -6,30 +6,53 @@ configuration as plain values, ``choices`` the chosen file of every group (``{"f
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra.conf import HydraConf
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError
 from vlmlab.contracts.errors import UserError
 from vlmlab.recipe.stage import parse
 from vlmlab.runs.config import leaves
+from vlmlab.runs.environment import package_folder
+from vlmlab.runs.names import override_key
 
 Config = Mapping[str, Any]
 Choices = Mapping[str, Any]
 Rule = Callable[[Config, Choices], str | None]
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
+STRATEGIES = ("auto", "ddp", "ddp_fork", "ddp_spawn", "ddp_find_unused_parameters_true")
+BASELINES = ("shuffled", "no_image")
+BUILT = ("encoder", "connector", "lm", "mask", "fusion", "adapter", "objective")
+"""Groups whose choice is one class: the keys of its file are the constructor's."""
+
 SIGLIP = "vlmlab.objective.siglip.Siglip"
+CLIP = "vlmlab.objective.clip.Clip"
+QUERY_TEXT = "vlmlab.objective.query_text.QueryTextAlignment"
+PATCH_TEXT = "vlmlab.objective.patch_text_contrast.PatchTextContrast"
+ASVR = "vlmlab.objective.asvr.SemanticReconstruction"
+PAIRED = (SIGLIP, CLIP)
+"""Objectives on the pairs of embeddings that only ``ContrastiveModule`` makes."""
+
+BESIDE_LM = (QUERY_TEXT, PATCH_TEXT)
+"""Objectives that do not reach the LM's layers."""
+
 SHOWS_PROMPT = ("prefix_lm", "visual_keys_open", "bidir_all_images")
 """Masks under which a word of the prompt depends on later ones: directly, or through an image behind them."""
 
 PATCH = "vlmlab.encoder.patch.PatchEncoder"
 MULTI = "vlmlab.encoder.multi.MultiEncoder"
 MMA = "vlmlab.adapter.mma.MmaAdapter"
+SOFT_PROMPT = "vlmlab.adapter.soft_prompt.SoftPromptAdapter"
+TOWERS = ("lm", "encoder")
+LANGUAGE = ("vlmlab.recipe.alignment.AlignmentModule", "vlmlab.recipe.instruction.InstructionTuningModule")
 CONTRASTIVE = "vlmlab.recipe.contrastive.ContrastiveModule"
 PATH_KEYS = ("path", "file", "folder", "images", "image_folder", "root")
 """Keys of a data source that name something on disk."""
@@ -74,7 +97,14 @@ def fp16_needs_gpu(cfg: Config, choices: Choices) -> str | None:
 
 
 def possible_trainer(cfg: Config, choices: Choices) -> str | None:
-    """Threads, workers and seconds are counts."""
+    """Threads, workers and seconds are counts; accelerator and strategy are known."""
+    for key, known in (("accelerator", ACCELERATORS), ("strategy", STRATEGIES)):
+        value = _at(cfg, f"trainer.{key}")
+        if value is not None and value not in known:
+            return f"trainer.{key}={value} is unknown; choose one of {', '.join(known)}"
+    devices = _at(cfg, "trainer.devices")
+    if devices is not None and devices != "auto" and not _count(devices, 1) and devices != -1:
+        return f"trainer.devices={devices} is not possible; give a whole number of at least 1, or auto"
     for key, least in (("threads", 1), ("workers", 0), ("save_every_s", 0)):
         value = _at(cfg, f"trainer.{key}")
         if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value < least):
@@ -85,11 +115,54 @@ def possible_trainer(cfg: Config, choices: Choices) -> str | None:
 def possible_budget(cfg: Config, choices: Choices) -> str | None:
     """A budget scales steps up or down, never below nothing."""
     scale, most, limit = (_at(cfg, f"budget.{key}") for key in ("steps_scale", "max_steps", "eval_limit"))
-    if isinstance(scale, int | float) and scale <= 0:
+    if scale is not None and (not isinstance(scale, int | float) or isinstance(scale, bool) or not scale > 0):
         return f"budget.steps_scale={scale} leaves no step; give a number above 0"
     for key, value in (("max_steps", most), ("eval_limit", limit)):
-        if isinstance(value, int | float) and value < 1:
-            return f"budget.{key}={value} leaves nothing; give at least 1, or null for no limit"
+        if value is not None and not _count(value, 1):
+            return f"budget.{key}={value} leaves nothing; give a whole number of at least 1, or null for no limit"
+    return None
+
+
+def possible_sizes(cfg: Config, choices: Choices) -> str | None:
+    """Sizes of rows and batches are counts; a baseline that does not exist would be noticed after training."""
+    for key in ("collate.max_length", "collate.pack_length", "evaluation.batch_size"):
+        value = _at(cfg, key)
+        if value is not None and not _count(value, 1):
+            unlimited = ", or null for one sample a row" if key == "collate.pack_length" else ""
+            return f"{key}={value} is not possible; give a whole number of at least 1{unlimited}"
+    baselines = _at(cfg, "evaluation.baselines")
+    for name in baselines if isinstance(baselines, list) else [baselines]:
+        if name is not None and name not in BASELINES:
+            return f"evaluation.baselines={name} is unknown; choose from {', '.join(BASELINES)}, or [] for none"
+    return None
+
+
+def possible_name(cfg: Config, choices: Choices) -> str | None:
+    """A run's name is a folder below outputs/ or sweeps/."""
+    name = _at(cfg, "name")
+    path = Path(str(name))
+    if name is None or (not path.is_absolute() and path.parts and ".." not in path.parts):
+        return None
+    return f"name={name} is no folder below outputs; use letters, digits, - and _ (hydra.run.dir=... puts it elsewhere)"
+
+
+def foreign_keys(cfg: Config, choices: Choices) -> str | None:
+    """A preset may set keys of the choice it made, which another choice on the command line does not have."""
+    given = {override_key(override) for override in choices.get("_overrides") or ()}
+    for group in BUILT:
+        node, file = cfg.get(group), conf_folder() / group / f"{choices.get(group)}.yaml"
+        if not isinstance(node, Mapping) or not file.is_file():
+            continue
+        own = OmegaConf.load(file)
+        if not isinstance(own, DictConfig) or node.get("_target_") != own.get("_target_"):
+            continue
+        for key in node:
+            if key not in own and not any(name.startswith(f"{group}.{key}") for name in given):
+                setter = "recipe" if choices.get("preset") in (None, "none") else "preset"
+                return (
+                    f"{group}.{key} is no key of {group}={choices[group]} and {setter}={choices.get(setter)} sets it; "
+                    f"add ~{group}.{key} to the command, or leave {group} to the {setter}"
+                )
     return None
 
 
@@ -132,6 +205,118 @@ def prompt_learnt_in_the_open(cfg: Config, choices: Choices) -> str | None:
                 f"recipe.stages.{name}.prompt=text learns the words of the prompt, which mask={open_to_text[0]} shows "
                 f"to the words that predict them; set recipe.stages.{name}.prompt=chat, or choose mask=bidir"
             )
+    return None
+
+
+def instruction_is_learnt(cfg: Config, choices: Choices) -> str | None:
+    """A connector that reads the user's words shows all of them to each, also where ``prompt: text`` learns them."""
+    reading = _reading(cfg, choices)
+    for name, stage in _stages(cfg):
+        if reading is not None and stage.get("prompt") == "text":
+            return (
+                f"recipe.stages.{name}.prompt=text learns the words of the prompt, which the connector reads "
+                f"({reading}=true); set recipe.stages.{name}.prompt=chat, or {reading}=false"
+            )
+    return None
+
+
+def instruction_has_a_place(cfg: Config, choices: Choices) -> str | None:
+    """What the user says to an image is found by the image's place in the sequence."""
+    reading = _reading(cfg, choices)
+    if reading is None or declared(str(_at(cfg, "fusion._target_")), "in_sequence") is not False:
+        return None
+    return (
+        f"{reading}=true reads the turn an image stands in and fusion={choices.get('fusion')} gives images no place in "
+        f"the sequence; set {reading}=false, or choose fusion=concat"
+    )
+
+
+def pairs_need_two_towers(cfg: Config, choices: Choices) -> str | None:
+    """The objectives siglip and clip compare pooled images with texts, which only ``ContrastiveModule`` makes."""
+    for name, stage in _stages(cfg):
+        paired = [target for target in _objectives(cfg, stage) if target in PAIRED]
+        if stage.get("module") in LANGUAGE and paired:
+            return (
+                f"recipe.stages.{name} trains the LM's words and {_called(paired[0], cfg, choices)} wants pairs of an "
+                f"image and a text; use objective=lm, or set recipe.stages.{name}.module={CONTRASTIVE}"
+            )
+    return None
+
+
+def images_to_learn_from(cfg: Config, choices: Choices) -> str | None:
+    """Some objectives read what the connector or the encoder gives."""
+    for name, stage in _stages(cfg):
+        for target in _objectives(cfg, stage) if choices.get("fusion") == "none" else ():
+            if target in (QUERY_TEXT, ASVR):
+                return (
+                    f"recipe.stages.{name} has {_called(target, cfg, choices)}, which reads images, and fusion=none "
+                    "leaves them out; use objective=lm, or fusion=concat"
+                )
+    return None
+
+
+def queries_meet_texts(cfg: Config, choices: Choices) -> str | None:
+    """itc, itm and itg read a caption inside the connector, beside its queries."""
+    connector = cfg.get("connector")
+    target = str(_at(cfg, "connector._target_"))
+    able = offers(target, "joint")
+    if not isinstance(connector, Mapping) or able is None:
+        return None
+    if able and (connector.get("text") is True or connector.get("instruction") is True):
+        return None
+    for name, stage in _stages(cfg):
+        if QUERY_TEXT in _objectives(cfg, stage):
+            key = "text" if "text" in connector else "instruction"
+            remedy = f"set connector.{key}=true" if able else "use connector=qformer connector.text=true"
+            return (
+                f"recipe.stages.{name} has {_called(QUERY_TEXT, cfg, choices)}, which compares queries with texts, and "
+                f"connector={choices.get('connector')} has no text side; {remedy}, or connector=instruct_qformer"
+            )
+    return None
+
+
+def objectives_with_weights(cfg: Config, choices: Choices) -> str | None:
+    """An objective with weights of its own has a learning rate; found before the stages without it are trained."""
+    for name, stage in _stages(cfg):
+        train = stage.get("train") or {}
+        for target in _objectives(cfg, stage):
+            if train.get("objective") is None and offers(str(target), "attach"):
+                plus = "" if "objective" in train else "+"
+                return (
+                    f"recipe.stages.{name} has {_called(target, cfg, choices)}, which has weights of its own, and "
+                    f"gives them no learning rate; add {plus}recipe.stages.{name}.train.objective=1e-3"
+                )
+    return None
+
+
+def loss_for_the_lm(cfg: Config, choices: Choices) -> str | None:
+    """A stage that trains the LM has an objective that reaches it."""
+    for name, stage in _stages(cfg):
+        rate, targets = (stage.get("train") or {}).get("lm"), _objectives(cfg, stage)
+        if rate is not None and targets and all(target in BESIDE_LM for target in targets):
+            called = " and ".join(_called(target, cfg, choices) for target in targets)
+            return (
+                f"recipe.stages.{name}.train.lm={rate} trains the LM, whose layers get no gradient from {called}; put "
+                f"objective lm beside it (as conf/recipe/cg_vlm.yaml does), or set recipe.stages.{name}.train.lm=null"
+            )
+    return None
+
+
+def towers_to_adapt(cfg: Config, choices: Choices) -> str | None:
+    """``adapter.parts`` names towers that this composition has; found before the stages without adapter are trained."""
+    for name, stage in _stages(cfg):
+        adapter = stage.get("adapter", cfg.get("adapter"))
+        parts = adapter.get("parts") if isinstance(adapter, Mapping) else None
+        if not isinstance(adapter, Mapping) or parts is None:
+            continue
+        where = f"the adapter of recipe.stages.{name} has parts"
+        wrong = [part for part in (parts if isinstance(parts, list) else [parts]) if part not in TOWERS]
+        if wrong or not isinstance(parts, list):
+            return f"{where}={parts}, which is no list of towers; set adapter.parts to [lm], [encoder] or both"
+        if adapter.get("_target_") == SOFT_PROMPT and parts != ["lm"]:
+            return f"{where}={parts} and adapter=soft_prompt is read by the LM alone; set adapter.parts=[lm]"
+        if "encoder" in parts and choices.get("fusion") == "none":
+            return f"{where}={parts} and fusion=none leaves no encoder; set adapter.parts=[lm]"
     return None
 
 
@@ -196,13 +381,12 @@ def something_to_train(cfg: Config, choices: Choices) -> str | None:
 def contrastive_counts(cfg: Config, choices: Choices) -> str | None:
     """A contrastive loss compares the samples of one micro-batch, so that accumulation changes the loss."""
     for name, stage in _stages(cfg):
-        objective = stage.get("objective", cfg.get("objective"))
-        targets = [value for key, value in leaves(objective or {}) if key.rpartition(".")[2] == "_target_"]
-        if SIGLIP in targets and int(stage.get("accumulate") or 1) > 1:
-            return (
-                f"recipe.stages.{name}.accumulate={stage['accumulate']} changes the siglip objective, which compares "
-                f"the samples of one micro-batch; set recipe.stages.{name}.accumulate=1"
-            )
+        for target in _objectives(cfg, stage) if int(stage.get("accumulate") or 1) > 1 else ():
+            if declared(str(target), "per_micro_batch") is True:
+                return (
+                    f"recipe.stages.{name}.accumulate={stage['accumulate']} changes {_called(target, cfg, choices)}, "
+                    f"which compares the samples of one micro-batch; set recipe.stages.{name}.accumulate=1"
+                )
     return None
 
 
@@ -212,6 +396,9 @@ RULES: tuple[Rule, ...] = (
     possible_seed,
     possible_trainer,
     possible_budget,
+    possible_sizes,
+    possible_name,
+    foreign_keys,
     ranks_need_a_process_tree,
     leaking_mask,
     files_exist,
@@ -221,7 +408,15 @@ RULES: tuple[Rule, ...] = (
 STAGE_RULES: tuple[Rule, ...] = (
     something_to_train,
     contrastive_counts,
+    pairs_need_two_towers,
+    images_to_learn_from,
+    queries_meet_texts,
+    objectives_with_weights,
+    loss_for_the_lm,
     prompt_learnt_in_the_open,
+    instruction_is_learnt,
+    instruction_has_a_place,
+    towers_to_adapt,
     nothing_to_adapt,
     contrastive_towers,
 )
@@ -244,8 +439,90 @@ def _stages(cfg: Config) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield str(name), stage
 
 
+def _count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _objectives(cfg: Config, stage: Mapping[str, Any]) -> list[Any]:
+    """The classes of a stage's objectives."""
+    objective = stage.get("objective") or cfg.get("objective")
+    described = objective if isinstance(objective, Mapping) else {}
+    return [value for key, value in leaves(described) if key.rpartition(".")[2] == "_target_"]
+
+
+def _called(target: Any, cfg: Config, choices: Choices) -> str:
+    """An objective as it is chosen on the command line."""
+    if _at(cfg, "objective._target_") == target and choices.get("objective"):
+        return f"objective={choices['objective']}"
+    return "objective=blip2" if target == QUERY_TEXT else f"objective={str(target).split('.')[-2]}"
+
+
+def _reading(cfg: Config, choices: Choices) -> str | None:
+    """The key by which a connector reads the user's words; None where none does, or nothing reads its tokens."""
+    connector = cfg.get("connector")
+    if declared(str(_at(cfg, "fusion._target_")), "reads") == "nothing" or not isinstance(connector, Mapping):
+        return None
+    keys = (key for key, value in leaves(connector, "connector.") if value is True)
+    return next((key for key in keys if key.rpartition(".")[2] == "instruction"), None)
+
+
+def declared(target: str, name: str) -> Any:
+    """What a class of this package assigns to an attribute, read from its source, since importing it imports torch.
+
+    Args:
+        target: dotted path of the class.
+        name: of the attribute.
+
+    Returns:
+        The constant; None where the class is not ours or says nothing of the kind.
+    """
+    found = _source(target)
+    for line in found[1].body if found else ():
+        named = [getattr(t, "id", None) for t in line.targets] if isinstance(line, ast.Assign) else []
+        if isinstance(line, ast.Assign) and name in named and isinstance(line.value, ast.Constant):
+            return line.value.value
+    return None
+
+
+def offers(target: str, method: str) -> bool | None:
+    """Whether a class of this package, or one of ours that it inherits from, has a method; None for a foreign class.
+
+    Args:
+        target: dotted path of the class.
+        method: its name.
+    """
+    found = _source(target)
+    if found is None:
+        return None
+    module, kind = found
+    if any(isinstance(line, ast.FunctionDef) and line.name == method for line in kind.body):
+        return True
+    here = target.rpartition(".")[0]
+    origin = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in module.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    bases = [origin.get(base.id, f"{here}.{base.id}") for base in kind.bases if isinstance(base, ast.Name)]
+    return any(offers(base, method) for base in bases)
+
+
+def _source(target: str) -> tuple[ast.Module, ast.ClassDef] | None:
+    """The parsed file of a class of this package, and the class in it."""
+    module, _, name = target.rpartition(".")
+    package, *rest = module.split(".")
+    file = package_folder().joinpath(*rest).with_suffix(".py") if rest else Path()
+    if package != package_folder().name or not file.is_file():
+        return None
+    parsed = ast.parse(file.read_text(encoding="utf-8"))
+    found = (node for node in parsed.body if isinstance(node, ast.ClassDef) and node.name == name)
+    return next(((parsed, node) for node in found), None)
+
+
 def choices_of(hydra_cfg: HydraConf) -> dict[str, Any]:
-    """The chosen file of every group, and how Hydra was started (``_mode``: RUN or MULTIRUN)."""
+    """The chosen file of every group, how Hydra was started (``_mode``: RUN or MULTIRUN) and with which overrides."""
     return {str(key): value for key, value in hydra_cfg.runtime.choices.items()} | {
-        "_mode": getattr(hydra_cfg.mode, "name", None)
+        "_mode": getattr(hydra_cfg.mode, "name", None),
+        "_overrides": list(hydra_cfg.overrides.task),
     }

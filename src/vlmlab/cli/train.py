@@ -10,11 +10,13 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from vlmlab.analyse.table import final_table
 from vlmlab.cli.conf import conf_folder
-from vlmlab.cli.entry import ConfigError, guard, run_command
+from vlmlab.cli.data import check_sources
+from vlmlab.cli.entry import ConfigError, guard, one_line, run_command, unbuildable
 from vlmlab.cli.rules import check, choices_of
 from vlmlab.contracts.errors import UserError
 from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
@@ -33,15 +35,17 @@ def train_command(cfg: DictConfig) -> None:
     die_with_parent()
     hydra_cfg = HydraConfig.get()
     folder = _short(Path(hydra_cfg.runtime.output_dir))
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     try:
         config = plain(cfg)
         check(cfg, config, choices_of(hydra_cfg))
     except UserError as error:
         _remove_if_empty(folder)
         raise ConfigError(str(error)) from error
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0:  # a further rank of a run that rank zero has opened
+    if not first:  # a further rank of a run that rank zero has opened
         _train(cfg, folder)
         return
+    _look_at_data(cfg, folder)
     with RunFolder(folder) as run:
         result = run.open(config, list(hydra_cfg.overrides.task), fresh=bool(cfg.fresh))
         if result is not None:
@@ -54,12 +58,24 @@ def train_command(cfg: DictConfig) -> None:
             print(f"\n{final_table(result)}\n{_report(cfg, folder, result)}", flush=True)
 
 
+def _look_at_data(cfg: DictConfig, folder: Path) -> None:
+    """Refuse missing or broken data before anything trains, leaving no folder behind."""
+    run = RunFolder(folder)
+    if run.result() is not None:
+        return
+    try:
+        check_sources(cfg)
+    except (UserError, InstantiationException):
+        _remove_if_empty(folder)
+        raise
+
+
 def _train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
     """Train, and leave in ``state.json`` how it ended."""
     try:
         return _train(cfg, run.path)
     except Exception as error:
-        run.end("failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        run.end("failed", _said(error))
         raise
     except BaseException:  # a signal; what was learnt is saved
         run.end("interrupted")
@@ -67,10 +83,27 @@ def _train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
         raise
 
 
+def _said(error: Exception) -> str:
+    """Why a run failed, in one line where that is known."""
+    if isinstance(error, InstantiationException):
+        return unbuildable(error)
+    return one_line(str(error)) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
 def _train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     from vlmlab.train.run import train  # from here on torch
 
-    return train(cfg, folder)
+    try:
+        return train(cfg, folder)
+    except Exception as error:
+        lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
+        if lightning is None or not isinstance(error, lightning.MisconfigurationException):
+            raise
+        settings = ", ".join(f"trainer.{key}={cfg.trainer[key]}" for key in ("accelerator", "devices", "strategy"))
+        why = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"{settings} cannot work here ({why}); use trainer.accelerator=auto trainer.devices=1"
+        ) from error
 
 
 def _report(cfg: DictConfig, folder: Path, result: dict[str, Any]) -> Path:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
+from vlmlab.connector.base import check_heads
 from vlmlab.contracts.parts import Connector, Sight
 from vlmlab.contracts.tensors import Visual
 
@@ -52,6 +53,7 @@ class QFormerConnector(Connector):
     ) -> None:
         super().__init__()
         width = hidden or out_width
+        check_heads(heads, width, "the LM's width" if hidden is None else "connector.hidden")
         config = Blip2QFormerConfig(
             hidden_size=width,
             num_hidden_layers=layers,

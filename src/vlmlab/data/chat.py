@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
+FIXED_DAY = (
+    "{%- macro strftime_now(format) -%}"
+    "{{- format.replace('%Y', '2024').replace('%m', '07').replace('%d', '26') "
+    "| replace('%b', 'Jul') | replace('%B', 'July') -}}"
+    "{%- endmacro -%}{{ '' }}"  # a newline behind a tag would be dropped, behind a value it is the template's
+)
+"""Stands before every template: one that prints the day (Llama 3.2's does) would make a run depend on when it ran. The
+day is Llama 3.1's own where it knows none."""
+
 SYSTEM, USER, ANSWER = 0, 1, 2
 Span: TypeAlias = tuple[int, int]
 Prompt: TypeAlias = Literal["plain", "chat", "text"]
@@ -66,7 +75,8 @@ class ChatEncoder:
         max_length: longest sequence in tokens; a longer sample is refused by name.
 
     Raises:
-        UserError: the template's rendering of a conversation is not a prefix of its continuation.
+        UserError: the template's rendering of a conversation is not a prefix of its continuation, or it does not print
+            an answer as it is.
     """
 
     def __init__(
@@ -85,7 +95,8 @@ class ChatEncoder:
         self.tokens_per_image = tokens_per_image
         self.prompt = prompt
         self.max_length = max_length
-        self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template) is not None
+        self.template = FIXED_DAY + tokenizer.get_chat_template()
+        self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
         self.end = tokenizer.eos_token
         adds_begin = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         self.begin = tokenizer.bos_token if adds_begin else ""  # of the plain prompt; a chat template prints its own
@@ -153,10 +164,21 @@ class ChatEncoder:
             messages.append({"role": "assistant", "content": turn.answer})
         return messages
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    def _render(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = False, mark: bool = False
+    ) -> tuple[str, list[Span]]:
+        """The conversation as text, and with `mark` the span of every generation block."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        render: Any = render_jinja_template  # its annotations do not fit what it returns
+        texts, marked = render(
+            [messages],
+            chat_template=self.template,
+            return_assistant_tokens_mask=mark,
+            add_generation_prompt=add_generation_prompt,
+            **dict(self.tokenizer.special_tokens_map),  # the template's variables
         )
+        return texts[0], marked[0] if mark else []
 
     def _chat(self, sample: Sample, ask: bool = False) -> tuple[str, list[Span], int]:
         """The rendered conversation, the character spans of its answers, and where the user begins.
@@ -165,40 +187,34 @@ class ChatEncoder:
         """
         messages = self._messages(sample)[: -1 if ask else None]
         text, spans = self._marked(messages, ask) if self.marked else self._differences(sample, messages, ask)
-        after_system = text.find(sample.system) + len(sample.system) if sample.system else 0
-        first = next(message["content"] for message in messages if message["role"] == "user")
+        system = sample.system.strip()  # some templates trim what they print
+        after_system = text.find(system) + len(system)
+        first = next(message["content"] for message in messages if message["role"] == "user").strip()
         return text, spans, max(text.find(first, after_system), 0)
 
     def _marked(self, messages: list[dict[str, str]], ask: bool) -> tuple[str, list[Span]]:
         """What the template's generation markers enclose, cut behind the end token."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        render: Any = render_jinja_template  # its annotations do not fit what it returns
-        (text,), (marked,) = render(  # one conversation: its text, and the span of every generation block
-            [messages],
-            chat_template=self.tokenizer.chat_template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=ask,
-            **dict(self.tokenizer.special_tokens_map),  # the template's variables
-        )
+        text, marked = self._render(messages, add_generation_prompt=ask, mark=True)
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         if len(marked) != len(answers):
             raise UserError(
                 f"The chat template of {self.tokenizer.name_or_path} marks {len(marked)} generations for "
                 f"{len(answers)} answers; put one generation block around every assistant turn."
             )
-        spans = zip(marked, answers, strict=True)
-        return text, [(start, self._answer_stop(text, start, answer)) for (start, _), answer in spans if answer]
+        spans = [(start, answer) for (start, _), answer in zip(marked, answers, strict=True) if answer]
+        for start, answer in spans:
+            self._check_answer(text, start, answer)
+        return text, [(start, self._answer_stop(text, start, answer)) for start, answer in spans]
 
     def _differences(self, sample: Sample, messages: list[dict[str, str]], ask: bool) -> tuple[str, list[Span]]:
         """What each turn adds to the rendering; the answer and the end token after it are supervised."""
-        whole = self._render(messages, add_generation_prompt=ask)
+        whole, _ = self._render(messages, add_generation_prompt=ask)
         spans: list[Span] = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant" or not message["content"]:
                 continue
-            before = self._render(messages[:i], add_generation_prompt=True)
-            after = self._render(messages[: i + 1])
+            before, _ = self._render(messages[:i], add_generation_prompt=True)
+            after, _ = self._render(messages[: i + 1])
             stop = self._answer_stop(after, len(before), message["content"])
             # what stands behind the end token may change: some templates end every conversation with one more token
             if not after.startswith(before) or not whole.startswith(after[:stop]):
@@ -206,8 +222,18 @@ class ChatEncoder:
                     f"The chat template of {self.tokenizer.name_or_path} rewrites earlier turns (sample {sample.id}): "
                     "labels cannot be told apart; use a template that only appends, or one with generation markers."
                 )
+            self._check_answer(after, len(before), message["content"])
             spans.append((len(before), stop))
         return whole, spans
+
+    def _check_answer(self, text: str, start: int, answer: str) -> None:
+        """Only the answer is to be learnt: no words that the template puts before it, and not a changed one."""
+        found = text.find(answer.strip(), start)
+        if found < 0 or text[start:found].strip():
+            raise UserError(
+                f"The chat template of {self.tokenizer.name_or_path} does not print the answer {answer[:40]!r} as it "
+                "is behind the prompt for it; give another by lm.chat_template."
+            )
 
     def _answer_stop(self, text: str, start: int, answer: str) -> int:
         """End of the answer with its end token; template text after the end token is not supervised."""

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, CLIPVisionModel, Dinov2Model, PreTrainedModel, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPVisionModel,
+    Dinov2Model,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
 
+from vlmlab.blueprint import Architecture, read_config, weightless
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder
 from vlmlab.contracts.tensors import Visual
@@ -30,6 +40,9 @@ BEHIND_TAP: dict[type[nn.Module], tuple[str, ...]] = {
 }
 """Children that a hidden state does not depend on."""
 
+ONE_SIZE = (SiglipVisionModel, CLIPVisionModel)
+"""Towers that must be told to interpolate their positions for images of another size; Dinov2 always does."""
+
 
 class HfEncoder(Encoder):
     """A transformers vision tower whose patch features are tapped at chosen layers.
@@ -40,18 +53,36 @@ class HfEncoder(Encoder):
             tower's final output after its last norm. Layers behind the last one tapped are cut off.
         pooled: keep the tower's pooling head and return its output (contrastive training needs it).
         dtype: dtype of the weights; trainable weights stay float32.
+        image_size: pixels per side, or [height, width], that images are brought to; null: what the tower's
+            preprocessor file says. At another size than it was trained on, its positions are interpolated.
+        square: pad images to squares in the mean colour first, as LLaVA-1.5 does, so that no margin is cut off.
+        architecture: what the config.json of a hub id says; read only on the meta device (``vlmlab.blueprint``).
 
     Raises:
         UserError: the path is neither a folder nor reachable, the family is unknown, or a layer does not exist.
     """
 
     def __init__(
-        self, path: str, layers: Sequence[int] | None = None, pooled: bool = False, dtype: str = "float32"
+        self,
+        path: str,
+        layers: Sequence[int] | None = None,
+        pooled: bool = False,
+        dtype: str = "float32",
+        image_size: int | Sequence[int] | None = None,
+        square: bool = False,
+        architecture: Architecture | None = None,
     ) -> None:
         super().__init__()
-        folder = resolve(path, "encoder.path")
-        self.source: str | None = tower_hash(folder)
-        self._setup(_load_tower(folder, dtype), read_preprocess(folder), layers, pooled)
+        self.source: str | None = None
+        if weightless():
+            tower, preprocess = _empty_tower(path, dtype, architecture)
+        else:
+            folder = resolve(path, "encoder.path")
+            self.source = tower_hash(folder)
+            tower, preprocess = _load_tower(folder, dtype), read_preprocess(folder)
+        if image_size is not None:
+            preprocess = preprocess.at(*_sides(image_size))
+        self._setup(tower, replace(preprocess, square=square), layers, pooled)
 
     def _setup(
         self, tower: PreTrainedModel, preprocess: Preprocess, layers: Sequence[int] | None, pooled: bool
@@ -63,6 +94,7 @@ class HfEncoder(Encoder):
             raise UserError("encoder.pooled=true needs encoder.layers=null: a pooled output follows the last layer.")
         self.tower = tower
         self.preprocess = preprocess
+        self.white = preprocess.white
         self.pooled = pooled
         depth = int(tower.config.num_hidden_layers)
         self.layers = None if layers is None else _absolute(layers, depth)
@@ -71,7 +103,9 @@ class HfEncoder(Encoder):
         self.width = int(tower.config.hidden_size) * (1 if self.layers is None else len(self.layers))
         self.pooled_width = int(tower.config.hidden_size)
         self.patch = int(tower.config.patch_size)
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (preprocess.mean, preprocess.std))
+        own = _sides(tower.config.image_size)
+        self.interpolate = isinstance(tower, ONE_SIZE) and own != (preprocess.height, preprocess.width)
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", mean, persistent=False)
@@ -85,16 +119,21 @@ class HfEncoder(Encoder):
     def forward(self, pixels: Tensor) -> Visual:
         """(I, 3, H, W) uint8 -> Visual with one (I, N, Dv) grid per layer; class and register tokens dropped."""
         dtype = next(self.tower.parameters()).dtype
-        values = ((pixels.float() - self.mean) / self.std).to(dtype)
-        out = self.tower(pixel_values=values, output_hidden_states=self.layers is not None)
+        # in transformers' order of operations, so that the values are its processor's to the last bit
+        values = ((pixels.float() / self.white - self.mean) / self.std).to(dtype)
+        options = {"interpolate_pos_encoding": True} if self.interpolate else {}
+        out = self.tower(pixel_values=values, output_hidden_states=self.layers is not None, **options)
         final = (out.last_hidden_state,)
         # a tower cut down to its embedding reports no hidden states: its output is that embedding
         taken = final if self.layers is None else [(out.hidden_states or final)[i] for i in self.layers]
         rows, columns = pixels.shape[2] // self.patch, pixels.shape[3] // self.patch
         # class and register tokens, where a family has them, come before the patches
         grids = [grid[:, grid.shape[1] - rows * columns :] for grid in taken]  # each (I, N, Dv)
+        pooled = out.pooler_output if self.pooled else None
+        if dtype.itemsize < 4 and not _autocast(pixels.device):  # a frozen tower in half precision, all else in single
+            grids, pooled = [grid.float() for grid in grids], None if pooled is None else pooled.float()
         hw = torch.tensor([[rows, columns]], device=pixels.device).expand(pixels.shape[0], 2)
-        return Visual(grids=grids, pooled=out.pooler_output if self.pooled else None, hw=hw)
+        return Visual(grids=grids, pooled=pooled, hw=hw)
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """The named parameters that the features depend on (Dinov2's mask token serves only its pre-training)."""
@@ -102,10 +141,34 @@ class HfEncoder(Encoder):
         return [(n, p) for n, p in self.named_parameters() if id(p) not in unused]
 
 
-def _load_tower(folder: Path, dtype: str) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(folder)
+def _kind(config: PreTrainedConfig) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """The config and class of a tower, or of the vision half of a two-tower checkpoint."""
     vision = getattr(config, "vision_config", config)
     tower_class: type[PreTrainedModel] = AutoModel._model_mapping[type(vision)]  # type: ignore[assignment]
+    return vision, tower_class
+
+
+def _empty_tower(path: str, dtype: str, architecture: Architecture | None) -> tuple[PreTrainedModel, Preprocess]:
+    """A tower without values; without a preprocessor file at hand it takes the size it was trained on."""
+    vision, tower_class = _kind(read_config(path, architecture, "encoder.path"))
+    folder = Path(path).expanduser()
+    preprocess = read_preprocess(folder) if folder.is_dir() else Preprocess(*_sides(vision.image_size))
+    make: Any = tower_class._from_config
+    return make(vision, dtype=getattr(torch, dtype), attn_implementation="sdpa"), preprocess
+
+
+def _autocast(device: torch.device) -> bool:
+    """Whether mixed precision is on; the meta device has none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _load_tower(folder: Path, dtype: str) -> PreTrainedModel:
+    vision, tower_class = _kind(AutoConfig.from_pretrained(folder))
     with quiet():
         loaded: Any = tower_class.from_pretrained(
             folder, config=vision, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image as Pil
@@ -12,16 +13,25 @@ from PIL import Image as Pil
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Image
 
+FILES = ("preprocessor_config.json", "processor_config.json")
+"""Where transformers keeps an image processor's settings: its own file, or a section of the whole processor's."""
+
 
 @dataclass(frozen=True)
 class Preprocess:
     """Resize, crop and normalisation of one tower.
 
+    The pixels are those of transformers' Pillow image processors, bit for bit, in an eighth of the bytes: they stay
+    uint8 until the encoder scales them.
+
     Attributes:
         height, width: pixels that the tower takes.
-        mean, std: per channel, of values scaled to 0..1.
+        mean, std: per channel, of the scaled values.
         resample: Pillow's filter number (3 is bicubic, 2 bilinear).
         shortest_edge: scale the shorter side to this many pixels and cut the centre out (CLIP); None squeezes (SigLIP).
+        squeeze: rows and columns to squeeze to before the centre is cut out; None: height and width.
+        white: the value of a pixel that is scaled to 1.
+        square: first pad the image to a square in the mean colour (LLaVA-1.5), so that nothing is cut off or squeezed.
     """
 
     height: int
@@ -30,48 +40,97 @@ class Preprocess:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     resample: int = 3
     shortest_edge: int | None = None
+    squeeze: tuple[int, int] | None = None
+    white: float = 255.0
+    square: bool = False
 
     def __call__(self, image: Image) -> Image:
         """(H, W, 3) uint8 of any size -> (3, height, width) uint8."""
-        if self.shortest_edge is None and image.shape[:2] == (self.height, self.width):
+        if self.square:
+            image = self._squared(image)
+        rows, columns = self._scaled(*image.shape[:2])
+        if image.shape[:2] == (rows, columns) == (self.height, self.width):
             return np.ascontiguousarray(image.transpose(2, 0, 1))
-        picture = Pil.fromarray(image)
-        if self.shortest_edge is None:
-            picture = picture.resize((self.width, self.height), Pil.Resampling(self.resample))
-        else:
-            picture = self._crop(picture, self.shortest_edge)
+        picture = Pil.fromarray(image).resize((columns, rows), Pil.Resampling(self.resample))
+        left, top = (columns - self.width) // 2, (rows - self.height) // 2
+        if (rows, columns) != (self.height, self.width):  # what lies outside is black
+            picture = picture.crop((left, top, left + self.width, top + self.height))
         return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
-    def _crop(self, picture: Pil.Image, edge: int) -> Pil.Image:
-        width, height = picture.size
-        short, long = min(width, height), max(width, height)
-        scaled_long = int(edge * long / short)
-        size = (edge, scaled_long) if width <= height else (scaled_long, edge)
-        picture = picture.resize(size, Pil.Resampling(self.resample))
-        left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
-        return picture.crop((left, top, left + self.width, top + self.height))
+    def at(self, height: int, width: int) -> Preprocess:
+        """The same for a tower that takes `height` x `width` pixels: what is cut off stays the same share."""
+        share = min(height, width) / min(self.height, self.width)
+        edge = None if self.shortest_edge is None else round(self.shortest_edge * share)
+        return replace(self, height=height, width=width, shortest_edge=edge, squeeze=None)
+
+    def _squared(self, image: Image) -> Image:
+        """The image in the middle of a square of the mean colour."""
+        rows, columns = image.shape[:2]
+        side = max(rows, columns)
+        top, left = (side - rows) // 2, (side - columns) // 2
+        out = np.empty((side, side, 3), np.uint8)
+        out[:] = [int(mean * 255) for mean in self.mean]
+        out[top : top + rows, left : left + columns] = image
+        return out
+
+    def _scaled(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns after resizing, before the centre is cut out."""
+        if self.shortest_edge is None:
+            return self.squeeze or (self.height, self.width)
+        long = int(self.shortest_edge * max(rows, columns) / min(rows, columns))
+        return (long, self.shortest_edge) if columns <= rows else (self.shortest_edge, long)
 
 
 def read_preprocess(folder: Path) -> Preprocess:
-    """The settings in a tower's ``preprocessor_config.json``.
+    """The settings in a tower's ``preprocessor_config.json``, or the image section of its ``processor_config.json``.
 
     Raises:
-        UserError: the file is missing or has no size.
+        UserError: the file is missing, gives images no single size, or asks for something that is not done here.
     """
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} has no preprocessor_config.json; save the tower's image processor beside it.")
-    raw = json.loads(path.read_text())
-    size, crop = raw.get("size") or {}, raw.get("crop_size") or {}
-    shortest = size.get("shortest_edge")
-    box = crop if shortest and raw.get("do_center_crop", True) else size
-    if "height" not in box or "width" not in box:
-        raise UserError(f"{path}: size {size} has no height and width; give the pixels the tower takes.")
+    path, raw = _settings(folder)
+    if raw.get("do_resize") is False:
+        raise UserError(f"{path} has do_resize=false, but a batch needs images of one size; give it a size.")
+    if raw.get("do_pad"):
+        raise UserError(f"{path} has do_pad=true, which vlmlab does not reproduce; save a processor without padding.")
+    size, box, squeeze = _geometry(path, raw)
+    normalised = raw.get("do_normalize") is not False
+    factor = raw.get("rescale_factor") or 1 / 255
+    filter_number = raw.get("resample")
     return Preprocess(
-        height=box["height"],
-        width=box["width"],
-        mean=tuple(raw.get("image_mean", (0.5, 0.5, 0.5))),
-        std=tuple(raw.get("image_std", (0.5, 0.5, 0.5))),
-        resample=raw.get("resample", 3),
-        shortest_edge=shortest,
+        height=box[0],
+        width=box[1],
+        mean=tuple(raw.get("image_mean") or (0.5, 0.5, 0.5)) if normalised else (0.0, 0.0, 0.0),
+        std=tuple(raw.get("image_std") or (0.5, 0.5, 0.5)) if normalised else (1.0, 1.0, 1.0),
+        resample=3 if filter_number is None else filter_number,
+        shortest_edge=size,
+        squeeze=squeeze,
+        white=1.0 if raw.get("do_rescale") is False else 1 / factor,
     )
+
+
+def _settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    for name in FILES:
+        path = folder / name
+        if path.is_file():
+            raw = json.loads(path.read_text())
+            return path, raw.get("image_processor", raw)
+    raise UserError(f"{folder} has no {FILES[0]}; save the tower's image processor beside it.")
+
+
+def _geometry(path: Path, raw: dict[str, Any]) -> tuple[int | None, tuple[int, int], tuple[int, int] | None]:
+    """Shortest edge or None, (height, width) of the result, and what is squeezed to before a crop or None."""
+    size, crop = raw.get("size") or {}, raw.get("crop_size")
+    crops = bool(raw.get("do_center_crop", crop is not None))
+    if isinstance(size, int):  # files of early CLIPs: one number, the shorter side where the centre is cut out
+        size = {"shortest_edge": size} if crops else {"height": size, "width": size}
+    if isinstance(crop, int):
+        crop = {"height": crop, "width": crop}
+    edge = size.get("shortest_edge")
+    box = crop if crops and crop else size
+    if "height" not in box or "width" not in box or size.get("longest_edge"):
+        raise UserError(f"{path}: size {size} has no height and width; give the pixels the tower takes.")
+    target = (int(box["height"]), int(box["width"]))
+    if edge is not None:
+        return int(edge), target, None
+    squeeze = (int(size["height"]), int(size["width"]))
+    return None, target, None if squeeze == target else squeeze

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from vlmlab.blueprint import Architecture, read_config, read_tokenizer, weightless
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import LayoutReader
 from vlmlab.contracts.tensors import Kind, Layout
@@ -31,11 +32,18 @@ class HfLanguageModel(nn.Module):
         dtype: dtype of the frozen weights.
         image_token: the placeholder; added behind the vocabulary where the tokenizer lacks it.
         gradient_checkpointing: recompute activations in the backward pass.
+        chat_template: Jinja text for a tokenizer without one, as base models have them; null: the tokenizer's own.
+        architecture: what the config.json of a hub id says; read only on the meta device (``vlmlab.blueprint``).
+
+    Attributes:
+        own_tokenizer: whether `tokenizer` is this LM's; on the meta device it may be the embedded one.
 
     Raises:
         UserError: the path is neither a folder nor reachable, the tokenizer has no chat template or end token,
             or the family changes its logits in a way this class does not reproduce.
     """
+
+    own_tokenizer: bool = True
 
     def __init__(
         self,
@@ -43,13 +51,24 @@ class HfLanguageModel(nn.Module):
         dtype: str = "float32",
         image_token: str = "<|image|>",
         gradient_checkpointing: bool = False,
+        chat_template: str | None = None,
+        architecture: Architecture | None = None,
     ) -> None:
         super().__init__()
-        folder = resolve(path, "lm.path")
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-        self.source: str | None = tower_hash(folder)
-        self._setup(model, AutoTokenizer.from_pretrained(folder), image_token, gradient_checkpointing)
+        self.source: str | None = None
+        number = getattr(torch, dtype)
+        if weightless():
+            model = AutoModelForCausalLM.from_config(read_config(path, architecture, "lm.path"), dtype=number)
+            tokenizer, self.own_tokenizer = read_tokenizer(path)
+        else:
+            folder = resolve(path, "lm.path")
+            with quiet():
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=number)
+            self.source = tower_hash(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        if chat_template is not None and self.own_tokenizer:
+            tokenizer.chat_template = chat_template
+        self._setup(model, tokenizer, image_token, gradient_checkpointing)
 
     def _setup(
         self,

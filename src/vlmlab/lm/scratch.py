@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from vlmlab.contracts.sample import SampleSource
@@ -34,6 +37,12 @@ class ScratchLanguageModel(HfLanguageModel):
         max_position_embeddings: as in ``Qwen2Config``.
         initializer_range: standard deviation of the initial weights; about width ** -0.5 for a narrow model.
         rope_theta: base of the rotary positions (1e6 in Qwen2).
+        fused: words written as ``one+other`` that take one position: their embedding is the sum of those of their
+            parts, as the feature of a patch holds all that is in it. They are read, never predicted, and have no
+            weights of their own; None: there are none.
+
+    Attributes:
+        plain_tokenizer: the tokenizer without the fused words, which goes with the saved model.
     """
 
     def __init__(
@@ -49,6 +58,7 @@ class ScratchLanguageModel(HfLanguageModel):
         max_position_embeddings: int = 1024,
         initializer_range: float = 0.02,
         rope_theta: float = 1e6,
+        fused: Sequence[str] | None = None,
     ) -> None:
         super(HfLanguageModel, self).__init__()
         tokenizer = train_tokenizer(_texts(text, tokenizer_samples), vocab_size)
@@ -69,6 +79,28 @@ class ScratchLanguageModel(HfLanguageModel):
         )
         self.source = None
         self._setup(Qwen2ForCausalLM(config), tokenizer, "<|image|>", gradient_checkpointing=False)
+        self.plain_tokenizer, self.known = copy.deepcopy(tokenizer), len(tokenizer)
+        pieces = [_pieces(tokenizer, word) for word in fused or ()]
+        longest = max(map(len, pieces), default=1)
+        padded = torch.tensor([[*ids, *[-1] * (longest - len(ids))] for ids in pieces], dtype=torch.long)
+        self.parts = padded.reshape(-1, longest)  # (F, P), -1 where a word has fewer; no buffer: it is no weight
+        tokenizer.add_tokens([AddedToken(f" {word}", normalized=False) for word in fused or ()])
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, S) -> (B, S, D)."""
+        fused = input_ids >= self.known  # (B, S)
+        if not bool(fused.any()):
+            return super().embed(input_ids)
+        embeds = super().embed(input_ids.masked_fill(fused, 0))  # (B, S, D)
+        parts = self.parts.to(input_ids.device)[input_ids[fused] - self.known]  # (F, P)
+        embeds[fused] = (super().embed(parts.clamp(min=0)) * (parts >= 0)[..., None]).sum(1)  # (F, D)
+        return embeds
+
+
+def _pieces(tokenizer: PreTrainedTokenizerFast, word: str) -> list[int]:
+    """The tokens of the parts of a fused word, each part read as a word after a blank."""
+    ids: list[int] = tokenizer("".join(f" {part}" for part in word.split("+")))["input_ids"]
+    return ids
 
 
 def _texts(source: SampleSource, count: int) -> Iterator[str]:

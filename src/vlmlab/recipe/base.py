@@ -27,6 +27,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample
 from vlmlab.contracts.tensors import Batch, Outputs
 from vlmlab.data.module import Window
+from vlmlab.recipe.layers import decayed
 from vlmlab.recipe.optim import MuonAdamW, hidden_matrices
 from vlmlab.recipe.stage import Stage
 
@@ -170,17 +171,19 @@ class StageModule(L.LightningModule):
     def trained(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """``(name, part, parameter)`` of everything this stage trains, in a fixed order."""
         for part, named in self.model.parts().items():  # type: ignore[operator]
-            if part in self.rates:
-                for name, parameter in named:
+            for name, parameter in named:
+                if part in self.rates and parameter.requires_grad:  # of a part in a range of layers, only those
                     yield name, part, parameter
 
     def configure_optimizers(self) -> Optimizer:
         """Groups by part: matrices with weight decay, vectors without; more where rates or optimizers differ."""
         ratios: Mapping[str, float] = getattr(self.model, "ratios", dict)()  # an adapter's, as in LoRA+
+        by_layer = decayed(self.model, self.stage)
         hidden = hidden_matrices(self.model) if self.stage.optimizer == "muon" else set()
         groups: dict[tuple[str, bool, float, bool], list[nn.Parameter]] = {}
         for name, part, parameter in self.trained():
-            key = (part, parameter.ndim >= 2, ratios.get(name, 1.0), id(parameter) in hidden)
+            ratio = ratios.get(name, 1.0) * by_layer.get(id(parameter), 1.0)
+            key = (part, parameter.ndim >= 2, ratio, id(parameter) in hidden)
             groups.setdefault(key, []).append(parameter)
         decay = self.stage.weight_decay
         named = [

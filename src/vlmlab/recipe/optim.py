@@ -29,7 +29,7 @@ class MuonAdamW(Optimizer):
     to AdamW's RMS (arXiv 2502.16982, section 2.2), so that one learning rate serves both.
 
     Args:
-        groups: parameter groups, each with the key ``muon``; at least one of each kind.
+        groups: parameter groups, each with the key ``muon``.
         betas: AdamW's.
         momentum: Muon's, with Nesterov.
     """
@@ -37,9 +37,12 @@ class MuonAdamW(Optimizer):
     def __init__(self, groups: Iterable[Group], betas: tuple[float, float], momentum: float = 0.95) -> None:
         groups = list(groups)
         hidden, rest = ([g for g in groups if g["muon"] is muon] for muon in (True, False))
-        self._muon = Muon(hidden, lr=0.0, momentum=momentum, adjust_lr_fn="match_rms_adamw")
-        self._adamw = AdamW(rest, lr=0.0, betas=betas)
-        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
+        self._inner: dict[bool, Optimizer] = {}
+        if hidden:
+            self._inner[True] = Muon(hidden, lr=0.0, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        if rest:  # an adapter may be matrices only
+            self._inner[False] = AdamW(rest, lr=0.0, betas=betas)
+        super().__init__([group for inner in self._inner.values() for group in inner.param_groups], {})
         self._link()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -48,7 +51,7 @@ class MuonAdamW(Optimizer):
 
     def _link(self) -> None:
         """Both act on this optimizer's own groups and state."""
-        for inner, muon in ((self._muon, True), (self._adamw, False)):
+        for muon, inner in self._inner.items():
             inner.param_groups = [group for group in self.param_groups if group["muon"] is muon]
             inner.state = self.state
 
@@ -59,6 +62,6 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._muon.step()
-        self._adamw.step()
+        for inner in self._inner.values():
+            inner.step()
         return loss

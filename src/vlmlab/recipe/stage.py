@@ -17,6 +17,9 @@ PARTS = ("encoder", "connector", "fusion", "lm", "pair", "objective")
 """What a stage may train; a part the composition has no weights in is empty (``pair``: a dual encoder's head;
 ``objective``: the objectives' own weights, which are dropped after the stage)."""
 
+LAYERED = ("encoder", "lm")
+"""Parts made of transformer layers, which a stage may train in a range or at rates that decay with depth."""
+
 SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "muon")
 PROMPTS = ("plain", "chat", "text")
@@ -44,6 +47,11 @@ class Stage:
         schedule: "cosine", "linear" or "constant" after the warm-up.
         min_lr_ratio: where the schedule ends, as a share of the learning rate.
         optimizer: "adamw", or "muon" for the matrices inside the layers, with AdamW for all else.
+        layers: of "lm" or "encoder", the first and last transformer layer that train, -1 being the last one; the rest
+            of that part is frozen. None, or a part that is not there: all of it.
+        layer_decay: learning rate of a layer of the LM or the encoder as a share of that of the layer above it.
+        mix: post-op, ``{run, share, stage}``: the weights become share x these + (1 - share) x those that the other
+            run folder has after its stage of that name (null: of this name).
         weight_decay: on weights of two or more dimensions only.
         betas: AdamW's.
         gradient_clip: largest norm of the gradient; None: no clipping.
@@ -65,6 +73,9 @@ class Stage:
     schedule: str = "cosine"
     min_lr_ratio: float = 0.0
     optimizer: str = "adamw"
+    layers: dict[str, tuple[int, int]] | None = None
+    layer_decay: float = 1.0
+    mix: dict[str, Any] | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     gradient_clip: float | None = None
@@ -131,6 +142,10 @@ def _stage(cfg: DictConfig, index: int, name: str, parts: Collection[str]) -> St
     keys = {key: value for key, value in keys.items() if value is not None}
     keys["module"] = _module(keys["module"], where)
     keys["train"] = _rates(keys["train"], where, parts)
+    if "layers" in keys:
+        keys["layers"] = _ranges(keys["layers"], where, keys["train"])
+    if "mix" in keys:
+        keys["mix"] = _mix(keys["mix"], where, name)
     _check_choices(keys, where, _plain(cfg, "data.train") or {})
     _check_numbers(keys, where, OmegaConf.select(cfg, "trainer.devices"))
     keys["betas"] = (float(keys["betas"][0]), float(keys["betas"][1])) if "betas" in keys else (0.9, 0.999)
@@ -175,6 +190,39 @@ def _rates(value: Any, where: str, parts: Collection[str]) -> dict[str, float]:
     return rates
 
 
+def _ranges(value: Any, where: str, train: Collection[str]) -> dict[str, tuple[int, int]]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}.layers={value} is no mapping; give ranges as in {{lm: [-2, -1]}}, or null.")
+    ranges = {}
+    for part, ends in value.items():
+        key = f"{where}.layers.{part}"
+        if part not in LAYERED:
+            raise UserError(f"{key} is no part made of layers; choose from {', '.join(LAYERED)}.")
+        if ends is None:  # the whole part, written out
+            continue
+        if part not in train:
+            raise UserError(f"{key} chooses layers of a part that is frozen; add {where}.train.{part}.")
+        pair = list(ends) if isinstance(ends, (list, tuple)) else []
+        if len(pair) != 2 or not all(isinstance(end, int) and not isinstance(end, bool) for end in pair):
+            raise UserError(f"{key}={ends} is no range; give the first and the last layer, as in [-2,-1].")
+        if (pair[0] < 0) == (pair[1] < 0) and pair[0] > pair[1]:
+            raise UserError(f"{key}={pair} is empty; give the lower layer first, as in [-2,-1].")
+        ranges[str(part)] = (pair[0], pair[1])
+    return ranges
+
+
+def _mix(value: Any, where: str, name: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not isinstance(value.get("run"), str):
+        raise UserError(f"{where}.mix={value} names no run; give {{run: <its folder>, share: 0.5}}, or null.")
+    for key in value:
+        if key not in ("run", "share", "stage"):
+            raise UserError(f"{where}.mix.{key} is no key of mix; choose from run, share, stage.")
+    share = value.get("share", 0.5)
+    if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0.0 <= share <= 1.0:
+        raise UserError(f"{where}.mix.share={share} is no share; give a number from 0 (the other run) to 1 (this one).")
+    return {"run": value["run"], "share": float(share), "stage": str(value.get("stage") or name)}
+
+
 def _check_choices(keys: Mapping[str, Any], where: str, sources: Collection[str]) -> None:
     if keys["data"] not in sources:
         raise UserError(f"{where}.data={keys['data']} is not in data.train; choose from {', '.join(sources)}.")
@@ -202,6 +250,11 @@ def _check_numbers(keys: Mapping[str, Any], where: str, devices: Any) -> None:
         raise UserError(f"{where}.weight_decay={decay} is not possible; give a number of at least 0.")
     if clip is not None and (not isinstance(clip, (int, float)) or clip <= 0):
         raise UserError(f"{where}.gradient_clip={clip} is not possible; give a number above 0, or null.")
+    layer_decay = keys.get("layer_decay", 1.0)
+    if not isinstance(layer_decay, (int, float)) or isinstance(layer_decay, bool) or not 0.0 < layer_decay <= 1.0:
+        raise UserError(f"{where}.layer_decay={layer_decay} is not possible; give a number above 0, and at most 1.")
+    if layer_decay != 1.0 and not set(keys["train"]) & set(LAYERED):
+        raise UserError(f"{where}.layer_decay={layer_decay} has no layers to act on; train encoder or lm, or give 1.")
     betas = keys.get("betas", (0.9, 0.999))
     if not isinstance(betas, (list, tuple)) or len(betas) != 2 or not all(0.0 <= float(b) < 1.0 for b in betas):
         raise UserError(f"{where}.betas={betas} is not possible; give two numbers from 0 to 1, as in [0.9,0.999].")

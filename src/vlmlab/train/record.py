@@ -14,6 +14,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from vlmlab.mask.base import causal_on_text
+from vlmlab.mask.causal import Causal
 from vlmlab.recipe.base import StageModule
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.folder import RunFolder
@@ -194,6 +196,12 @@ def stage_table(stage: Stage, trainee: Trainee, precision: Precision, prompt: st
         + (f" in {stage.accumulate} micro-batches" if stage.accumulate > 1 else ""),
         f"precision {precision.shown} ({precision.why})",
     ]
+    fusion, mask = (getattr(trainee.model, name, None) for name in ("fusion", "mask"))
+    no_place = getattr(fusion, "in_sequence", True) is False
+    if no_place and mask is not None and not isinstance(mask, Causal) and causal_on_text(mask):
+        facts.append(
+            f"note: mask {target(stage.mask)} acts as causal here: this fusion puts no visual token into the sequence"
+        )
     return "\n".join([*lines, *facts])
 
 

@@ -26,6 +26,7 @@ from vlmlab.contracts.sample import SampleSource
 from vlmlab.data.module import Window, Windows, step_loader
 from vlmlab.data.sampler import Order
 from vlmlab.recipe.base import NonFinite, StageModule
+from vlmlab.recipe.layers import check_layers
 from vlmlab.recipe.stage import Stage, check_divides, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
@@ -35,7 +36,7 @@ from vlmlab.train.precision import Precision, choose
 from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, stage_table, wandb_logger
 from vlmlab.train.resume import load_last
 from vlmlab.train.signals import Interrupted, Signals
-from vlmlab.train.weights import Trainee, build_objectives, plain_key
+from vlmlab.train.weights import Trainee, build_objectives, mixed_in, plain_key
 
 Builder = Callable[[DictConfig], nn.Module]
 Evaluate = Callable[[nn.Module, DictConfig, Path], dict[str, Any]]
@@ -139,6 +140,8 @@ def _train(run: Run) -> dict[str, Any] | None:
     kinds = {stage.index: module_class(stage) for stage in stages}
     for stage in stages:
         build_objectives(stage)  # all mistakes come before the first step
+        if not run.weights(stage).is_file():
+            mixed_in(stage, cfg)
     assert run.precision
     if run.writes:
         device = torch.cuda.get_device_name() if on_gpu(cfg) else "cpu"
@@ -152,6 +155,9 @@ def _train(run: Run) -> dict[str, Any] | None:
         run.stage, run.step = stage, 0
         build: Builder = kinds[stage.index].build
         trainee = _trainee(run, build)
+        for later in stages[stage.index :]:
+            if kinds[later.index].build is build:
+                check_layers(trainee.model, later)
         ready = ready and run.weights(stage).is_file()
         rng.seed_all(cfg.seed, stage.name, "enter")
         if not ready and build in run.finished:  # weights of the stages before, under their own adapters' names
@@ -207,6 +213,9 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], trainee: Trainee
         unmoved = _prove(stage, module, trainee, keeper.before)
         facts = {"steps": module.done, "seconds": keeper.seconds, "unmoved": unmoved}
         _say_end(run, stage, facts)
+    if (other := mixed_in(stage, cfg)) is not None and stage.mix:
+        trainee.mix(other, stage.mix["share"])
+        run.say(f"mixed with {other} (share of this run {stage.mix['share']:g})")
     if run.writes:
         facts["peak_bytes"] = cost.peak_bytes()
         write_json(home / "stage.json", facts, durable=True)
@@ -386,7 +395,8 @@ def module_class(stage: Stage) -> type[StageModule]:
     try:
         found = get_class(stage.module)
     except Exception as error:
-        raise UserError(f"{stage.key('module')}={stage.module} cannot be imported ({error}).") from error
+        remedy = "give the dotted path of a StageModule"
+        raise UserError(f"{stage.key('module')}={stage.module} cannot be imported ({error}); {remedy}.") from error
     if not issubclass(found, StageModule):
         raise UserError(f"{stage.key('module')}={stage.module} is no StageModule; see vlmlab.recipe.base.")
     return found

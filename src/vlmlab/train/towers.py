@@ -72,7 +72,7 @@ class ExportTowers:
         _save(dual.encoder.tower, vision)
         _save_preprocess(dual.encoder.preprocess, vision)
         _save(language.lm.model, lm)
-        language.lm.tokenizer.save_pretrained(lm)
+        getattr(language.lm, "plain_tokenizer", language.lm.tokenizer).save_pretrained(lm)
         card = _card(cfg, costs, {**metrics, **score}, vision, lm)
         (folder / "towers" / "README.md").write_text(card, encoding="utf-8")
         return score

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.recipe.base import Objective, check_objectives
+from vlmlab.recipe.layers import chosen
 from vlmlab.recipe.stage import Stage
 
 FORMAT = 1
@@ -64,11 +65,23 @@ class Trainee:
         model.requires_grad_(False)
         for part, named in model.parts().items():
             if part in self.rates:
-                for _, parameter in named:
-                    parameter.data = parameter.data.float()
-                    parameter.requires_grad_(True)
-                    self._ever[id(parameter)] = parameter
+                self._thaw(part, named, stage)
         _set_modes(model)
+
+    def _thaw(self, part: str, named: list[tuple[str, nn.Parameter]], stage: Stage) -> None:
+        """Let a part train, or the layers of it that the stage names.
+
+        Raises:
+            UserError: these layers hold nothing of it, as with an adapter that is not in the layers.
+        """
+        inside = chosen(self.model, stage, part)
+        trained = [parameter for _, parameter in named if inside is None or id(parameter) in inside]
+        if named and not trained:
+            raise UserError(f"{stage.key('layers')}.{part} names layers without any weight to train; leave it out.")
+        for parameter in trained:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+            self._ever[id(parameter)] = parameter
 
     def _set_objectives(self, stage: Stage) -> None:
         """Make the weights that objectives have of their own a part of the model, for this stage.
@@ -89,7 +102,7 @@ class Trainee:
     def trained(self) -> dict[str, nn.Parameter]:
         """What the present stage trains, by name."""
         parts: Mapping[str, list[tuple[str, nn.Parameter]]] = self.model.parts()  # type: ignore[operator]
-        return {name: p for part, named in parts.items() if part in self.rates for name, p in named}
+        return {n: p for part, named in parts.items() if part in self.rates for n, p in named if p.requires_grad}
 
     def live(self) -> dict[str, Tensor]:
         """What the present stage may change: trained weights and the buffers of modules that hold any."""
@@ -159,20 +172,36 @@ class Trainee:
         Raises:
             CheckpointError: unreadable, other source towers, or a missing, unexpected or differently shaped tensor.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                facts = json.loads((file.metadata() or {}).get("vlmlab", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); delete it to train that stage again.") from error
-        if facts.get("format") != FORMAT:
-            raise CheckpointError(f"{path} has format {facts.get('format')} and this code reads {FORMAT}; train again.")
-        self._check_sources(path, facts.get("sources", {}))
-        expected = self.kept()
-        _check_tensors(path, expected, tensors)
+        tensors = self._read(path)
         named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         for name, tensor in tensors.items():
             named[name].data = tensor.to(named[name].device)
+
+    def mix(self, path: Path, share: float) -> None:
+        """Set the weights to share x these + (1 - share) x another run's (SPHINX, arXiv 2311.07575).
+
+        At 0 and 1 it is exactly either of the two. Tensors of whole numbers are this model's unless the share is 0.
+
+        Raises:
+            CheckpointError: as for ``load``.
+        """
+        named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        for name, other in self._read(path).items():
+            mine = named[name].data
+            if mine.is_floating_point():
+                mixed = torch.lerp(other.to(mine.device).double(), mine.double(), share).to(mine.dtype)
+            else:
+                mixed = mine if share else other.to(mine.device)
+            named[name].data = mixed
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        """The tensors of a file that fits this model."""
+        facts = read_facts(path)
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        self._check_sources(path, facts.get("sources", {}))
+        _check_tensors(path, self.kept(), tensors)
+        return tensors
 
     def _sources(self) -> dict[str, str]:
         return dict(self.model.sourced())  # type: ignore[operator]
@@ -187,16 +216,68 @@ class Trainee:
                 )
 
 
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a stage's file says about itself.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another format.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            facts: dict[str, Any] = json.loads((file.metadata() or {}).get("vlmlab", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); delete it to train that stage again.") from error
+    if facts.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {facts.get('format')} and this code reads {FORMAT}; train again.")
+    return facts
+
+
+def mixed_in(stage: Stage, cfg: DictConfig) -> Path | None:
+    """The file that a stage's ``mix`` names, of the same composition; None without one.
+
+    Raises:
+        UserError: there is no such run or stage.
+        CheckpointError: it cannot be read, or is of another composition.
+    """
+    if stage.mix is None:
+        return None
+    run, name, key = Path(stage.mix["run"]).expanduser(), stage.mix["stage"], stage.key("mix")
+    files = sorted((run / "stages").glob("*/model.safetensors"))
+    path = next((file for file in files if file.parent.name.partition("_")[2] == name), None)
+    if path is None:
+        there = ", ".join(file.parent.name.partition("_")[2] for file in files) or "none"
+        raise UserError(f"{key}: {run} has no finished stage {name} (there: {there}); set {key}.run and {key}.stage.")
+    saved = read_facts(path).get("composition", {})
+    for part in COMPOSITION:
+        if saved.get(part) != json.loads(json.dumps(plain_key(cfg, part), default=str)):
+            raise CheckpointError(f"{key}: {path} has another {part}; mix runs of the same composition only.")
+    return path
+
+
 def build_objectives(stage: Stage) -> dict[str, Objective]:
     """The objectives of a stage by name; a single configuration is called ``objective``.
 
     Raises:
-        UserError: there is none, or one of them does not go with the stage.
+        UserError: there is none, one is no configuration of an objective, or does not go with the stage.
     """
+    where = stage.key("objective")
     config = {"objective": stage.objective} if "_target_" in stage.objective else stage.objective
-    objectives = {str(name): instantiate(value) for name, value in config.items() if value}
+    objectives: dict[str, Objective] = {}
+    for name, value in config.items():
+        if value is None:  # left out, written down
+            continue
+        key = where if config is not stage.objective else f"{where}.{name}"
+        if not isinstance(value, Mapping) or not isinstance(value.get("_target_"), str):
+            raise UserError(f"{key}={value} is no objective; give it _target_, as the files of conf/objective do.")
+        built = instantiate(value)
+        if not callable(built) or not all(hasattr(built, needed) for needed in ("weight", "per_micro_batch")):
+            raise UserError(
+                f"{key}._target_={value['_target_']} is no objective; it has to be callable and to have weight and "
+                "per_micro_batch, see vlmlab.recipe.base.Objective."
+            )
+        objectives[str(name)] = built
     if not objectives:
-        raise UserError(f"{stage.key('objective')} is empty; give one with _target_, or a mapping of several.")
+        raise UserError(f"{where} is empty; give one with _target_, or a mapping of several.")
     check_objectives(stage, objectives)
     return objectives
 

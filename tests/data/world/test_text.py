@@ -5,9 +5,10 @@ import re
 import pytest
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.data.world.captions import cells_caption, fused_words
 from vlmlab.data.world.scene import sample_scene
 from vlmlab.data.world.stream import Stream
-from vlmlab.data.world.text import FORMS, describe, text_sample
+from vlmlab.data.world.text import FORMS, caption_turn, describe, text_sample
 
 NUMBERS = {"one": 0, "two": 1, "three": 2, "four": 3}
 SIZES = {"large": 0, "big": 0, "small": 1, "little": 1}
@@ -50,6 +51,14 @@ def _placed(text):
     return {_thing(thing, *cells[cell]) for cell, thing in zip(words[:count:2], spaced, strict=True)}
 
 
+def _fused(text):
+    """Place and content of each cell in one word."""
+    pairs = [word.split("+") for word in text.split()[:16]]  # a question may follow
+    filled = " ".join(f"{place} {content}" for place, content in pairs if content != "empty")
+    assert len(pairs) == 16
+    return _placed(filled)
+
+
 def _told(text):
     found = set()
     for sentence in text.rstrip(".").split("."):
@@ -63,6 +72,7 @@ PARSERS = {
     "cells": _cells,
     "compound": _compound,
     "placed": _placed,
+    "fused": _fused,
     "coordinates": lambda text: _at(r"row (\w+) column (\w+): ([\w ]+)\.", text, 3, 1, 2),
     "told": _told,
 }
@@ -90,13 +100,30 @@ def test_text_samples_hold_no_image(form):
         if form == "caption":
             assert [turn.prompt for turn in sample.turns] == [""]
         else:
-            assert 6 <= len(sample.turns) <= 9
+            assert (1 if form == "fused" else 6) <= len(sample.turns) <= 9  # fused may ask for places alone
             told = PARSERS[form](re.sub(r"(?<=\.) [A-Z][^.:]*[?.]$", "", sample.turns[0].prompt))
             assert len(told) == len(scene.objects)
+
+
+def test_fused_words_are_known_beforehand():
+    words = set(fused_words())
+    assert len(words) == 16 * (1 + 2 * 8 * 2 * 6)
+    for index in range(300):
+        assert words.issuperset(describe(sample_scene("train", index), "fused", Stream(index)).split())
 
 
 def test_unknown_forms_are_refused():
     from vlmlab.data.world.sources import WorldText
 
-    with pytest.raises(UserError, match="dense, cells, coordinates, told, compound, placed, caption"):
+    with pytest.raises(UserError, match="dense, cells, coordinates, told, compound, placed, fused, caption"):
         WorldText("train", 1, forms=["grid"])
+
+
+def test_placed_cells_name_every_cell_and_its_place():
+    for index in range(50):
+        scene = sample_scene("train", index)
+        turn = caption_turn(scene, "placed_cells", Stream(index))
+        words = turn.answer.split()
+        assert len(words) == 16 * 5 and len(set(words[::5])) == 16
+        assert words[::5][:5] == ["oneone", "onetwo", "onethree", "onefour", "twoone"]
+        assert "".join(f" {word}" for place, word in enumerate(words) if place % 5) == cells_caption(scene)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,12 @@ def cells_caption(scene: Scene) -> str:
     return "".join(f" {inside.get(divmod(place, GRID), nothing)}" for place in range(GRID * GRID))
 
 
+def placed_cells_caption(scene: Scene) -> str:
+    """``cells_caption`` with the cell's own name before its four words: ``onetwo large red striped ring``."""
+    words = cells_caption(scene).split()
+    return "".join(f" {' '.join([name, *words[4 * i : 4 * i + 4]])}" for i, name in enumerate(placed_names()))
+
+
 def compound_caption(scene: Scene) -> str:
     """The 16 cells in raster order, one word each: ``largeredstripedring`` or ``empty``, each after a blank."""
     inside = {(thing.row, thing.col): full_phrase(scene, thing).replace(" ", "") for thing in scene.objects}
@@ -53,10 +60,30 @@ def compound_caption(scene: Scene) -> str:
 def placed_caption(scene: Scene) -> str:
     """Two words an object in raster order, its cell and itself: ``onetwo largeredstripedring``."""
     placed = sorted(scene.objects, key=lambda thing: (thing.row, thing.col))
-    cells = (NUMBERS[thing.row + 1] + NUMBERS[thing.col + 1] for thing in placed)
+    names = placed_names()
     return "".join(
-        f" {cell} {full_phrase(scene, thing).replace(' ', '')}" for cell, thing in zip(cells, placed, strict=True)
+        f" {names[thing.row * GRID + thing.col]} {full_phrase(scene, thing).replace(' ', '')}" for thing in placed
     )
+
+
+def fused_caption(scene: Scene) -> str:
+    """The 16 cells in raster order, place and content in one fused word: ``onetwo+largeredstripedring``."""
+    names = placed_names()
+    inside = {(thing.row, thing.col): full_phrase(scene, thing).replace(" ", "") for thing in scene.objects}
+    return "".join(f" {name}+{inside.get(divmod(place, GRID), 'empty')}" for place, name in enumerate(names))
+
+
+def placed_names() -> list[str]:
+    """The names of the 16 cells in raster order: ``onetwo`` is row one, column two."""
+    return [NUMBERS[row + 1] + NUMBERS[column + 1] for row in range(GRID) for column in range(GRID)]
+
+
+def fused_words(domain: str = "base") -> list[str]:
+    """Every word that ``fused_caption`` can write."""
+    words = lexicon(domain)
+    kinds = itertools.product(words.sizes, words.colors, words.textures, words.shapes)
+    contents = ["empty", *("".join(kind) for kind in kinds)]
+    return [f"{name}+{content}" for name in placed_names() for content in contents]
 
 
 def dense_caption(scene: Scene) -> str:

@@ -14,7 +14,7 @@ from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.text import FORMS, caption_turn, check_forms, text_sample
 from vlmlab.data.world.words import COLOR, SHAPE, lexicon, phrase
 
-STYLES = ("short", "dense", "mixed", "cells")
+STYLES = ("short", "dense", "mixed", "cells", "placed_cells")
 _STRIDE = 1024
 """Scenes set aside for one question or one interleaved sample: they are tried in turn until one fits."""
 _INSIST = 64
@@ -80,7 +80,7 @@ class WorldCaptions(_WorldSource):
 
     Args:
         style: ``short`` (the answer is one of five references), ``dense`` (the re-caption), ``mixed`` (either),
-            or ``cells`` (four words a cell: what the vision tower learns to name).
+            ``cells`` (four words a cell) or ``placed_cells`` (its place too: what the vision tower learns to name).
         split, size, seed, domain: as for every source of the world.
 
     Raises:

@@ -13,7 +13,9 @@ from vlmlab.data.world.captions import (
     compound_caption,
     dense_caption,
     full_phrase,
+    fused_caption,
     placed_caption,
+    placed_cells_caption,
     short_captions,
 )
 from vlmlab.data.world.draw import GRID
@@ -23,6 +25,8 @@ from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.words import COLOR, NUMBERS, SHAPE, SIZE, TEXTURE, lexicon, phrase, with_article
 
 CELLS_PROMPT = "Name every cell in four words."
+PLACED_CELLS_PROMPT = "Name every cell: its place, then four words."
+_SPATIAL = ("position", "relation", "two_hop")
 _CAPTION_REQUEST = 0.5
 """How often a conversation about a scene told in words also asks for a caption."""
 
@@ -48,6 +52,11 @@ def _compound(scene: Scene, stream: Stream) -> str:
 def _placed(scene: Scene, stream: Stream) -> str:
     """Two words an object: where it is, and what it is."""
     return placed_caption(scene)
+
+
+def _fused(scene: Scene, stream: Stream) -> str:
+    """One word a cell that takes one position, its place and its content: what a picture's token holds."""
+    return fused_caption(scene)
 
 
 def _coordinates(scene: Scene, stream: Stream) -> str:
@@ -84,6 +93,7 @@ _FORMS: dict[str, Callable[[Scene, Stream], str]] = {
     "told": _told,
     "compound": _compound,
     "placed": _placed,
+    "fused": _fused,
 }
 FORMS = (*_FORMS, "caption")
 """Forms of a text-only sample; ``caption`` is caption text alone, without a question."""
@@ -111,18 +121,31 @@ def describe(scene: Scene, form: str, stream: Stream) -> str:
 
 
 def caption_turn(scene: Scene, style: str, stream: Stream) -> Turn:
-    """A request for a caption: one of five references for ``short``, the re-caption for ``dense``, or ``cells``."""
+    """A request for a caption: one of five references for ``short``, the re-caption for ``dense``, or the cells."""
     words = lexicon(scene.domain)
     if style == "cells":
         return Turn(CELLS_PROMPT, cells_caption(scene), "cells_caption")
+    if style == "placed_cells":
+        return Turn(PLACED_CELLS_PROMPT, placed_cells_caption(scene), "cells_caption")
     if style == "dense":
         return Turn(stream.choice(words.dense_prompts), dense_caption(scene), "dense_caption")
     captions = short_captions(scene)
     return Turn(stream.choice(words.short_prompts), stream.choice(captions), "caption", references=captions)
 
 
+def _about_all(scene: Scene, stream: Stream) -> list[Turn]:
+    return [question.turn() for question in dialogue(scene, stream)]
+
+
+def _about_places(scene: Scene, stream: Stream) -> list[Turn]:
+    """Every other conversation asks for places alone: they are learnt last."""
+    asked = dialogue(scene, stream, _SPATIAL) if stream.chance(0.5) else []
+    return [question.turn() for question in asked or dialogue(scene, stream)]
+
+
 def _conversation(scene: Scene, form: str, stream: Stream) -> tuple[Turn, ...]:
-    turns = [question.turn() for question in dialogue(scene, stream)]
+    about = _about_places if form == "fused" else _about_all
+    turns = about(scene, stream)
     if stream.chance(_CAPTION_REQUEST):
         style = "short" if form == "dense" else stream.choice(("short", "dense"))
         turns.insert(stream.below(len(turns) + 1), caption_turn(scene, style, stream))

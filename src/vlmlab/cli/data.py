@@ -1,0 +1,52 @@
+"""A first look at the user's files, so that a broken one is found before hours of training and not behind them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from vlmlab.contracts.errors import DataError
+
+FILE = "path"
+"""Key of a source that reads a file; one without it is generated and cannot be broken."""
+
+
+def check_sources(cfg: DictConfig) -> None:
+    """Read every file that training and scoring will need, and one sample of each.
+
+    Args:
+        cfg: the composed configuration; read are ``recipe.stages``, ``data`` and ``evaluation.held_out``.
+
+    Raises:
+        UserError: a file or its first sample cannot be used; says which.
+    """
+    seen: set[str] = set()
+    for key, node in _used(cfg):
+        described = json.dumps(OmegaConf.to_container(node, resolve=True), sort_keys=True, default=str)
+        if described in seen:
+            continue
+        seen.add(described)
+        source = instantiate(node)
+        if not len(source):
+            raise DataError(f"{key} has no samples; check the file and the split it is for")
+        source[0]
+
+
+def _used(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
+    """Key and configuration of every source with a file that this run reads."""
+    stages = OmegaConf.to_container(cfg.recipe.stages, resolve=True)
+    trained = [stage.get("data") for stage in stages.values() if isinstance(stage, Mapping)]  # type: ignore[union-attr]
+    held_out = OmegaConf.select(cfg, "evaluation.held_out") or []
+    nodes: list[tuple[str, Any]] = [
+        *((f"data.train.{name}", OmegaConf.select(cfg, f"data.train.{name}")) for name in dict.fromkeys(trained)),
+        *((f"data.val.{name}", OmegaConf.select(cfg, f"data.val.{name}")) for name in held_out),
+        *(
+            (f"data.benchmarks.{name}.source", benchmark.get("source"))
+            for name, benchmark in (OmegaConf.select(cfg, "data.benchmarks") or {}).items()
+        ),
+    ]
+    return ((key, node) for key, node in nodes if isinstance(node, DictConfig) and node.get(FILE) is not None)

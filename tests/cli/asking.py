@@ -1,0 +1,45 @@
+"""Asks the real commands in this process: a line as a user types it -> exit code, stdout, stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+import time
+from pathlib import Path
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+
+from vlmlab.cli.conf import conf_folder
+from vlmlab.cli.entry import guard, run_command
+from vlmlab.cli.evaluate import evaluate_command
+from vlmlab.cli.train import train_command
+
+TASKS = {"train": train_command, "evaluate": evaluate_command}
+Answer = tuple[int, str, str, float]
+
+
+def ask(line: str) -> Answer:
+    """``train a=b`` or ``evaluate run=x``; the current folder is where it runs. The last number is in CPU seconds."""
+    verb, *arguments = line.split(" ")
+    conf, before = str(conf_folder()), sys.argv
+    sys.argv = [verb, *arguments]
+    GlobalHydra.instance().clear()
+    main = hydra.main(config_path=conf, config_name=verb, version_base="1.3")(guard(TASKS[verb]))
+    out, err, since = io.StringIO(), io.StringIO(), time.process_time()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = run_command(main, Path(conf), verb)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.argv = before
+    return code, out.getvalue(), err.getvalue(), time.process_time() - since
+
+
+if __name__ == "__main__":
+    answers = {line: ask(line) for line in json.loads(sys.argv[1])}
+    heavy = [name for name in ("torch", "transformers", "lightning", "matplotlib") if name in sys.modules]
+    sys.stdout.write(json.dumps({"answers": answers, "heavy": heavy}))

@@ -1,0 +1,277 @@
+"""Wrong inputs: each is answered by one sentence (what, where, what to do), exit code 1 or 2, and no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from asking import Answer, ask
+from PIL import Image
+
+from vlmlab.runs.files import write_json
+from vlmlab.runs.lock import FolderLock
+
+ROOT = Path(__file__).resolve().parents[2]
+VQA = "train name=v recipe=joint data=vqa data.path={f}/"
+JOINT = "train budget=test recipe=joint "
+STAGE = "recipe.stages.joint"
+
+# Answered before torch is imported: line -> exit code, words.
+COMPOSITION: dict[str, tuple[int, str]] = {
+    # unknown choices and misspelt keys
+    "train fusion=konkat": (2, r"fusion has no choice 'konkat' \(did you mean concat\?\): choose one of concat, none"),
+    "train connector=qformer encoder=none": (2, r"encoder has no choice 'none'.*; without vision: fusion=none"),
+    "train adapter=lorra": (2, r"adapter has no choice 'lorra' \(did you mean lora\?\)"),
+    "train preset=lava": (2, r"preset has no choice 'lava' \(did you mean llava\?\)"),
+    "train recipe=two-stage": (2, r"recipe has no choice 'two-stage' \(did you mean two_stage\?\)"),
+    "train adapter=lora adapter.rank=4": (2, r"no key 'adapter.rank'"),
+    "train connector.dept=3": (2, r"no key 'connector.dept' .*\(did you mean connector.depth\?\)"),
+    "train budget.max_step=3": (2, r"no key 'budget.max_step' .*\(did you mean budget.max_steps\?\)"),
+    "train objectiv=lm": (2, r"no key 'objectiv' .*\(did you mean objective\?\)"),
+    "train recipe.stages.align.steps=5": (2, r"no key 'recipe.stages.align.steps'"),
+    "train seed={1": (2, r"the override 'seed=\{1' cannot be read"),
+    "train connector": (2, r"the override 'connector' cannot be read"),
+    "train ~connectr": (2, r"connectr"),
+    "train encoder=hf": (2, r"encoder.path is needed; write encoder.path="),
+    "train lm=hf": (2, r"lm.path is needed; write lm.path="),
+    # impossible pairs
+    f"{JOINT}connector=bliva {STAGE}.prompt=text": (
+        2, r"joint.prompt=text learns the words of the prompt, which the connector reads",
+    ),
+    f"{JOINT}mask=prefix_lm {STAGE}.prompt=text": (2, r"joint.prompt=text .* mask=prefix_lm shows"),
+    f"{JOINT}objective=siglip": (2, r"joint trains the LM's words and objective=siglip wants pairs .*objective=lm"),
+    f"{JOINT}objective=clip": (2, r"joint trains the LM's words and objective=clip wants pairs .*objective=lm"),
+    f"{JOINT}objective=itc": (2, r"objective=itc, which compares queries with texts.*use connector=qformer"),
+    f"{JOINT}objective=blip2 connector=qformer": (2, r"connector=qformer has no text side; set connector.text=true"),
+    f"{JOINT}objective=itm fusion=none": (2, r"objective=itm, which reads images, and fusion=none leaves them out"),
+    f"{JOINT}objective=asvr": (2, r"objective=asvr, which has weights of its own.*add \+recipe"),
+    f"{JOINT}objective=itg connector=instruct_qformer +{STAGE}.train.objective=1e-3": (
+        2, r"joint.train.lm=0.001 trains the LM, whose layers get no gradient from objective=itg; put",
+    ),
+    f"{JOINT}objective=patch_text_contrast": (2, r"no gradient from objective=patch_text_contrast"),
+    f"{JOINT}encoder=patch {STAGE}.module=vlmlab.recipe.contrastive.ContrastiveModule": (2, r"wants one tower"),
+    f"{JOINT}adapter=soft_prompt adapter.parts=[encoder]": (2, r"soft_prompt is read by the LM alone"),
+    f"{JOINT}adapter=lora adapter.parts=[connector]": (2, r"no list of towers; set adapter.parts"),
+    f"{JOINT}adapter=lora adapter.parts=lm": (2, r"no list of towers; set adapter.parts"),
+    f"{JOINT}adapter=lora fusion=none adapter.parts=[encoder]": (2, r"fusion=none leaves no encoder"),
+    f"{JOINT}adapter=lora encoder=patch adapter.parts=[encoder]": (2, r"encoder=patch has no layer to adapt"),
+    f"{JOINT}adapter=mma encoder=multi adapter.parts=[encoder]": (2, r"adapter=mma wants a single tower"),
+    "train preset=paligemma connector=mlp": (
+        2, r"connector.zero is no key of connector=mlp and preset=paligemma sets it; add ~connector.zero",
+    ),
+    "train mask=visual_rows_open": (2, r"visual_rows_open leaks later answers"),
+    "train precision=fp16 trainer.accelerator=cpu": (2, r"precision=fp16 needs a GPU"),
+    "train recipe=frozen fusion=none": (2, r"fusion=none leaves only the LM and no stage of the recipe trains lm"),
+    "train recipe=frozen encoder=patch recipe.stages.encoder_only.train.connector=null": (
+        2, r"encoder=patch has no weights and the recipe trains nothing but the encoder",
+    ),
+    # numbers
+    "train seed=x": (2, r"seed=x is no seed"),
+    "train budget.max_steps=ten": (2, r"budget.max_steps=ten leaves nothing"),
+    "train budget.steps_scale=0": (2, r"budget.steps_scale=0 leaves no step"),
+    "train trainer.threads=0": (2, r"trainer.threads=0 is not possible"),
+    "train trainer.devices=0": (2, r"trainer.devices=0 is not possible"),
+    "train trainer.accelerator=tpuu": (2, r"trainer.accelerator=tpuu is unknown; choose one of auto, cpu"),
+    "train trainer.strategy=dpp": (2, r"trainer.strategy=dpp is unknown; choose one of auto, ddp"),
+    "train trainer.gradient_clip=-1": (2, r"gradient_clip=-1 is not possible"),
+    "train trainer.devices=3": (2, r"batch_size=32 does not divide by accumulate=1 times trainer.devices=3"),
+    "train evaluation.batch_size=0": (2, r"evaluation.batch_size=0 is not possible"),
+    "train evaluation.baselines=[blind]": (2, r"evaluation.baselines=blind is unknown; choose from shuffled, no_image"),
+    "train collate.pack_length=-1": (2, r"collate.pack_length=-1 is not possible"),
+    "train name=../../elsewhere": (2, r"name=../../elsewhere is no folder below outputs"),
+    f"{JOINT}{STAGE}.data=shrot": (2, r"joint.data=shrot is not in data.train; choose from short"),
+    f"{JOINT}{STAGE}.prompt=chatt": (2, r"joint.prompt=chatt is unknown; choose from plain, chat, text"),
+    f"{JOINT}+{STAGE}.schedule=cosin": (2, r"joint.schedule=cosin is unknown"),
+    f"{JOINT}+{STAGE}.optimizer=sgd": (2, r"joint.optimizer=sgd is unknown"),
+    f"{JOINT}+{STAGE}.train.brain=1": (2, r"joint.train.brain is no part of the model"),
+    f"{JOINT}+{STAGE}.stepz=1": (2, r"joint.stepz is no key of a stage"),
+    # data, found before training
+    "train data=vqa": (2, r"data.path is needed"),
+    "train data=vqa data.path=/no/such.json": (2, r"/no/such.json does not exist; give the path of your data"),
+    f"{VQA}good.json data.images={{f}}/nowhere": (2, r"nowhere does not exist"),
+    f"{VQA}broken.json data.images={{f}}": (1, r"broken.json.* is not valid JSON"),
+    f"{VQA}empty.json data.images={{f}}": (1, r"empty.json is empty"),
+    f"{VQA}binary.json data.images={{f}}": (1, r"binary.json is not UTF-8"),
+    f"{VQA}keys.json data.images={{f}}": (1, r"keys.json, .* \d: .*question"),
+    f"{VQA}fake.json data.images={{f}}": (1, r"fake.png is no readable image"),
+    f"{VQA}lost.json data.images={{f}}": (1, r"lost.png"),
+    "train name=v recipe=joint data=llava data.path={f}/keys.json data.images={f}": (1, r"keys.json, .* \d: "),
+    "train name=v recipe=joint data=coco_captions data.path={f}/good.json data.images={f}": (
+        1, r"good.json is not in COCO captions format",
+    ),
+    # folders
+    "train name=locked": (1, r"outputs/locked is in use by process \d+"),
+    "train name=damaged": (1, r"damaged/config.yaml is damaged \(.*\); delete the folder or choose another name="),
+    "train name=finished seed=2": (1, r"outputs/finished holds a run of another configuration \(.*another name="),
+    "train hydra.run.dir={f}/afile/run": (1, r"afile/run: not a directory; check the path"),
+    # evaluation
+    "evaluate": (2, r"which run\? write run=<folder>"),
+    "evaluate run=nowhere": (2, r"run=nowhere is no run folder"),
+    "evaluate run=outputs/unfinished": (1, r"outputs/unfinished is not finished \(no result.json\)"),
+    "evaluate run=outputs/damaged": (1, r"damaged/config.yaml is damaged \(line 1: expected .*\); restore it"),
+    "evaluate run=outputs/finished limit=0": (2, r"limit=0 is not possible"),
+    "evaluate run=outputs/finished batch_size=-4": (2, r"batch_size=-4 is not possible"),
+    "evaluate run=outputs/finished device=gpu0": (2, r"device=gpu0 is unknown; choose one of auto, cpu, cuda"),
+}  # fmt: skip
+
+# Answered by the parts themselves, before the first step.
+BUILDING: dict[str, tuple[int, str]] = {
+    f"{JOINT}connector=pool connector.side=3": (1, r"connector.side=3 does not divide the 4x4 feature grid"),
+    f"{JOINT}connector=token_concat connector.group=5": (1, r"connector.group=5 does not divide the 16 features"),
+    f"{JOINT}connector=pixel_shuffle connector.factor=3": (1, r"connector.factor=3 does not divide the 4x4"),
+    f"{JOINT}connector=perceiver connector.latents=0": (1, r"connector.latents=0 is not possible"),
+    f"{JOINT}connector=qformer connector.heads=5": (1, r"connector(\.heads=5| cannot be built \(.* heads \(5\))"),
+    f"{JOINT}connector=ovis connector.tokenize=hard": (1, r"connector.tokenize=hard is unknown; choose from softmax"),
+    f"{JOINT}+connector.dept=3": (
+        1,
+        r"connector cannot be built \(.*unexpected keyword argument 'dept'.*correct",
+    ),
+    f"{JOINT}connector._target_=no.such.Class": (1, r"connector._target_=no.such.Class cannot be imported"),
+    f"{JOINT}{STAGE}.module=no.such.Module": (1, r"joint.module=no.such.Module cannot be imported"),
+    f"{JOINT}encoder.layers=[9]": (1, r"encoder.layers has 9, but the tower has 4 layers"),
+    f"{JOINT}encoder=patch encoder.patch_size=15": (1, r"is no multiple of encoder.patch_size=15"),
+    f"{JOINT}encoder=hf encoder.path={{f}}/nowhere": (
+        1,
+        r"encoder.path=.*nowhere is neither a local folder",
+    ),
+    f"{JOINT}lm=hf lm.path={{f}}": (1, r"lm.path=.* has no config.json; give the folder that save_pretrained wrote"),
+    f"{JOINT}adapter=lora adapter.r=0": (1, r"adapter.r=0 is no rank"),
+    f"{JOINT}adapter=lora adapter.targets=[nothing]": (1, r"adapter.targets=nothing fits no layer of"),
+    f"{JOINT}{STAGE}.objective={{text:lm}}": (1, r"joint.objective.text=lm is no objective; give it _target_"),
+    "evaluate run=outputs/finished benchmarks=world_tset": (
+        1,
+        r"benchmarks=world_tset is not in this run",
+    ),
+    "evaluate run=outputs/other_weights": (
+        1,
+        r"model.safetensors lacks .*; load it with",
+    ),
+    "evaluate run=outputs/broken_weights": (1, r"model.safetensors cannot be read"),
+}
+
+
+def lay_down(folder: Path) -> None:
+    """Files and run folders with something wrong; lines name the folder of the files {f}."""
+    row: dict[str, Any] = {"question_id": 1, "image": "a.png", "question": "what?", "answer": "red"}
+    rows = [row | {"question_id": i, "image": f"{'abc'[i % 3]}.png"} for i in range(30)]
+    for name in "abc":
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / f"{name}.png")
+    (folder / "fake.png").write_text("no image")
+    for file, content in {
+        "good": rows,
+        "keys": [{"question_id": 1, "image": "a.png"}],
+        "fake": [r | {"image": "fake.png", "split": "train"} for r in rows],
+        "lost": [r | {"image": "lost.png", "split": "train"} for r in rows],
+    }.items():
+        (folder / f"{file}.json").write_text(json.dumps(content))
+    (folder / "broken.json").write_text('[{"question_id": 1,')
+    (folder / "empty.json").write_text("")
+    (folder / "binary.json").write_bytes(b'["\xff\xfe"]')
+    (folder / "afile").write_text("")
+    runs = folder / "outputs"
+    for name in ("finished", "other_weights", "broken_weights", "unfinished", "damaged", "locked"):
+        (runs / name).mkdir(parents=True)
+    (runs / "damaged" / "config.yaml").write_text("a: [1")
+    (runs / "unfinished" / "config.yaml").write_text("seed: 0\n")
+    _code, config, _err, _ = ask("train --cfg job --resolve recipe=joint trainer.accelerator=cpu")
+    for name in ("finished", "other_weights", "broken_weights"):
+        (runs / name / "config.yaml").write_text(config)
+        write_json(runs / name / "result.json", {"format": 1, "metrics": {}, "cost": {}})
+        (runs / name / "stages" / "0_joint").mkdir(parents=True)
+    (runs / "broken_weights" / "stages" / "0_joint" / "model.safetensors").write_bytes(b"no weights")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    place, before = tmp_path_factory.mktemp("wrong"), Path.cwd()
+    os.chdir(place)
+    lay_down(place)
+    lock = FolderLock(place / "outputs" / "locked")
+    lock.acquire()
+    yield place
+    lock.release()
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def asked(folder: Path) -> dict[str, Any]:
+    lines = [line.replace("{f}", str(folder)) for line in COMPOSITION]
+    command = [sys.executable, str(Path(__file__).with_name("asking.py")), json.dumps(lines)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, check=True)
+    answers: dict[str, Any] = json.loads(done.stdout)
+    return answers
+
+
+def is_one_sentence(answer: Answer, code: int, words: str) -> None:
+    found, out, err, _ = answer
+    assert re.fullmatch(r"error: .*" + words + r".*\n", err), err
+    assert found == code and "Traceback" not in out + err
+
+
+def test_there_are_sixty() -> None:
+    assert len(COMPOSITION) + len(BUILDING) >= 60
+
+
+@pytest.mark.parametrize("line", COMPOSITION)
+def test_a_wrong_composition_is_refused_at_once(asked: dict[str, Any], folder: Path, line: str) -> None:
+    answer = asked["answers"][line.replace("{f}", str(folder))]
+    is_one_sentence(answer, *COMPOSITION[line])
+    assert answer[1] == "" and answer[3] < 2.0
+
+
+def test_nothing_heavy_was_imported_and_no_folder_is_left(asked: dict[str, Any], folder: Path) -> None:
+    assert asked["heavy"] == []
+    made = {path.name for path in (folder / "outputs").iterdir()}
+    assert made == {"finished", "other_weights", "broken_weights", "unfinished", "damaged", "locked"}
+
+
+@pytest.fixture(scope="module")
+def other_weights(folder: Path) -> None:
+    """A finished run whose weights are those of a composition with another connector."""
+    import torch
+    from omegaconf import OmegaConf
+    from safetensors.torch import save_file
+
+    from vlmlab.model import build_model
+
+    run = folder / "outputs" / "other_weights"
+    model = build_model(OmegaConf.load(run / "config.yaml"))
+    facts = {"format": 1, "stage": "joint", "sources": model.sourced(), "composition": {}}
+    tensors = {"connector.proj.weight": torch.zeros(2, 2)}
+    save_file(tensors, run / "stages" / "0_joint" / "model.safetensors", metadata={"vlmlab": json.dumps(facts)})
+
+
+@pytest.mark.parametrize("line", BUILDING)
+def test_a_part_that_cannot_be_built_says_why(line: str, folder: Path, other_weights: None) -> None:
+    run = "" if line.startswith("evaluate") else f" hydra.run.dir={folder}/runs/{len(list(folder.glob('runs/*')))}"
+    is_one_sentence(ask(line.replace("{f}", str(folder)) + run), *BUILDING[line])
+
+
+def test_a_failed_run_keeps_its_sentence(folder: Path) -> None:
+    run = folder / "runs" / "kept"
+    code, _, err, _ = ask(f"{JOINT}+connector.dept=3 hydra.run.dir={run}")
+    state = json.loads((run / "state.json").read_text())
+    assert code == 1 and state["state"] == "failed" and err == f"error: {state['error']}\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "code", "sentence"),
+    [
+        ("train.py", ["preset=paligemma", "connector=mlp"], 2, "connector.zero is no key of connector=mlp"),
+        ("train.py", ["-m", "seed=x,-1"], 1, "error: 2 of 2 cells did not finish: seed-x (seed=x is no seed"),
+        ("evaluate.py", ["run=outputs/unfinished"], 1, "is not finished"),
+    ],
+)
+def test_the_real_commands(script: str, words: list[str], code: int, sentence: str, folder: Path) -> None:
+    command = [sys.executable, str(ROOT / script), *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200, check=False)
+    assert sentence in done.stdout + done.stderr and "Traceback" not in done.stdout + done.stderr
+    assert done.returncode == code
