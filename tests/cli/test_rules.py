@@ -21,6 +21,7 @@ from vlmlab.cli.rules import (
     MMA,
     MULTI,
     PATCH,
+    SOFT_PROMPT,
     PATCH_TEXT,
     QUERY_TEXT,
     SHOWS_PROMPT,
@@ -172,6 +173,15 @@ def test_an_adapter_that_wants_one_tower() -> None:
     assert "adapter=mma wants a single tower" in refused({"encoder": {"_target_": MULTI}, "adapter": mma})
     passes({"encoder": {"_target_": MULTI}, "adapter": mma | {"parts": ["lm"]}})
     passes({"encoder": {"_target_": "vlmlab.encoder.hf.HfEncoder"}, "adapter": mma})
+
+
+def test_a_range_of_layers_holds_the_adapter() -> None:
+    words = {"_target_": SOFT_PROMPT, "parts": ["lm"]}
+    layers = {"recipe.stages.tune.layers": {"lm": [-2, -1]}}
+    assert "recipe.stages.tune.layers.lm chooses layers" in refused({"adapter": words, **layers})
+    passes({"adapter": words, "recipe.stages.tune.adapter": None, **layers})
+    passes({"adapter": words, "recipe.stages.tune.layers": {"lm": None}})
+    passes({"adapter": words | {"_target_": "vlmlab.adapter.lora.LoraAdapter"}, **layers})
 
 
 def test_a_contrastive_stage_wants_a_pooled_tower() -> None:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError
 from vlmlab.contracts.errors import UserError
+from vlmlab.data.place import is_id, is_there
 from vlmlab.recipe.stage import parse
 from vlmlab.runs.config import leaves
 from vlmlab.runs.environment import package_folder
@@ -54,8 +55,8 @@ SOFT_PROMPT = "vlmlab.adapter.soft_prompt.SoftPromptAdapter"
 TOWERS = ("lm", "encoder")
 LANGUAGE = ("vlmlab.recipe.alignment.AlignmentModule", "vlmlab.recipe.instruction.InstructionTuningModule")
 CONTRASTIVE = "vlmlab.recipe.contrastive.ContrastiveModule"
-PATH_KEYS = ("path", "file", "folder", "images", "image_folder", "root")
-"""Keys of a data source that name something on disk."""
+PATH_KEYS = ("path", "path_558k", "path_118k", "test_path", "file", "folder", "images", "image_folder", "root")
+"""Keys of a data source that name something on disk; those that begin with path may name a data set of the hub."""
 
 
 def check(cfg: DictConfig, config: Config, choices: Choices) -> None:
@@ -337,6 +338,19 @@ def nothing_to_adapt(cfg: Config, choices: Choices) -> str | None:
     return None
 
 
+def layers_hold_the_adapter(cfg: Config, choices: Choices) -> str | None:
+    """A range of layers trains what is in them; the words of a soft prompt stand before the first."""
+    for name, stage in _stages(cfg):
+        adapter = stage.get("adapter", cfg.get("adapter"))
+        target = adapter.get("_target_") if isinstance(adapter, Mapping) else None
+        if target == SOFT_PROMPT and (stage.get("layers") or {}).get("lm") is not None:
+            return (
+                f"recipe.stages.{name}.layers.lm chooses layers and adapter=soft_prompt has no weights in them; set "
+                f"recipe.stages.{name}.layers=null, or use adapter=lora"
+            )
+    return None
+
+
 def contrastive_towers(cfg: Config, choices: Choices) -> str | None:
     """``ContrastiveModule`` compares the pooled output of one tower with a text."""
     names = [name for name, stage in _stages(cfg) if stage.get("module") == CONTRASTIVE]
@@ -356,7 +370,10 @@ def files_exist(cfg: Config, choices: Choices) -> str | None:
     """What a data source names on disk is there."""
     data = cfg.get("data")
     for key, value in leaves(data if isinstance(data, Mapping) else {}, "data."):
-        if key.rpartition(".")[2] in PATH_KEYS and isinstance(value, str) and not Path(value).expanduser().exists():
+        name = key.rpartition(".")[2]
+        if name not in PATH_KEYS or not isinstance(value, str):
+            continue
+        if not (is_there(value) or (name.startswith("path") and is_id(value))):
             return f"{key}={value} does not exist; give the path of your data, as in {key}=/where/it/is"
     return None
 
@@ -418,6 +435,7 @@ STAGE_RULES: tuple[Rule, ...] = (
     instruction_has_a_place,
     towers_to_adapt,
     nothing_to_adapt,
+    layers_hold_the_adapter,
     contrastive_towers,
 )
 """Checked after, on stages that are well-formed."""

@@ -100,7 +100,7 @@ def test_text_samples_hold_no_image(form):
         if form == "caption":
             assert [turn.prompt for turn in sample.turns] == [""]
         else:
-            assert (1 if form == "fused" else 6) <= len(sample.turns) <= 9  # fused may ask for places alone
+            assert 6 <= len(sample.turns) <= 9
             told = PARSERS[form](re.sub(r"(?<=\.) [A-Z][^.:]*[?.]$", "", sample.turns[0].prompt))
             assert len(told) == len(scene.objects)
 
@@ -110,6 +110,21 @@ def test_fused_words_are_known_beforehand():
     assert len(words) == 16 * (1 + 2 * 8 * 2 * 6)
     for index in range(300):
         assert words.issuperset(describe(sample_scene("train", index), "fused", Stream(index)).split())
+
+
+def test_every_other_conversation_asks_for_the_focus_alone():
+    from vlmlab.data.world.sources import WorldText
+
+    source = WorldText("train", 400, forms=["fused"], focus=["relation"], caption_fraction=0.0)
+    kinds = [{turn.kind for turn in source[index].turns} for index in range(400)]
+    alone = sum(found == {"relation"} for found in kinds) / len(kinds)
+    assert 0.2 < alone < 0.4  # half of the scenes in which one object lies beside another
+    assert not any("caption" in kind for found in kinds for kind in found)
+    assert WorldText("train", 9, forms=["fused"], caption_fraction=1.0)[3].turns[0].prompt.startswith(" oneone+")
+    with pytest.raises(UserError, match="no question kind 'places'"):
+        WorldText("train", 1, focus=["places"])
+    with pytest.raises(UserError, match="caption_fraction is a share"):
+        WorldText("train", 1, caption_fraction=2.0)
 
 
 def test_unknown_forms_are_refused():

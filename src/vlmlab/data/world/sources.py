@@ -11,7 +11,7 @@ from vlmlab.data.world.draw import render
 from vlmlab.data.world.questions import View, check_kinds, dialogue, draw_class, single
 from vlmlab.data.world.scene import Scene, check_split, sample_scene, scene_id
 from vlmlab.data.world.stream import Stream
-from vlmlab.data.world.text import FORMS, caption_turn, check_forms, text_sample
+from vlmlab.data.world.text import CAPTION_REQUEST, FORMS, caption_turn, check_forms, text_sample
 from vlmlab.data.world.words import COLOR, SHAPE, lexicon, phrase
 
 STYLES = ("short", "dense", "mixed", "cells", "placed_cells")
@@ -157,8 +157,7 @@ class WorldInstruct(_WorldSource):
         self, split: str, size: int, seed: int = 0, domain: str = "base", caption_fraction: float = 0.15
     ) -> None:
         super().__init__(split, size, seed, domain)
-        if not 0 <= caption_fraction <= 1:
-            raise UserError(f"caption_fraction is a share and cannot be {caption_fraction}; set it within 0 to 1.")
+        _check_share(caption_fraction)
         self.caption_fraction = caption_fraction
         self.kinds = check_kinds(None)
 
@@ -217,9 +216,12 @@ class WorldText(_WorldSource):
     Args:
         split, size, seed, domain: as for every source of the world.
         forms: how scenes are told, see ``text.FORMS``; each sample uses one of them; the usual five for None.
+        focus: kinds of question that every other conversation asks for alone, as those that are learnt last; none for
+            None.
+        caption_fraction: share of the conversations that also ask for a caption, in 0..1.
 
     Raises:
-        UserError: for an unknown split, domain or form, or a size below 1.
+        UserError: for an unknown split, domain, form or kind, a size below 1 or a fraction outside 0..1.
     """
 
     def __init__(
@@ -229,13 +231,23 @@ class WorldText(_WorldSource):
         seed: int = 0,
         domain: str = "base",
         forms: Sequence[str] | None = None,
+        focus: Sequence[str] | None = None,
+        caption_fraction: float = CAPTION_REQUEST,
     ) -> None:
         super().__init__(split, size, seed, domain)
+        _check_share(caption_fraction)
         self.forms = check_forms(forms)
+        self.focus = () if focus is None else check_kinds(focus)
+        self.caption_fraction = caption_fraction
 
     def _sample(self, index: int) -> Sample:
         form = self._stream(index, "form").choice(self.forms)
-        return text_sample(self._scene(index), form)
+        return text_sample(self._scene(index), form, self.focus, self.caption_fraction)
+
+
+def _check_share(caption_fraction: float) -> None:
+    if not 0 <= caption_fraction <= 1:
+        raise UserError(f"caption_fraction is a share and cannot be {caption_fraction}; set it within 0 to 1.")
 
 
 __all__ = [

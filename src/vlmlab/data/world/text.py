@@ -26,8 +26,7 @@ from vlmlab.data.world.words import COLOR, NUMBERS, SHAPE, SIZE, TEXTURE, lexico
 
 CELLS_PROMPT = "Name every cell in four words."
 PLACED_CELLS_PROMPT = "Name every cell: its place, then four words."
-_SPATIAL = ("position", "relation", "two_hop")
-_CAPTION_REQUEST = 0.5
+CAPTION_REQUEST = 0.5
 """How often a conversation about a scene told in words also asks for a caption."""
 
 
@@ -133,20 +132,10 @@ def caption_turn(scene: Scene, style: str, stream: Stream) -> Turn:
     return Turn(stream.choice(words.short_prompts), stream.choice(captions), "caption", references=captions)
 
 
-def _about_all(scene: Scene, stream: Stream) -> list[Turn]:
-    return [question.turn() for question in dialogue(scene, stream)]
-
-
-def _about_places(scene: Scene, stream: Stream) -> list[Turn]:
-    """Every other conversation asks for places alone: they are learnt last."""
-    asked = dialogue(scene, stream, _SPATIAL) if stream.chance(0.5) else []
-    return [question.turn() for question in asked or dialogue(scene, stream)]
-
-
-def _conversation(scene: Scene, form: str, stream: Stream) -> tuple[Turn, ...]:
-    about = _about_places if form == "fused" else _about_all
-    turns = about(scene, stream)
-    if stream.chance(_CAPTION_REQUEST):
+def _conversation(scene: Scene, form: str, stream: Stream, focus: Sequence[str], captions: float) -> tuple[Turn, ...]:
+    asked = dialogue(scene, stream, focus) if focus and stream.chance(0.5) else []
+    turns = [question.turn() for question in asked or dialogue(scene, stream)]
+    if stream.chance(captions):
         style = "short" if form == "dense" else stream.choice(("short", "dense"))
         turns.insert(stream.below(len(turns) + 1), caption_turn(scene, style, stream))
     first = turns[0]
@@ -155,12 +144,14 @@ def _conversation(scene: Scene, form: str, stream: Stream) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def text_sample(scene: Scene, form: str) -> Sample:
-    """A text-only sample about a scene in one of ``FORMS``."""
+def text_sample(
+    scene: Scene, form: str, focus: Sequence[str] = (), caption_fraction: float = CAPTION_REQUEST
+) -> Sample:
+    """A text-only sample about a scene in one of ``FORMS``; every other conversation asks for the focus alone."""
     stream = Stream(scene.id, scene.seed, "text", form)
     if form == "caption":
         turn = caption_turn(scene, stream.choice(("short", "dense")), stream)
         turns: tuple[Turn, ...] = (Turn("", turn.answer, turn.kind, turn.references),)
     else:
-        turns = _conversation(scene, form, stream)
+        turns = _conversation(scene, form, stream, focus, caption_fraction)
     return Sample(f"{scene.id}/{form}", (), turns)
