@@ -128,16 +128,16 @@ def test_the_console_command_runs_the_verbs(tmp_path: Path) -> None:
     sweep = vlmlab("sweep", "mask=x,bidir")
     assert sweep.returncode == 2 and "mask has no choice 'x'" in sweep.stderr
     wrong = vlmlab("trian")
-    said = "error: vlmlab has no verb 'trian' (did you mean train?); choose one of train, sweep, evaluate\n"
+    said = "error: vlmlab has no verb 'trian' (did you mean train?); choose one of train, sweep, evaluate, inspect, plan\n"
     assert (wrong.returncode, wrong.stderr) == (2, said)
 
 
 @pytest.mark.parametrize(
     ("words", "code", "start"),
     [
-        ([], 0, "usage: vlmlab train|sweep|evaluate"),
-        (["--help"], 0, "usage: vlmlab train|sweep|evaluate"),
-        (["xyz"], 2, "error: vlmlab has no verb 'xyz'; choose one of train, sweep, evaluate"),
+        ([], 0, "usage: vlmlab train|sweep|evaluate|inspect|plan"),
+        (["--help"], 0, "usage: vlmlab train|sweep|evaluate|inspect|plan"),
+        (["xyz"], 2, "error: vlmlab has no verb 'xyz'; choose one of train, sweep, evaluate, inspect, plan"),
         (
             ["mask=causal", "seed=1"],
             2,

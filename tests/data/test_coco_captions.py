@@ -77,7 +77,7 @@ BAD: list[tuple[object, str]] = [
     ({"images": []}, "not in COCO captions format (keys: images)"),
     ({**GOOD, "images": []}, "empty list as 'images'"),
     ({**GOOD, "annotations": {}}, "an object as 'annotations'"),
-    ({**GOOD, "annotations": [7]}, "row 1: is a number"),
+    ({**GOOD, "annotations": [7]}, "row of 'annotations' 1: is a number"),
     (changed("images", 1, file_name="no.png"), "row of 'images' 2: image 'no.png' is not in"),
     (changed("images", 1, file_name="/a.png"), "row of 'images' 2: image '/a.png' is an absolute path"),
     (changed("images", 1, id=1), "row of 'images' 2: image id 1 stands there twice"),

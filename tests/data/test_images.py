@@ -144,9 +144,10 @@ def test_paths_may_not_leave_the_folder(tmp_path: Path) -> None:
         "..\\out.png": "leaves",
         str(root / "in.png"): "absolute",
         "C:\\out.png": "absolute",
-        "link.png": "link that leaves",
+        "link.png": "is a link",
         "folder/out.png": "linked folder",
-        "dangling.png": "is not in",
+        "dangling.png": "is a link",
+        "sub/inner.png": "is a link",  # links that stay inside as well: what they mean may change between two runs
         "sub": "is not a file",
         "": "no file name",
         "a\0.png": "no file name",
@@ -156,8 +157,7 @@ def test_paths_may_not_leave_the_folder(tmp_path: Path) -> None:
     for name, reason in refused.items():
         with pytest.raises(DataError, match=reason):
             load_image(name, root)
-    assert load_image("sub/inner.png", root).shape == (5, 7, 3)  # a link that stays inside is an ordinary file
-    os.symlink(root, tmp_path / "alias")
+    os.symlink(root, tmp_path / "alias")  # the folder itself may be a link
     assert load_image("in.png", tmp_path / "alias").shape == (5, 7, 3)
 
 

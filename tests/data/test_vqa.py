@@ -172,7 +172,7 @@ def test_a_bad_file_is_named(folder: Path, content: str, message: str) -> None:
 def test_files_and_folders_that_are_not_there(folder: Path) -> None:
     with pytest.raises(DataError, match="does not exist; give the right path"):
         VqaJson(str(folder / "absent.json"))
-    with pytest.raises(DataError, match="is not a file"):
+    with pytest.raises(DataError, match=r"holds no file that ends in \.json"):
         VqaJson(str(folder))
     path = write(folder, [row(0)])
     with pytest.raises(DataError, match=r"Image folder .*absent does not exist"):

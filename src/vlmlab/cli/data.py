@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.contracts.errors import DataError
+from vlmlab.data.skipped import next_usable
 
 FILE = "path"
 """Key of a source that reads a file; one without it is generated and cannot be broken."""
@@ -33,7 +34,7 @@ def check_sources(cfg: DictConfig) -> None:
         source = instantiate(node)
         if not len(source):
             raise DataError(f"{key} has no samples; check the file and the split it is for")
-        source[0]
+        next_usable(source, 0, None, []) if OmegaConf.select(cfg, "data.max_bad_fraction") else source[0]
 
 
 def _used(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
@@ -49,4 +50,9 @@ def _used(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
             for name, benchmark in (OmegaConf.select(cfg, "data.benchmarks") or {}).items()
         ),
     ]
-    return ((key, node) for key, node in nodes if isinstance(node, DictConfig) and node.get(FILE) is not None)
+    return ((key, node) for key, node in nodes if isinstance(node, DictConfig) and _reads(node))
+
+
+def _reads(node: DictConfig) -> bool:
+    """Whether a source, or one of those it is mixed from, reads a file."""
+    return node.get(FILE) is not None or any(_reads(part) for part in node.get("sources") or ())

@@ -16,9 +16,10 @@ from omegaconf import DictConfig
 from vlmlab.analyse.table import final_table
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.data import check_sources
-from vlmlab.cli.entry import ConfigError, guard, one_line, run_command, unbuildable
+from vlmlab.cli.entry import ConfigError, guard, mistake_within, one_line, run_command, unbuildable
 from vlmlab.cli.rules import check, choices_of
 from vlmlab.contracts.errors import UserError
+from vlmlab.data.skipped import TooManyBad, note
 from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
@@ -59,13 +60,16 @@ def train_command(cfg: DictConfig) -> None:
 
 
 def _look_at_data(cfg: DictConfig, folder: Path) -> None:
-    """Refuse missing or broken data before anything trains, leaving no folder behind."""
+    """Refuse missing or broken data before anything trains, leaving no folder but for a long list of bad rows."""
     run = RunFolder(folder)
     if run.result() is not None:
         return
     try:
         check_sources(cfg)
-    except (UserError, InstantiationException):
+    except (UserError, InstantiationException) as error:
+        mistake = error if isinstance(error, UserError) else mistake_within(error)
+        if isinstance(mistake, TooManyBad) and mistake.listed:
+            note(folder, "data", mistake.skipped)
         _remove_if_empty(folder)
         raise
 

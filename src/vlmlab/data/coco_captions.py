@@ -9,7 +9,8 @@ from pathlib import Path
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.data.images import ImageFolder
-from vlmlab.data.records import Row, as_rows, describe, read_json
+from vlmlab.data.records import Row, describe, each_row, read_json
+from vlmlab.data.skipped import Sieve, verified
 from vlmlab.data.split import check_split, split_of, subset
 
 
@@ -63,6 +64,12 @@ class CocoCaptions:
         seed: of the choice of `size`.
         split_seed: of the split by image; apart from `seed`, so that runs with other seeds share their test split.
         val_fraction, test_fraction: shares of the images.
+        max_bad_fraction: share of the rows that may be unusable and are left out; 0: the first is an error. The
+            captions of an image that is left out go with it.
+        verify: decode all images at once, to leave out the broken ones (for sets that are scored).
+
+    Attributes:
+        skipped: the rows that were left out.
 
     Raises:
         DataError: the file, the folder or a row cannot be used, or the split is empty.
@@ -82,17 +89,23 @@ class CocoCaptions:
         split_seed: int = 0,
         val_fraction: float = 0.05,
         test_fraction: float = 0.1,
+        max_bad_fraction: float = 0.0,
+        verify: bool = False,
     ) -> None:
         check_split(split, val_fraction, test_fraction)
         self._prompt = prompt
+        sieve = Sieve(max_bad_fraction)
         if test_path is not None and split == "test":
             self._folder = ImageFolder(images if test_images is None else test_images)
-            found = read_captions(Path(test_path).expanduser(), self._folder)
+            found = read_captions(Path(test_path).expanduser(), self._folder, sieve)
         else:
             self._folder = ImageFolder(images)
             file = Path(path).expanduser()
             fractions = (val_fraction, 0.0 if test_path is not None else test_fraction)
-            found = _of_split(file, read_captions(file, self._folder), split, fractions, split_seed)
+            found = _of_split(file, read_captions(file, self._folder, sieve), split, fractions, split_seed)
+        if verify:
+            found = verified(found, sieve, lambda c: self._folder.load(c.image), lambda c: c.image_id)
+        self.skipped = sieve.finish(path)
         items = [(c.image_id, c, c.captions) for c in found]
         if not all_references:
             items = [(id_, c, ((id_, text),)) for c in found for id_, text in c.captions]
@@ -107,35 +120,51 @@ class CocoCaptions:
         turn = Turn(self._prompt, texts[0], "caption", texts if len(texts) > 1 else ())
         return Sample(name, (self._folder.load(captions.image),), (turn,), image_ids=(captions.image,))
 
+    def label(self, index: int) -> str:
+        """The id of a sample, without loading it."""
+        return self._items[index][0]
 
-def read_captions(file: Path, folder: ImageFolder) -> list[Captions]:
-    """All images of a captions file that have captions, in the file's order; raises DataError at the first bad row."""
+
+def read_captions(file: Path, folder: ImageFolder, sieve: Sieve | None = None) -> list[Captions]:
+    """All images of a captions file that have captions, in the file's order.
+
+    Raises:
+        DataError: the file cannot be used; a row of it, and the sieve lets none through (as without one).
+    """
+    sieve = sieve if sieve is not None else Sieve(0.0)
     content = read_json(file)
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         found = f"keys: {', '.join(content)}" if isinstance(content, dict) else describe(content)
         needed = "it needs the lists 'images' and 'annotations'"
         raise DataError(f"Data file {file} is not in COCO captions format ({found}); {needed}")
     names: dict[str, str] = {}
-    for row in _rows(file, content["images"], "images"):
+    listed: set[str] = set()
+
+    def image(row: Row) -> None:
+        if "id" in row.data:
+            listed.add(str(row.data["id"]))
         id_, name = parse_image(row, folder)
         if id_ in names:
             raise row.error(f"image id {id_} stands there twice", "make the ids unique")
         names[id_] = name
+
+    sieve.keep(sieve.rows(each_row(file, content["images"], "'images'", "row of 'images'")), image)
     captions: dict[str, list[tuple[str, str]]] = {id_: [] for id_ in names}
     seen: set[str] = set()
-    for row in _rows(file, content["annotations"], "annotations"):
+
+    def caption(row: Row) -> None:
         id_, image_id, text = parse_caption(row)
-        if image_id not in names:
+        if image_id not in listed:
             raise row.error(f"image_id {image_id} is no image of the file", "add the image or remove the caption")
         if id_ in seen:
             raise row.error(f"annotation id {id_} stands there twice", "make the ids unique")
         seen.add(id_)
-        captions[image_id].append((id_, text))
+        if image_id in names:  # that of an image which is left out goes with it
+            captions[image_id].append((id_, text))
+
+    sieve.keep(sieve.rows(each_row(file, content["annotations"], "'annotations'", "row of 'annotations'")), caption)
+    sieve.finish(file)
     return [Captions(id_, names[id_], tuple(texts)) for id_, texts in captions.items() if texts]
-
-
-def _rows(file: Path, values: object, key: str) -> list[Row]:
-    return [Row(file, row.number, row.data, f"row of '{key}'") for row in as_rows(file, values, f"'{key}'")]
 
 
 def _of_split(

@@ -6,6 +6,7 @@ import os
 import stat
 import warnings
 from pathlib import Path, PureWindowsPath
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +41,7 @@ class ImageFolder:
         if not self.root.is_dir():
             raise DataError(f"Image folder {self.root} does not exist; set data.images to the folder of the images")
         self._real = os.path.realpath(self.root)
-        self._inside: dict[str, bool] = {}  # real place of each sub-folder, asked once
+        self._inside: dict[str, bool] = {}  # whether a sub-folder is reached without links, asked once
 
     def check(self, name: str) -> str | None:
         """Why the image cannot be used, in words that follow its name, or None; does not open the file."""
@@ -53,14 +54,12 @@ class ImageFolder:
         path = os.path.join(self.root, name)
         try:
             found = os.lstat(path)
-            if stat.S_ISLNK(found.st_mode):
-                found = os.stat(path)
-                if not self._contains(os.path.realpath(path)):
-                    return f"is a link that leaves the image folder {self.root}"
         except (OSError, ValueError):
             return f"is not in {self.root}{self._hint(name)}"
-        if not self._folder_inside(os.path.dirname(path)):
-            return f"leaves the image folder {self.root} through a linked folder"
+        if stat.S_ISLNK(found.st_mode):
+            return f"is a link, only files that lie inside {self.root} are allowed"
+        if not self._without_links(os.path.dirname(path)):
+            return f"is behind a linked folder, only files that lie inside {self.root} are allowed"
         if not stat.S_ISREG(found.st_mode):
             return "is not a file"
         return None if found.st_size else "is an empty file"
@@ -70,14 +69,17 @@ class ImageFolder:
         reason = self.check(name)
         if reason:
             raise DataError(f"Image '{name}' {reason}; correct the row or the image folder")
-        return _decode(self.root / name)
+        path = self.root / name
+        try:
+            with open(path, "rb") as file:
+                return decode_image(file, str(path))
+        except OSError as error:  # decoding raises none
+            raise DataError(f"Image {path} cannot be read ({error.strerror}); check its permissions") from None
 
-    def _contains(self, real: str) -> bool:
-        return real == self._real or real.startswith(self._real.rstrip(os.sep) + os.sep)
-
-    def _folder_inside(self, folder: str) -> bool:
+    def _without_links(self, folder: str) -> bool:
         if folder not in self._inside:
-            self._inside[folder] = self._contains(os.path.realpath(folder))
+            plain = os.path.normpath(os.path.join(self._real, os.path.relpath(folder, self.root)))
+            self._inside[folder] = os.path.realpath(folder) == plain
         return self._inside[folder]
 
     def _hint(self, name: str) -> str:
@@ -107,9 +109,14 @@ def load_image(path: str, root: str | Path) -> Image:
     return ImageFolder(root).load(path)
 
 
-def _decode(path: Path) -> Image:
+def decode_image(file: IO[bytes], name: str) -> Image:
+    """An open image file as (H, W, 3) uint8 RGB by the rules of `load_image`; `name` is what errors call it.
+
+    Raises:
+        DataError: empty, truncated or not an image; more than `MAX_PIXELS`.
+    """
     try:
-        with warnings.catch_warnings(), open(path, "rb") as file:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken metadata; the size has its own limit below
             with Pillow.open(file, formats=FORMATS) as image:
                 width, height = image.size
@@ -119,13 +126,13 @@ def _decode(path: Path) -> Image:
                 return np.ascontiguousarray(_upright(_rgb(image), _orientation(image)))
     except Pillow.DecompressionBombError:
         limit = f"more than {MAX_PIXELS:,} pixels"
-        raise DataError(f"Image {path} claims {limit}; shrink it or remove its row") from None
+        raise DataError(f"Image {name} claims {limit}; shrink it or remove its row") from None
     except UnidentifiedImageError:
         known = ", ".join(FORMATS)
-        raise DataError(f"Image {path} is no readable image ({known}); replace the file or remove its row") from None
+        raise DataError(f"Image {name} is no readable image ({known}); replace the file or remove its row") from None
     except Exception as error:  # decoders of damaged files raise nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"Image {path} cannot be decoded ({reason}); replace the file or remove its row") from None
+        raise DataError(f"Image {name} cannot be decoded ({reason}); replace the file or remove its row") from None
 
 
 def _orientation(image: Pillow.Image) -> int:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from vlmlab.contracts.errors import DataError
-from vlmlab.contracts.sample import IMAGE_TAG, Sample, Turn
+from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
 from vlmlab.data.images import ImageFolder
-from vlmlab.data.records import Row, describe, read_rows
+from vlmlab.data.place import find_files, split_files
+from vlmlab.data.records import Row, describe, read_each
+from vlmlab.data.skipped import Sieve, verified
 from vlmlab.data.split import check_split, split_of, subset
 
+SUFFIXES = (".json", ".jsonl", ".ndjson")
 TURN_KEYS = ("conversations", "conversation", "messages")
 IMAGE_KEYS = ("image", "images")
 UNSUPPORTED = ("video", "videos", "audio", "audios")
@@ -60,26 +62,38 @@ class LlavaFormat:
     prepend_images: bool = False
 
 
-def parse_record(row: Row, form: LlavaFormat, folder: ImageFolder) -> Conversation:
-    """One record, checked; raises DataError (file, row, key, remedy) where it cannot be used."""
+def parse_turns(row: Row, form: LlavaFormat, count: int | None = None) -> Conversation:
+    """One record without looking for its images; raises DataError (file, row, key, remedy) where it cannot be used.
+
+    Args:
+        row: the record.
+        form: how it is read.
+        count: how many images come with it (inside a parquet file or a tar); None: it names them itself.
+    """
     for key in UNSUPPORTED:
         if row.data.get(key):
             raise row.error(f"'{key}' is not supported, only images are", "remove the row")
     messages = [_message(row, number, value, form) for number, value in enumerate(_turns(row), 1)]
     system = messages.pop(0).text if messages[0].role == "system" else ""
     turns = _exchanges(row, messages)
-    names = _images(row, messages)
+    names = _images(row, messages) if count is None else ("",) * count
     tags = sum(turn.prompt.count(IMAGE_TAG) for turn in turns)
     if tags != len(names) and not (form.prepend_images and tags == 0):
         remedy = "give as many tags as images"
         if not tags:
             remedy += ", or set data.prepend_images=true to show the images first"
         raise row.error(f"{tags} image tags ({', '.join(form.tags)}) for {len(names)} images", remedy)
-    for name in names:
+    return Conversation(_id(row), names, turns, system)
+
+
+def parse_record(row: Row, form: LlavaFormat, folder: ImageFolder) -> Conversation:
+    """One record, checked; raises DataError (file, row, key, remedy) where it cannot be used."""
+    record = parse_turns(row, form)
+    for name in record.images:
         reason = folder.check(name)
         if reason:
             raise row.error(f"image '{name}' {reason}", "correct the row, or set data.images to the images' folder")
-    return Conversation(_id(row), names, turns, system)
+    return record
 
 
 def _id(row: Row) -> str:
@@ -175,17 +189,23 @@ class LlavaJson:
 
     A record has its turns under `conversations`, `conversation` or `messages` (from/value or role/content, where
     content may be a list of text and image parts), its images under `image` or `images` (a name or a list), or neither.
-    Ids that occur again get "#2", "#3", ... in the file's order; records without one are numbered.
+    Ids that occur again get "#2", "#3", ... in the files' order; records without one are numbered.
 
     Args:
-        path: a JSON list, or JSON lines (.jsonl).
-        images: the image folder; null is the folder of the file itself.
-        split: train or val (by a hash of the first image's name, or of the id of a text), or null for every record.
+        path: a JSON list or JSON lines (.jsonl); or a folder or glob of them, or an id of the hub.
+        images: the image folder; null is the folder of the (first) file itself.
+        split: train or val, or null for every record: by the files' names (train.json, val.json), otherwise by a hash
+            of the first image's name, or of the id of a text.
         size: only so many samples, chosen by seed; null for all.
         seed: of the choice of `size`.
         split_seed: of the split; apart from `seed`, so that runs with other seeds share their held-out records.
         val_fraction: share of the images that is held out.
         tags, prepend_images: see `LlavaFormat`.
+        max_bad_fraction: share of the records that may be unusable and are left out; 0: the first is an error.
+        verify: decode all images at once, to leave out records of broken ones (for sets that are scored).
+
+    Attributes:
+        skipped: the records that were left out.
 
     Raises:
         DataError: the file, the folder or a record cannot be used, or the split is empty.
@@ -202,28 +222,43 @@ class LlavaJson:
         val_fraction: float = 0.05,
         tags: Sequence[str] = (IMAGE_TAG, "<IMG_CONTEXT>", "<ImageHere>"),
         prepend_images: bool = False,
+        max_bad_fraction: float = 0.0,
+        verify: bool = False,
     ) -> None:
         check_split(split, val_fraction, 0.0)
-        file = Path(path).expanduser()
-        self._folder = ImageFolder(images if images is not None else file.parent)
-        form = LlavaFormat(tuple(tags), prepend_images)
-        records = [parse_record(row, form, self._folder) for row in read_rows(file)]
-        named = list(zip(_unique([record.id for record in records]), records, strict=True))
-        first = [(record.images or (name,))[0] for name, record in named]
-        splits = [split_of(image, val_fraction, 0.0, split_seed) for image in first]
-        kept = [entry for entry, found in zip(named, splits, strict=True) if split in (None, found)]
+        files, shares = split_files(find_files(path, SUFFIXES), split, val_fraction, 0.0)
+        self._folder = ImageFolder(images if images is not None else files[0].parent if files else path)
+        form, sieve = LlavaFormat(tuple(tags), prepend_images), Sieve(max_bad_fraction)
+        records: list[Conversation] = []
+        for file in files:
+            records += sieve.keep(sieve.rows(read_each(file)), lambda row: parse_record(row, form, self._folder))
+        sieve.finish(path)
+        kept = list(zip(_unique([record.id for record in records]), records, strict=True))
+        if shares is not None:
+            first = [(record.images or (name,))[0] for name, record in kept]
+            splits = [split_of(image, *shares, split_seed) for image in first]
+            kept = [entry for entry, found in zip(kept, splits, strict=True) if found == split]
         if not kept:
             remedy = "raise data.val_fraction, or give a larger file"
-            raise DataError(f"Data file {file} has no record for the split '{split}' ({len(named)} in all); {remedy}")
+            raise DataError(f"Data file {path} has no record for the split '{split}' ({len(records)} in all); {remedy}")
         self._records = [kept[i] for i in subset([name for name, _ in kept], size, seed)]
+        if verify:
+            self._records = verified(self._records, sieve, lambda entry: self._pixels(entry[1]), lambda entry: entry[0])
+        self.skipped = sieve.finish(path)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Sample:
         name, record = self._records[index]
-        pixels = tuple(self._folder.load(image) for image in record.images)
-        return Sample(name, pixels, record.turns, record.system, record.images)
+        return Sample(name, self._pixels(record), record.turns, record.system, record.images)
+
+    def label(self, index: int) -> str:
+        """The id of a sample, without loading it."""
+        return self._records[index][0]
+
+    def _pixels(self, record: Conversation) -> tuple[Image, ...]:
+        return tuple(self._folder.load(image) for image in record.images)
 
 
 def _unique(ids: list[str]) -> list[str]:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import Sample, SampleSource
 from vlmlab.data.sampler import Order
+from vlmlab.data.skipped import Skipped, next_usable
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -24,11 +25,13 @@ class Window:
         step: the optimizer step, from 0.
         batches: ``accumulate`` micro-batches.
         error: what is wrong with the data; raised by the trainer, on every rank (a worker cannot raise it whole).
+        skipped: the bad samples that others stand for.
     """
 
     step: int
     batches: list[Batch]
     error: UserError | None = None
+    skipped: tuple[Skipped, ...] = ()
 
     def to(self, device: Any) -> Window:
         """The same window on another device."""
@@ -46,6 +49,7 @@ class Windows:
         rank: this process among `ranks`.
         ranks: processes that share every step.
         accumulate: micro-batches per step and rank.
+        replace: the next usable sample stands for one that cannot be loaded, is too long or has nothing to learn.
     """
 
     def __init__(
@@ -57,19 +61,34 @@ class Windows:
         rank: int = 0,
         ranks: int = 1,
         accumulate: int = 1,
+        replace: bool = False,
     ) -> None:
         self.source, self.collate, self.order, self.steps = source, collate, order, steps
-        self.rank, self.ranks, self.accumulate = rank, ranks, accumulate
+        self.rank, self.ranks, self.accumulate, self.replace = rank, ranks, accumulate, replace
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> Window:
         shares = self.order.share(step, self.rank, self.ranks, self.accumulate)
+        skipped: list[Skipped] = []
         try:
-            return Window(step, [self.collate([self.source[index] for index in share]) for share in shares])
+            batches = [self._batch(share, skipped) for share in shares]
         except UserError as error:
-            return Window(step, [], error)
+            return Window(step, [], error, tuple(skipped))
+        return Window(step, batches, None, tuple(skipped))
+
+    def _batch(self, share: list[int], skipped: list[Skipped]) -> Batch:
+        if self.replace:
+            try:
+                return self.collate([self.source[index] for index in share])
+            except DataError:  # which sample it is shows one at a time; rare, so that the good case costs nothing
+                samples = [next_usable(self.source, index, self._check, skipped) for index in share]
+                return self.collate(samples)
+        return self.collate([self.source[index] for index in share])
+
+    def _check(self, sample: Sample) -> object:
+        return self.collate([sample])
 
 
 def step_loader(windows: Windows, start: int = 0, workers: int = 0) -> DataLoader[Window]:

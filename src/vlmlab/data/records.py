@@ -109,19 +109,35 @@ def read_json(path: Path) -> Any:
     return _parse(read_text(path), f"Data file {path}", remedy)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+def _lines(path: Path) -> Iterator[Row | DataError]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():  # blank lines carry nothing and are common at the end
-            yield number, _parse(line, f"{path}, line {number}", "repair or remove the line")
+            try:
+                value = _parse(line, f"{path}, line {number}", "repair or remove the line")
+                yield _row(path, number, value, "line")
+            except DataError as error:
+                yield error
 
 
-def as_rows(path: Path, values: object, key: str, first: int = 1) -> list[Row]:
-    """The list `values`, found under `key` of a file, as rows; raises DataError where it is not a list of objects."""
+def each_row(path: Path, values: object, key: str, unit: str = "row") -> Iterator[Row | DataError]:
+    """The list `values`, found under `key` of a file, as rows or, in place of a value that is no object, its error.
+
+    Raises:
+        DataError: it is not a list, or an empty one.
+    """
     if not isinstance(values, list):
         raise DataError(f"Data file {path} holds {describe(values)} as {key} where a list is needed; correct the file")
     if not values:
         raise DataError(f"Data file {path} holds an empty list as {key}; give a file with rows")
-    return [_row(path, number, value, "row") for number, value in enumerate(values, first)]
+    return _each(path, values, unit)
+
+
+def _each(path: Path, values: list[Any], unit: str) -> Iterator[Row | DataError]:
+    for number, value in enumerate(values, 1):
+        try:
+            yield _row(path, number, value, unit)
+        except DataError as error:
+            yield error
 
 
 def _row(path: Path, number: int, value: object, unit: str) -> Row:
@@ -136,8 +152,18 @@ def read_rows(path: Path, keys: Sequence[str] = ()) -> list[Row]:
     Raises:
         DataError: as `read_text` and `read_json`; no list of rows; a row that is not an object.
     """
+    rows = []
+    for row in read_each(path, keys):
+        if isinstance(row, DataError):
+            raise row
+        rows.append(row)
+    return rows
+
+
+def read_each(path: Path, keys: Sequence[str] = ()) -> Iterator[Row | DataError]:
+    """Like `read_rows`, with the error in place of a row that is no object; raises where the whole file is at fault."""
     if path.suffix.lower() in LINE_SUFFIXES:
-        return [_row(path, number, value, "line") for number, value in _lines(path)]
+        return _lines(path)
     value = read_json(path)
     if isinstance(value, dict):
         found = next((key for key in keys if key in value), None)
@@ -145,5 +171,13 @@ def read_rows(path: Path, keys: Sequence[str] = ()) -> list[Row]:
             wanted = " or ".join(f"'{key}'" for key in keys)
             remedy = f"put the rows into a list{f' under {wanted}' if wanted else ''}"
             raise DataError(f"Data file {path} is one object (keys: {', '.join(value)}) instead of a list; {remedy}")
-        return as_rows(path, value[found], f"'{found}'")
-    return as_rows(path, value, "its content")
+        return each_row(path, value[found], f"'{found}'")
+    return each_row(path, value, "its content")
+
+
+def parse_object(text: str, place: str) -> dict[str, Any]:
+    """One JSON object; raises DataError, naming the place, where the text is none."""
+    value = _parse(text, place, "repair or remove it")
+    if not isinstance(value, dict):
+        raise DataError(f"{place} is {describe(value)} instead of an object; repair or remove it")
+    return value

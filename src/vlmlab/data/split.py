@@ -11,7 +11,7 @@ SPLITS = ("train", "val", "test")
 
 _ALIASES = {
     "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
+    "val": ("val", "valid", "validate", "validation", "dev"),
     "test": ("test", "testing"),
 }
 

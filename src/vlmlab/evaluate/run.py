@@ -13,6 +13,7 @@ import torch
 
 from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.contracts.sample import Sample, SampleSource, references
+from vlmlab.data.skipped import Replaced, note
 from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled, image_names
 from vlmlab.evaluate.metrics.rows import Row, write_rows
 from vlmlab.evaluate.metrics.scoring import predictions_file, score_predictions
@@ -42,7 +43,9 @@ def evaluate_model(model: VLM, cfg: DictConfig, folder: Path, say: Progress = pr
     model.eval()
     scores: dict[str, float] = {}
     for name, benchmark in cfg.data.benchmarks.items():
-        source = Limited(instantiate(benchmark.source), cfg.budget.eval_limit)
+        questions = instantiate(benchmark.source)
+        note(folder, f"data.benchmarks.{name}", getattr(questions, "skipped", []))
+        source = Limited(questions, cfg.budget.eval_limit)
         for baseline in ("", *cfg.evaluation.baselines):
             shown = BASELINES[baseline](source) if baseline else source
             rows = answer(model, cfg, str(name), shown, benchmark.max_new_tokens)
@@ -50,7 +53,7 @@ def evaluate_model(model: VLM, cfg: DictConfig, folder: Path, say: Progress = pr
             say(f"{name}{' ' + baseline if baseline else ''}: {len(rows)} answers")
         metrics = [instantiate(metric, _partial_=True) for metric in benchmark.metrics]
         scores.update(score_predictions(folder, str(name), metrics, list(cfg.evaluation.baselines)))
-    return {**scores, **held_out_losses(model, cfg, say)}
+    return {**scores, **held_out_losses(model, cfg, say, folder)}
 
 
 def answer(model: VLM, cfg: DictConfig, name: str, source: SampleSource, max_new_tokens: int) -> list[Row]:
@@ -64,9 +67,13 @@ def answer(model: VLM, cfg: DictConfig, name: str, source: SampleSource, max_new
     return rows
 
 
-def held_out_losses(model: VLM, cfg: DictConfig, say: Progress = print) -> dict[str, float]:
-    """Mean next-token loss (nats per supervised token) of the named validation sets: right, wrong and no images."""
+def held_out_losses(model: VLM, cfg: DictConfig, say: Progress = print, folder: Path | None = None) -> dict[str, float]:
+    """Mean next-token loss (nats per supervised token) of the named validation sets: right, wrong and no images.
+
+    Rows of real data that cannot be used are replaced by the next usable ones and, with `folder`, written down there.
+    """
     from hydra.utils import instantiate
+    from omegaconf import OmegaConf
 
     losses: dict[str, float] = {}
     for name in cfg.evaluation.held_out:
@@ -75,12 +82,17 @@ def held_out_losses(model: VLM, cfg: DictConfig, say: Progress = print) -> dict[
         limit = cfg.evaluation.held_out_samples
         if cfg.budget.eval_limit is not None:
             limit = min(limit, cfg.budget.eval_limit)
-        source = Limited(instantiate(cfg.data.val[name]), limit)
+        held_out = instantiate(cfg.data.val[name])
+        if OmegaConf.select(cfg, "data.max_bad_fraction") is not None:  # the same rows under every baseline
+            held_out = Replaced(held_out, build_collator(cfg, model, "chat").encoder.train)
+        source = Limited(held_out, limit)
         for baseline in ("", *cfg.evaluation.baselines):
             shown = BASELINES[baseline](source) if baseline else source
             key = f"val/{name}/loss" + (f"/{baseline}" if baseline else "")
             losses[key] = mean_loss(model, cfg, shown)
             say(f"{key}: {losses[key]:.4f}")
+        if folder is not None:
+            note(folder, f"data.val.{name}", getattr(held_out, "skipped", []))
     return losses
 
 

@@ -25,6 +25,7 @@ from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.contracts.sample import SampleSource
 from vlmlab.data.module import Window, Windows, step_loader
 from vlmlab.data.sampler import Order
+from vlmlab.data.skipped import Replaced
 from vlmlab.recipe.base import NonFinite, StageModule
 from vlmlab.recipe.layers import check_layers
 from vlmlab.recipe.stage import Stage, check_divides, parse
@@ -36,6 +37,7 @@ from vlmlab.train.precision import Precision, choose
 from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, stage_table, wandb_logger
 from vlmlab.train.resume import load_last
 from vlmlab.train.signals import Interrupted, Signals
+from vlmlab.train.skips import Skips
 from vlmlab.train.weights import Trainee, build_objectives, mixed_in, plain_key
 
 Builder = Callable[[DictConfig], nn.Module]
@@ -204,10 +206,13 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], trainee: Trainee
         run.say("nothing to train here: skipped")
     else:
         module = kind(trainee.model, stage, trainee.objectives, trainee.rates)
-        data = StageData(cfg, stage, trainee.model, source, prompt, module)
+        skips = Skips(cfg, stage, source, run.folder.path, run.writes)
+        data = StageData(cfg, stage, trainee.model, source, prompt, module, skips.replaces)
         keeper = _keeper(run, stage, module, trainee, home / "last.ckpt")
+        if not module.done:
+            skips.look(data.collate)
         try:
-            _fit(run, module, data, keeper)
+            _fit(run, module, data, keeper, skips)
         finally:
             run.step = module.done
         unmoved = _prove(stage, module, trainee, keeper.before)
@@ -249,10 +254,10 @@ def _fingerprints(trainee: Trainee, saved: dict[str, Any] | None, path: Path) ->
     return before
 
 
-def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper) -> None:
+def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: Skips) -> None:
     """Let Lightning run the optimizer steps that are left."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device list, no tips
-    trainer = _trainer(run, keeper)
+    trainer = _trainer(run, keeper, skips)
     stage = module.stage
     check_divides(stage.batch_size, stage.accumulate, trainer.world_size, f"recipe.stages.{stage.name}")
     try:
@@ -266,7 +271,7 @@ def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper) -> None
         raise
 
 
-def _trainer(run: Run, keeper: Keeper) -> L.Trainer:
+def _trainer(run: Run, keeper: Keeper, skips: Skips) -> L.Trainer:
     settings = run.cfg.trainer
     devices: Any = plain_key(settings, "devices")
     several = devices if isinstance(devices, int) else 2
@@ -279,7 +284,12 @@ def _trainer(run: Run, keeper: Keeper) -> L.Trainer:
         precision=run.precision.name,
         max_epochs=1,
         logger=run.loggers,
-        callbacks=[Recorder(run.folder, every, run.steps_before), Progress(settings.get("progress", "auto")), keeper],
+        callbacks=[
+            skips,
+            Recorder(run.folder, every, run.steps_before),
+            Progress(settings.get("progress", "auto")),
+            keeper,
+        ],
         default_root_dir=str(run.folder.path),
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -299,12 +309,21 @@ class StageData(L.LightningDataModule):
         source: the samples.
         prompt: "plain" or "chat".
         module: says how many steps are done.
+        replace: whether the next usable row stands for one that is not.
     """
 
     def __init__(
-        self, cfg: DictConfig, stage: Stage, model: nn.Module, source: SampleSource, prompt: str, module: StageModule
+        self,
+        cfg: DictConfig,
+        stage: Stage,
+        model: nn.Module,
+        source: SampleSource,
+        prompt: str,
+        module: StageModule,
+        replace: bool = False,
     ) -> None:
         super().__init__()
+        self.replace = replace
         self.cfg, self.stage, self.source, self.module = cfg, stage, source, module
         self.collate = module.collator(cfg, model, prompt)
         if not len(source):
@@ -317,7 +336,8 @@ class StageData(L.LightningDataModule):
         size = min(len(self.source), few) if few else len(self.source)
         order = Order(size, self.stage.batch_size, int(self.cfg.seed), self.stage.name)
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
-        windows = Windows(self.source, self.collate, order, self.stage.steps, rank, ranks, self.stage.accumulate)
+        accumulate = self.stage.accumulate
+        windows = Windows(self.source, self.collate, order, self.stage.steps, rank, ranks, accumulate, self.replace)
         return step_loader(windows, self.module.done, int(self.cfg.trainer.workers))
 
 
@@ -359,8 +379,10 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
     last = run.trainees[kinds[stage.index].build]
     device = torch.device("cuda" if on_gpu(cfg) else "cpu")
     last.model.to(device).requires_grad_(False)
-    source = instantiate(cfg.data.train[stage.data])
     kind = kinds[stage.index]
+    source: SampleSource = instantiate(cfg.data.train[stage.data])
+    if OmegaConf.select(cfg, "data.max_bad_fraction") is not None:
+        source = Replaced(source)
     sample = next((s for s in (source[i] for i in range(min(32, len(source)))) if s.images), source[0])
     one = kind.collator(cfg, last.model, stage.prompt or kind.prompt)([sample])
     done = [read_json(run.weights(s).with_name("stage.json")) or {} for s in stages]

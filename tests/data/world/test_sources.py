@@ -104,6 +104,11 @@ def test_mixed_captions_and_instruct_mix_as_said():
     assert not any("caption" in s.turns[0].kind for s in WorldInstruct("train", 100, caption_fraction=0))
 
 
+def test_no_conversation_is_empty() -> None:
+    source = WorldQuestions("train", 200, multi_turn=True, kinds=["relation"])  # a scene of one object has none
+    assert all({turn.kind for turn in source[index].turns} == {"relation"} for index in range(200))
+
+
 def test_kinds_can_be_chosen():
     source = WorldQuestions("test", 40, kinds=["count", "relation"])
     assert [sample.turns[0].kind for sample in source] == ["count", "relation"] * 20

@@ -127,7 +127,13 @@ class WorldQuestions(_WorldSource):
         self.kinds = check_kinds(kinds)
 
     def _sample(self, index: int) -> Sample:
-        return _dialogue_sample(self._scene(index), self.kinds) if self.multi_turn else self._single(index)
+        return self._several(index) if self.multi_turn else self._single(index)
+
+    def _several(self, index: int) -> Sample:
+        sample, attempt = _dialogue_sample(self._scene(index), self.kinds), 0
+        while not sample.turns:  # few kinds, and a scene that offers none of them
+            sample, attempt = _dialogue_sample(self._scene(index * _STRIDE + attempt), self.kinds), attempt + 1
+        return sample
 
     def _single(self, index: int) -> Sample:
         kind = self.kinds[index % len(self.kinds)]

@@ -1,0 +1,56 @@
+"""The inspect command: ``vlmlab inspect data=...`` shows what a stage's model will see; nothing is loaded."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from vlmlab.cli.entry import ConfigError
+from vlmlab.cli.rules import check, choices_of
+from vlmlab.cli.verb import count, run_verb
+from vlmlab.contracts.errors import UserError
+from vlmlab.recipe.stage import Stage, parse
+from vlmlab.runs.config import plain
+
+
+def inspect_command(cfg: DictConfig) -> None:
+    """Write the page, and say the same in the terminal.
+
+    Raises:
+        ConfigError: the composition breaks a rule, there is no such stage, or a key has a value it cannot have.
+        UserError: the data cannot be opened.
+    """
+    n, checked = count(cfg, "n", 1), count(cfg, "check", 0)
+    try:
+        check(cfg, plain(cfg), choices_of(HydraConfig.get()))
+    except UserError as error:
+        raise ConfigError(str(error)) from error
+    stage = chosen_stage(cfg)
+    from vlmlab.inspection import inspect_stage, say, write_page  # from here on torch
+
+    found = inspect_stage(cfg, stage, n, checked)
+    say(found)
+    print(f"\n{write_page(found, Path(str(cfg.out)))}")
+
+
+def chosen_stage(cfg: DictConfig) -> Stage:
+    """The stage that ``stage`` names, or the last one.
+
+    Raises:
+        ConfigError: the recipe has no such stage.
+    """
+    stages = parse(cfg)
+    if cfg.stage is None:
+        return stages[-1]
+    found = next((stage for stage in stages if stage.name == str(cfg.stage)), None)
+    if found is None:
+        known = ", ".join(stage.name for stage in stages)
+        raise ConfigError(f"stage={cfg.stage} is no stage of this recipe; choose one of {known}")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("inspect", inspect_command))

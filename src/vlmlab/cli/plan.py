@@ -1,0 +1,189 @@
+"""The plan command: ``vlmlab plan preset=... device=...`` says what a recipe needs. Nothing is loaded or trained."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from vlmlab.analyse.text import plain_table
+from vlmlab.cli.entry import ConfigError
+from vlmlab.cli.rules import check, choices_of
+from vlmlab.cli.verb import count, run_verb
+from vlmlab.contracts.errors import UserError
+from vlmlab.recipe.stage import parse
+from vlmlab.runs.config import plain
+from vlmlab.runs.files import write_json
+
+if TYPE_CHECKING:
+    from vlmlab.plan import Device, Settings, StagePlan
+
+
+def plan_command(cfg: DictConfig) -> None:
+    """Print the plan, and write it where ``out`` says.
+
+    Raises:
+        ConfigError: the composition breaks a rule, or a key has a value it cannot have.
+        UserError: the data cannot be read, or the composition cannot be planned.
+    """
+    _check_values(cfg)
+    try:
+        config = plain(cfg)
+        check(cfg, config, choices_of(HydraConfig.get()))
+    except UserError as error:
+        raise ConfigError(str(error)) from error
+    stages = [stage.name for stage in parse(cfg)]
+    lengths = {name: _pair(name, value) for name, value in _per_stage(cfg, "lengths", stages).items()}
+    samples = {name: _samples(name, value) for name, value in _per_stage(cfg, "samples", stages).items()}
+    from vlmlab.plan import Settings, as_json, plan  # from here on torch
+
+    settings = Settings(
+        device=_device(cfg),
+        devices=cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1,
+        mfu=float(cfg.mfu),
+        headroom=float(cfg.headroom),
+        sample=int(cfg.sample),
+        lengths=lengths,
+        samples=samples,
+    )
+    found = plan(cfg, settings)
+    if not found:
+        raise UserError("recipe.stages trains nothing: no part named in train has weights in this composition.")
+    print("\n".join(lines(found, settings)))
+    if cfg.out is not None:
+        write_json(Path(str(cfg.out)), as_json(found, settings))
+        print(f"\n{cfg.out}")
+
+
+def _check_values(cfg: DictConfig) -> None:
+    count(cfg, "sample", 1)
+    for key, least in (("mfu", 0.0), ("headroom", -1.0)):
+        value = cfg[key]
+        if not isinstance(value, int | float) or isinstance(value, bool) or not least < value <= 1 or value < 0:
+            raise ConfigError(f"{key}={value} is no share; give a number from 0 to 1")
+    for key in ("memory", "tflops"):
+        value = cfg[key]
+        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value <= 0):
+            raise ConfigError(f"{key}={value} is not possible; give a number above 0, or null for the device's own")
+
+
+def _per_stage(cfg: DictConfig, key: str, stages: Sequence[str]) -> dict[str, Any]:
+    value: Any = OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key}={value} is no mapping; write '{key}={{{stages[0]}: ...}}'")
+    for name in value:
+        if name not in stages:
+            raise ConfigError(f"{key}.{name} is no stage of this recipe; choose from {', '.join(stages)}")
+    return {str(name): item for name, item in value.items()}
+
+
+def _pair(name: str, value: Any) -> list[int]:
+    pair: list[Any] = value if isinstance(value, list) and len(value) == 2 else [None]
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in pair) or pair[0] < 0 or pair[1] < 1:
+        raise ConfigError(f"lengths.{name}={value} is no pair; give tokens before the answer and of it, as in [20,60]")
+    return pair
+
+
+def _samples(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"samples.{name}={value} is not possible; give a whole number of at least 1")
+    return value
+
+
+def _device(cfg: DictConfig) -> Device:
+    from dataclasses import replace
+
+    from vlmlab.plan import DEVICES
+
+    if cfg.device not in DEVICES:
+        known = ", ".join(DEVICES)
+        raise ConfigError(f"device={cfg.device} is unknown; choose one of {known}, with memory= and tflops= any other")
+    device = DEVICES[cfg.device]
+    if cfg.memory is not None:
+        device = replace(device, name=f"{device.name} with {cfg.memory:g} GB", memory=float(cfg.memory) * 1e9)
+    if cfg.tflops is not None:
+        device = replace(device, name=f"{device.name} at {cfg.tflops:g} TFLOP/s", flops=float(cfg.tflops) * 1e12)
+    return device
+
+
+# -- the tables ------------------------------------------------------------------------------------------------------
+
+
+def lines(found: Sequence[StagePlan], settings: Settings) -> list[str]:
+    """The plan in words and tables."""
+    device, hours = settings.device, sum(stage.hours for stage in found)
+    total = sum(size for size, _ in found[-1].parameters.values())
+    return [
+        f"{settings.devices} x {device.name} ({device.memory / 1e9:.1f} GB, {device.flops / 1e12:g} TFLOP/s in 16 bit)"
+        f" at {settings.mfu:.0%} utilisation: {hours:.3g} h, {hours * settings.devices:.3g} device hours",
+        "",
+        f"parameters, {total:,} in all",
+        *_parameters(found),
+        "",
+        "work, of one sample of mean length",
+        *_work(found),
+        "",
+        "memory of one device in GB, with a micro-batch of the longest samples",
+        *_memory(found),
+        "",
+        *[f"note: {note}" for note in _notes(found, settings)],
+    ]
+
+
+def _parameters(found: Sequence[StagePlan]) -> list[str]:
+    parts = list(dict.fromkeys(part for stage in found for part in stage.parameters))
+    rows = []
+    for part in parts:
+        sizes = [stage.parameters.get(part, (0, 0)) for stage in found]
+        trained = [f"{live:,}" if live else "frozen" for _, live in sizes]
+        rows.append([part, f"{max(size for size, _ in sizes):,}", *trained])
+    return plain_table(["part", "all", *(f"trained in\n{stage.name}" for stage in found)], rows)
+
+
+def _work(found: Sequence[StagePlan]) -> list[str]:
+    head = ["stage", "samples", "steps", "visual\ntokens", "tokens,\nmean", "tokens,\nlongest", "super-\nvised",
+            "forward\nGFLOP", "training\nGFLOP", "hours"]  # fmt: skip
+    rows = [
+        [s.name, f"{s.samples:,}", f"{s.steps:,}", str(s.visual_tokens), f"{s.length:.0f}", f"{s.longest}",
+         f"{s.supervised:.0f}", f"{s.forward / 1e9:,.4g}", f"{s.training / 1e9:,.4g}", f"{s.hours:.3g}"]
+        for s in found
+    ]  # fmt: skip
+    return plain_table(head, rows)
+
+
+def _memory(found: Sequence[StagePlan]) -> list[str]:
+    head = ["stage", "weights", "gradients", "optimizer", "DDP", "micro-\nbatch", "activations", "peak",
+            "largest\nmicro-batch", "model file", "last.ckpt"]  # fmt: skip
+    rows = [
+        [s.name, *(_gb(n) for n in (s.weights, s.gradients, s.optimizer, s.buckets)), str(s.micro_batch),
+         _gb(s.activations), _gb(s.peak), str(s.fits), _gb(s.file), _gb(s.checkpoint)]
+        for s in found
+    ]  # fmt: skip
+    return plain_table(head, rows)
+
+
+def _gb(number: float) -> str:
+    return f"{number / 1e9:.3g}" if number >= 1e7 else f"{number / 1e9:.2g}"
+
+
+def _notes(found: Sequence[StagePlan], settings: Settings) -> list[str]:
+    notes = [f"{s.name}: lengths {s.measured}" for s in found]
+    for s in found:
+        if s.fits >= s.micro_batch:
+            continue
+        key = f"recipe.stages.{s.name}.accumulate"
+        remedy = f"{key}={s.accumulate} fits" if s.accumulate else "not even one sample does"
+        each = f"each sample takes {_gb(s.activations_sample)} GB beside {_gb(s.activations_base)} GB for any"
+        notes.append(
+            f"{s.name}: a micro-batch of {s.micro_batch} does not fit ({each}); {remedy}; "
+            "lm.gradient_checkpointing=true keeps less"
+        )
+    return notes
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("plan", plan_command))

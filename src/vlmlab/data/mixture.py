@@ -1,0 +1,79 @@
+"""Several sources as one, in given shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.sample import Sample, SampleSource
+from vlmlab.data.skipped import Skipped, label
+
+
+class Mixture:
+    """Several sources as one; which sample an index means follows from the arguments alone.
+
+    Every source gets its share of the places exactly (to one), the places are shuffled by seed, and a source's samples
+    come in passes: each once before any comes again.
+
+    Args:
+        sources: the data sets.
+        weights: their shares, in any unit; null: their sizes, so that each sample comes once.
+        size: samples of the mixture; null: those of all sources together.
+        seed: of the places and of what is left out of a source that is not used up.
+
+    Attributes:
+        skipped: what the sources have left out.
+
+    Raises:
+        UserError: no source, a source without samples, or weights that do not fit.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SampleSource],
+        weights: Sequence[float] | None = None,
+        size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        sizes = [len(source) for source in sources]
+        if not sizes or min(sizes) < 1:
+            raise UserError("A mixture needs sources with samples; remove the empty ones from sources.")
+        shares = [float(weight) for weight in (sizes if weights is None else weights)]
+        if len(shares) != len(sizes) or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
+            raise UserError(f"weights={shares} do not fit {len(sizes)} sources; give one number from 0 for each.")
+        total = sum(sizes) if size is None else size
+        if total < 1:
+            raise UserError(f"size={size} leaves no sample of the mixture; use a positive number or null for all.")
+        self.sources = list(sources)
+        draw = np.random.Generator(np.random.PCG64(seed))
+        counts = _counts(shares, total)
+        self._source = np.repeat(np.arange(len(sizes), dtype=np.int32), counts)
+        rows = [
+            np.resize(draw.permutation(n), count) if count else np.zeros(0, np.int64)
+            for n, count in zip(sizes, counts, strict=True)
+        ]
+        places = draw.permutation(total)
+        self._source, self._row = self._source[places], np.concatenate(rows)[places]
+        self.skipped: list[Skipped] = [s for source in sources for s in getattr(source, "skipped", [])]
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.sources[self._source[index]][int(self._row[index])]
+
+    def label(self, index: int) -> str:
+        """The id of a sample, without loading it."""
+        return label(self.sources[self._source[index]], int(self._row[index]))
+
+
+def _counts(shares: Sequence[float], total: int) -> list[int]:
+    """`total` places by shares: whole parts first, the rest to the largest remainders."""
+    wanted = [share / sum(shares) * total for share in shares]
+    counts = [int(number) for number in wanted]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - wanted[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts

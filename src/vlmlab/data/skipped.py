@@ -1,0 +1,281 @@
+"""Rows that cannot be used: collected up to a share, replaced by the next usable row, and written down.
+
+What replaces a bad row depends on the files and its number alone, never on what has been met before. So ranks, workers
+and a run that goes on after a stop all see the same samples without having to agree.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.sample import Sample, SampleSource
+from vlmlab.data.records import Row
+from vlmlab.data.sampler import Order
+
+FILE = "skipped.jsonl"
+"""In the run folder: one row per skipped sample, ``{data, id, reason}``."""
+
+SHOWN = 20
+"""Bad rows named in the message; the file has them all."""
+
+INSIST = 1000
+"""Bad rows in a row after which the search for a usable one is given up."""
+
+T = TypeVar("T")
+Check = Callable[[Sample], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A row that is left out: its id, and why in one sentence."""
+
+    id: str
+    reason: str
+
+
+class TooManyBad(DataError):
+    """More rows cannot be used than the configuration allows.
+
+    Attributes:
+        skipped: all of them.
+        listed: whether there are more than the message shows and the list is worth keeping; where most rows are bad, it
+            is not the rows that are wrong (but, say, the image folder).
+    """
+
+    def __init__(self, message: str, skipped: Sequence[Skipped], total: float) -> None:
+        super().__init__(message)
+        self.skipped = list(skipped)
+        self.listed = SHOWN < len(skipped) < total / 2
+
+
+class Sieve:
+    """Keeps the rows that can be used.
+
+    Args:
+        max_bad_fraction: share of the rows that may be bad; 0: the first bad row is raised.
+
+    Attributes:
+        skipped: the bad rows met so far.
+        seen: rows met so far.
+    """
+
+    def __init__(self, max_bad_fraction: float) -> None:
+        if not 0 <= max_bad_fraction <= 1:
+            raise DataError(f"data.max_bad_fraction={max_bad_fraction} is no share; give a number from 0 to 1")
+        self.limit = max_bad_fraction
+        self.skipped: list[Skipped] = []
+        self.seen = 0
+
+    def rows(self, rows: Iterable[Row | DataError]) -> Iterator[Row]:
+        """The rows that could be read at all; a reader gives an error in place of one that could not."""
+        for row in rows:
+            if not isinstance(row, DataError):
+                yield row
+                continue
+            self.seen += 1
+            self.skip(str(row).partition(":")[0], row)
+
+    def keep(self, rows: Iterable[Row], parse: Callable[[Row], T]) -> list[T]:
+        """What `parse` makes of every row that it does not refuse."""
+        kept = []
+        for row in rows:
+            self.seen += 1
+            try:
+                kept.append(parse(row))
+            except DataError as error:
+                self.skip(_id_of(row), error)
+        return kept
+
+    def skip(self, id_: str, error: DataError) -> None:
+        """Leave a row out, or raise where none may be left out."""
+        if not self.limit:
+            raise error
+        self.skipped.append(Skipped(id_, str(error)))
+
+    def finish(self, where: object) -> list[Skipped]:
+        """The skipped rows; raises TooManyBad where they are more than the share."""
+        check_share(self.skipped, self.seen, self.limit, str(where))
+        return self.skipped
+
+
+def _id_of(row: Row) -> str:
+    given = next((row.data[key] for key in ("id", "question_id", "qid") if row.data.get(key) is not None), None)
+    known = isinstance(given, str | int) and not isinstance(given, bool) and str(given).strip()
+    return str(given)[:200] if known else f"{row.file.stem}-{row.number}"
+
+
+def check_share(skipped: Sequence[Skipped], total: float, limit: float, where: str) -> None:
+    """Raises TooManyBad, naming the rows, where more than `limit` of `total` are bad."""
+    if len(skipped) <= limit * total:
+        return
+    listed = "; ".join(f"({n}) {s.id}: {s.reason}" for n, s in enumerate(skipped[:SHOWN], 1))
+    rest = len(skipped) - SHOWN
+    kept = f", all of them in {FILE} of the run folder" if len(skipped) < total / 2 else ""
+    more = f"; and {rest} more{kept}" if rest > 0 else ""
+    raise TooManyBad(
+        f"{where}: {len(skipped)} of {total:g} rows cannot be used, more than data.max_bad_fraction={limit:g} allows; "
+        f"repair or remove them, or raise that share: {listed}{more}",
+        skipped,
+        total,
+    )
+
+
+def verified(
+    items: Sequence[T],
+    sieve: Sieve,
+    load: Callable[[T], object],
+    name: Callable[[T], str],
+    image: Callable[[T], object] | None = None,
+) -> list[T]:
+    """The items whose images can be decoded; the others are skipped now instead of in the middle of the scoring.
+
+    Args:
+        items: what to look at.
+        sieve: takes the bad ones.
+        load: raises DataError for a bad one.
+        name: id of an item.
+        image: what tells the images of items apart, where several have the same: each is decoded once.
+    """
+    kept = []
+    known: dict[object, DataError | None] = {}
+    for item in items:
+        key = name(item) if image is None else image(item)
+        if key not in known:
+            known[key] = None
+            try:
+                load(item)
+            except DataError as error:
+                known[key] = error
+        found = known[key]
+        if found is None:
+            kept.append(item)
+        else:
+            sieve.skip(name(item), found)
+    return kept
+
+
+def label(source: SampleSource, index: int) -> str:
+    """The id of a sample that may be impossible to load; its number where the source gives no other."""
+    named = getattr(source, "label", None)
+    return str(named(index)) if named is not None else str(index)
+
+
+def next_usable(source: SampleSource, index: int, check: Check | None, skipped: list[Skipped]) -> Sample:
+    """The sample `index`, or the first usable one after it (the first follows the last); a pure function.
+
+    Args:
+        source: the samples.
+        index: number of the sample that is wanted.
+        check: raises DataError for a sample that cannot be used although it can be loaded (too long, no answer).
+        skipped: the bad rows on the way are added here.
+
+    Raises:
+        TooManyBad: `INSIST` rows, or all of them, are bad.
+    """
+    size = len(source)
+    bad: list[Skipped] = []
+    for place in range(index, index + min(size, INSIST)):
+        try:
+            sample = source[place % size]
+            if check is not None:
+                check(sample)
+            skipped += bad
+            return sample
+        except DataError as error:
+            bad.append(Skipped(label(source, place % size), str(error)))
+    skipped += bad
+    check_share(bad, len(bad), 0.0, f"{len(bad)} rows from {bad[0].id} on")
+    raise AssertionError("unreachable")
+
+
+class Replaced:
+    """A source whose bad rows are replaced by the next usable ones.
+
+    Args:
+        source: the samples.
+        check: see `next_usable`.
+
+    Attributes:
+        skipped: the bad rows met so far.
+    """
+
+    def __init__(self, source: SampleSource, check: Check | None = None) -> None:
+        self.source, self.check = source, check
+        self.skipped: list[Skipped] = []
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        return next_usable(self.source, index, self.check, self.skipped)
+
+    def label(self, index: int) -> str:
+        """The id of the sample that is wanted."""
+        return label(self.source, index)
+
+
+def screen(source: SampleSource, check: Check, rows: int, limit: float, where: str) -> list[Skipped]:
+    """Load and check rows before anything trains, all of them or a fixed draw of `rows`; returns the bad ones.
+
+    A draw may only end the run if it leaves little doubt: with three standard deviations above the share.
+
+    Raises:
+        TooManyBad: too many are bad.
+    """
+    size = len(source)
+    drawn = range(size) if size <= rows else Order(size, rows, 0, "screen").window(0)
+    bad: list[Skipped] = []
+    for index in drawn:
+        try:
+            check(source[index])
+        except DataError as error:
+            bad.append(Skipped(label(source, index), str(error)))
+    known = getattr(source, "skipped", [])
+    if size <= rows:
+        check_share([*known, *bad], size + len(known), limit, where)
+    elif len(bad) > limit * rows + 3 * math.sqrt(limit * rows):
+        check_share(bad, rows, limit, f"{where} (a draw of {rows} from {size})")
+    return bad
+
+
+def note(folder: Path, data: str, skipped: Sequence[Skipped]) -> int:
+    """Add rows to the run folder's ``skipped.jsonl``, each once, and return how many of `data` it holds.
+
+    Lines are appended in one write, so that several ranks may do it.
+    """
+    file = folder / FILE
+    ids = {str(row["id"]) for row in noted(folder) if row["data"] == data}
+    lines = []
+    for one in skipped:
+        if one.id not in ids:
+            ids.add(one.id)
+            lines.append(json.dumps({"data": data, "id": one.id, "reason": one.reason}, ensure_ascii=False) + "\n")
+    if lines:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, "".join(lines).encode("utf-8", "backslashreplace"))
+        finally:
+            os.close(handle)
+    return len(ids)
+
+
+def noted(folder: Path) -> list[dict[str, Any]]:
+    """The rows of ``skipped.jsonl``; a torn last line is left out."""
+    file = folder / FILE
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and {"data", "id"} <= row.keys():
+            rows.append(row)
+    return rows

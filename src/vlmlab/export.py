@@ -1,0 +1,177 @@
+"""Trained weights as others read them: ``export("outputs/<name>", folder)``.
+
+    <folder>/lm, encoder            ordinary transformers folders, an adapter merged where it is a change of weights
+    <folder>/connector.safetensors  its state dict; what it is made of stands in config.yaml, the run's own
+    <folder>/adapter.safetensors    an adapter that is no change of weights, for ``vlmlab.adapter.base.load_adapter``
+
+The folders load again as ``lm=hf lm.path=<folder>/lm encoder=hf encoder.path=<folder>/encoder``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, Dinov2Model, SiglipVisionModel
+
+from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.contracts.parts import Encoder
+from vlmlab.encoder.hf import HfEncoder
+from vlmlab.encoder.multi import MultiEncoder
+from vlmlab.encoder.preprocess import FILES, Preprocess
+from vlmlab.model import VLM
+from vlmlab.runs.folder import RunFolder
+from vlmlab.towers import quiet
+
+PROCESSORS: dict[type[nn.Module], str] = {
+    SiglipVisionModel: "SiglipImageProcessor",
+    CLIPVisionModel: "CLIPImageProcessor",
+    Dinov2Model: "BitImageProcessor",
+}
+"""The image processor that goes with a family of towers."""
+
+
+def export(run: str | Path, folder: str | Path) -> dict[str, Path]:
+    """Write what a finished run has trained in the forms of other libraries.
+
+    Args:
+        run: the run folder.
+        folder: a new or empty one.
+
+    Returns:
+        What was written: "lm", "encoder", "connector", "fusion" and "adapter", as far as the run has them.
+
+    Raises:
+        CheckpointError: the run is not finished, or its files do not fit.
+        UserError: the folder has files in it.
+    """
+    from vlmlab.train.run import load_trained
+
+    source = RunFolder(Path(run))
+    if source.result() is None:
+        raise CheckpointError(f"{run} is not finished (no result.json); start its training command again.")
+    cfg = OmegaConf.create(source.config() or {})
+    _check_empty(Path(folder))
+    model = load_trained(cfg, Path(run))
+    assert isinstance(model, VLM)
+    return export_model(model, cfg, Path(folder))
+
+
+def export_model(model: VLM, cfg: DictConfig, folder: Path) -> dict[str, Path]:
+    """The same for a model at hand, on the CPU; its adapters are merged into it or dropped.
+
+    Args:
+        model: a trained composition.
+        cfg: the configuration it was built from.
+        folder: a new or empty one.
+
+    Returns:
+        As ``export``.
+
+    Raises:
+        UserError: the folder has files in it.
+    """
+    _check_empty(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = {
+        "adapter": _taken_apart(model),
+        "connector": {} if model.connector is None else model.connector.state_dict(),
+        "fusion": model.fusion.state_dict(),
+    }
+    written = {"lm": _save_lm(model, folder / "lm")}
+    if model.encoder is not None:
+        written["encoder"] = _save_encoder(model.encoder, cfg.encoder, folder / "encoder")
+    for part, tensors in beside.items():
+        if tensors:
+            written[part] = _save_tensors(tensors, folder / f"{part}.safetensors")
+    OmegaConf.save(cfg, folder / "config.yaml")
+    return written
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} has files in it; export into a new or empty folder.")
+
+
+def _taken_apart(model: VLM) -> dict[str, Tensor]:
+    """Make the towers plain again; the weights of an acting adapter that could not go into theirs, by name."""
+    try:
+        model.merge()
+    except UserError:  # it says so before it changes anything of that tower
+        parts = model.parts()
+        left = {n: p.detach() for part, named in parts.items() if f"{part}.base" in parts for n, p in named}
+        model.switch(None)
+        model.merge()
+        return left
+    return {}
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> Path:
+    """Each tensor with memory of its own, as safetensors wants them."""
+    save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, str(path))
+    return path
+
+
+def _save_lm(model: VLM, folder: Path) -> Path:
+    lm: Any = model.lm
+    with quiet():
+        lm.model.save_pretrained(folder)
+    getattr(lm, "plain_tokenizer", lm.tokenizer).save_pretrained(folder)
+    return folder
+
+
+def _save_encoder(encoder: Encoder, cfg: DictConfig, folder: Path) -> Path:
+    """A transformers folder; one for each encoder of several (encoder/0, ...); one file for raw patches."""
+    if isinstance(encoder, MultiEncoder):
+        for index, (part, node) in enumerate(zip(encoder.encoders, cfg.encoders, strict=True)):
+            _save_encoder(part, node, folder / str(index))
+        return folder
+    folder.mkdir(parents=True)
+    if isinstance(encoder, HfEncoder):
+        assert isinstance(encoder.preprocess, Preprocess)
+        tower = _whole(encoder, cfg)
+        with quiet():
+            tower.save_pretrained(folder)
+        settings = {"image_processor_type": PROCESSORS[type(tower)], **_geometry(encoder.preprocess)}
+        (folder / FILES[0]).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    elif tensors := encoder.state_dict():
+        _save_tensors(tensors, folder / "model.safetensors")
+    return folder
+
+
+def _whole(encoder: HfEncoder, cfg: DictConfig) -> Any:
+    """The tower as it was loaded, layers behind the tapped one and the pooling head included, with what was trained."""
+    tower = instantiate(cfg, layers=None, pooled=True).tower
+    trained = encoder.tower.state_dict()
+    tower.to(max((t.dtype for t in trained.values() if t.is_floating_point()), key=lambda dtype: dtype.itemsize))
+    unknown = tower.load_state_dict(trained, strict=False).unexpected_keys
+    assert not unknown, unknown
+    return tower
+
+
+def _geometry(preprocess: Preprocess) -> dict[str, Any]:
+    """The keys of a ``preprocessor_config.json`` that say the same (padding to a square is a key of the encoder's)."""
+    box = {"height": preprocess.height, "width": preprocess.width}
+    size: dict[str, int] = box
+    if preprocess.shortest_edge is not None:
+        size = {"shortest_edge": preprocess.shortest_edge}
+    elif preprocess.squeeze is not None:
+        size = {"height": preprocess.squeeze[0], "width": preprocess.squeeze[1]}
+    crop = {} if size is box else {"do_center_crop": True, "crop_size": box}
+    return {
+        "size": size,
+        **crop,
+        "image_mean": list(preprocess.mean),
+        "image_std": list(preprocess.std),
+        "resample": preprocess.resample,
+        "do_resize": True,
+        "do_normalize": True,
+        "do_rescale": preprocess.white != 1.0,
+        "rescale_factor": 1 / preprocess.white,
+    }

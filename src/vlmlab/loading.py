@@ -1,0 +1,195 @@
+"""``vlmlab.load(run)``: the model of a finished run, ready to be asked, whatever was trained.
+
+import vlmlab
+model = vlmlab.load("outputs/default")
+print(model.generate("photo.jpg", "What is on the table?"))
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image as Pillow
+from transformers import GenerationConfig
+
+from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
+from vlmlab.data.images import _orientation, _rgb, _upright, load_image
+from vlmlab.model import VLM, build_collator
+from vlmlab.runs.folder import RunFolder
+from vlmlab.train import rng
+from vlmlab.train.run import load_trained
+
+Picture: TypeAlias = "str | Path | Pillow.Image | Image"
+"""A file, a Pillow image, or (H, W, 3) uint8."""
+
+NEW_TOKENS = 64
+ABSENT = object()
+
+
+def load(run: str | Path, overrides: Mapping[str, Any] | None = None, device: str = "auto") -> LoadedModel:
+    """The trained model of a run, after its last stage, in evaluation mode.
+
+    The run's folder may have been moved. Towers that were given by a path are read from there again and must have the
+    same weights; where they have moved as well, say so: ``load(run, {"lm.path": "new/place"})``.
+
+    Args:
+        run: the folder that training printed.
+        overrides: keys of the run's configuration with other values.
+        device: "auto", "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        UserError: no folder of a run, a key that the run does not have, or a device that is not there.
+        CheckpointError: the run is not finished, or its weights do not fit its towers.
+    """
+    folder = RunFolder(Path(run).expanduser())
+    described = folder.config()
+    if described is None:
+        place = f"{folder.path} is no run folder (it has no config.yaml)"
+        raise UserError(f"{place}; give the folder that training printed.")
+    if folder.result() is None:
+        raise CheckpointError(f"{folder.path} is not finished (no result.json); start its training command again.")
+    cfg = OmegaConf.create(described)
+    for key, value in (overrides or {}).items():
+        if OmegaConf.select(cfg, key, default=ABSENT) is ABSENT:
+            raise UserError(f"{key} is no key of {folder.path}; its config.yaml has them all.")
+        OmegaConf.update(cfg, key, value)
+    target = _device(device)
+    with _same_random_numbers():
+        model = load_trained(cfg, folder.path)
+    assert isinstance(model, VLM)
+    return LoadedModel(model.to(target), cfg)
+
+
+class LoadedModel:
+    """A trained composition that answers questions about images.
+
+    Attributes:
+        model: the ``VLM``.
+        config: the run's configuration.
+    """
+
+    def __init__(self, model: VLM, config: DictConfig) -> None:
+        self.model = model
+        self.config = config
+        self._collator = build_collator(config, model, "chat")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def generate(
+        self,
+        image: Picture | Sequence[Picture] | None,
+        question: str,
+        *,
+        max_new_tokens: int = NEW_TOKENS,
+        system: str = "",
+        **options: Any,
+    ) -> str:
+        """The answer to one question, in the chat template the model was trained with; greedy unless options say more.
+
+        Args:
+            image: one image, several in the order of their tags, or None.
+            question: the user's words; ``<image>`` where an image stands, without tags all stand before the words.
+            max_new_tokens: most tokens of the answer.
+            system: the system line; empty keeps the template's own.
+            options: of transformers' ``generate``, as in ``do_sample=True, temperature=0.7, top_p=0.9``.
+
+        Raises:
+            UserError: an image that cannot be used, tags that do not fit the images, or an unknown option.
+        """
+        images = _images(image)
+        tags = question.count(IMAGE_TAG)
+        if tags not in (0, len(images)):
+            raise UserError(
+                f"the question has {_count(tags, IMAGE_TAG + ' tag')} and there {_are(len(images))}; give as many "
+                "images as tags, or leave the tags out: the images then stand before the question."
+            )
+        if images and self.model.encoder is None:
+            raise UserError("this run has no vision (its fusion reads no images); give None for the image.")
+        _check_options(options, self.model)
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={max_new_tokens} is not possible; give a whole number of at least 1.")
+        sample = Sample("question", images, (Turn(question, ""),), system)
+        batch = self._collator.ask([sample]).to(self.device)
+        return self.model.generate(batch, max_new_tokens, **options)[0]
+
+    def __repr__(self) -> str:
+        parts = (self.config.get(name) for name in ("encoder", "connector", "fusion", "lm", "mask"))
+        names = [str(part.get("_target_", "?")).rsplit(".", 1)[-1] for part in parts if part is not None]
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        return f"LoadedModel({', '.join(names)}; {size:,} parameters on {self.device})"
+
+
+def _images(given: Picture | Sequence[Picture] | None) -> tuple[Image, ...]:
+    if given is None:
+        return ()
+    several = given if isinstance(given, (list, tuple)) else [given]
+    return tuple(_image(one) for one in several)
+
+
+def _image(given: Any) -> Image:
+    """(H, W, 3) uint8, by the rules that training's own files are read with."""
+    if isinstance(given, (str, Path)):
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise UserError(f"{path} is no file; give the path of an image, a Pillow image, or None for no image.")
+        real = path.resolve()
+        return load_image(real.name, real.parent)
+    if isinstance(given, Pillow.Image):
+        return np.ascontiguousarray(_upright(_rgb(given), _orientation(given)))
+    if isinstance(given, np.ndarray):
+        if given.dtype == np.uint8 and given.ndim == 3 and given.shape[2] == 3 and given.size:
+            return given
+        raise UserError(f"the image is an array of {given.dtype} {given.shape}; give uint8 of shape (H, W, 3).")
+    raise UserError(f"the image is a {type(given).__name__}; give a path, a Pillow image, a (H, W, 3) array, or None.")
+
+
+def _check_options(options: Mapping[str, Any], model: VLM) -> None:
+    """An unknown option in one sentence; transformers has a paragraph, after the prompt is read."""
+    decode: Any = model.lm.model.generate
+    known = {*vars(GenerationConfig()), *inspect.signature(decode).parameters}
+    for name, value in options.items():
+        if name not in known or name.startswith("_"):
+            raise UserError(f"{name} is no option of transformers' generate; see its GenerationConfig.")
+        if name == "num_return_sequences" and value != 1:
+            raise UserError(f"num_return_sequences={value} is not possible, the answer is one text; ask several times.")
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number or 'no'} {word}{'' if number == 1 else 's'}"
+
+
+def _are(images: int) -> str:
+    return f"{'is' if images == 1 else 'are'} {_count(images, 'image')}"
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device={name} is unknown; choose one of auto, cpu, cuda.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={name} is not there ({torch.cuda.device_count()} GPUs); choose device=cpu or auto.")
+    return device
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Building a model seeds every generator; whoever loads one keeps the random numbers they had."""
+    before = rng.state()
+    try:
+        yield
+    finally:
+        rng.restore(before)

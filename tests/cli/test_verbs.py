@@ -1,0 +1,95 @@
+"""``vlmlab inspect`` and ``vlmlab plan`` as typed: wrong words are one sentence, right ones print and write."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from vlmlab.cli.inspect import inspect_command
+from vlmlab.cli.plan import plan_command
+from vlmlab.cli.verb import run_verb
+
+TASKS = {"inspect": inspect_command, "plan": plan_command}
+
+
+def call(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+) -> tuple[int, str, str]:
+    verb, *words = line.split(" ")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [verb, *words])
+    GlobalHydra.instance().clear()
+    try:
+        code = run_verb(verb, TASKS[verb])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("inspect stage=tune", "stage=tune is no stage of this recipe; choose one of coarse_align,"),
+        ("inspect n=0", "n=0 is not possible; give a whole number of at least 1"),
+        ("inspect check=all", "check=all is not possible"),
+        ("inspect -m n=1,2", "vlmlab inspect looks at one composition"),
+        ("inspect data=vqa", "data.path is needed"),
+        ("inspect connector=mpl", "connector has no choice 'mpl' (did you mean mlp?)"),
+        ("inspect out=no/page.html check=1 n=1", "out=no/page.html: there is no folder no"),
+        ("plan device=v100", "device=v100 is unknown; choose one of a100,"),
+        ("plan mfu=2", "mfu=2 is no share; give a number from 0 to 1"),
+        ("plan memory=0", "memory=0 is not possible"),
+        ("plan sample=0", "sample=0 is not possible"),
+        ("plan lengths={tune:[1,2]}", "lengths.tune is no stage of this recipe; choose from coarse_align,"),
+        ("plan lengths={coarse_align:[1]}", "lengths.coarse_align=[1] is no pair; give tokens before the answer"),
+        ("plan samples.coarse_align=-3", "samples.coarse_align=-3 is not possible"),
+        ("plan lengths=3", "lengths=3 is no mapping; write 'lengths={coarse_align: ...}'"),
+        ("plan mask=visual_rows_open", "mask=visual_rows_open leaks"),
+    ],
+)
+def test_mistakes(
+    line: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, _, err = call(line, monkeypatch, capsys, tmp_path)
+    assert code in (1, 2) and err.startswith("error: ") and sentence in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_writes_a_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, out, err = call("inspect stage=coarse_align n=2 check=3 out=p.html", monkeypatch, capsys, tmp_path)
+    assert (code, err) == (0, "") and out.endswith("\np.html\n") and "nothing is wrong with them" in out
+    assert (tmp_path / "p.html").read_text().count("data:image/png;base64,") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["p.html"]
+
+
+def test_plan_prints_tables_and_writes_numbers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    line = "plan recipe=joint device=h100 trainer.devices=2 sample=2 mfu=0.5 samples.joint=320 out=p.json"
+    code, out, err = call(line, monkeypatch, capsys, tmp_path)
+    assert (code, err) == (0, ""), err
+    assert out.startswith("2 x NVIDIA H100 SXM 80GB (84.9 GB, 989.4 TFLOP/s in 16 bit) at 50% utilisation: ")
+    (stage,) = json.loads((tmp_path / "p.json").read_text())["stages"]
+    assert stage["samples"] == 320 and stage["fits"] > 0 and max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("verb", ["inspect", "plan"])
+def test_help_and_configuration_are_answered_without_torch(verb: str, tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.argv = ['{verb}', *sys.argv[1:]]\n"
+        f"from vlmlab.cli.{verb} import {verb}_command\nfrom vlmlab.cli.verb import run_verb\n"
+        f"code = run_verb('{verb}', {verb}_command)\n"
+        "sys.exit(code or int('torch' in sys.modules))"
+    )
+    for word, said in (("--help", f"vlmlab {verb} "), ("--cfg=job", "seed: 0")):
+        command = [sys.executable, "-c", code, word]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120)
+        assert done.returncode == 0 and said in done.stdout, done.stderr
