@@ -128,7 +128,9 @@ def test_the_console_command_runs_the_verbs(tmp_path: Path) -> None:
     sweep = vlmlab("sweep", "mask=x,bidir")
     assert sweep.returncode == 2 and "mask has no choice 'x'" in sweep.stderr
     wrong = vlmlab("trian")
-    said = "error: vlmlab has no verb 'trian' (did you mean train?); choose one of train, sweep, evaluate, inspect, plan\n"
+    said = (
+        "error: vlmlab has no verb 'trian' (did you mean train?); choose one of train, sweep, evaluate, inspect, plan\n"
+    )
     assert (wrong.returncode, wrong.stderr) == (2, said)
 
 

@@ -14,9 +14,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def command(script: str, *arguments: str, cwd: Path, timeout: float = 3000) -> subprocess.CompletedProcess[str]:
     """``python <script> <arguments>`` from another folder; its output is in the failure message."""
+    return _run([str(ROOT / script), *arguments], cwd, timeout)
+
+
+def verb(*words: str, cwd: Path, timeout: float = 3000) -> subprocess.CompletedProcess[str]:
+    """``vlmlab <words>`` from another folder."""
+    return _run(["-m", "vlmlab.cli", *words], cwd, timeout)
+
+
+def _run(words: list[str], cwd: Path, timeout: float) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments],
+        [sys.executable, *words],
         cwd=cwd, env=environment, text=True, capture_output=True, timeout=timeout, check=False,
     )  # fmt: skip
     print(done.stdout[-6000:], done.stderr[-6000:])

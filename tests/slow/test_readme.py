@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.slow.runs import ROOT, command
+from tests.slow.runs import ROOT, command, verb
 from vlmlab.data.world.sources import WorldQuestions
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,8 @@ README = (ROOT / "README.md").read_text()
 def commands() -> list[str]:
     """Lines of the README that call one of our scripts, without their comments."""
     lines = [line.strip().split("  #")[0] for line in README.splitlines()]
-    lines = [re.split(r"\s{3,}", line)[0] for line in lines if re.match(r"python (train|evaluate)\.py", line)]
+    ours = r"python (train|evaluate)\.py|vlmlab (inspect|plan) "
+    lines = [re.split(r"\s{3,}", line)[0] for line in lines if re.match(ours, line)]
     return list(dict.fromkeys(lines))
 
 
@@ -53,6 +54,10 @@ def test_the_readme_has_commands() -> None:
 def test_every_command_runs(tmp_path: Path) -> None:
     user_files(tmp_path)
     for line in commands():
+        if line.startswith("vlmlab "):
+            done = verb(*shlex.split(line)[1:], cwd=tmp_path)
+            assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+            continue
         script, *arguments = shlex.split(line)[1:]
         if script == "evaluate.py":
             run = next(path for path in (tmp_path / "outputs").iterdir() if (path / "result.json").is_file())
