@@ -9,7 +9,6 @@ The folders load again as ``lm=hf lm.path=<folder>/lm encoder=hf encoder.path=<f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, Dinov2Model, SiglipVisionModel
 
-from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder
 from vlmlab.encoder.hf import HfEncoder
 from vlmlab.encoder.multi import MultiEncoder
-from vlmlab.encoder.preprocess import FILES, Preprocess
+from vlmlab.encoder.preprocess import Preprocess
 from vlmlab.model import VLM
 from vlmlab.runs.folder import RunFolder
 from vlmlab.towers import quiet
@@ -49,14 +48,11 @@ def export(run: str | Path, folder: str | Path) -> dict[str, Path]:
 
     Raises:
         CheckpointError: the run is not finished, or its files do not fit.
-        UserError: the folder has files in it.
+        UserError: there is no such run, or the folder has files in it.
     """
     from vlmlab.train.run import load_trained
 
-    source = RunFolder(Path(run))
-    if source.result() is None:
-        raise CheckpointError(f"{run} is not finished (no result.json); start its training command again.")
-    cfg = OmegaConf.create(source.config() or {})
+    cfg = OmegaConf.create(RunFolder(Path(run)).finished())
     _check_empty(Path(folder))
     model = load_trained(cfg, Path(run))
     assert isinstance(model, VLM)
@@ -122,7 +118,7 @@ def _save_lm(model: VLM, folder: Path) -> Path:
     lm: Any = model.lm
     with quiet():
         lm.model.save_pretrained(folder)
-    getattr(lm, "plain_tokenizer", lm.tokenizer).save_pretrained(folder)
+    lm.plain_tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -138,8 +134,7 @@ def _save_encoder(encoder: Encoder, cfg: DictConfig, folder: Path) -> Path:
         tower = _whole(encoder, cfg)
         with quiet():
             tower.save_pretrained(folder)
-        settings = {"image_processor_type": PROCESSORS[type(tower)], **_geometry(encoder.preprocess)}
-        (folder / FILES[0]).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        encoder.preprocess.save(folder, PROCESSORS[type(tower)])
     elif tensors := encoder.state_dict():
         _save_tensors(tensors, folder / "model.safetensors")
     return folder
@@ -153,25 +148,3 @@ def _whole(encoder: HfEncoder, cfg: DictConfig) -> Any:
     unknown = tower.load_state_dict(trained, strict=False).unexpected_keys
     assert not unknown, unknown
     return tower
-
-
-def _geometry(preprocess: Preprocess) -> dict[str, Any]:
-    """The keys of a ``preprocessor_config.json`` that say the same (padding to a square is a key of the encoder's)."""
-    box = {"height": preprocess.height, "width": preprocess.width}
-    size: dict[str, int] = box
-    if preprocess.shortest_edge is not None:
-        size = {"shortest_edge": preprocess.shortest_edge}
-    elif preprocess.squeeze is not None:
-        size = {"height": preprocess.squeeze[0], "width": preprocess.squeeze[1]}
-    crop = {} if size is box else {"do_center_crop": True, "crop_size": box}
-    return {
-        "size": size,
-        **crop,
-        "image_mean": list(preprocess.mean),
-        "image_std": list(preprocess.std),
-        "resample": preprocess.resample,
-        "do_resize": True,
-        "do_normalize": True,
-        "do_rescale": preprocess.white != 1.0,
-        "rescale_factor": 1 / preprocess.white,
-    }

@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image as Pillow
 from transformers import GenerationConfig
 
-from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
-from vlmlab.data.images import _orientation, _rgb, _upright, load_image
+from vlmlab.data.images import from_pillow, load_image
 from vlmlab.model import VLM, build_collator
 from vlmlab.runs.folder import RunFolder
 from vlmlab.train import rng
@@ -50,13 +50,7 @@ def load(run: str | Path, overrides: Mapping[str, Any] | None = None, device: st
         CheckpointError: the run is not finished, or its weights do not fit its towers.
     """
     folder = RunFolder(Path(run).expanduser())
-    described = folder.config()
-    if described is None:
-        place = f"{folder.path} is no run folder (it has no config.yaml)"
-        raise UserError(f"{place}; give the folder that training printed.")
-    if folder.result() is None:
-        raise CheckpointError(f"{folder.path} is not finished (no result.json); start its training command again.")
-    cfg = OmegaConf.create(described)
+    cfg = OmegaConf.create(folder.finished())
     for key, value in (overrides or {}).items():
         if OmegaConf.select(cfg, key, default=ABSENT) is ABSENT:
             raise UserError(f"{key} is no key of {folder.path}; its config.yaml has them all.")
@@ -146,7 +140,7 @@ def _image(given: Any) -> Image:
         real = path.resolve()
         return load_image(real.name, real.parent)
     if isinstance(given, Pillow.Image):
-        return np.ascontiguousarray(_upright(_rgb(given), _orientation(given)))
+        return from_pillow(given)
     if isinstance(given, np.ndarray):
         if given.dtype == np.uint8 and given.ndim == 3 and given.shape[2] == 3 and given.size:
             return given

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,20 +28,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch
+from vlmlab.train.cost import FLOPS
 from vlmlab.train.weights import Trainee
 
 aten = torch.ops.aten
-FLOPS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    # the CPU's fused attention, which torch's table lacks: shaped like the GPU's
-    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
-}
 
 LARGE = 1 << 16
 """Elements from which on a float tensor computed from real ones loses its values: nothing decides on those."""

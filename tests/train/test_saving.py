@@ -215,10 +215,12 @@ TINY = (
 def test_a_run_is_exported(tmp_path: Path) -> None:
     cfg = composed(*TINY, f"encoder.path={siglip()}", f"lm.path={qwen2()}")
     run, out = tmp_path / "run", tmp_path / "out"
-    with pytest.raises(CheckpointError, match="not finished"):
+    with pytest.raises(UserError, match="no run folder"):
         export(run, out)
     with RunFolder(run) as folder:
         folder.open(plain(cfg))
+        with pytest.raises(CheckpointError, match="not finished"):
+            export(run, out)
         train(cfg, run, lambda model, cfg, folder: {"benchmark/score": 1.0})
     written = export(run, out)
     assert set(written) == {"lm", "encoder", "connector"} and all(path.exists() for path in written.values())

@@ -30,8 +30,7 @@ def evaluate_command(cfg: DictConfig) -> None:
         raise ConfigError(
             f"run={folder} is no run folder (it has no config.yaml); give the folder that training printed"
         )
-    if RunFolder(folder).result() is None:
-        raise CheckpointError(f"{folder} is not finished (no result.json); start its training command again")
+    RunFolder(folder).finished()
     _check_values(cfg)
     from vlmlab.evaluate.run import evaluate  # from here on torch
 

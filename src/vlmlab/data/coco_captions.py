@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from vlmlab.contracts.errors import DataError
-from vlmlab.contracts.sample import Sample, Turn
+from vlmlab.data.captions import Captioned, CaptionSamples
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.records import Row, describe, each_row, read_json
 from vlmlab.data.skipped import Sieve, verified
-from vlmlab.data.split import check_split, split_of, subset
-
-
-@dataclass(frozen=True, slots=True)
-class Captions:
-    """One image and its captions, each with the id of its annotation, in the file's order."""
-
-    image_id: str
-    image: str
-    captions: tuple[tuple[str, str], ...]
+from vlmlab.data.split import check_split, split_of
 
 
 def _number(row: Row, key: str) -> str:
@@ -45,7 +35,7 @@ def parse_caption(row: Row) -> tuple[str, str, str]:
     return _number(row, "id"), _number(row, "image_id"), row.untagged(row.get("caption"), "caption")
 
 
-class CocoCaptions:
+class CocoCaptions(CaptionSamples):
     """Captions as samples; the file is read and checked at once, pixels when a sample is asked for.
 
     Without `test_path`, train, val and test are drawn from `path` by a hash of the image's file name; with it, the
@@ -93,39 +83,22 @@ class CocoCaptions:
         verify: bool = False,
     ) -> None:
         check_split(split, val_fraction, test_fraction)
-        self._prompt = prompt
         sieve = Sieve(max_bad_fraction)
         if test_path is not None and split == "test":
-            self._folder = ImageFolder(images if test_images is None else test_images)
-            found = read_captions(Path(test_path).expanduser(), self._folder, sieve)
+            folder = ImageFolder(images if test_images is None else test_images)
+            found = read_captions(Path(test_path).expanduser(), folder, sieve)
         else:
-            self._folder = ImageFolder(images)
+            folder = ImageFolder(images)
             file = Path(path).expanduser()
             fractions = (val_fraction, 0.0 if test_path is not None else test_fraction)
-            found = _of_split(file, read_captions(file, self._folder, sieve), split, fractions, split_seed)
+            found = _of_split(file, read_captions(file, folder, sieve), split, fractions, split_seed)
         if verify:
-            found = verified(found, sieve, lambda c: self._folder.load(c.image), lambda c: c.image_id)
+            found = verified(found, sieve, lambda c: folder.load(c.image), lambda c: c.id)
         self.skipped = sieve.finish(path)
-        items = [(c.image_id, c, c.captions) for c in found]
-        if not all_references:
-            items = [(id_, c, ((id_, text),)) for c in found for id_, text in c.captions]
-        self._items = [items[i] for i in subset([name for name, _, _ in items], size, seed)]
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: int) -> Sample:
-        name, captions, chosen = self._items[index]
-        texts = tuple(text for _, text in chosen)
-        turn = Turn(self._prompt, texts[0], "caption", texts if len(texts) > 1 else ())
-        return Sample(name, (self._folder.load(captions.image),), (turn,), image_ids=(captions.image,))
-
-    def label(self, index: int) -> str:
-        """The id of a sample, without loading it."""
-        return self._items[index][0]
+        super().__init__(found, folder, prompt, all_references, size, seed)
 
 
-def read_captions(file: Path, folder: ImageFolder, sieve: Sieve | None = None) -> list[Captions]:
+def read_captions(file: Path, folder: ImageFolder, sieve: Sieve | None = None) -> list[Captioned]:
     """All images of a captions file that have captions, in the file's order.
 
     Raises:
@@ -164,12 +137,12 @@ def read_captions(file: Path, folder: ImageFolder, sieve: Sieve | None = None) -
 
     sieve.keep(sieve.rows(each_row(file, content["annotations"], "'annotations'", "row of 'annotations'")), caption)
     sieve.finish(file)
-    return [Captions(id_, names[id_], tuple(texts)) for id_, texts in captions.items() if texts]
+    return [Captioned(id_, names[id_], tuple(texts)) for id_, texts in captions.items() if texts]
 
 
 def _of_split(
-    file: Path, found: Sequence[Captions], split: str | None, fractions: tuple[float, float], seed: int
-) -> list[Captions]:
+    file: Path, found: Sequence[Captioned], split: str | None, fractions: tuple[float, float], seed: int
+) -> list[Captioned]:
     kept = [c for c in found if split in (None, split_of(c.image, *fractions, seed))]
     if not kept:
         problem = f"has no captioned image for the split '{split}' ({len(found)} in all)"

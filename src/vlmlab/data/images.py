@@ -123,7 +123,7 @@ def decode_image(file: IO[bytes], name: str) -> Image:
                 if width * height > MAX_PIXELS:
                     raise Pillow.DecompressionBombError(f"{width} x {height} pixels")
                 image.load()
-                return np.ascontiguousarray(_upright(_rgb(image), _orientation(image)))
+                return from_pillow(image)
     except Pillow.DecompressionBombError:
         limit = f"more than {MAX_PIXELS:,} pixels"
         raise DataError(f"Image {name} claims {limit}; shrink it or remove its row") from None
@@ -133,6 +133,11 @@ def decode_image(file: IO[bytes], name: str) -> Image:
     except Exception as error:  # decoders of damaged files raise nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"Image {name} cannot be decoded ({reason}); replace the file or remove its row") from None
+
+
+def from_pillow(image: Pillow.Image) -> Image:
+    """(H, W, 3) uint8 of an opened image: upright as its EXIF says, its first frame, in RGB."""
+    return np.ascontiguousarray(_upright(_rgb(image), _orientation(image)))
 
 
 def _orientation(image: Pillow.Image) -> int:

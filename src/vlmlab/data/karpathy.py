@@ -6,17 +6,16 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmlab.contracts.errors import DataError
-from vlmlab.contracts.sample import Sample, Turn
+from vlmlab.data.captions import Captioned, CaptionSamples
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.place import find_files
 from vlmlab.data.records import Row, read_each, read_text
 from vlmlab.data.skipped import Sieve, verified
-from vlmlab.data.split import check_split, named_split, split_of, subset
+from vlmlab.data.split import check_split, named_split, split_of
 
 SUFFIXES = (".json", ".csv", ".token")
 RESTVAL = "restval"
@@ -24,17 +23,7 @@ RESTVAL = "restval"
 train on them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Captioned:
-    """One image, its captions with their ids, and the file's word for its split ("" where it has none)."""
-
-    id: str
-    image: str
-    captions: tuple[tuple[str, str], ...]
-    split: str
-
-
-class KarpathyCaptions:
+class KarpathyCaptions(CaptionSamples):
     """Captions as samples; the file is read and checked at once, pixels when a sample is asked for.
 
     Args:
@@ -78,36 +67,20 @@ class KarpathyCaptions:
         verify: bool = False,
     ) -> None:
         check_split(split, val_fraction, test_fraction)
-        self._prompt, self._folder = prompt, ImageFolder(images)
+        folder = ImageFolder(images)
         fractions = (val_fraction, test_fraction)
         sieve = Sieve(max_bad_fraction)
         found: list[Captioned] = []
         for file in find_files(path, SUFFIXES):
-            found += sieve.keep(sieve.rows(_rows(file)), lambda row: parse_captioned(row, self._folder))
+            found += sieve.keep(sieve.rows(_rows(file)), lambda row: parse_captioned(row, folder))
         sieve.finish(path)
         kept = [c for c in found if split is None or _split(c, restval, fractions, split_seed) == split]
         if not kept:
             raise DataError(f"{path} has no image for the split '{split}' ({len(found)} in all); give the whole file")
         if verify:
-            kept = verified(kept, sieve, lambda c: self._folder.load(c.image), lambda c: c.id)
+            kept = verified(kept, sieve, lambda c: folder.load(c.image), lambda c: c.id)
         self.skipped = sieve.finish(path)
-        items = [(c.id, c.image, c.captions) for c in kept]
-        if not all_references:
-            items = [(id_, c.image, ((id_, text),)) for c in kept for id_, text in c.captions]
-        self._items = [items[i] for i in subset([name for name, _, _ in items], size, seed)]
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: int) -> Sample:
-        name, image, captions = self._items[index]
-        texts = tuple(text for _, text in captions)
-        turn = Turn(self._prompt, texts[0], "caption", texts if len(texts) > 1 else ())
-        return Sample(name, (self._folder.load(image),), (turn,), image_ids=(image,))
-
-    def label(self, index: int) -> str:
-        """The id of a sample, without loading it."""
-        return self._items[index][0]
+        super().__init__(kept, folder, prompt, all_references, size, seed)
 
 
 def parse_captioned(row: Row, folder: ImageFolder) -> Captioned:

@@ -57,6 +57,37 @@ class Preprocess:
             picture = picture.crop((left, top, left + self.width, top + self.height))
         return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
+    def save(self, folder: Path, processor: str) -> None:
+        """Write the ``preprocessor_config.json`` that says the same (padding to a square is a key of the encoder's).
+
+        Args:
+            folder: where the tower is.
+            processor: class of transformers that reads it, such as ``SiglipImageProcessor``.
+        """
+        settings = {"image_processor_type": processor, **self._geometry()}
+        (folder / FILES[0]).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _geometry(self) -> dict[str, Any]:
+        """The keys of transformers' image processors."""
+        box = {"height": self.height, "width": self.width}
+        size: dict[str, int] = box
+        if self.shortest_edge is not None:
+            size = {"shortest_edge": self.shortest_edge}
+        elif self.squeeze is not None:
+            size = {"height": self.squeeze[0], "width": self.squeeze[1]}
+        crop = {} if size is box else {"do_center_crop": True, "crop_size": box}
+        return {
+            "size": size,
+            **crop,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "resample": self.resample,
+            "do_resize": True,
+            "do_normalize": True,
+            "do_rescale": self.white != 1.0,
+            "rescale_factor": 1 / self.white,
+        }
+
     def at(self, height: int, width: int) -> Preprocess:
         """The same for a tower that takes `height` x `width` pixels: what is cut off stays the same share."""
         share = min(height, width) / min(self.height, self.width)

@@ -37,6 +37,7 @@ class HfLanguageModel(nn.Module):
 
     Attributes:
         own_tokenizer: whether `tokenizer` is this LM's; on the meta device it may be the embedded one.
+        plain_tokenizer: the tokenizer that is saved beside the model.
 
     Raises:
         UserError: the path is neither a folder nor reachable, the tokenizer has no chat template or end token,
@@ -90,7 +91,7 @@ class HfLanguageModel(nn.Module):
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer = self.plain_tokenizer = tokenizer
         self.image_token = image_token
         self.image_id = token_id(tokenizer, image_token)
         self.width = _embeddings(model).embedding_dim

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 import yaml
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.runs.config import config_hash, differences
 from vlmlab.runs.environment import code_fingerprint, environment
 from vlmlab.runs.files import read_json, read_rows, write_atomic, write_json
@@ -154,6 +154,22 @@ class RunFolder:
                 "train again with fresh=true"
             )
         return result
+
+    def finished(self) -> dict[str, Any]:
+        """The configuration of a finished run.
+
+        Raises:
+            UserError: this is no folder of a run.
+            CheckpointError: the run is not finished.
+        """
+        config = self.config()
+        if config is None:
+            raise UserError(
+                f"{self.path} is no run folder (it has no config.yaml); give the folder that training printed"
+            )
+        if self.result() is None:
+            raise CheckpointError(f"{self.path} is not finished (no result.json); start its training command again")
+        return config
 
     def state(self) -> dict[str, Any]:
         """``state.json``, or an empty dict; ``running`` without a living process reads ``interrupted``."""

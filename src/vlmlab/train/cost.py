@@ -4,13 +4,43 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+    shape_wrapper,
+)
 
 from vlmlab.contracts.tensors import Batch, Outputs
+
+Shape = tuple[int, ...]
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""The CPU's fused attention, which torch's table lacks, by the shapes of its arguments: counted as the GPU's."""
+
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    **{operator: shape_wrapper(formula) for operator, formula in CPU_ATTENTION.items()},
+}
+"""Floating-point operations of every operator that has any, by its arguments and ``out_val``."""
 
 
 def sample_cost(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -22,7 +52,7 @@ def sample_cost(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with torch.no_grad(), counter:
         outputs = model(batch)
     for module, training in modes.items():

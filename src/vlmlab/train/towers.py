@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vlmlab.contracts.sample import SampleSource
+from vlmlab.encoder.preprocess import Preprocess
 from vlmlab.model import VLM, DualEncoder
 from vlmlab.recipe.contrastive import ContrastiveModule
 from vlmlab.towers import quiet, tower_hash
@@ -70,9 +70,10 @@ class ExportTowers:
         score = {"towers/retrieval_at_1": self._retrieval(dual, cfg)}
         vision, lm = folder / "towers" / "vision", folder / "towers" / "lm"
         _save(dual.encoder.tower, vision)
-        _save_preprocess(dual.encoder.preprocess, vision)
+        assert isinstance(dual.encoder.preprocess, Preprocess)
+        dual.encoder.preprocess.save(vision, "SiglipImageProcessor")
         _save(language.lm.model, lm)
-        getattr(language.lm, "plain_tokenizer", language.lm.tokenizer).save_pretrained(lm)
+        language.lm.plain_tokenizer.save_pretrained(lm)
         card = _card(cfg, costs, {**metrics, **score}, vision, lm)
         (folder / "towers" / "README.md").write_text(card, encoding="utf-8")
         return score
@@ -120,18 +121,3 @@ def _save(model: Any, folder: Path) -> None:
     with quiet():
         model.to(torch.float16).save_pretrained(folder)
     model.to(dtype)
-
-
-def _save_preprocess(preprocess: Any, folder: Path) -> None:
-    settings = {
-        "image_processor_type": "SiglipImageProcessor",
-        "size": {"height": preprocess.height, "width": preprocess.width},
-        "image_mean": list(preprocess.mean),
-        "image_std": list(preprocess.std),
-        "resample": preprocess.resample,
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "rescale_factor": 1 / 255,
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
