@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlmlab.data.world.draw import GRID
+from vlmlab.data.world.loose import LooseScene, covering
 from vlmlab.data.world.scene import Object, Scene
 from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.words import COLOR, NUMBERS, SHAPE, SIZE, TEXTURE, Lexicon, lexicon, phrase, with_article
 
 REFERENCES = 5
+_EMPTY = "empty empty empty empty"
 _PLACES = ("on the left", "on the right", "at the top", "at the bottom", "in the middle")
 _SIZE_NAMED = (0.45, 0.3)
 """How often people name the size of a (large, small) object; likewise its texture below."""
@@ -41,14 +43,24 @@ def cell_words(thing: Object) -> str:
 def cells_caption(scene: Scene) -> str:
     """The 16 cells in raster order, four words each: size, colour, texture and shape, or four times ``empty``."""
     inside = {(thing.row, thing.col): full_phrase(scene, thing) for thing in scene.objects}
-    nothing = " ".join(["empty"] * 4)
-    return "".join(f" {inside.get(divmod(place, GRID), nothing)}" for place in range(GRID * GRID))
+    return "".join(f" {inside.get(divmod(place, GRID), _EMPTY)}" for place in range(GRID * GRID))
 
 
 def placed_cells_caption(scene: Scene) -> str:
     """``cells_caption`` with the cell's own name before its four words: ``onetwo large red striped ring``."""
-    words = cells_caption(scene).split()
+    return _placed_cells(cells_caption(scene).split())
+
+
+def _placed_cells(words: Sequence[str]) -> str:
+    """The names of the 16 cells, each with its four words."""
     return "".join(f" {' '.join([name, *words[4 * i : 4 * i + 4]])}" for i, name in enumerate(placed_names()))
+
+
+def loose_caption(scene: LooseScene) -> str:
+    """The same for a loose scene: each cell names the shape that covers most of it."""
+    known = COLOR | SHAPE | SIZE | TEXTURE
+    told = [_EMPTY if kind is None else phrase("base", known, kind) for kind in covering(scene)]
+    return _placed_cells(" ".join(told).split())
 
 
 def compound_caption(scene: Scene) -> str:

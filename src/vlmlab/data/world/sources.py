@@ -7,11 +7,20 @@ from collections.abc import Sequence
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, Turn
+from vlmlab.data.world.captions import loose_caption
 from vlmlab.data.world.draw import render
+from vlmlab.data.world.loose import render_loose, sample_loose
 from vlmlab.data.world.questions import View, check_kinds, dialogue, draw_class, single
 from vlmlab.data.world.scene import Scene, check_split, sample_scene, scene_id
 from vlmlab.data.world.stream import Stream
-from vlmlab.data.world.text import CAPTION_REQUEST, FORMS, caption_turn, check_forms, text_sample
+from vlmlab.data.world.text import (
+    CAPTION_REQUEST,
+    FORMS,
+    PLACED_CELLS_PROMPT,
+    caption_turn,
+    check_forms,
+    text_sample,
+)
 from vlmlab.data.world.words import COLOR, SHAPE, lexicon, phrase
 
 STYLES = ("short", "dense", "mixed", "cells", "placed_cells")
@@ -38,8 +47,7 @@ class _WorldSource(ABC):
     def __init__(self, split: str, size: int, seed: int = 0, domain: str = "base") -> None:
         check_split(split)
         lexicon(domain)
-        if size < 1:
-            raise UserError(f"The world cannot have {size} samples; set size to 1 or more.")
+        _check_size(size)
         self.split = split
         self.size = size
         self.seed = seed
@@ -96,6 +104,34 @@ class WorldCaptions(_WorldSource):
     def _sample(self, index: int) -> Sample:
         style = self._stream(index, "style").choice(STYLES[:2]) if self.style == "mixed" else self.style
         return _caption_sample(self._scene(index), style)
+
+
+class LooseCaptions:
+    """Loose shapes, told cell by cell as ``placed_cells`` does: what the vision tower learns to see beyond the grid.
+
+    Args:
+        split: train, val or test.
+        size: number of samples.
+        seed: another seed gives other scenes.
+
+    Raises:
+        UserError: for an unknown split or a size below 1.
+    """
+
+    def __init__(self, split: str, size: int, seed: int = 0) -> None:
+        check_split(split)
+        _check_size(size)
+        self.split, self.size, self.seed = split, size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.size:
+            raise IndexError(f"sample {index} of {self.size}")
+        scene = sample_loose(self.split, index, self.seed)
+        turn = Turn(PLACED_CELLS_PROMPT, loose_caption(scene), "cells_caption")
+        return Sample(scene.id, (render_loose(scene),), (turn,), image_ids=(scene.id,))
 
 
 class WorldQuestions(_WorldSource):
@@ -251,6 +287,11 @@ class WorldText(_WorldSource):
         return text_sample(self._scene(index), form, self.focus, self.caption_fraction)
 
 
+def _check_size(size: int) -> None:
+    if size < 1:
+        raise UserError(f"The world cannot have {size} samples; set size to 1 or more.")
+
+
 def _check_share(caption_fraction: float) -> None:
     if not 0 <= caption_fraction <= 1:
         raise UserError(f"caption_fraction is a share and cannot be {caption_fraction}; set it within 0 to 1.")
@@ -259,6 +300,7 @@ def _check_share(caption_fraction: float) -> None:
 __all__ = [
     "FORMS",
     "STYLES",
+    "LooseCaptions",
     "WorldCaptions",
     "WorldInstruct",
     "WorldInterleaved",
