@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.data.llava import LlavaJson
 from vlmlab.data.parquet import LlavaParquet, ParquetRows, VqaParquet, to_tar
 from vlmlab.data.skipped import TooManyBad
@@ -46,6 +47,13 @@ def recap(number: int, **more: Any) -> dict[str, Any]:
 def write(file: Path, rows: list[dict[str, Any]], schema: Any = RECAP, group: int = 3) -> str:
     pq.write_table(pa.Table.from_pylist(rows, schema), file, row_group_size=group)
     return str(file)
+
+
+def test_without_pyarrow_the_command_that_installs_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    for source in (LlavaParquet, VqaParquet):
+        with pytest.raises(UserError, match=r"need the package pyarrow.* pip install 'vlmlab\[parquet\]'"):
+            source("anything.parquet")
 
 
 def test_rows_are_found_across_groups_and_shards(tmp_path: Path) -> None:
