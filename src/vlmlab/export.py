@@ -1,4 +1,4 @@
-"""Trained weights as others read them: ``export("outputs/<name>", folder)``.
+"""Trained weights as others read them: ``vlmlab export run=outputs/<name> to=<folder>``, or ``export(run, folder)``.
 
     <folder>/lm, encoder            ordinary transformers folders, an adapter merged where it is a change of weights
     <folder>/connector.safetensors  its state dict; what it is made of stands in config.yaml, the run's own
@@ -25,6 +25,7 @@ from vlmlab.encoder.hf import HfEncoder
 from vlmlab.encoder.multi import MultiEncoder
 from vlmlab.encoder.preprocess import Preprocess
 from vlmlab.model import VLM
+from vlmlab.runs.files import is_free
 from vlmlab.runs.folder import RunFolder
 from vlmlab.towers import quiet
 
@@ -91,7 +92,7 @@ def export_model(model: VLM, cfg: DictConfig, folder: Path) -> dict[str, Path]:
 
 
 def _check_empty(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_free(folder):
         raise UserError(f"{folder} has files in it; export into a new or empty folder.")
 
 

@@ -15,14 +15,15 @@ from hydra.core.global_hydra import GlobalHydra
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import guard, run_command
 from vlmlab.cli.evaluate import evaluate_command
+from vlmlab.cli.export import export_command
 from vlmlab.cli.train import train_command
 
-TASKS = {"train": train_command, "evaluate": evaluate_command}
+TASKS = {"train": train_command, "evaluate": evaluate_command, "export": export_command}
 Answer = tuple[int, str, str, float]
 
 
 def ask(line: str) -> Answer:
-    """``train a=b`` or ``evaluate run=x``; the current folder is where it runs. The last number is in CPU seconds."""
+    """``train a=b``, ``evaluate run=x``, ``export run=x to=y``, in the current folder; the last number: CPU seconds."""
     verb, *arguments = line.split(" ")
     conf, before = str(conf_folder()), sys.argv
     sys.argv = [verb, *arguments]

@@ -129,17 +129,17 @@ def test_the_console_command_runs_the_verbs(tmp_path: Path) -> None:
     assert sweep.returncode == 2 and "mask has no choice 'x'" in sweep.stderr
     wrong = vlmlab("trian")
     said = (
-        "error: vlmlab has no verb 'trian' (did you mean train?); choose one of train, sweep, evaluate, inspect, plan\n"
+        "error: vlmlab has no verb 'trian' (did you mean train?); choose one of train, sweep, evaluate, inspect, plan"
     )
-    assert (wrong.returncode, wrong.stderr) == (2, said)
+    assert (wrong.returncode, wrong.stderr) == (2, f"{said}, export\n")
 
 
 @pytest.mark.parametrize(
     ("words", "code", "start"),
     [
-        ([], 0, "usage: vlmlab train|sweep|evaluate|inspect|plan"),
-        (["--help"], 0, "usage: vlmlab train|sweep|evaluate|inspect|plan"),
-        (["xyz"], 2, "error: vlmlab has no verb 'xyz'; choose one of train, sweep, evaluate, inspect, plan"),
+        ([], 0, "usage: vlmlab train|sweep|evaluate|inspect|plan|export"),
+        (["--help"], 0, "usage: vlmlab train|sweep|evaluate|inspect|plan|export"),
+        (["xyz"], 2, "error: vlmlab has no verb 'xyz'; choose one of train, sweep, evaluate, inspect, plan, export"),
         (
             ["mask=causal", "seed=1"],
             2,

@@ -120,6 +120,15 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     "evaluate run=outputs/finished limit=0": (2, r"limit=0 is not possible"),
     "evaluate run=outputs/finished batch_size=-4": (2, r"batch_size=-4 is not possible"),
     "evaluate run=outputs/finished device=gpu0": (2, r"device=gpu0 is unknown; choose one of auto, cpu, cuda"),
+    # export
+    "export": (2, r"which run\? write run=<folder>, as in: vlmlab export run=outputs/default to=exported"),
+    "export run=nowhere to=out": (2, r"run=nowhere is no run folder"),
+    "export run=outputs/unfinished to=out": (1, r"outputs/unfinished is not finished \(no result.json\)"),
+    "export run=outputs/damaged to=out": (1, r"damaged/config.yaml is damaged \(line 1: expected .*\); restore it"),
+    "export run=outputs/finished": (2, r"where to\? write to=<folder>"),
+    "export run=outputs/finished to=.": (2, r"to=. has files in it; give a new or empty folder"),
+    "export run=outputs/finished to={f}/afile": (2, r"afile has files in it; give a new or empty folder"),
+    "export run=outputs/finished too=out": (2, r"no key 'too' .*\(did you mean to\?\)"),
 }  # fmt: skip
 
 # Answered by the parts themselves, before the first step.
@@ -155,6 +164,8 @@ BUILDING: dict[str, tuple[int, str]] = {
         r"model.safetensors lacks .*; load it with",
     ),
     "evaluate run=outputs/broken_weights": (1, r"model.safetensors cannot be read"),
+    "export run=outputs/broken_weights to=out": (1, r"model.safetensors cannot be read"),
+    "export run=outputs/other_weights to={f}/afile/out": (1, r"model.safetensors lacks .*; load it with"),
 }
 
 
@@ -251,7 +262,11 @@ def other_weights(folder: Path) -> None:
 
 @pytest.mark.parametrize("line", BUILDING)
 def test_a_part_that_cannot_be_built_says_why(line: str, folder: Path, other_weights: None) -> None:
-    run = "" if line.startswith("evaluate") else f" hydra.run.dir={folder}/runs/{len(list(folder.glob('runs/*')))}"
+    run = (
+        ""
+        if line.startswith(("evaluate", "export"))
+        else f" hydra.run.dir={folder}/runs/{len(list(folder.glob('runs/*')))}"
+    )
     is_one_sentence(ask(line.replace("{f}", str(folder)) + run), *BUILDING[line])
 
 

@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 def commands() -> list[str]:
     """Lines of the README that call one of our scripts, without their comments."""
     lines = [line.strip().split("  #")[0] for line in README.splitlines()]
-    ours = r"python (train|evaluate)\.py|vlmlab (inspect|plan) "
+    ours = r"python (train|evaluate)\.py|vlmlab (inspect|plan|export) "
     lines = [re.split(r"\s{3,}", line)[0] for line in lines if re.match(ours, line)]
     return list(dict.fromkeys(lines))
 
@@ -47,6 +47,11 @@ def user_files(folder: Path) -> None:
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
 
 
+def finished(folder: Path) -> Path:
+    """A run that an earlier command has finished."""
+    return next(path for path in (folder / "outputs").iterdir() if (path / "result.json").is_file())
+
+
 def test_the_readme_has_commands() -> None:
     assert len(commands()) >= 9
 
@@ -55,13 +60,13 @@ def test_every_command_runs(tmp_path: Path) -> None:
     user_files(tmp_path)
     for line in commands():
         if line.startswith("vlmlab "):
-            done = verb(*shlex.split(line)[1:], cwd=tmp_path)
+            words = [f"run={finished(tmp_path)}" if "<name>" in w else w for w in shlex.split(line)[1:]]
+            done = verb(*words, cwd=tmp_path)
             assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
             continue
         script, *arguments = shlex.split(line)[1:]
         if script == "evaluate.py":
-            run = next(path for path in (tmp_path / "outputs").iterdir() if (path / "result.json").is_file())
-            arguments = [f"run={run}"]
+            arguments = [f"run={finished(tmp_path)}"]
         elif not {"--help", "--cfg"} & set(arguments):
             arguments.append("budget=test")
         done = command(script, *arguments, cwd=tmp_path)

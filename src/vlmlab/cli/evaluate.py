@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
-from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError, guard, run_command
-from vlmlab.contracts.errors import CheckpointError, UserError
-from vlmlab.runs.folder import RunFolder
+from vlmlab.cli.finished import finished_run
 
 
 def evaluate_command(cfg: DictConfig) -> None:
@@ -23,33 +20,13 @@ def evaluate_command(cfg: DictConfig) -> None:
         ConfigError: ``run`` is missing or no folder of a run, or a key has a value it cannot have.
         CheckpointError: the run is not finished.
     """
-    if OmegaConf.is_missing(cfg, "run"):
-        raise ConfigError("which run? write run=<folder>, as in: python evaluate.py run=outputs/default")
-    folder = Path(str(cfg.run))
-    if _config(folder) is None:
-        raise ConfigError(
-            f"run={folder} is no run folder (it has no config.yaml); give the folder that training printed"
-        )
-    RunFolder(folder).finished()
+    folder = finished_run(cfg, "python evaluate.py run=outputs/default")
     _check_values(cfg)
     from vlmlab.evaluate.run import evaluate  # from here on torch
 
     if str(cfg.device).startswith("cuda"):
         _check_gpu(str(cfg.device))
     evaluate(folder, cfg)
-
-
-def _config(folder: Path) -> dict[str, Any] | None:
-    """The run's configuration, or None where there is no run; whoever scores a run can only restore a damaged one."""
-    try:
-        return RunFolder(folder).config()
-    except UserError as error:
-        cause = error.__cause__
-        mark = getattr(cause, "problem_mark", None)
-        why = f"line {mark.line + 1}: {getattr(cause, 'problem', cause)}" if mark else "it is no configuration"
-        raise CheckpointError(
-            f"{folder / 'config.yaml'} is damaged ({why}); restore it, or train the run again"
-        ) from error
 
 
 def _check_values(cfg: DictConfig) -> None:

@@ -12,8 +12,13 @@ class EmbeddedEncoder(HfEncoder):
     """The shipped vision tower, loaded through the same code as any real one.
 
     Args:
-        layers, pooled: see ``HfEncoder``.
+        layers, pooled, image_size: see ``HfEncoder``.
     """
 
-    def __init__(self, layers: Sequence[int] | None = None, pooled: bool = False) -> None:
-        super().__init__(path=str(embedded("vision")), layers=layers, pooled=pooled)
+    def __init__(
+        self,
+        layers: Sequence[int] | None = None,
+        pooled: bool = False,
+        image_size: int | Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(path=str(embedded("vision")), layers=layers, pooled=pooled, image_size=image_size)

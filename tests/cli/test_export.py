@@ -1,0 +1,52 @@
+"""``vlmlab export`` as typed: a run that was trained by the real command, read again as others would."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from asking import ask
+from transformers import AutoModelForCausalLM, AutoTokenizer, SiglipVisionModel
+
+RUN = (
+    "recipe=joint budget.max_steps=1 budget.eval_limit=2 recipe.stages.joint.batch_size=4 adapter=lora "
+    "trainer.accelerator=cpu trainer.progress=false evaluation.baselines=[] evaluation.held_out=[] "
+    "~data.benchmarks.world_captions ~data.benchmarks.world_compositional"
+)
+
+
+def test_a_run_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, out = tmp_path / "run", tmp_path / "out"
+    code, _, err, _ = ask(f"train {RUN} hydra.run.dir={run}")
+    assert code == 0, err
+    code, said, err, _ = ask(f"export run={run} to={out}")
+    assert (code, err) == (0, "")
+    assert [line.split() for line in said.splitlines()] == [
+        ["lm", str(out / "lm")],
+        ["encoder", str(out / "encoder")],
+        ["connector", str(out / "connector.safetensors")],
+    ]
+    for kind, part in ((AutoModelForCausalLM, "lm"), (SiglipVisionModel, "encoder")):
+        _, info = kind.from_pretrained(out / part, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(out / "lm").chat_template
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert ask(f"export run={run} to={out}")[::2] == (
+        2,
+        f"error: to={out} has files in it; give a new or empty folder\n",
+    )
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_help_is_answered_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys\nsys.argv = ['export', '--help']\nrunpy.run_module('vlmlab.cli.export', run_name='__main__')"
+    )
+    code = f"import atexit\natexit.register(lambda: print('torch' in __import__('sys').modules))\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0 and "vlmlab export run=outputs/<name> to=<folder>" in done.stdout, done.stderr
+    assert done.stdout.endswith("False\n") and not list(tmp_path.iterdir())
