@@ -185,6 +185,38 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(planned: list[StageP
     assert json.loads(text)["stages"][3]["name"] == "instruction_tune"
 
 
+@pytest.mark.slow
+def test_the_plan_of_the_paper() -> None:
+    """558k + 118k + 790k samples on eight A100, every number from the papers' sizes alone: 20 + 200 tokens of text."""
+    samples = {"coarse_align": 558_000, "deep_align": 118_000, "caption_pretrain": 676_000, "instruction_tune": 790_000}
+    cfg = composed("preset=improved_alignment_900m", "trainer.devices=8")
+    found = plan(cfg, Settings(A100, devices=8, lengths={key: [20, 200] for key in samples}, samples=samples))
+
+    wide, text = 4 * 1152**2 + 2 * 1152 * 4304, 2 * 896**2 + 2 * 896 * 128 + 3 * 896 * 4864  # a layer's matrices
+    so400m = 14 * 14 * 3 * 1152 + 1152 + 729 * 1152 + 26 * (wide + 4 * 1152 + 4304 + 1152 + 4 * 1152)
+    connector = 1152 * 896 + 896 + 896 * 896 + 896
+    qwen2 = 151_936 * 896 + 24 * (text + 896 + 2 * 128 + 2 * 896) + 896
+    assert so400m + connector + qwen2 == 893_615_008
+
+    s = 729 + 220
+    encoder = 2 * 729 * 14 * 14 * 3 * 1152 + 26 * (2 * 729 * wide + 4 * 729 * 729 * 1152)
+    first, second = 2 * 729 * 1152 * 896, 2 * 729 * 896 * 896
+    linear, square, logits = 24 * 2 * s * text, 24 * 4 * s * s * 896, 2 * 200 * 896 * 151_936
+    forward = encoder + first + second + linear + square + logits
+    for stage, times in zip(found, (1, 1, 2, 2), strict=True):
+        trained = connector + (qwen2 if times == 2 else 0)
+        assert stage.parameters["encoder"] == (so400m, 0) and stage.parameters["connector"] == (connector, connector)
+        assert stage.parameters["lm"] == (qwen2, trained - connector)
+        assert (stage.gradients, stage.optimizer, stage.buckets) == (4 * trained, 8 * trained, 4 * trained)
+        assert (stage.file, stage.checkpoint) == (4 * trained, 12 * trained)
+        assert 0 <= stage.weights - 4 * (so400m + connector + qwen2) < 10_000  # buffers
+        training = forward + first + 2 * second + times * (linear + logits) + square * 5 // 2
+        assert stage.forward == pytest.approx(forward, rel=0.01)
+        assert stage.training == pytest.approx(training, rel=0.01)
+        hours = samples[stage.name] * training / (8 * 0.4 * 312e12) / 3600
+        assert stage.hours == pytest.approx(hours, rel=0.01)
+
+
 def test_a_small_device_asks_for_more_accumulation() -> None:
     from dataclasses import replace
 
@@ -199,7 +231,20 @@ def test_a_small_device_asks_for_more_accumulation() -> None:
     assert parse(cfg)[3].batch_size // stage.accumulate <= stage.fits
     said = "\n".join(lines(found, settings))
     assert f"recipe.stages.instruction_tune.accumulate={stage.accumulate} fits" in said
+    assert "larger micro-batches fit" not in said
     assert all(len(line) < 240 for line in said.splitlines()) and re.search(r"1 x NVIDIA A100 80GB \(0\.1 GB", said)
+
+
+def test_a_large_device_asks_for_less_accumulation() -> None:
+    from vlmlab.cli.plan import lines
+
+    cfg = composed("collate.pack_length=null", "recipe=joint", "+recipe.stages.joint.accumulate=8")
+    settings = Settings(A100, lengths={"joint": [80, 20]})
+    found = plan(cfg, settings)
+    assert (found[0].micro_batch, found[0].accumulate) == (4, 1)
+    assert "larger micro-batches fit, which use the device better: recipe.stages.joint.accumulate=1" in "\n".join(
+        lines(found, settings)
+    )
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,8 @@ def _stage(cfg: DictConfig, stage: Stage, trainee: Trainee, settings: Settings, 
     kind, model = module_class(stage), cast(Any, trainee.model)
     collate = kind.collator(cfg, model, stage.prompt or kind.prompt)
     assert isinstance(collate, Collator)
-    shapes, measured = _shapes(cfg, stage, collate, settings)
+    own = getattr(getattr(model, "lm", None), "own_tokenizer", True)
+    shapes, measured = _shapes(cfg, stage, collate, settings, own)
     half = half_precision(cfg)
     static = _static(trainee, stage, settings, half)
     cost = _cost(stage, trainee, collate, shapes, half, known)
@@ -298,7 +299,9 @@ def _static(trainee: Trainee, stage: Stage, settings: Settings, half: bool) -> d
 # -- lengths ---------------------------------------------------------------------------------------------------------
 
 
-def _shapes(cfg: DictConfig, stage: Stage, collate: Collator, settings: Settings) -> tuple[list[Shape], str]:
+def _shapes(
+    cfg: DictConfig, stage: Stage, collate: Collator, settings: Settings, own_tokenizer: bool
+) -> tuple[list[Shape], str]:
     """Shapes of the stage's samples: as stated, or measured on some of them spread over the data."""
     if settings.lengths and stage.name in settings.lengths:
         asked, answered = settings.lengths[stage.name]
@@ -316,7 +319,8 @@ def _shapes(cfg: DictConfig, stage: Stage, collate: Collator, settings: Settings
         visual = sum(image >= 0 for image in encoded.image)
         images = len(sample.images) if collate.resize is not None else 0
         shapes.append(Shape(images, len(encoded.ids) - visual - learnt, learnt))
-    return shapes, f"{count} of {size:,} samples of data.train.{stage.data}"
+    by = "" if own_tokenizer else ", in tokens of the embedded LM (the LM's own tokenizer is not here)"
+    return shapes, f"{count} of {size:,} samples of data.train.{stage.data}{by}"
 
 
 def _mean(shapes: Sequence[Shape]) -> Shape:

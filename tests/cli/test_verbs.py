@@ -81,6 +81,18 @@ def test_plan_prints_tables_and_writes_numbers(
     assert stage["samples"] == 320 and stage["fits"] > 0 and max(map(len, out.splitlines())) <= 120
 
 
+def test_plan_says_that_generated_scenes_are_no_measure_of_real_data(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    small = "lm.architecture.num_hidden_layers=1 lm.architecture.vocab_size=2000 sample=2"
+    _, out, _ = call(f"plan recipe=joint lm=qwen2_0_5b {small}", monkeypatch, capsys, tmp_path)
+    assert "note: joint: generated scenes are short; " in out and "in tokens of the embedded LM" in out
+    stated = f"plan recipe=joint lm=qwen2_0_5b {small} lengths={{joint:[20,30]}}"
+    for line in ("plan recipe=joint sample=2", stated):
+        code, out, _ = call(line, monkeypatch, capsys, tmp_path)
+        assert code == 0 and "generated" not in out and "embedded" not in out
+
+
 @pytest.mark.parametrize("verb", ["inspect", "plan"])
 def test_help_and_configuration_are_answered_without_torch(verb: str, tmp_path: Path) -> None:
     code = (

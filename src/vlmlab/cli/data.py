@@ -50,9 +50,9 @@ def _used(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
             for name, benchmark in (OmegaConf.select(cfg, "data.benchmarks") or {}).items()
         ),
     ]
-    return ((key, node) for key, node in nodes if isinstance(node, DictConfig) and _reads(node))
+    return ((key, node) for key, node in nodes if isinstance(node, DictConfig) and reads(node))
 
 
-def _reads(node: DictConfig) -> bool:
+def reads(node: DictConfig) -> bool:
     """Whether a source, or one of those it is mixed from, reads a file."""
-    return node.get(FILE) is not None or any(_reads(part) for part in node.get("sources") or ())
+    return node.get(FILE) is not None or any(reads(part) for part in node.get("sources") or ())

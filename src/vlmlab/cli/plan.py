@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.analyse.text import plain_table
+from vlmlab.cli.data import reads
 from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.rules import check, choices_of
 from vlmlab.cli.verb import count, run_verb
@@ -53,7 +54,7 @@ def plan_command(cfg: DictConfig) -> None:
     found = plan(cfg, settings)
     if not found:
         raise UserError("recipe.stages trains nothing: no part named in train has weights in this composition.")
-    print("\n".join(lines(found, settings)))
+    print("\n".join([*lines(found, settings), *generated(cfg, lengths)]))
     if cfg.out is not None:
         write_json(Path(str(cfg.out)), as_json(found, settings))
         print(f"\n{cfg.out}")
@@ -182,7 +183,29 @@ def _notes(found: Sequence[StagePlan], settings: Settings) -> list[str]:
             f"{s.name}: a micro-batch of {s.micro_batch} does not fit ({each}); {remedy}; "
             "lm.gradient_checkpointing=true keeps less"
         )
+    larger = [s for s in found if s.accumulate and _at_once(s, settings) > s.micro_batch]
+    if larger:
+        keys = " ".join(f"recipe.stages.{s.name}.accumulate={s.accumulate}" for s in larger)
+        notes.append(f"larger micro-batches fit, which use the device better: {keys}")
     return notes
+
+
+def _at_once(stage: StagePlan, settings: Settings) -> int:
+    """Samples of a micro-batch of the fewest that a step needs."""
+    return stage.samples // (stage.steps * stage.accumulate * settings.devices)
+
+
+def generated(cfg: DictConfig, stated: Collection[str]) -> list[str]:
+    """A warning where an LM of somebody else's is planned with the lengths of the embedded world."""
+    if cfg.lm.get("path") is None:
+        return []
+    stages = [s for s in parse(cfg) if s.name not in stated and s.steps and not reads(cfg.data.train[s.data])]
+    if not stages:
+        return []
+    return [
+        f"note: {', '.join(stage.name for stage in stages)}: generated scenes are short; for the lengths and hours of "
+        f"your own data, give data=... with its paths, or state 'lengths={{{stages[-1].name}: [100, 200], ...}}'"
+    ]
 
 
 if __name__ == "__main__":
