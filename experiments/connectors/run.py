@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
-import os
-import resource
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+sys.path.insert(0, str(HERE.parent))
 
+from sweeps import command, cpu_hours, markdown, number, run_sweep  # noqa: E402, I001  # first: it finds the package
 from hydra import compose, initialize_config_dir  # noqa: E402
 
 from vlmlab.analyse.figure import draw  # noqa: E402
 from vlmlab.analyse.results import read_sweep  # noqa: E402
-from vlmlab.analyse.stats import FEWEST_PAIRS, Interval, paired_difference  # noqa: E402
+from vlmlab.analyse.stats import FEWEST_PAIRS, paired_difference  # noqa: E402
 from vlmlab.analyse.sweep import Combination, combinations, short_names  # noqa: E402
 from vlmlab.recipe.stage import parse  # noqa: E402
 from vlmlab.runs import names as names  # noqa: E402  # registers the resolvers
@@ -54,7 +51,7 @@ def main() -> int:
     words = {name: overrides(name, given.budget, given.seeds) for name in [*TOKENS, ALIGNMENT]}
     worst = 0
     for name in [] if given.table else given.only:
-        worst = max(worst, _sweep(words[name], given.at, folder_of(name, given.budget)))
+        worst = max(worst, run_sweep(words[name], given.at, folder_of(name, given.budget)))
     given.out.mkdir(parents=True, exist_ok=True)
     text = page(words, given.at / "sweeps", given.budget, given.out)
     (given.out / "table.md").write_text(text, encoding="utf-8")
@@ -87,33 +84,6 @@ def instructions(budget: str) -> int:
     return last.steps * last.batch_size
 
 
-def _sweep(words: Sequence[str], at: Path, name: str) -> int:
-    """Run one sweep, and add its processor time to ``cpu.json`` in its folder."""
-    at.mkdir(parents=True, exist_ok=True)
-    print(f"\n{command(words)}", flush=True)
-    before = _cpu_seconds()
-    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    script = [sys.executable, str(ROOT / "train.py"), "-m", *words]
-    code = subprocess.run(script, cwd=at, env=environment, check=False).returncode
-    path = at / "sweeps" / name / "cpu.json"
-    if path.parent.is_dir():
-        earlier = json.loads(path.read_text())["cpu_seconds"] if path.is_file() else 0.0
-        path.write_text(json.dumps({"cpu_seconds": earlier + _cpu_seconds() - before}) + "\n")
-    return code
-
-
-def _cpu_seconds() -> float:
-    """Processor time of all processes that this one started and that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def command(words: Sequence[str]) -> str:
-    """What to type for the same sweep."""
-    return " ".join(["python train.py -m", *words])
-
-
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
@@ -143,8 +113,7 @@ def _cost(there: Mapping[str, Sequence[Combination]], sweeps: Path, budget: str)
     """Cells, seeds and processor time."""
     records = [record for rows in there.values() for row in rows for record in row.records]
     done = [record for record in records if record.done]
-    files = [sweeps / folder_of(name, budget) / "cpu.json" for name in there]
-    spent = sum(json.loads(file.read_text())["cpu_seconds"] for file in files if file.is_file()) / 3600
+    spent = sum(cpu_hours(sweeps / folder_of(name, budget)) for name in there)
     training = sum(record.cost.get("seconds", 0.0) for record in done) / 3600
     seeds = min(len(row.finished) for rows in there.values() for row in rows)
     missing = f"; {len(records) - len(done)} cells are not finished" if len(done) < len(records) else ""
@@ -158,13 +127,13 @@ def _cost(there: Mapping[str, Sequence[Combination]], sweeps: Path, budget: str)
 
 def _table(rows: Sequence[tuple[str, Combination]]) -> list[str]:
     titles = ["", "visual tokens", "n", "accuracy", "shuffled", "chance", "CIDEr-D", "shuffled", "training, s"]
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    scores = [ACCURACY, f"{ACCURACY}/shuffled", "world_test/chance", CAPTIONS, f"{CAPTIONS}/shuffled"]
+    lines = []
     for label, row in rows:
-        scores = [ACCURACY, f"{ACCURACY}/shuffled", "world_test/chance", CAPTIONS, f"{CAPTIONS}/shuffled"]
-        numbers = [_number(row.cost("visual_tokens"), 0), str(len(row.finished))]
-        numbers += [_interval(row.interval(score)) for score in scores]
-        lines.append("| " + " | ".join([label, *numbers, _number(row.cost("seconds"), 1)]) + " |")
-    return lines
+        numbers = [number(row.cost("visual_tokens"), 0), str(len(row.finished))]
+        numbers += [number(row.interval(score)) for score in scores]
+        lines.append([label, *numbers, number(row.cost("seconds"))])
+    return markdown(titles, lines)
 
 
 def _said(row: Combination) -> str:
@@ -195,14 +164,6 @@ def _differences(rows: Sequence[Combination]) -> list[str]:
         if found:
             lines.append(f"- {mine} against {other} conversations: accuracy {found.difference} ({found.verdict()})")
     return ["Contrastive + generative minus generative, paired by seed:", "", *lines] if lines else []
-
-
-def _interval(interval: Interval | None) -> str:
-    return "-" if interval is None else str(interval)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -50,6 +50,14 @@ def test_one_image_cannot_be_shuffled() -> None:
         Shuffled([one(0, 0), one(1, 0)])[0]
 
 
+def test_the_first_samples_of_one_image_get_one_from_behind_them() -> None:
+    shuffled = Shuffled(Limited(SOURCE, 2))
+    assert len(shuffled) == 2 and [shuffled[i].image_ids for i in (0, 1)] == [("i1",)] * 2
+    assert {shuffled[i].id for i in (0, 1)} == {"s0", "s1"}
+    four = [Shuffled(source)[i].image_ids for source in (Limited(SOURCE, 4), SOURCE[:4]) for i in range(4)]
+    assert four[:4] == four[4:]  # otherwise the limit is the whole set
+
+
 def test_text_only_samples_stay() -> None:
     text = Sample("t", (), (Turn("q", "a"),))
     assert Shuffled([text, one(1, 1), one(2, 2)])[0] == text

@@ -36,7 +36,8 @@ class Shuffled:
     """Every sample with the images of another one: a fixed derangement of the images, the same in every run.
 
     Args:
-        source: the data set; samples that share an image get the same wrong one.
+        source: the data set; samples that share an image get the same wrong one. Where the first samples of a data set
+            all show the same image, the wrong one comes from behind them.
         seed: of the derangement.
 
     Raises:
@@ -45,14 +46,17 @@ class Shuffled:
 
     def __init__(self, source: SampleSource, seed: int = 0) -> None:
         self.source = source
+        self.whole = source.source if isinstance(source, Limited) else source
         self.seed = seed
 
     @cached_property
     def _partners(self) -> dict[tuple[str, ...], int]:
-        """The images of a sample -> index of the sample whose images it is shown."""
+        """The images of a sample -> index in the whole data set of the sample whose images it is shown."""
         first: dict[tuple[str, ...], int] = {}
-        for index in range(len(self.source)):
-            sample = self.source[index]
+        for index in range(len(self.whole)):
+            if index >= len(self.source) and len({name for group in first for name in group[:1]}) > 1:
+                break
+            sample = self.whole[index]
             if sample.images:
                 first.setdefault(image_names(sample), index)
         groups = sorted(first)
@@ -77,7 +81,7 @@ class Shuffled:
         sample = self.source[index]
         if not sample.images:
             return sample
-        wrong = self.source[self._partners[image_names(sample)]]
+        wrong = self.whole[self._partners[image_names(sample)]]
         names = image_names(wrong)
         count = len(sample.images)
         return replace(
