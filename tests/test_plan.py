@@ -65,7 +65,11 @@ def by_hand(trainee: Trainee, asked: int, answered: int, train_lm: bool) -> tupl
     return forward, forward + backward
 
 
-@pytest.mark.parametrize("overrides", [(), ("preset=improved_alignment_900m",)], ids=["embedded", "900m"])
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("preset=improved_alignment_900m",), ("mask=causal", "collate.pack_length=null")],
+    ids=["embedded", "900m", "causal"],
+)
 def test_flops_are_those_counted_by_hand(overrides: tuple[str, ...]) -> None:
     cfg = composed(*overrides)
     stages = parse(cfg)
@@ -116,10 +120,11 @@ def really(trainee: Trainee, data: Batch, half: bool) -> int:
     return peak
 
 
+@pytest.mark.parametrize("mask", ["bidir", "causal"])
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("index", [0, 3])
-def test_activations_are_those_of_the_allocator(index: int, half: bool) -> None:
-    cfg = composed("collate.pack_length=null")
+def test_activations_are_those_of_the_allocator(index: int, half: bool, mask: str) -> None:
+    cfg = composed("collate.pack_length=null", f"mask={mask}")
     stage = parse(cfg)[index]
     planned, trainee = entered(cfg, stage), entered(cfg, stage, "cpu")
     shapes = [Shape(1, 90, 60)] * 8

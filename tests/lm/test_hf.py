@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from tests.tiny import (
     ADJACENT,
     ONE_TURN,
+    TEXT_ONLY,
     TWO_IMAGES,
     TWO_TURNS,
     batches,
@@ -26,13 +28,16 @@ from tests.tiny import (
     vlm,
     worst,
 )
-from torch import Tensor
-from transformers import MistralConfig, MistralForCausalLM, Qwen2ForCausalLM
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2ForCausalLM
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.contracts.tensors import Batch, Kind, Layout, Role
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.lm.masking import within
+from vlmlab.mask.base import Mask
 from vlmlab.mask.bidir import Bidirectional
 from vlmlab.mask.causal import Causal
 from vlmlab.model import VLM
@@ -131,6 +136,106 @@ def test_a_window_without_layer_types_is_kept() -> None:
     lm.model.set_attn_implementation("sdpa")
     want = lm.model.model(input_ids=batch.input_ids).last_hidden_state
     assert worst(lm.states(lm.embed(batch.input_ids), batch.layout, Causal()), want) <= 1e-6
+
+
+def llama() -> Path:
+    """A family without kinds of layers, whose masks are 4-D tensors or none."""
+    folder = root() / "llama"
+    if not folder.exists():
+        save_lm(LlamaForCausalLM(LlamaConfig(**text_config())), "llama")
+    return folder
+
+
+def far_mistral() -> Path:
+    """A window that no batch here reaches."""
+    folder = root() / "far_mistral"
+    if not folder.exists():
+        save_lm(MistralForCausalLM(MistralConfig(**text_config(sliding_window=64, head_dim=8))), "far_mistral")
+    return folder
+
+
+# -- plain causal attention is asked for without a mask ----------------------------------------------------------------
+
+
+class FirstHidden:
+    """Planted: causal, but for the row's first token, which the last ones do not see."""
+
+    def __call__(self, layout: Layout, q: Tensor) -> Tensor:
+        late = (torch.arange(layout.kind.shape[1]) == 0)[None, None, :] & (q > 15)[None, :, None]
+        return Causal()(layout, q) & ~late
+
+
+def text_only() -> Batch:
+    return collator(vlm())([TEXT_ONLY, Sample("short", (), (Turn("how many", "two"),))])
+
+
+def shown(lm: HfLanguageModel, batch: Batch, mask: Mask) -> set[bool]:
+    """Whether the attention of its layers is given a mask."""
+    found: set[bool] = set()
+
+    def look(module: nn.Module, args: object, kwargs: dict[str, object]) -> None:
+        found.add(kwargs["attention_mask"] is not None)
+
+    hooks = [layer.self_attn.register_forward_pre_hook(look, with_kwargs=True) for layer in lm.model.model.layers]
+    lm.states(lm.embed(batch.input_ids), batch.layout, mask)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def learnt(lm: HfLanguageModel, batch: Batch, states: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """States of all real tokens, and the gradients of a loss on the supervised ones."""
+    lm.model.zero_grad()
+    embeds = lm.embed(batch.input_ids).detach().requires_grad_()
+    found = states(embeds)
+    chosen = batch.labels[:, 1:] != -100
+    F.cross_entropy(lm.logits(found[:, :-1][chosen]), batch.labels[:, 1:][chosen]).backward()
+    gradients = {name: p.grad.clone() for name, p in lm.model.named_parameters() if p.grad is not None}
+    assert embeds.grad is not None
+    return {"states": found[batch.layout.valid].detach(), "embeds": embeds.grad, **gradients}
+
+
+PLAIN = [
+    *((Causal(), where) for where in ("one turn", "two turns", "image in each turn", "right padding")),
+    (Bidirectional(), "text only"),
+]
+
+
+@pytest.mark.parametrize("tower", [qwen2, llama, far_mistral], ids=lambda t: t.__name__)
+@pytest.mark.parametrize(("mask", "where"), PLAIN, ids=lambda v: v if isinstance(v, str) else type(v).__name__)
+def test_plain_causal_attention_needs_no_mask(tower: Callable[[], Path], mask: Mask, where: str) -> None:
+    """The same states and gradients as under the mask that is left out."""
+    lm = HfLanguageModel(str(tower()))
+    batch = {**batches(), "text only": text_only()}[where]
+    assert shown(lm, batch, mask) == {False}
+    allowed = mask(batch.layout, torch.arange(batch.layout.kind.shape[1]))
+
+    def dense(embeds: Tensor) -> Tensor:
+        every = {"attention_mask": allowed[:, None], "position_ids": batch.layout.position, "use_cache": False}
+        return lm.model.model(inputs_embeds=embeds, **every).last_hidden_state
+
+    want = learnt(lm, batch, dense)
+    got = learnt(lm, batch, lambda embeds: lm.states(embeds, batch.layout, mask))
+    assert got.keys() == want.keys() and len(got) > 30
+    for name, value in want.items():
+        assert worst(got[name], value) <= 2e-6 * max(1.0, float(value.abs().max())), name
+
+
+@pytest.mark.parametrize(
+    ("tower", "mask", "where"),
+    [
+        (qwen2, Causal(), "packed"),
+        (qwen2, Causal(), "left padding"),
+        (qwen2, Bidirectional(), "one turn"),
+        (qwen2, FirstHidden(), "one turn"),
+        (llama, Causal(), "packed"),
+        (sliding_qwen2, Causal(), "one turn"),
+        (gemma3, Causal(), "one turn"),
+        (mistral, Causal(), "right padding"),
+    ],
+)
+def test_anything_else_is_shown_its_mask(tower: Callable[[], Path], mask: Mask, where: str) -> None:
+    assert shown(HfLanguageModel(str(tower())), batches()[where], mask) == {True}
 
 
 def test_within() -> None:

@@ -13,7 +13,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import LayoutReader
 from vlmlab.contracts.tensors import Kind, Layout
 from vlmlab.data.chat import token_id
-from vlmlab.lm.masking import IMPLEMENTATION, generating, within
+from vlmlab.lm.masking import IMPLEMENTATION, generating, plainly_causal, within
 from vlmlab.mask.base import Mask
 from vlmlab.towers import quiet, resolve, tower_hash
 
@@ -101,14 +101,19 @@ class HfLanguageModel(nn.Module):
         return self.model.get_input_embeddings()(input_ids)
 
     def states(self, embeds: Tensor, layout: Layout, mask: Mask) -> Tensor:
-        """(B, S, D) embeddings -> (B, S, D) last hidden states under the policy."""
+        """(B, S, D) embeddings -> (B, S, D) last hidden states under the policy.
+
+        Where the policy comes to plain causal attention and no window cuts it short, no mask is handed on: attention
+        then takes its fastest kernel. States at padding are never to be used.
+        """
         self._show(layout)
         q = torch.arange(embeds.shape[1], device=embeds.device)
-        allowed = mask(layout, q)  # (B, S, S)
+        shown = _per_layer_type(self.model.config, mask(layout, q), layout, q)
         return self.model.base_model(
             inputs_embeds=embeds,
-            attention_mask=_per_layer_type(self.model.config, allowed, q),
-            position_ids=layout.position,
+            attention_mask=shown,
+            # without a mask transformers looks for packed samples where positions jump, as they do at padding
+            position_ids=q.expand(embeds.shape[:2]) if shown is None else layout.position,
             use_cache=False,
         ).last_hidden_state
 
@@ -158,15 +163,18 @@ def _refuse_unknown_heads(model: PreTrainedModel) -> None:
             raise UserError(f"lm: {family} changes its logits by `{key}`, which vlmlab does not reproduce.")
 
 
-def _per_layer_type(config: Any, allowed: Tensor, q: Tensor) -> Tensor | dict[str, Tensor]:
-    """(B, 1, S, S): the policy, AND-ed with the window in the sliding layers of families that have them."""
+def _per_layer_type(config: Any, allowed: Tensor, layout: Layout, q: Tensor) -> Tensor | dict[str, Tensor] | None:
+    """(B, 1, S, S): the policy (B, S, S), AND-ed with the window in the sliding layers of families that have them.
+
+    None where that is plain causal attention, which transformers does by itself.
+    """
     window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:  # one kind of layer: all of them slide (Mistral, Phi-3) or none does
-        return within(allowed, q, window)[:, None]
-    if "sliding_attention" not in kinds:
-        return allowed[:, None]
-    return {"full_attention": allowed[:, None], "sliding_attention": within(allowed, q, window)[:, None]}
+    kinds = getattr(config, "layer_types", None)  # None: all layers slide (Mistral, Phi-3) or none does
+    slides = window is not None and window < len(q) and (kinds is None or "sliding_attention" in kinds)
+    if not slides:
+        return None if plainly_causal(allowed, layout, q) else allowed[:, None]
+    near = within(allowed, q, window)[:, None]
+    return near if kinds is None else {"full_attention": allowed[:, None], "sliding_attention": near}
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,8 +1,9 @@
 """How a mask policy reaches transformers' attention.
 
-In training the policy travels as a 4-D tensor. Inside ``generate()`` transformers builds the masks itself, step by
-step; there the registered implementation below asks the policy for the rows of the new queries. This registration is
-transformers' own extension point; a context variable carries the policy, and only inside ``generate()``.
+In training the policy travels as a 4-D tensor, or as nothing where it is plain causal attention. Inside
+``generate()`` transformers builds the masks itself, step by step; there the registered implementation below asks the
+policy for the rows of the new queries. This registration is transformers' own extension point; a context variable
+carries the policy, and only inside ``generate()``.
 """
 
 from __future__ import annotations
@@ -70,6 +71,22 @@ def within(allowed: Tensor, q: Tensor, window: int | None) -> Tensor:
         return allowed
     keys = torch.arange(allowed.shape[-1], device=q.device)
     return allowed & (q[:, None] - keys[None, :] < window)
+
+
+def plainly_causal(allowed: Tensor, layout: Layout, q: Tensor) -> bool:
+    """Whether every real token sees exactly the positions up to its own, from the row's first one.
+
+    So it is under ``causal``, and under any policy that comes to it (``bidir`` without an image), where a row holds one
+    sample with padding behind it or none. It is found by looking at what is allowed, so a policy need not declare it.
+
+    Args:
+        allowed: the policy (B, S, S) on all positions.
+        layout: what they are.
+        q: the positions (S,), from 0.
+    """
+    if bool((layout.valid & (layout.position != q)).any()):  # packed, or padded on the left
+        return False
+    return not bool((layout.valid[..., None] & (allowed != (q[:, None] >= q))).any())
 
 
 AttentionInterface.register(IMPLEMENTATION, sdpa_attention_forward)
