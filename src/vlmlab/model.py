@@ -79,7 +79,22 @@ class VLM(nn.Module):
         embeds = self.lm.embed(batch.input_ids)  # (B, S, D)
         if tokens is not None:
             embeds = self.fusion(tokens, embeds, batch)
-        return embeds, visual, tokens
+        return self._in_step(embeds, visual) if batch.in_step else embeds, visual, tokens
+
+    def _in_step(self, embeds: Tensor, visual: Visual | None) -> Tensor:
+        """(B, S, D) as they are, by the way of ranks that have images where weights are cut into shards.
+
+        Without an image of its own this rank sends a blank one through the encoder, which counts nothing; and where
+        images teach anything, the backward pass goes through all of the LM.
+        """
+        if self.encoder is None:
+            return embeds
+        if visual is None:
+            size = self.encoder.preprocess.height, self.encoder.preprocess.width
+            blank = self.encoder(torch.zeros(1, 3, *size, dtype=torch.uint8, device=embeds.device))
+            embeds = embeds + 0.0 * torch.stack([grid.sum() for grid in blank.grids]).sum()
+        taught = any(p.requires_grad for m in (self.encoder, self.connector, self.fusion) for p in _parameters(m))
+        return embeds.requires_grad_() if taught and not embeds.requires_grad else embeds
 
     def forward(self, batch: Batch, mask: Mask | None = None) -> Outputs:
         """Logits at the positions that predict a supervised token, and their targets."""
@@ -343,6 +358,10 @@ def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         first.setdefault(id(tensor), name)
     return {name: tensors[name] for name in first.values()}
+
+
+def _parameters(module: nn.Module | None) -> Iterable[nn.Parameter]:
+    return () if module is None else module.parameters()
 
 
 def _named(module: nn.Module) -> NamedParameters:

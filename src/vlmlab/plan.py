@@ -4,13 +4,14 @@ The model is built on the meta device, and ``vlmlab.simulation`` sends micro-bat
 rows of mean samples for the FLOPs, one row and three rows of the longest samples for the activations, which grow
 linearly with the micro-batch. The peak of a stage is weights + gradients + optimizer state (+ DDP's buckets) + the
 larger of activations and the optimizer's temporaries. With one micro-batch a step, gradients are not there yet at the
-peak of the activations, so that the plan is somewhat too large; with accumulation they are.
+peak of the activations, so that the plan is somewhat too large; with accumulation they are. Under fsdp2 a device has its
+shares of the towers, and whole for a while: what is outside their layers, and two layers with one's gradients.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, TypeAlias, cast
@@ -32,6 +33,7 @@ from vlmlab.encoder.scratch import ScratchEncoder
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.lm.scratch import ScratchLanguageModel
 from vlmlab.recipe.optim import hidden_matrices
+from vlmlab.recipe.shards import layers, replicated
 from vlmlab.recipe.stage import Stage, parse
 from vlmlab.simulation import Pass, Simulator
 from vlmlab.train.run import module_class
@@ -129,13 +131,19 @@ class StagePlan:
     file: int
     checkpoint: int
 
+    def peak_of(self, micro_batch: int) -> int:
+        """Bytes with another micro-batch."""
+        held = self.weights + self.gradients + self.optimizer + self.buckets
+        return held + max(self.activations_base + self.activations_sample * micro_batch, self.temporaries)
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What a plan is made for; see ``conf/plan.yaml``."""
+    """What a plan is made for; see ``conf/plan.yaml``. `sharded`: ``trainer.strategy=fsdp2``."""
 
     device: Device
     devices: int = 1
+    sharded: bool = False
     mfu: float = 0.4
     headroom: float = 0.08
     sample: int = 64
@@ -143,8 +151,8 @@ class Settings:
     samples: Mapping[str, int] | None = None
 
 
-def plan(cfg: DictConfig, settings: Settings) -> list[StagePlan]:
-    """The plan of every stage that trains something.
+def plan(cfg: DictConfig, settings: Settings, only: Collection[str] | None = None) -> list[StagePlan]:
+    """The plan of every stage that trains something, or of `only` these.
 
     Raises:
         UserError: the composition cannot be built, its data cannot be read, or it decides on values that are not there.
@@ -158,7 +166,7 @@ def plan(cfg: DictConfig, settings: Settings) -> list[StagePlan]:
             if kind.build not in trainees:
                 trainees[kind.build] = Trainee(_as_if_loaded(kind.build(cfg)))
             trainees[kind.build].enter(stage)
-        if trainees[kind.build].trained() and stage.steps:
+        if trainees[kind.build].trained() and stage.steps and (only is None or stage.name in only):
             found.append(_stage(cfg, stage, trainees[kind.build], settings, known))
     return found
 
@@ -183,6 +191,8 @@ def _stage(cfg: DictConfig, stage: Stage, trainee: Trainee, settings: Settings, 
     static = _static(trainee, stage, settings, half)
     cost = _cost(stage, trainee, collate, shapes, half, known)
     micro = max(1, stage.batch_size // (stage.accumulate * settings.devices))
+    if settings.sharded and half:
+        cost = replace(cost, base=max(0.0, cost.base - _copies(trainee)))
     held = sum(static[name] for name in ("weights", "gradients", "optimizer", "buckets"))
     activations = int(cost.base + cost.slope * micro)
     room = settings.device.memory * (1 - settings.headroom) - held
@@ -283,6 +293,8 @@ def _static(trainee: Trainee, stage: Stage, settings: Settings, half: bool) -> d
     model = trainee.model
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     trained = list(trainee.trained().values())
+    if settings.sharded:
+        return _shared(model, list(tensors.values()), trained, settings.devices, half)
     hidden = hidden_matrices(model) if stage.optimizer == "muon" else set()
     numbers = sum(p.numel() for p in trained)
     return {
@@ -294,6 +306,38 @@ def _static(trainee: Trainee, stage: Stage, settings: Settings, half: bool) -> d
         # AdamW on all tensors of a group at once computes one new tensor each; 16-bit copies live until the step ends
         "temporaries": (6 if half else 4) * numbers,
     }
+
+
+def _shared(model: Any, tensors: list[Tensor], trained: list[Tensor], ranks: int, half: bool) -> dict[str, int]:
+    """The same of one of several ranks under fsdp2: its shares, and what is whole while it computes."""
+    alone = {id(t) for t in replicated(model)} | {id(b) for b in model.buffers()}
+    inside = [[p for p in layer.parameters() if id(p) not in alone] for layer in layers(model)]
+    largest = max(inside, key=_bytes, default=[])
+    in_layers = {id(p) for layer in inside for p in layer}
+    outside = [t for t in tensors if id(t) not in alone and id(t) not in in_layers]
+    learns = {id(t) for t in trained}
+
+    def share(found: Iterable[Tensor], each: float | None = None) -> int:
+        sizes = ((t.numel() * (each or t.element_size()), id(t) in alone) for t in found)
+        return int(sum(size if whole else size / ranks for size, whole in sizes))
+
+    def computed(found: Iterable[Tensor]) -> int:
+        return sum(t.numel() * (2 if half else t.element_size()) for t in found)
+
+    return {
+        "weights": share(tensors) + computed(outside) + 2 * computed(largest),  # the next layer comes beforehand
+        "gradients": share(trained, 4) + computed(t for t in (*outside, *largest) if id(t) in learns),
+        "optimizer": share(trained, 8),
+        "buckets": 4 * sum(t.numel() for t in trained if id(t) in alone),
+        "temporaries": share(trained, 6 if half else 4),
+    }
+
+
+def _copies(trainee: Trainee) -> int:
+    """Bytes of the 16-bit copies of matrices in layers, which autocast keeps and fsdp2 does not make."""
+    alone, trained = {id(p) for p in replicated(trainee.model)}, trainee.trained().values()
+    inside = {id(p) for layer in layers(trainee.model) for p in layer.parameters()} - alone
+    return sum(2 * p.numel() for p in trained if p.ndim > 1 and id(p) in inside)
 
 
 # -- lengths ---------------------------------------------------------------------------------------------------------

@@ -30,13 +30,13 @@ def _dying(cfg, folder, steps):
     run(cfg, folder)
 
 
-def run_ranks(cfg, folder: Path, ranks: int = 2) -> list[int | None]:
-    """Train with several gloo ranks; their exit codes."""
+def run_ranks(cfg, folder: Path, ranks: int = 2, die_in: int | None = None) -> list[int | None]:
+    """Train with several gloo ranks, which all kill themselves in optimizer step `die_in`; their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     cfg.trainer.devices = ranks
-    processes = [forked(_rank, cfg, folder, rank, ranks, port) for rank in range(ranks)]
+    processes = [forked(_rank, cfg, folder, rank, ranks, port, die_in) for rank in range(ranks)]
     for process in processes:
         process.join(120)
         if process.is_alive():
@@ -44,13 +44,17 @@ def run_ranks(cfg, folder: Path, ranks: int = 2) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def _rank(cfg, folder, rank, ranks, port):
+def _rank(cfg, folder, rank, ranks, port, die_in):
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(ranks)
     )
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     rank_zero_only.rank = rank
+    if die_in is not None:
+        from fake_lab import _die_after
+
+        _die_after(die_in)
     if rank:
         from vlmlab.train.run import train
 

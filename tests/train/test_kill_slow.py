@@ -75,9 +75,10 @@ def test_killed_at_random_moments(tmp_path, app, total, kills):
             assert torch.equal(weights(killed)[stage][name], tensor), f"{stage}: {name}"
 
 
-def test_two_real_ranks_stop_together_and_go_on(tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_real_ranks_stop_together_and_go_on(tmp_path, strategy):
     """Rank 1 is started by Lightning; only rank 0 gets the signal."""
-    ranks = {"trainer.devices": 2, "trainer.workers": 0}
+    ranks = {"trainer.devices": 2, "trainer.workers": 0, "trainer.strategy": strategy}
     finish(fake(tmp_path / "whole", **ranks))
     process = subprocess.Popen(fake(tmp_path / "cut", **ranks), env=ENVIRONMENT)
     while steps_done(tmp_path / "cut") < 35 and process.poll() is None:

@@ -42,9 +42,11 @@ def test_accumulation_changes_nothing(tmp_path, whole, accumulate):
         torch.testing.assert_close(cut[name], tensor, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
 @pytest.mark.parametrize("accumulate", [1, 4])  # with 4, ranks meet single rows of which a third have no image
-def test_two_ranks_equal_one(tmp_path, whole, accumulate):
-    cut = three_steps(tmp_path, ranks=2, recipe__stages__tune__accumulate=accumulate)
+def test_two_ranks_equal_one(tmp_path, whole, accumulate, strategy):
+    changes = {"recipe__stages__tune__accumulate": accumulate, "trainer__strategy": strategy}
+    cut = three_steps(tmp_path, ranks=2, **changes)
     for name, tensor in whole.items():
         torch.testing.assert_close(cut[name], tensor, atol=1e-6, rtol=0)
 

@@ -45,6 +45,7 @@ def plan_command(cfg: DictConfig) -> None:
     settings = Settings(
         device=_device(cfg),
         devices=cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1,
+        sharded=cfg.trainer.strategy == "fsdp2",
         mfu=float(cfg.mfu),
         headroom=float(cfg.headroom),
         sample=int(cfg.sample),

@@ -29,7 +29,7 @@ Rule = Callable[[Config, Choices], str | None]
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
-STRATEGIES = ("auto", "ddp", "ddp_fork", "ddp_spawn", "ddp_find_unused_parameters_true")
+STRATEGIES = ("auto", "ddp", "fsdp2", "ddp_fork", "ddp_spawn", "ddp_find_unused_parameters_true")
 BASELINES = ("shuffled", "no_image")
 BUILT = ("encoder", "connector", "lm", "mask", "fusion", "adapter", "objective")
 """Groups whose choice is one class: the keys of its file are the constructor's."""
@@ -113,6 +113,20 @@ def possible_trainer(cfg: Config, choices: Choices) -> str | None:
     return None
 
 
+def shards_for_several(cfg: Config, choices: Choices) -> str | None:
+    """FSDP2 shares weights among devices, in fp32 or bf16."""
+    if _at(cfg, "trainer.strategy") != "fsdp2":
+        return None
+    if _at(cfg, "trainer.devices") == 1:
+        return (
+            "trainer.strategy=fsdp2 shares the weights among devices and trainer.devices=1; set trainer.devices=2 or "
+            "more, or trainer.strategy=auto"
+        )
+    if _at(cfg, "precision.name") == "fp16":
+        return "trainer.strategy=fsdp2 has no loss scaling, which precision=fp16 needs; choose precision=bf16"
+    return None
+
+
 def possible_budget(cfg: Config, choices: Choices) -> str | None:
     """A budget scales steps up or down, never below nothing."""
     scale, most, limit = (_at(cfg, f"budget.{key}") for key in ("steps_scale", "max_steps", "eval_limit"))
@@ -192,6 +206,17 @@ def leaking_mask(cfg: Config, choices: Choices) -> str | None:
         target = str(mask.get("_target_", "")) if isinstance(mask, Mapping) else str(mask or "")
         if ".visual_rows_open." in f".{target}." or (key == "mask" and choices.get("mask") == "visual_rows_open"):
             return f"{key}=visual_rows_open leaks later answers and is a control for tests only; choose mask=bidir"
+    return None
+
+
+def muon_wants_whole_matrices(cfg: Config, choices: Choices) -> str | None:
+    """Muon orthogonalises matrices, of which FSDP2 leaves every device some rows."""
+    for name, stage in _stages(cfg):
+        if _at(cfg, "trainer.strategy") == "fsdp2" and stage.get("optimizer") == "muon":
+            return (
+                f"recipe.stages.{name}.optimizer=muon orthogonalises whole matrices and trainer.strategy=fsdp2 shares "
+                f"them among devices; set recipe.stages.{name}.optimizer=adamw, or trainer.strategy=ddp"
+            )
     return None
 
 
@@ -412,6 +437,7 @@ RULES: tuple[Rule, ...] = (
     fp16_needs_gpu,
     possible_seed,
     possible_trainer,
+    shards_for_several,
     possible_budget,
     possible_sizes,
     possible_name,
@@ -427,6 +453,7 @@ STAGE_RULES: tuple[Rule, ...] = (
     contrastive_counts,
     pairs_need_two_towers,
     images_to_learn_from,
+    muon_wants_whole_matrices,
     queries_meet_texts,
     objectives_with_weights,
     loss_for_the_lm,

@@ -18,7 +18,7 @@ from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.data import check_sources
 from vlmlab.cli.entry import ConfigError, guard, mistake_within, one_line, run_command, unbuildable
 from vlmlab.cli.rules import check, choices_of
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import OutOfMemory, UserError
 from vlmlab.data.skipped import TooManyBad, note
 from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
 from vlmlab.runs.config import plain
@@ -99,6 +99,10 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
 
     try:
         return train(cfg, folder)
+    except OutOfMemory as error:
+        from vlmlab.remedies import remedies
+
+        raise UserError(f"{error}; {remedies(cfg, error)}") from error
     except Exception as error:
         lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
         if lightning is None or not isinstance(error, lightning.MisconfigurationException):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UserError(Exception):
     """A mistake in the command, the configuration or the data; printed without a traceback.
@@ -12,6 +14,33 @@ class UserError(Exception):
 
 class DataError(UserError):
     """A file or a row of a data set cannot be used; the message names the file and the row or id."""
+
+
+class OutOfMemory(UserError):
+    """A training step did not fit the memory.
+
+    Attributes:
+        stage: its name.
+        step: the optimizer step, from 1.
+        samples: of the micro-batch, or of the largest one where the optimizer itself found no room; 0: there was none
+            yet.
+        length: tokens of its longest row.
+        asked, answered: those of them before what is learnt, beside one image, and those that are learnt.
+        moved: whether the optimizer had begun to change weights.
+    """
+
+    def __init__(
+        self, stage: str, step: int, samples: int = 0, length: int = 0, asked: int = 0, answered: int = 0,
+        moved: bool = False,
+    ) -> None:  # fmt: skip
+        self.stage, self.step, self.samples, self.length = stage, step, samples, length
+        self.asked, self.answered, self.moved = asked, answered, moved
+        where = f"in a micro-batch of {samples} samples, the longest row of {length} tokens" if samples else "already"
+        super().__init__(f"stage {stage}, step {step}: out of memory {where}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        facts = (self.samples, self.length, self.asked, self.answered, self.moved)
+        return OutOfMemory, (self.stage, self.step, *facts)
 
 
 class CheckpointError(UserError):

@@ -5,7 +5,7 @@ Shapes: B rows, S positions, I images, N features of an image, M visual tokens o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 
 import torch
@@ -126,6 +126,8 @@ class Batch:
         image_row: (I,) the row of every image.
         image_ids: one name per image.
         sample_ids: the samples of every row (several when packed).
+        in_step: some rank has an image in this micro-batch and weights are cut into shards, so that all ranks have to
+            go through the encoder, and back through the LM, together.
     """
 
     pixels: Tensor
@@ -135,6 +137,7 @@ class Batch:
     image_row: Tensor
     image_ids: list[str]
     sample_ids: list[list[str]]
+    in_step: bool = False
 
     @property
     def supervised(self) -> int:
@@ -182,14 +185,13 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return Batch(
+        return replace(
+            self,
             pixels=self.pixels.to(device),
             input_ids=self.input_ids.to(device),
             labels=self.labels.to(device),
             layout=self.layout.to(device),
             image_row=self.image_row.to(device),
-            image_ids=self.image_ids,
-            sample_ids=self.sample_ids,
         )
 
 

@@ -6,14 +6,15 @@ One training step is one optimizer step: its item holds all micro-batches of thi
 
 is exact, whatever the number of ranks, micro-batches and tokens in each. Gradients are summed over ranks once per step,
 here rather than by DDP's hooks: a rank whose micro-batches touch no image then does not hang, and a tensor that no rank
-used has no gradient, as on one rank.
+used has no gradient, as on one rank. Shards (``vlmlab.recipe.shards``) are summed by FSDP2 after every backward pass;
+ranks then go through the same layers together, see ``Batch.in_step``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import lightning as L
@@ -21,14 +22,17 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW, Optimizer
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import OutOfMemory, UserError
 from vlmlab.contracts.sample import Sample
 from vlmlab.contracts.tensors import Batch, Outputs
 from vlmlab.data.module import Window
 from vlmlab.recipe.layers import decayed
 from vlmlab.recipe.optim import MuonAdamW, hidden_matrices
+from vlmlab.recipe.shards import clip, is_shard, total_norm
 from vlmlab.recipe.stage import Stage
 
 BUCKET = 1 << 25
@@ -133,6 +137,7 @@ class StageModule(L.LightningModule):
         done: optimizer steps finished in this stage.
         pending: trainable tensors that have had no gradient so far.
         report: of the last step.
+        shard: cuts the model's weights into shards; None: every rank has all of them.
     """
 
     prompt: ClassVar[str] = "chat"
@@ -162,11 +167,18 @@ class StageModule(L.LightningModule):
         self.rates = dict(rates)
         self.done = 0
         self.report = StepReport()
+        self.shard: Callable[[DeviceMesh], None] | None = None
         self.pending = {name for name, _, _ in self.trained()}
         self._counts: dict[str, float] = {}
         check_objectives(stage, self.objectives)
 
     # -- what trains ---------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Cut the weights, after the ranks have met and before the optimizer is made."""
+        if self.shard is not None and not isinstance(self.model, FSDPModule):
+            assert self.device_mesh is not None
+            self.shard(self.device_mesh["data_parallel"])
 
     def trained(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """``(name, part, parameter)`` of everything this stage trains, in a fixed order."""
@@ -199,10 +211,17 @@ class StageModule(L.LightningModule):
     def transfer_batch_to_device(self, batch: Window, device: torch.device, dataloader_idx: int) -> Window:
         """Count what the losses divide by, then move the micro-batches."""
         self._counts = self._announce(batch)
+        if self.shard is not None:
+            in_step = [replace(part, in_step=self._counts[f"images {k}"] > 0) for k, part in enumerate(batch.batches)]
+            batch = replace(batch, batches=in_step)
         return batch.to(device)
 
     def training_step(self, window: Window, batch_idx: int) -> None:
-        """One optimizer step over all micro-batches of all ranks."""
+        """One optimizer step over all micro-batches of all ranks.
+
+        Raises:
+            OutOfMemory: it does not fit.
+        """
         if window.error is not None:
             raise window.error
         optimizer = self.optimizers()
@@ -210,20 +229,26 @@ class StageModule(L.LightningModule):
         factor = self.stage.factor(self.done)
         for group in optimizer.param_groups:
             group["lr"] = self.rates[group["part"]] * group.get("ratio", 1.0) * factor
-        optimizer.step(closure=lambda: self._backward(window))
+        self._moving, self._batch = False, max(window.batches, key=lambda batch: batch.input_ids.numel())
+        try:
+            optimizer.step(closure=lambda: self._backward(window))
+        except (RuntimeError, MemoryError) as error:
+            if not no_room(error):
+                raise
+            raise self._out_of_memory() from error
         optimizer.zero_grad(set_to_none=True)
         self.done += 1
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip; runs after fp16's unscaling."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = total_norm(gradients)
         self.report.gradient_norm = norm.item()
         if not self._scaled and not torch.isfinite(norm):
             raise NonFinite(self.stage.name, self.done + 1, "the gradient", self.report.losses, self._samples)
         if self.stage.gradient_clip is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.stage.gradient_clip, norm)
+            clip(parameters, self.stage.gradient_clip, norm)
 
     def _announce(self, window: Window) -> dict[str, float]:
         """Counts of the whole step over all ranks, before any forward pass."""
@@ -232,6 +257,9 @@ class StageModule(L.LightningModule):
             counts["rows"] += batch.input_ids.shape[0]
             counts["tokens"] += int(batch.layout.valid.sum())
             counts["supervised"] += batch.supervised
+        counts |= {f"images {k}": 0 for k in range(self.stage.accumulate if self.shard is not None else 0)}
+        for k, batch in enumerate(window.batches if self.shard is not None else ()):
+            counts[f"images {k}"] = batch.pixels.shape[0]
         for name, objective in self.objectives.items():
             if (count := getattr(objective, "counts", None)) is not None and not objective.per_micro_batch:
                 for batch in window.batches:
@@ -249,15 +277,19 @@ class StageModule(L.LightningModule):
         sums: list[Tensor] = []
         no_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         for batch in window.batches:
+            self._batch = batch
             with no_sync():
                 total, terms = self._loss(batch)
                 if total.requires_grad:  # text alone says nothing to a connector
                     with torch.autocast(self.device.type, enabled=False):
                         self.manual_backward(total)
+            if isinstance(self.model, FSDPModule):
+                self.model.reshard()  # what is outside the layers, which stays whole where nothing came back to it
             sums.append(torch.stack([total.detach().double(), *(value.double() for value in terms.values())]))
         names = ["loss", *terms]
         self._finish_report(names, torch.stack(sums), window)
         self._sum_gradients()
+        self._moving = True
         return torch.tensor(self.report.loss)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -298,6 +330,15 @@ class StageModule(L.LightningModule):
             losses = dict(zip(names, sums.sum(0).tolist(), strict=True))
             raise NonFinite(self.stage.name, self.done + 1, "the loss", losses, samples)
 
+    def _out_of_memory(self) -> OutOfMemory:
+        """What did not fit."""
+        batch = self._batch
+        row = int(batch.layout.valid.sum(1).argmax())
+        length, answered = int(batch.layout.valid[row].sum()), int((batch.labels[row] != -100).sum())
+        image = int(batch.layout.visual.sum()) // max(1, batch.pixels.shape[0])
+        samples, asked = sum(map(len, batch.sample_ids)), max(0, length - answered - image)
+        return OutOfMemory(self.stage.name, self.done + 1, samples, length, asked, answered, self._moving)
+
     @property
     def _scaled(self) -> bool:
         """Whether fp16's loss scaling is on; it passes over steps whose gradient is not finite itself."""
@@ -329,12 +370,19 @@ class StageModule(L.LightningModule):
         if self._ranks > 1:
             flags = torch.tensor(used, dtype=torch.int32, device=self.device)
             used = [bool(flag) for flag in self._reduced(flags).tolist()]
-            for bucket in _buckets([parameter for (_, parameter), is_used in zip(named, used, strict=True) if is_used]):
+            found = (p for (_, p), is_used in zip(named, used, strict=True) if is_used and not is_shard(p))
+            for bucket in _buckets(found):
                 _all_reduce(bucket)
         if not any(used) and self._scaled:  # fp16's scaling wants at least one gradient
             named[0][1].grad = torch.zeros_like(named[0][1])
         if self.pending:
             self.pending -= {name for (name, _), is_used in zip(named, used, strict=True) if is_used}
+
+
+def no_room(error: Exception) -> bool:
+    """Whether memory ran out; the CPU's allocator says so in words only."""
+    words = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 def check_objectives(stage: Stage, objectives: Mapping[str, Objective]) -> None:
@@ -351,7 +399,7 @@ def check_objectives(stage: Stage, objectives: Mapping[str, Objective]) -> None:
             )
 
 
-def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     bucket: list[nn.Parameter] = []
     for parameter in parameters:
         if bucket and sum(p.numel() for p in bucket) + parameter.numel() > BUCKET:

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from vlmlab.contracts.errors import OutOfMemory
 from vlmlab.recipe.base import StageModule
+from vlmlab.recipe.shards import scattered
 from vlmlab.train import rng
 from vlmlab.train.resume import content_of, save_last
 from vlmlab.train.signals import Interrupted, Signals
@@ -50,6 +52,7 @@ class Keeper(L.Callback):
         self._began = self._last_save = time.perf_counter()
         self._cost = 0.0
         self._fresh = True
+        self._states: dict[str, Any] | None = None
 
     @property
     def seconds(self) -> float:
@@ -62,21 +65,22 @@ class Keeper(L.Callback):
         self.signals.deferred = True
         self._began = self._last_save = time.perf_counter()
         if self.saved:
-            _optimizer(trainer).load_state_dict(self.saved["optimizer"])
+            optimizer = _optimizer(trainer)
+            optimizer.load_state_dict(scattered(self.saved["optimizer"], optimizer))
             if self.saved["scaler"]:
                 trainer.precision_plugin.load_state_dict(self.saved["scaler"])
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Before the first step of this process: random states as they were, or as the stage begins."""
         assert isinstance(pl_module, StageModule)
-        if not self._fresh:
-            return
-        self._fresh = False
-        states = self.saved["rng"] if self.saved else []
-        if trainer.global_rank < len(states):
-            rng.restore(states[trainer.global_rank])
-        else:
-            rng.seed_all(self.seed, pl_module.stage.name, trainer.global_rank)
+        if self._fresh:
+            self._fresh = False
+            states = self.saved["rng"] if self.saved else []
+            if trainer.global_rank < len(states):
+                rng.restore(states[trainer.global_rank])
+            else:
+                rng.seed_all(self.seed, pl_module.stage.name, trainer.global_rank)
+        self._states = rng.state()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """After every optimizer step: save when it is time or a signal came; leave after a signal."""
@@ -85,10 +89,22 @@ class Keeper(L.Callback):
             return  # the stage's own file follows
         save, signum = self._agree(trainer, pl_module.device)
         if save or signum:
-            self._save(trainer, pl_module)
+            self._save(trainer, pl_module, rng.states_of_all_ranks())
         if signum:
             self.signals.deferred = False
             raise Interrupted(signum)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save what the steps before one that found no memory have learnt.
+
+        Not where other ranks may be inside that step, nor where it has changed weights or statistics already: the
+        checkpoint that is there stays.
+        """
+        assert isinstance(pl_module, StageModule)
+        if not isinstance(exception, OutOfMemory) or exception.moved or not pl_module.done or self._states is None:
+            return
+        if trainer.world_size == 1 and len(self.trainee.live()) == len(self.trainee.trained()):
+            self._save(trainer, pl_module, [self._states])
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Signals act at once again."""
@@ -105,21 +121,21 @@ class Keeper(L.Callback):
             due, signum = bool(both[0]), int(both[1])
         return due, signum
 
-    def _save(self, trainer: L.Trainer, module: StageModule) -> None:
+    def _save(self, trainer: L.Trainer, module: StageModule, states: list[dict[str, Any]]) -> None:
         began = time.perf_counter()
-        states = rng.states_of_all_ranks()
+        content = content_of(
+            module.stage,
+            module.done,
+            self.trainee,
+            _optimizer(trainer),
+            trainer.precision_plugin.state_dict(),
+            states,
+            self.before,
+            module.pending,
+            self.seconds,
+            keep=trainer.is_global_zero,
+        )
         if trainer.is_global_zero:
-            content = content_of(
-                module.stage,
-                module.done,
-                self.trainee,
-                _optimizer(trainer),
-                trainer.precision_plugin.state_dict(),
-                states,
-                self.before,
-                module.pending,
-                self.seconds,
-            )
             save_last(self.path, content)
         self._last_save = time.perf_counter()
         self._cost = self._last_save - began

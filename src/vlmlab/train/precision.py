@@ -26,6 +26,11 @@ class Precision:
     shown: str
     why: str
 
+    @property
+    def half(self) -> bool:
+        """Whether it computes in 16 bit."""
+        return self.name != "32-true"
+
 
 def choose(name: str, on_gpu: bool) -> Precision:
     """The precision of ``precision.name``.

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from vlmlab.recipe.shards import whole
+
 
 def fingerprint(tensor: Tensor) -> str:
-    """32 hexadecimal digits of the tensor's bits (blake2b), the same on every device."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    """32 hexadecimal digits of the tensor's bits (blake2b), the same on every device and from all of its shards."""
+    flat = whole(tensor.detach()).cpu().contiguous().reshape(-1)
     return hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=16).hexdigest()
 
 

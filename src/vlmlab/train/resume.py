@@ -12,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from vlmlab.contracts.errors import CheckpointError
+from vlmlab.recipe.shards import gathered
 from vlmlab.recipe.stage import Stage
 from vlmlab.train.weights import Trainee, check_names, put, replace_durably
 
@@ -41,15 +42,19 @@ def content_of(
     before: dict[str, str],
     pending: set[str],
     seconds: float,
+    keep: bool,
 ) -> dict[str, Any]:
-    """What ``last.ckpt`` holds. The schedule and the order of the data are functions of `step`: no state."""
+    """What ``last.ckpt`` holds. The schedule and the order of the data are functions of `step`: no state.
+
+    Shards become whole tensors, for which every rank calls this; only one, with `keep`, has them afterwards.
+    """
     return {
         "format": FORMAT,
         "stage": stage.name,
         "step": step,
-        "weights": {name: tensor.detach() for name, tensor in trainee.live().items()},
+        "weights": gathered({name: tensor.detach() for name, tensor in trainee.live().items()}, keep),
         "names": list(trainee.trained()),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": gathered(optimizer.state_dict(), keep),
         "scaler": scaler,
         "rng": rng,
         "before": before,

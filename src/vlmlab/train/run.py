@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,20 @@ import torch
 from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.contracts.errors import CheckpointError, OutOfMemory, UserError
 from vlmlab.contracts.sample import SampleSource
 from vlmlab.data.module import Window, Windows, step_loader
 from vlmlab.data.sampler import Order
 from vlmlab.data.skipped import Replaced
-from vlmlab.recipe.base import NonFinite, StageModule
+from vlmlab.recipe.base import NonFinite, StageModule, no_room
 from vlmlab.recipe.layers import check_layers
+from vlmlab.recipe.shards import gathered
 from vlmlab.recipe.stage import Stage, check_divides, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
@@ -41,6 +43,8 @@ from vlmlab.train.skips import Skips
 from vlmlab.train.weights import Trainee, build_objectives, mixed_in, plain_key
 
 Builder = Callable[[DictConfig], nn.Module]
+FSDP2 = "fsdp2"
+"""The strategy by which ranks share weights; ours, by Lightning's ``ModelParallelStrategy``."""
 Evaluate = Callable[[nn.Module, DictConfig, Path], dict[str, Any]]
 
 
@@ -109,6 +113,11 @@ class Run:
         return choose(str(self.cfg.precision.name), on_gpu(self.cfg))
 
     @property
+    def shards(self) -> bool:
+        """Whether the ranks share the towers' weights among them while they train."""
+        return bool(self.cfg.trainer.strategy == FSDP2)
+
+    @property
     def writes(self) -> bool:
         """Whether this process is rank 0, the only one that writes."""
         return getattr(rank_zero_only, "rank", 0) == 0
@@ -156,21 +165,20 @@ def _train(run: Run) -> dict[str, Any] | None:
     for stage in stages:
         run.stage, run.step = stage, 0
         build: Builder = kinds[stage.index].build
-        trainee = _trainee(run, build)
         for later in stages[stage.index :]:
             if kinds[later.index].build is build:
-                check_layers(trainee.model, later)
+                check_layers(_trainee(run, build).model, later)
         ready = ready and run.weights(stage).is_file()
         rng.seed_all(cfg.seed, stage.name, "enter")
         if not ready and build in run.finished:  # weights of the stages before, under their own adapters' names
-            trainee.load(run.finished.pop(build))
-        trainee.enter(stage)
+            run.trainees[build].load(run.finished.pop(build))
+        run.trainees[build].enter(stage)
         if ready:
             run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name} is finished already")
             run.finished[build] = run.weights(stage)
         else:
             run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name}")
-            _run_stage(run, stage, kinds[stage.index], trainee)
+            _run_stage(run, stage, kinds[stage.index])
             run.signals.check()
         run.steps_before += stage.steps
     if not run.writes:
@@ -193,9 +201,9 @@ def _trainee(run: Run, build: Builder) -> Trainee:
     return run.trainees[build]
 
 
-def _run_stage(run: Run, stage: Stage, kind: type[StageModule], trainee: Trainee) -> None:
+def _run_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
     """One stage from its table to its file."""
-    cfg, home = run.cfg, run.weights(stage).parent
+    cfg, home, trainee = run.cfg, run.weights(stage).parent, run.trainees[kind.build]
     if run.writes:
         home.mkdir(parents=True, exist_ok=True)
     source = instantiate(cfg.data.train[stage.data])
@@ -206,6 +214,8 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], trainee: Trainee
         run.say("nothing to train here: skipped")
     else:
         module = kind(trainee.model, stage, trainee.objectives, trainee.rates)
+        if run.shards:
+            module.shard = partial(trainee.shard, run.precision.half)
         skips = Skips(cfg, stage, source, run.folder.path, run.writes)
         data = StageData(cfg, stage, trainee.model, source, prompt, module, skips.replaces)
         keeper = _keeper(run, stage, module, trainee, home / "last.ckpt")
@@ -216,6 +226,8 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], trainee: Trainee
         finally:
             run.step = module.done
         unmoved = _prove(stage, module, trainee, keeper.before)
+        if run.shards:
+            trainee = _assembled(run, stage, kind)
         facts = {"steps": module.done, "seconds": keeper.seconds, "unmoved": unmoved}
         _say_end(run, stage, facts)
     if (other := mixed_in(stage, cfg)) is not None and stage.mix:
@@ -226,6 +238,18 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], trainee: Trainee
         write_json(home / "stage.json", facts, durable=True)
         trainee.save(run.weights(stage), stage, cfg)
         (home / "last.ckpt").unlink(missing_ok=True)
+
+
+def _assembled(run: Run, stage: Stage, kind: type[StageModule]) -> Trainee:
+    """On every rank a whole model in place of the one whose weights are shards, made as after a restart."""
+    tensors = gathered(run.trainees.pop(kind.build).kept())
+    for past in parse(run.cfg)[: stage.index + 1]:
+        if module_class(past).build is kind.build:
+            trainee = _trainee(run, kind.build)
+            rng.seed_all(run.cfg.seed, past.name, "enter")
+            trainee.enter(past)
+    trainee.take(tensors)
+    return trainee
 
 
 def _keeper(run: Run, stage: Stage, module: StageModule, trainee: Trainee, path: Path) -> Keeper:
@@ -264,23 +288,26 @@ def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: 
         with _profiled(run), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")  # advice on workers, sizes, checkpoints
             warnings.filterwarnings("ignore", category=PossibleUserWarning)
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # nothing writes into what the model returns
             trainer.fit(module, datamodule=data)
     except NonFinite as error:
         if run.writes:
             write_json(run.folder.path / "nonfinite.json", error.facts)
         raise
+    except (RuntimeError, MemoryError) as error:  # the model or a batch on its way to the device
+        if not no_room(error):
+            raise
+        raise OutOfMemory(stage.name, module.done + 1) from error
 
 
 def _trainer(run: Run, keeper: Keeper, skips: Skips) -> L.Trainer:
     settings = run.cfg.trainer
     devices: Any = plain_key(settings, "devices")
-    several = devices if isinstance(devices, int) else 2
-    strategy = settings.strategy if settings.strategy != "auto" or several == 1 else "ddp"
     every = int(settings.get("log_every") or LOG_EVERY)
     return L.Trainer(
         accelerator=settings.accelerator,
         devices=devices,
-        strategy=strategy,
+        strategy=_strategy(run, devices),
         precision=run.precision.name,
         max_epochs=1,
         logger=run.loggers,
@@ -297,6 +324,23 @@ def _trainer(run: Run, keeper: Keeper, skips: Skips) -> L.Trainer:
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
+
+
+def _strategy(run: Run, devices: Any) -> str | ModelParallelStrategy:
+    """Lightning's strategy.
+
+    Raises:
+        UserError: shards on a single device.
+    """
+    if run.shards:
+        there = torch.cuda.device_count() if on_gpu(run.cfg) else 1
+        ranks = devices if isinstance(devices, int) and devices > 0 else there
+        if ranks < 2:
+            raise UserError("trainer.strategy=fsdp2 shares the weights among devices and there is one; use auto.")
+        return ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
+    several = devices if isinstance(devices, int) else 2
+    strategy: str = run.cfg.trainer.strategy
+    return strategy if strategy != "auto" or several == 1 else "ddp"
 
 
 class StageData(L.LightningDataModule):

@@ -14,10 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.recipe.base import Objective, check_objectives
 from vlmlab.recipe.layers import chosen
+from vlmlab.recipe.shards import shard
 from vlmlab.recipe.stage import Stage
 
 FORMAT = 1
@@ -99,6 +101,13 @@ class Trainee:
         if own or len(getattr(model, "objectives", ())):
             model.set_objectives(own)
 
+    def shard(self, half: bool, mesh: DeviceMesh) -> None:
+        """Cut the towers' weights into shards (``vlmlab.recipe.shards``); what was ever trained stays so."""
+        ever = [name for name, parameter in self.model.named_parameters() if id(parameter) in self._ever]
+        shard(self.model, mesh, half)
+        cut = dict(self.model.named_parameters())
+        self._ever = {id(cut[name]): cut[name] for name in ever}
+
     def trained(self) -> dict[str, nn.Parameter]:
         """What the present stage trains, by name."""
         parts: Mapping[str, list[tuple[str, nn.Parameter]]] = self.model.parts()  # type: ignore[operator]
@@ -172,7 +181,10 @@ class Trainee:
         Raises:
             CheckpointError: unreadable, other source towers, or a missing, unexpected or differently shaped tensor.
         """
-        tensors = self._read(path)
+        self.take(self._read(path))
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Have these values, by name."""
         named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         for name, tensor in tensors.items():
             named[name].data = tensor.to(named[name].device)

@@ -1,0 +1,121 @@
+"""Two ranks with shards of the towers' weights learn what one process learns, and leave what it leaves."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fake_lab
+import pytest
+import torch
+import tower_lab
+from omegaconf import DictConfig
+from processes import run_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests import tiny
+from vlmlab.data.sampler import Order
+from vlmlab.runs.folder import RunFolder
+
+FSDP2 = "trainer.strategy=fsdp2"
+SLOWLY = {"encoder": 5e-5, "connector": 5e-5, "lm": 5e-5}
+"""Adam makes a step of its rate from any gradient, also where it is nothing but rounding."""
+
+NOISE = "k_proj.bias"
+"""Softmax does not see it: its gradient is zero but for rounding."""
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "stages" / "0_joint" / "model.safetensors")
+
+
+def one(cfg: DictConfig, folder: Path) -> dict[str, Tensor]:
+    fake_lab.run(cfg, folder)
+    return weights(folder)
+
+
+def two(cfg: DictConfig, folder: Path) -> dict[str, Tensor]:
+    assert run_ranks(cfg, folder) == [0, 0]
+    return weights(folder)
+
+
+CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "everything": ((), {"train": SLOWLY}),
+    "accumulate": (("lm.gradient_checkpointing=true",), {"train": SLOWLY, "accumulate": 2}),
+    "frozen lm": ((), {"train": {"connector": 5e-5}, "accumulate": 2}),
+    "some layers": ((), {"train": {"connector": 5e-5, "lm": 5e-5}, "layers": {"lm": [-2, -1]}, "accumulate": 2}),
+    "adapters": (("adapter=lora", "adapter.parts=[lm,encoder]"), {"train": SLOWLY, "accumulate": 2}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_with_shards_equal_one_process(tmp_path: Path, case: str) -> None:
+    overrides, stage = CASES[case]
+    whole = one(tower_lab.config(*overrides, **stage), tmp_path / "one")
+    cut = two(tower_lab.config(*overrides, FSDP2, **stage), tmp_path / "two")
+    assert cut.keys() == whole.keys()
+    for name, tensor in whole.items():
+        if NOISE not in name:
+            torch.testing.assert_close(cut[name], tensor, atol=1e-6, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+    start = tiny.vlm().state_dict()
+    assert any((whole[name] - start[name]).abs().max() > 1e-4 for name in whole if name in start)
+    rows = [[row for row in RunFolder(tmp_path / k).metrics() if "loss" in row] for k in ("one", "two")]
+    for row, other in zip(*rows, strict=True):
+        for key in ("loss", "gradient_norm", "tokens"):
+            assert row[key] == pytest.approx(other[key], rel=1e-4), key
+
+
+def test_a_rank_without_an_image_goes_along(tmp_path: Path) -> None:
+    """One rank never has an image, and a whole step has none: nothing hangs, and what no image reached stays."""
+    stage = {"train": SLOWLY, "accumulate": 2}
+
+    def rare(*overrides: str) -> DictConfig:
+        cfg = tower_lab.config(*overrides, **stage)
+        cfg.data.train.instruct.images = 9
+        return cfg
+
+    order = Order(40, 4, 0, "joint")
+    seen = [[sum(k % 9 == 0 for part in order.share(step, rank, 2, 2) for k in part) for rank in (0, 1)]
+            for step in range(3)]  # fmt: skip
+    assert seen == [[1, 0], [0, 0], [1, 0]]
+    whole, cut = one(rare(), tmp_path / "one"), two(rare(FSDP2), tmp_path / "two")
+    for name, tensor in whole.items():
+        if NOISE not in name:
+            torch.testing.assert_close(cut[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_a_blank_image_counts_nothing() -> None:
+    model = tiny.vlm()
+    batch = tiny.collator(model)([tiny.TEXT_ONLY])
+    together = model(replace(batch, in_step=True))
+    assert torch.equal(together.logits, model(batch).logits)
+    together.logits.sum().backward()
+    gradients = {name: p.grad for name, p in model.encoder.named_parameters() if p.grad is not None}
+    assert gradients and all(not gradient.any() for gradient in gradients.values())
+    assert len({name.split(".")[3] for name in gradients if ".layers." in name}) == len(model.encoder.tower.encoder.layers)
+
+
+def test_killed_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
+    stage = {"accumulate": 2}
+    whole = two(tower_lab.config(FSDP2, **stage), tmp_path / "whole")
+    cfg = tower_lab.config(FSDP2, **stage)
+    assert run_ranks(cfg, tmp_path / "cut", die_in=2) == [-signal.SIGKILL] * 2
+    saved = torch.load(tmp_path / "cut" / "stages" / "0_joint" / "last.ckpt", weights_only=True)
+    assert saved["step"] == 2
+    assert {name: tensor.shape for name, tensor in saved["weights"].items()} == {n: t.shape for n, t in whole.items()}
+    moments = [state["exp_avg"].shape for state in saved["optimizer"]["state"].values()]
+    assert sorted(moments) == sorted(saved["weights"][name].shape for name in saved["names"])
+    cut = two(cfg, tmp_path / "cut")
+    assert [name for name, tensor in whole.items() if not torch.equal(cut[name], tensor)] == []
+
+
+def test_bf16_sums_gradients_in_fp32(tmp_path: Path) -> None:
+    whole = one(tower_lab.config("precision=bf16", train=SLOWLY), tmp_path / "one")
+    cut = two(tower_lab.config("precision=bf16", FSDP2, train=SLOWLY), tmp_path / "two")
+    assert {tensor.dtype for tensor in cut.values()} == {torch.float32}
+    moved = 3 * 5e-5
+    for name, tensor in whole.items():
+        assert (cut[name] - tensor).abs().mean() < moved / 5, name
