@@ -94,6 +94,7 @@ class StagePlan:
         visual_tokens: of one image in the LM's sequence.
         length, longest: tokens of a sample, mean and longest; `supervised` of them are learnt on average.
         measured: where the lengths come from.
+        own_tokenizer: whether they are in tokens of the LM; otherwise the embedded LM's tokenizer stood in for its own.
         forward, training: FLOPs of a sample of mean length.
         weights, gradients, optimizer, buckets, temporaries: bytes.
         micro_batch: samples of the recipe's micro-batch on one device, and activations its bytes of longest samples.
@@ -111,6 +112,7 @@ class StagePlan:
     longest: int
     supervised: float
     measured: str
+    own_tokenizer: bool
     forward: float
     training: float
     weights: int
@@ -185,8 +187,7 @@ def _stage(cfg: DictConfig, stage: Stage, trainee: Trainee, settings: Settings, 
     kind, model = module_class(stage), cast(Any, trainee.model)
     collate = kind.collator(cfg, model, stage.prompt or kind.prompt)
     assert isinstance(collate, Collator)
-    own = getattr(getattr(model, "lm", None), "own_tokenizer", True)
-    shapes, measured = _shapes(cfg, stage, collate, settings, own)
+    shapes, measured = _shapes(cfg, stage, collate, settings)
     half = half_precision(cfg)
     static = _static(trainee, stage, settings, half)
     cost = _cost(stage, trainee, collate, shapes, half, known)
@@ -211,6 +212,7 @@ def _stage(cfg: DictConfig, stage: Stage, trainee: Trainee, settings: Settings, 
         longest=max(lengths),
         supervised=fmean(s.answered for s in shapes),
         measured=measured,
+        own_tokenizer=stage.name in (settings.lengths or ()) or getattr(model.lm, "own_tokenizer", True),
         forward=cost.forward,
         training=cost.training,
         **static,
@@ -343,9 +345,7 @@ def _copies(trainee: Trainee) -> int:
 # -- lengths ---------------------------------------------------------------------------------------------------------
 
 
-def _shapes(
-    cfg: DictConfig, stage: Stage, collate: Collator, settings: Settings, own_tokenizer: bool
-) -> tuple[list[Shape], str]:
+def _shapes(cfg: DictConfig, stage: Stage, collate: Collator, settings: Settings) -> tuple[list[Shape], str]:
     """Shapes of the stage's samples: as stated, or measured on some of them spread over the data."""
     if settings.lengths and stage.name in settings.lengths:
         asked, answered = settings.lengths[stage.name]
@@ -363,8 +363,7 @@ def _shapes(
         visual = sum(image >= 0 for image in encoded.image)
         images = len(sample.images) if collate.resize is not None else 0
         shapes.append(Shape(images, len(encoded.ids) - visual - learnt, learnt))
-    by = "" if own_tokenizer else ", in tokens of the embedded LM (the LM's own tokenizer is not here)"
-    return shapes, f"{count} of {size:,} samples of data.train.{stage.data}{by}"
+    return shapes, f"{count} of {size:,} samples of data.train.{stage.data}"
 
 
 def _mean(shapes: Sequence[Shape]) -> Shape:

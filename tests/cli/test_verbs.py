@@ -86,7 +86,8 @@ def test_plan_says_that_generated_scenes_are_no_measure_of_real_data(
 ) -> None:
     small = "lm.architecture.num_hidden_layers=1 lm.architecture.vocab_size=2000 sample=2"
     _, out, _ = call(f"plan recipe=joint lm=qwen2_0_5b {small}", monkeypatch, capsys, tmp_path)
-    assert "note: joint: generated scenes are short; " in out and "in tokens of the embedded LM" in out
+    assert "those of generated scenes" in out and "in tokens of the embedded LM" in out
+    assert max(map(len, out.splitlines())) <= 120
     stated = f"plan recipe=joint lm=qwen2_0_5b {small} lengths={{joint:[20,30]}}"
     for line in ("plan recipe=joint sample=2", stated):
         code, out, _ = call(line, monkeypatch, capsys, tmp_path)

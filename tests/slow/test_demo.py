@@ -52,6 +52,37 @@ def test_coco_captions_run_through_all_stages(tmp_path: Path, shared_data: Path)
         assert metrics[f"val/captions/loss{baseline}"] > 0
 
 
+@pytest.mark.parametrize("name", ["vqa_rad", "slake"])
+def test_radiology_runs_through_all_stages(name: str, tmp_path: Path, shared_data: Path) -> None:
+    """Closed and open questions beside wrong images and none, at twice the tower's own resolution."""
+    data = shared_data / name
+    arguments = (f"data={name}", f"data.path={data}/vqa.json", f"data.images={data}", "encoder.image_size=128")
+    result = trained(*arguments, "budget=test", "budget.eval_limit=40", cwd=tmp_path)
+    assert result["metrics"][f"{name}_test/vqa_accuracy/count"] == 40 and result["cost"]["visual_tokens"] == 64
+    for kind in ("closed", "open"):
+        for baseline in ("", "/shuffled", "/no_image"):
+            assert 0 <= result["metrics"][f"{name}_test/vqa_accuracy/kind/{kind}{baseline}"] <= 1
+    assert not (tmp_path / "outputs" / "run" / "skipped.jsonl").exists()
+
+
+def test_questions_in_parquet_run_through_all_stages(tmp_path: Path, shared_data: Path) -> None:
+    """The form of PathVQA: shards that name their split, no kinds of questions but those that the answers tell."""
+    from tests.data.test_parquet import VQA, write
+
+    root = shared_data / "vqa_rad"
+    rows = json.loads((root / "vqa.json").read_text(encoding="utf-8"))
+    for split, shard in (("train", "train-00000-of-00001"), ("test", "test-00000-of-00001")):
+        chosen = [row for row in rows if row["official_split"] == split][:200]
+        picture = {row["image"]: {"bytes": (root / row["image"]).read_bytes(), "path": row["image"]} for row in chosen}
+        texts = [{"question": row["question"], "answer": str(row["answer"])} for row in chosen]
+        shown = [{**text, "image": picture[row["image"]]} for text, row in zip(texts, chosen, strict=True)]
+        write(tmp_path / f"{shard}.parquet", shown, VQA)
+    metrics = trained("data=path_vqa", f"data.path={tmp_path}", "budget=test", cwd=tmp_path)["metrics"]
+    for kind in ("yes_no", "other"):
+        for baseline in ("", "/shuffled", "/no_image"):
+            assert f"path_vqa_test/vqa_accuracy/kind/{kind}{baseline}" in metrics
+
+
 def test_four_cell_sweep_ends_in_its_table(tmp_path: Path) -> None:
     cells = ("connector=mlp,qformer", "mask=bidir,causal")
     done = command("train.py", "-m", "name=grid", *cells, "budget=short", cwd=tmp_path)

@@ -33,3 +33,22 @@ def test_connectors(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "figure.png").exists()
     again = command("experiments/connectors/run.py", "--table", *words, cwd=tmp_path)
     assert again.returncode == 0 and (tmp_path / "out" / "table.md").read_text() == text
+
+
+def test_medical_vqa(tmp_path: Path, shared_data: Path) -> None:
+    words = ("--budget", "test", "--seeds", "0", "--at", str(tmp_path), "--out", str(tmp_path / "out"))
+    words += ("--data", str(shared_data), "--only", "slake")
+    done = command("experiments/medical_vqa/run.py", *words, cwd=tmp_path)
+    assert done.returncode == 0
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| slake | 64 | 16 | " in text and "| slake | 128 | 64 | " in text
+    assert "support no significance claim" in text
+    lines = (tmp_path / "out" / "table.csv").read_text().splitlines()
+    assert {line.split(",")[5] for line in lines[1:]} == {
+        "right image",
+        "shuffled",
+        "no_image",
+        "commonest training answer",
+    }
+    again = command("experiments/medical_vqa/run.py", "--table", *words, cwd=tmp_path)
+    assert again.returncode == 0 and (tmp_path / "out" / "table.md").read_text() == text

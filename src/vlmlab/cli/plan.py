@@ -174,6 +174,10 @@ def _gb(number: float) -> str:
 
 def _notes(found: Sequence[StagePlan], settings: Settings) -> list[str]:
     notes = [f"{s.name}: lengths {s.measured}" for s in found]
+    if not all(s.own_tokenizer for s in found):
+        notes.append(
+            "the LM's tokenizer is not here: measured lengths are in tokens of the embedded LM, which needs more"
+        )
     for s in found:
         if s.fits >= s.micro_batch:
             continue
@@ -184,10 +188,10 @@ def _notes(found: Sequence[StagePlan], settings: Settings) -> list[str]:
             f"{s.name}: a micro-batch of {s.micro_batch} does not fit ({each}); {remedy}; "
             "lm.gradient_checkpointing=true keeps less"
         )
-    larger = [s for s in found if s.accumulate and _at_once(s, settings) > s.micro_batch]
-    if larger:
-        keys = " ".join(f"recipe.stages.{s.name}.accumulate={s.accumulate}" for s in larger)
-        notes.append(f"larger micro-batches fit, which use the device better: {keys}")
+    for s in found:
+        if s.accumulate and _at_once(s, settings) > s.micro_batch:
+            key = f"recipe.stages.{s.name}.accumulate={s.accumulate}"
+            notes.append(f"{key} fits too: micro-batches of {_at_once(s, settings)} instead of {s.micro_batch}")
     return notes
 
 
@@ -200,12 +204,12 @@ def generated(cfg: DictConfig, stated: Collection[str]) -> list[str]:
     """A warning where an LM of somebody else's is planned with the lengths of the embedded world."""
     if cfg.lm.get("path") is None:
         return []
-    stages = [s for s in parse(cfg) if s.name not in stated and s.steps and not reads(cfg.data.train[s.data])]
+    stages = [s.name for s in parse(cfg) if s.name not in stated and s.steps and not reads(cfg.data.train[s.data])]
     if not stages:
         return []
     return [
-        f"note: {', '.join(stage.name for stage in stages)}: generated scenes are short; for the lengths and hours of "
-        f"your own data, give data=... with its paths, or state 'lengths={{{stages[-1].name}: [100, 200], ...}}'"
+        "note: the lengths are those of generated scenes, which are short, and so are the hours: give data=... with",
+        f"      its paths, or state lengths, as in 'lengths={{{stages[-1]}: [100, 200]}}'",
     ]
 
 
