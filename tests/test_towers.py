@@ -50,13 +50,13 @@ def test_the_lm_saw_no_image_and_the_vision_tower_no_question() -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", ["recipe=embedded_towers"])
     seen = {name: instantiate(cfg.data.train[stage.data]) for name, stage in cfg.recipe.stages.items()}
-    assert set(seen) == {"vision", "language", "cells", "relations"}
+    assert set(seen) == {"vision", "loose", "language", "cells", "relations"}
     for index in range(60):
-        shown = seen["vision"][index]
         for told in (seen[name][index] for name in ("language", "cells", "relations")):
             assert told.images == () and not any(IMAGE_TAG in turn.prompt for turn in told.turns)
-        assert len(shown.images) == 1
-        assert [turn.kind for turn in shown.turns] == ["cells_caption"] and "?" not in shown.turns[0].prompt
+        for shown in (seen["vision"][index], seen["loose"][index]):
+            assert len(shown.images) == 1
+            assert [turn.kind for turn in shown.turns] == ["cells_caption"] and "?" not in shown.turns[0].prompt
 
 
 def test_the_shipped_towers_are_those_of_their_card() -> None:
