@@ -1,0 +1,1 @@
+"""Feature caches: what stands between pixels and a frozen encoder. Encoders know nothing of them."""
