@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmlab.cache.none import NoCache
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.parts import Adapter, Connector, Encoder, Fusion
+from vlmlab.contracts.parts import Adapter, Connector, Encoder, FeatureCache, Fusion
 from vlmlab.contracts.tensors import Batch, Kind, Layout, Outputs, Pairing, Role, Visual
 from vlmlab.mask.base import Mask
 from vlmlab.mask.causal import Causal
@@ -36,6 +37,9 @@ class VLM(nn.Module):
         lm: the language model.
         mask: who may look at whom.
 
+    Attributes:
+        cache: what stands before the encoder; nothing but while a ``FeatureCache`` is serving.
+
     Raises:
         UserError: the connector reads the user's text and the fusion gives images no place in the sequence.
     """
@@ -54,6 +58,7 @@ class VLM(nn.Module):
         self.fusion = fusion
         self.lm = lm
         self.mask = mask
+        self.cache: FeatureCache = NoCache()
         self._adapted: dict[str, dict[str, Adapted]] = {}  # part -> name -> its adapter
         self.objectives = nn.ModuleDict()  # those of the stage that have weights of their own
         self._acting: dict[str, str | None] = {}  # part -> name of the adapter that acts
@@ -70,7 +75,7 @@ class VLM(nn.Module):
         """What the encoder saw and the visual tokens (I, M, D), or None without vision."""
         if self.encoder is None or self.connector is None or batch.pixels.shape[0] == 0:
             return None, None
-        visual = self.encoder(batch.pixels)
+        visual = self.cache(self.encoder, batch.pixels)
         return visual, self.connector(visual, batch.instructions() if self.connector.reads_instruction else None)
 
     def embed(self, batch: Batch) -> tuple[Tensor, Visual | None, Tensor | None]:
@@ -422,6 +427,13 @@ def _with_vocabulary(node: DictConfig, size: int) -> DictConfig:
         elif isinstance(node[key], DictConfig):
             out[key] = _with_vocabulary(node[key], size)
     return out
+
+
+def build_cache(cfg: DictConfig) -> FeatureCache:
+    """What stands before a frozen encoder; a configuration older than that key has none."""
+    from hydra.utils import instantiate
+
+    return instantiate(cfg.cache) if cfg.get("cache") else NoCache()
 
 
 def build_collator(cfg: DictConfig, model: VLM, prompt: Prompt) -> Collator:

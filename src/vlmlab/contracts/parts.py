@@ -6,6 +6,8 @@ Shapes: I images, N features of an image, M visual tokens of an image, D the LM'
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -61,6 +63,26 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """The named parameters that the features depend on."""
+
+
+class FeatureCache(ABC):
+    """Stands between pixels and an encoder and may know an image already: ``(encoder, (I, 3, H, W)) -> Visual``."""
+
+    @abstractmethod
+    def __call__(self, encoder: Encoder, pixels: Tensor) -> Visual:
+        """What the encoder sees, from the cache or from the encoder; without gradient where it was kept."""
+
+    @abstractmethod
+    def serving(self, model: nn.Module, say: Callable[[str], None]) -> AbstractContextManager[dict[str, Any]]:
+        """Stands before ``model.encoder`` while this is open, unless that trains.
+
+        Args:
+            model: one with an `encoder` that it looks through its attribute `cache`.
+            say: takes a line of what the cache does and did.
+
+        Returns:
+            A context; on leaving it its value has been filled with {"cache": counts} where the cache was used.
+        """
 
 
 class Connector(nn.Module, ABC):
