@@ -40,6 +40,6 @@ def test_every_choice_composes_and_is_commented(group: str, choice: str) -> None
     assert resolved or choice in ("none",)
 
 
-@pytest.mark.parametrize("group", ["fusion", "adapter", "logger", "debug", "preset"])
+@pytest.mark.parametrize("group", ["fusion", "adapter", "cache", "logger", "debug", "preset"])
 def test_every_group_that_can_be_off_has_none(group: str) -> None:
     assert (group, "none") in CHOICES

@@ -29,6 +29,7 @@ from vlmlab.cli.rules import (
     check,
     choices_of,
     declared,
+    features_to_keep,
     offers,
 )
 from vlmlab.runs import names as names  # registers the resolvers
@@ -173,6 +174,33 @@ def test_an_adapter_that_wants_one_tower() -> None:
     assert "adapter=mma wants a single tower" in refused({"encoder": {"_target_": MULTI}, "adapter": mma})
     passes({"encoder": {"_target_": MULTI}, "adapter": mma | {"parts": ["lm"]}})
     passes({"encoder": {"_target_": "vlmlab.encoder.hf.HfEncoder"}, "adapter": mma})
+
+
+DISK = {"_target_": "vlmlab.cache.disk.DiskCache", "folder": "x", "max_gb": 50, "dtype": None}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("max_gb", 0), ("max_gb", "much"), ("dtype", "float16"), ("folder", None), ("folder", "")]
+)
+def test_a_cache_of_impossible_values(key: str, value: Any) -> None:
+    passes({"cache": DISK | {"max_gb": None, "dtype": "bfloat16"}})
+    assert refused({"cache": DISK | {key: value}}).startswith(f"cache.{key}={value} ")
+
+
+def test_a_cache_wants_a_whole_tower() -> None:
+    off = {"_target_": "vlmlab.cache.none.NoCache"}
+    blind, patches = {"_target_": "vlmlab.fusion.none.NoFusion"}, {"_target_": PATCH}
+    chosen = {"cache": "disk", "fusion": "none"}
+    assert "cache=disk keeps what an encoder sees and fusion=none has none" in refused(
+        {"cache": DISK, "fusion": blind}, chosen
+    )
+    assert "encoder=patch has no tower" in refused({"cache": DISK, "encoder": patches})
+    passes({"cache": off, "fusion": blind})
+    passes({"cache": off, "encoder": patches})
+    passes({"cache": DISK, "encoder": {"_target_": MULTI}, "fusion": {"_target_": "vlmlab.fusion.concat.ConcatFusion"}})
+    split = {"cache": DISK, "trainer": {"strategy": "split"}}
+    assert "trainer.strategy=split splits it over ranks" in str(features_to_keep(split, CHOICES))
+    assert features_to_keep({**split, "cache": off}, CHOICES) is None
 
 
 def test_a_range_of_layers_holds_the_adapter() -> None:

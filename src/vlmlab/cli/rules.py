@@ -29,9 +29,12 @@ Rule = Callable[[Config, Choices], str | None]
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
-STRATEGIES = ("auto", "ddp", "fsdp2", "ddp_fork", "ddp_spawn", "ddp_find_unused_parameters_true")
+WHOLE = ("auto", "ddp", "ddp_fork", "ddp_spawn", "ddp_find_unused_parameters_true")
+"""Strategies under which every rank has all weights of its own."""
+
+STRATEGIES = (*WHOLE, "fsdp2")
 BASELINES = ("shuffled", "no_image")
-BUILT = ("encoder", "connector", "lm", "mask", "fusion", "adapter", "objective")
+BUILT = ("encoder", "cache", "connector", "lm", "mask", "fusion", "adapter", "objective")
 """Groups whose choice is one class: the keys of its file are the constructor's."""
 
 SIGLIP = "vlmlab.objective.siglip.Siglip"
@@ -50,6 +53,7 @@ SHOWS_PROMPT = ("prefix_lm", "visual_keys_open", "bidir_all_images")
 
 PATCH = "vlmlab.encoder.patch.PatchEncoder"
 MULTI = "vlmlab.encoder.multi.MultiEncoder"
+NO_CACHE = "vlmlab.cache.none.NoCache"
 MMA = "vlmlab.adapter.mma.MmaAdapter"
 SOFT_PROMPT = "vlmlab.adapter.soft_prompt.SoftPromptAdapter"
 TOWERS = ("lm", "encoder")
@@ -149,6 +153,37 @@ def possible_sizes(cfg: Config, choices: Choices) -> str | None:
     for name in baselines if isinstance(baselines, list) else [baselines]:
         if name is not None and name not in BASELINES:
             return f"evaluation.baselines={name} is unknown; choose from {', '.join(BASELINES)}, or [] for none"
+    return None
+
+
+def possible_cache(cfg: Config, choices: Choices) -> str | None:
+    """A cache has a folder, a size, and one of two ways to write features down."""
+    if not _keeps(cfg):
+        return None
+    size, dtype, folder = (_at(cfg, f"cache.{key}") for key in ("max_gb", "dtype", "folder"))
+    if size is not None and (not isinstance(size, int | float) or isinstance(size, bool) or not size > 0):
+        return f"cache.max_gb={size} holds nothing; give a number above 0 (in 10^9 bytes), or null for no limit"
+    if dtype not in (None, "bfloat16"):
+        return f"cache.dtype={dtype} is unknown; choose bfloat16, or null for features as computed"
+    if not isinstance(folder, str) or not folder:
+        return f"cache.folder={folder} is no folder; give one on a disk of this machine, or choose cache=none"
+    return None
+
+
+def features_to_keep(cfg: Config, choices: Choices) -> str | None:
+    """A cache stands before a tower, and every rank asks that tower alone for the images it lacks."""
+    cache, strategy = f"cache={choices.get('cache')}", _at(cfg, "trainer.strategy")
+    if not _keeps(cfg):
+        return None
+    if declared(str(_at(cfg, "fusion._target_")), "reads") == "nothing":
+        return f"{cache} keeps what an encoder sees and fusion={choices.get('fusion')} has none; choose cache=none"
+    if _at(cfg, "encoder._target_") == PATCH:
+        return f"{cache} keeps what a tower computes and encoder=patch has no tower; choose cache=none"
+    if strategy is not None and strategy not in WHOLE:
+        return (
+            f"{cache} asks the encoder on one rank at a time and trainer.strategy={strategy} splits it over ranks; "
+            "choose cache=none, or trainer.strategy=ddp"
+        )
     return None
 
 
@@ -440,6 +475,8 @@ RULES: tuple[Rule, ...] = (
     shards_for_several,
     possible_budget,
     possible_sizes,
+    possible_cache,
+    features_to_keep,
     possible_name,
     foreign_keys,
     ranks_need_a_process_tree,
@@ -482,6 +519,11 @@ def _stages(cfg: Config) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for name, stage in (stages if isinstance(stages, Mapping) else {}).items():
         if isinstance(stage, Mapping):
             yield str(name), stage
+
+
+def _keeps(cfg: Config) -> bool:
+    """Whether features are kept on disk."""
+    return _at(cfg, "cache._target_") not in (None, NO_CACHE)
 
 
 def _count(value: Any, least: int) -> bool:

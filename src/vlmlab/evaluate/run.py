@@ -17,7 +17,7 @@ from vlmlab.data.skipped import Replaced, note
 from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled, image_names
 from vlmlab.evaluate.metrics.rows import Row, write_rows
 from vlmlab.evaluate.metrics.scoring import predictions_file, score_predictions
-from vlmlab.model import VLM, build_collator
+from vlmlab.model import VLM, build_cache, build_collator
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -158,7 +158,8 @@ def evaluate(folder: Path, cfg: DictConfig) -> dict[str, Any]:
     model = load_trained(config, folder)
     assert isinstance(model, VLM)
     model.to(_device(str(cfg.device)))
-    metrics = evaluate_model(model, config, folder / "evaluate")
+    with build_cache(config).serving(model, print):
+        metrics = evaluate_model(model, config, folder / "evaluate")
     write_json(folder / "evaluate" / "metrics.json", metrics)
     print(final_table({**result, "metrics": metrics}))
     print(_compared(result["metrics"], metrics))

@@ -16,6 +16,8 @@ NOT_THE_RESULT = (
     "fresh",
     "logger",
     "hydra",
+    "cache.folder",
+    "cache.max_gb",
     "trainer.save_every_s",
     "trainer.workers",
     "trainer.progress",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -72,3 +72,10 @@ def peak_bytes() -> int:
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def cached(facts: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """{"cache": the sum of all counts of the feature cache}, or nothing where it was never used."""
+    counts = [found["cache"] for found in facts if "cache" in found]
+    names = dict.fromkeys(name for count in counts for name in count)
+    return {"cache": {name: sum(count.get(name, 0) for count in counts) for name in names}} if counts else {}

@@ -23,10 +23,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vlmlab.contracts.errors import CheckpointError, OutOfMemory, UserError
+from vlmlab.contracts.parts import FeatureCache
 from vlmlab.contracts.sample import SampleSource
 from vlmlab.data.module import Window, Windows, step_loader
 from vlmlab.data.sampler import Order
 from vlmlab.data.skipped import Replaced
+from vlmlab.model import build_cache
 from vlmlab.recipe.base import NonFinite, StageModule, no_room
 from vlmlab.recipe.layers import check_layers
 from vlmlab.recipe.shards import gathered
@@ -111,6 +113,11 @@ class Run:
     def precision(self) -> Precision:
         """What it computes in."""
         return choose(str(self.cfg.precision.name), on_gpu(self.cfg))
+
+    @cached_property
+    def cache(self) -> FeatureCache:
+        """What stands before an encoder that is frozen."""
+        return build_cache(self.cfg)
 
     @property
     def shards(self) -> bool:
@@ -222,7 +229,8 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
         if not module.done:
             skips.look(data.collate)
         try:
-            _fit(run, module, data, keeper, skips)
+            with run.cache.serving(trainee.model, run.say) as used:
+                _fit(run, module, data, keeper, skips)
         finally:
             run.step = module.done
         unmoved = _prove(stage, module, trainee, keeper.before)
@@ -230,6 +238,7 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
             trainee = _assembled(run, stage, kind)
         facts = {"steps": module.done, "seconds": keeper.seconds, "unmoved": unmoved}
         _say_end(run, stage, facts)
+        facts |= used
     if (other := mixed_in(stage, cfg)) is not None and stage.mix:
         trainee.mix(other, stage.mix["share"])
         run.say(f"mixed with {other} (share of this run {stage.mix['share']:g})")
@@ -437,9 +446,10 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
         "seconds": round(sum(float(facts.get("seconds", 0.0)) for facts in done), 1),
     }
     run.folder.write_state("running", "evaluation", 0, None)
-    metrics = run.evaluate(last.model, cfg, run.folder.path)
+    with run.cache.serving(last.model, run.say) as used:
+        metrics = run.evaluate(last.model, cfg, run.folder.path)
     costs["peak_bytes"] = max(cost.peak_bytes(), *(int(facts.get("peak_bytes", 0)) for facts in done))
-    write_json(run.folder.path / "cost.json", costs)
+    write_json(run.folder.path / "cost.json", costs | cost.cached([*done, used]))
     if OmegaConf.select(cfg, "recipe.finish"):
         models = {s.name: run.trainees[kinds[s.index].build].model for s in stages}
         metrics |= instantiate(cfg.recipe.finish)(models, cfg, run.folder.path, costs, metrics)
