@@ -35,13 +35,14 @@ def test_demo_learns_to_look_and_can_be_scored_again(tmp_path: Path) -> None:
 
 
 def test_easy_vqa_is_learnt_from_its_images(tmp_path: Path, shared_data: Path) -> None:
-    """Real files through instruction tuning: far above the same model with wrong images."""
+    """Real files through instruction tuning, the encoder learning too: 0.4 of the steps, and most of the accuracy."""
     data = shared_data / "easy_vqa_mini"
     arguments = (f"data.path={data}/train.json", f"data.test_path={data}/test.json", f"data.images={data}")
-    metrics = trained("data=vqa", *arguments, "budget.steps_scale=0.4", cwd=tmp_path)["metrics"]
+    arguments += ("budget.steps_scale=0.4", "recipe.stages.instruction_tune.train.encoder=5e-4")
+    metrics = trained("data=vqa", *arguments, cwd=tmp_path)["metrics"]
     assert metrics["vqa_test/vqa_accuracy/count"] == 2900
-    other = metrics["vqa_test/vqa_accuracy/kind/other"]
-    assert other >= 0.4 and other >= metrics["vqa_test/vqa_accuracy/kind/other/shuffled"] + 0.2
+    assert metrics["vqa_test/vqa_accuracy"] >= 0.8 and metrics["vqa_test/vqa_accuracy/kind/other"] >= 0.85
+    assert metrics["vqa_test/vqa_accuracy/kind/other/shuffled"] <= 0.3
 
 
 def test_coco_captions_run_through_all_stages(tmp_path: Path, shared_data: Path) -> None:
