@@ -11,7 +11,7 @@ shares of the towers, and whole for a while: what is outside their layers, and t
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, TypeAlias, cast
@@ -295,9 +295,10 @@ def _static(trainee: Trainee, stage: Stage, settings: Settings, half: bool) -> d
     model = trainee.model
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     trained = list(trainee.trained().values())
-    if settings.sharded:
-        return _shared(model, list(tensors.values()), trained, settings.devices, half)
     hidden = hidden_matrices(model) if stage.optimizer == "muon" else set()
+    if settings.sharded:
+        moments = {id(p): 4 if id(p) in hidden else 8 for p in trained}
+        return _shared(model, list(tensors.values()), moments, settings.devices, half)
     numbers = sum(p.numel() for p in trained)
     return {
         "weights": _bytes(tensors.values()),
@@ -310,28 +311,32 @@ def _static(trainee: Trainee, stage: Stage, settings: Settings, half: bool) -> d
     }
 
 
-def _shared(model: Any, tensors: list[Tensor], trained: list[Tensor], ranks: int, half: bool) -> dict[str, int]:
-    """The same of one of several ranks under fsdp2: its shares, and what is whole while it computes."""
+def _shared(model: Any, tensors: list[Tensor], moments: dict[int, int], ranks: int, half: bool) -> dict[str, int]:
+    """The same of one of several ranks under fsdp2: its shares, and what is whole while it computes.
+
+    `moments`: bytes of the optimizer's state for each number of a trained tensor, by the tensor's identity.
+    """
     alone = {id(t) for t in replicated(model)} | {id(b) for b in model.buffers()}
     inside = [[p for p in layer.parameters() if id(p) not in alone] for layer in layers(model)]
     largest = max(inside, key=_bytes, default=[])
     in_layers = {id(p) for layer in inside for p in layer}
     outside = [t for t in tensors if id(t) not in alone and id(t) not in in_layers]
-    learns = {id(t) for t in trained}
+    trained = [t for t in tensors if id(t) in moments]
 
-    def share(found: Iterable[Tensor], each: float | None = None) -> int:
-        sizes = ((t.numel() * (each or t.element_size()), id(t) in alone) for t in found)
+    def share(found: Iterable[Tensor], each: Callable[[Tensor], int]) -> int:
+        sizes = ((t.numel() * each(t), id(t) in alone) for t in found)
         return int(sum(size if whole else size / ranks for size, whole in sizes))
 
     def computed(found: Iterable[Tensor]) -> int:
         return sum(t.numel() * (2 if half else t.element_size()) for t in found)
 
     return {
-        "weights": share(tensors) + computed(outside) + 2 * computed(largest),  # the next layer comes beforehand
-        "gradients": share(trained, 4) + computed(t for t in (*outside, *largest) if id(t) in learns),
-        "optimizer": share(trained, 8),
+        # the next layer's weights come beforehand
+        "weights": share(tensors, Tensor.element_size) + computed(outside) + 2 * computed(largest),
+        "gradients": share(trained, lambda t: 4) + computed(t for t in (*outside, *largest) if id(t) in moments),
+        "optimizer": share(trained, lambda t: moments[id(t)]),
         "buckets": 4 * sum(t.numel() for t in trained if id(t) in alone),
-        "temporaries": share(trained, 6 if half else 4),
+        "temporaries": share(trained, lambda t: 6 if half else 4),
     }
 
 

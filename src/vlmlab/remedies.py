@@ -57,7 +57,7 @@ def _fewer(
 def _changes(cfg: DictConfig, stage: Stage, ranks: int) -> Iterator[tuple[str, DictConfig]]:
     """Other settings of the same recipe that may need less, and the configuration with each."""
     found: list[tuple[str, Any]] = [(key, True) for key in CHECKPOINTING if OmegaConf.select(cfg, key) is False]
-    if ranks > 1 and cfg.trainer.strategy != FSDP2 and stage.optimizer != "muon":
+    if ranks > 1 and cfg.trainer.strategy != FSDP2:
         found.append(("trainer.strategy", FSDP2))
     if not choose(str(cfg.precision.name), on_gpu(cfg)).half and on_gpu(cfg):
         found.append(("precision", "bf16"))

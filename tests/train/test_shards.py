@@ -52,6 +52,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "accumulate": (("lm.gradient_checkpointing=true",), {"train": SLOWLY, "accumulate": 2}),
     "frozen lm": ((), {"train": {"connector": 5e-5}, "accumulate": 2}),
     "some layers": ((), {"train": {"connector": 5e-5, "lm": 5e-5}, "layers": {"lm": [-2, -1]}, "accumulate": 2}),
+    "muon": ((), {"train": SLOWLY, "optimizer": "muon"}),
     "adapters": (("adapter=lora", "adapter.parts=[lm,encoder]"), {"train": SLOWLY, "accumulate": 2}),
 }
 

@@ -244,17 +244,6 @@ def leaking_mask(cfg: Config, choices: Choices) -> str | None:
     return None
 
 
-def muon_wants_whole_matrices(cfg: Config, choices: Choices) -> str | None:
-    """Muon orthogonalises matrices, of which FSDP2 leaves every device some rows."""
-    for name, stage in _stages(cfg):
-        if _at(cfg, "trainer.strategy") == "fsdp2" and stage.get("optimizer") == "muon":
-            return (
-                f"recipe.stages.{name}.optimizer=muon orthogonalises whole matrices and trainer.strategy=fsdp2 shares "
-                f"them among devices; set recipe.stages.{name}.optimizer=adamw, or trainer.strategy=ddp"
-            )
-    return None
-
-
 def prompt_learnt_in_the_open(cfg: Config, choices: Choices) -> str | None:
     """``prompt: text`` learns every word of the prompt, which some masks show to the words before it."""
     for name, stage in _stages(cfg):
@@ -490,7 +479,6 @@ STAGE_RULES: tuple[Rule, ...] = (
     contrastive_counts,
     pairs_need_two_towers,
     images_to_learn_from,
-    muon_wants_whole_matrices,
     queries_meet_texts,
     objectives_with_weights,
     loss_for_the_lm,

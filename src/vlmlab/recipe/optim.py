@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from vlmlab.recipe.shards import assembled, cut_like, is_shard, own
+
 Group = dict[str, Any]
 
 
@@ -62,6 +64,24 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for inner in self._inner.values():
-            inner.step()
+        for muon, inner in self._inner.items():
+            if muon and any(is_shard(p) for group in inner.param_groups for p in group["params"]):
+                _whole_matrices(inner)
+            else:
+                inner.step()
         return loss
+
+
+def _whole_matrices(muon: Optimizer) -> None:
+    """Muon's step where ranks have shards: every matrix whole on all ranks, one after the other; each keeps its rows."""
+    for group in muon.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            alone = nn.Parameter(assembled(parameter))
+            alone.grad = assembled(parameter.grad)
+            once = Muon([{**group, "params": [alone]}])
+            once.state[alone] = {key: assembled(value) for key, value in muon.state[parameter].items()}
+            once.step()
+            own(parameter).copy_(own(cut_like(parameter, alone)))
+            muon.state[parameter] = {key: cut_like(parameter, value) for key, value in once.state[alone].items()}

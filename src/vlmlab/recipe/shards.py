@@ -70,9 +70,26 @@ def is_shard(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def assembled(tensor: Tensor) -> Tensor:
+    """The tensor of which this is a shard, on its device; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor of which this is a shard, on the CPU; any other as it is."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This rank's rows of a shard, which writing to them changes; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_like(shard: Tensor, tensor: Tensor) -> Tensor:
+    """Of a whole tensor the rows that this rank has of a shard; as it is where that has another shape or is none."""
+    if not isinstance(shard, DTensor) or shard.shape != tensor.shape:
+        return tensor
+    return distribute_tensor(tensor.to(shard.device), shard.device_mesh, shard.placements, src_data_rank=None)
 
 
 def gathered(tree: Any, keep: bool = True) -> Any:
@@ -89,13 +106,10 @@ def scattered(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """An optimizer's state dict of whole tensors, cut as the optimizer's parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def cut(value: Any, parameter: nn.Parameter) -> Any:
-        if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
-            return value
-        own = value.to(parameter.device)
-        return distribute_tensor(own, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    def cut(index: int, value: Any) -> Any:
+        return cut_like(parameters[index], value) if isinstance(value, Tensor) else value
 
-    cuts = {i: {key: cut(v, parameters[i]) for key, v in values.items()} for i, values in state["state"].items()}
+    cuts = {i: {key: cut(i, value) for key, value in values.items()} for i, values in state["state"].items()}
     return {**state, "state": cuts}
 
 
@@ -103,8 +117,8 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, the shards of all ranks included."""
     gradients = list(gradients)
     norm = get_total_norm([g for g in gradients if not isinstance(g, DTensor)])
-    if own := [g.to_local() for g in gradients if isinstance(g, DTensor)]:
-        square = get_total_norm(own).square()
+    if shards := [own(g) for g in gradients if isinstance(g, DTensor)]:
+        square = get_total_norm(shards).square()
         dist.all_reduce(square)
         norm = (norm.square() + square).sqrt()
     return norm
@@ -116,5 +130,5 @@ def clip(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> No
     clip_grads_with_norm_([p for p in parameters if not isinstance(p, DTensor)], largest, norm)
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)
     for parameter in parameters:
-        if isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
-            parameter.grad.to_local().mul_(factor)
+        if isinstance(parameter, DTensor) and parameter.grad is not None:
+            own(parameter.grad).mul_(factor)
