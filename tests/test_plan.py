@@ -94,6 +94,36 @@ def test_checkpointing_computes_the_lm_twice_and_keeps_less() -> None:
     assert plain.total < less.total < plain.total + encoder_and_more and model is trainee.model
 
 
+def test_checkpointing_of_an_encoder_that_trains_keeps_less() -> None:
+    peaks = []
+    for checkpointing in ("false", "true"):
+        cfg = composed("recipe=full", f"encoder.gradient_checkpointing={checkpointing}")
+        stage = parse(cfg)[-1]
+        trainee = entered(cfg, stage)
+        assert any(name.startswith("encoder.") for name in trainee.trained())
+        simulate = Simulator(trainee, half=False)
+        one, three = (simulate(batch(cfg, stage, trainee, *[Shape(1, 5, 5)] * n)).peak for n in (8, 24))
+        peaks.append(three - one)
+    assert peaks[1] < 0.7 * peaks[0]
+
+
+def test_shares_of_a_stage() -> None:
+    """Four devices have a quarter each of what is kept, and whole what is outside the layers and two layers."""
+    cfg = composed("recipe=joint", "precision=fp32", "collate.pack_length=null")
+    lengths = {"joint": [80, 20]}
+    alone, shared = (plan(cfg, Settings(A100, 4, sharded=cut, lengths=lengths))[0] for cut in (False, True))
+    model: Any = entered(cfg, parse(cfg)[0]).model
+    sizes = {part: sum(p.numel() for _, p in named) for part, named in model.parts().items()}
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.lm.model.model.layers]
+    seen = [sum(p.numel() for p in layer.parameters()) for layer in model.encoder.tower.encoder.layers]
+    outside = sizes["lm"] + sizes["encoder"] - sum(layers) - sum(seen)
+    towers, largest = sizes["lm"] + sizes["encoder"], max(layers + seen)
+    buffers = alone.weights - 4 * sum(sizes.values())
+    assert shared.weights == 4 * (towers // 4 + sizes["connector"] + outside + 2 * largest) + buffers
+    assert shared.optimizer == 8 * (sizes["lm"] // 4 + sizes["connector"])
+    assert shared.buckets == 4 * sizes["connector"] and shared.activations == alone.activations
+
+
 # -- memory: the CPU's allocator, as torch's profiler writes down every allocation and every release -------------------
 
 

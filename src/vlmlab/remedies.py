@@ -32,7 +32,8 @@ def remedies(cfg: DictConfig, error: OutOfMemory) -> str:
     try:
         now = _planned(cfg, error, ranks)
         found = [f"{keys}: {_gb(peak)}" for keys, peak in _fewer(cfg, stage, error, now, ranks)]
-        before = f"by the plan it needs about {_gb(now.peak)}, and less with "
+        room = f" of {_gb(torch.cuda.get_device_properties().total_memory)}" if on_gpu(cfg) else ""
+        before = f"by the plan it needs about {_gb(now.peak)}{room}, and less with "
     except Exception as mistake:  # the step's own error must be told, whatever keeps the plan from counting
         found = [key for key, _ in _changes(cfg, stage, ranks)]
         before = f"the plan cannot count this composition ({type(mistake).__name__}); less is needed with "

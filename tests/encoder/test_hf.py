@@ -59,6 +59,29 @@ def test_every_parameter_left_has_a_gradient(name: str, layers: list[int] | None
     assert left < whole if layers or name != "dinov2" else left == whole - 32  # the mask token
 
 
+@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("layers", [None, [1, -2]], ids=str)
+def test_gradient_checkpointing_changes_no_gradient(name: str, layers: list[int] | None) -> None:
+    kept: list[int] = []
+    gradients, folder = [], str(TOWERS[name][0]())
+    for checkpointing in (False, True):
+        encoder = HfEncoder(folder, layers=layers, gradient_checkpointing=checkpointing).train()
+        size = 0
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal size
+            size += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            total = sum(grid.square().sum() for grid in encoder(seen(encoder)).grids)
+        kept.append(size)
+        total.backward()  # type: ignore[union-attr]
+        gradients.append([p.grad for _, p in encoder.trainable()])
+    assert all(worst(a, b) == 0 for a, b in zip(*gradients, strict=True))  # type: ignore[arg-type]
+    assert kept[1] < kept[0] / 2
+
+
 @torch.no_grad()
 def test_pooled() -> None:
     theirs = SiglipVisionModel.from_pretrained(siglip(), dtype=torch.float32).eval()

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from tests import tiny
 from tests.test_conf import composed
+from vlmlab.connector.mlp import MlpConnector
 from vlmlab.contracts.sample import Sample, Turn
+from vlmlab.contracts.tensors import Visual
 
 STAGE = "recipe.stages.joint."
 
@@ -28,6 +32,27 @@ class Mixed:
         words = list(draw.choice(tiny.WORDS, int(draw.integers(2, 5))))
         image = (tiny.picture(index),) if index % self.images == 0 else ()
         return Sample(f"s{index}", image, (Turn(words[0], " ".join(words[1:])),))
+
+
+NO_ROOM = {
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    "python": MemoryError(),
+}
+
+
+class Hungry(MlpConnector):
+    """Finds no memory in its third call; never where values do not exist, as in a plan."""
+
+    def __init__(self, in_width: int, out_width: int, kind: str = "cuda", depth: int = 2) -> None:
+        super().__init__(in_width, out_width, depth)
+        self.kind, self.left = kind, 3
+
+    def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
+        self.left -= type(visual.grids[0]) is Tensor
+        if not self.left:
+            raise NO_ROOM[self.kind]
+        return super().forward(visual, instruction)
 
 
 def config(*overrides: str, **stage: Any) -> DictConfig:

@@ -12,7 +12,7 @@ class EmbeddedEncoder(HfEncoder):
     """The shipped vision tower, loaded through the same code as any real one.
 
     Args:
-        layers, pooled, image_size: see ``HfEncoder``.
+        layers, pooled, image_size, gradient_checkpointing: see ``HfEncoder``.
     """
 
     def __init__(
@@ -20,5 +20,12 @@ class EmbeddedEncoder(HfEncoder):
         layers: Sequence[int] | None = None,
         pooled: bool = False,
         image_size: int | Sequence[int] | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(path=str(embedded("vision")), layers=layers, pooled=pooled, image_size=image_size)
+        super().__init__(
+            path=str(embedded("vision")),
+            layers=layers,
+            pooled=pooled,
+            image_size=image_size,
+            gradient_checkpointing=gradient_checkpointing,
+        )

@@ -56,6 +56,7 @@ class HfEncoder(Encoder):
         image_size: pixels per side, or [height, width], that images are brought to; null: what the tower's
             preprocessor file says. At another size than it was trained on, its positions are interpolated.
         square: pad images to squares in the mean colour first, as LLaVA-1.5 does, so that no margin is cut off.
+        gradient_checkpointing: recompute the activations of layers that train in the backward pass.
         architecture: what the config.json of a hub id says; read only on the meta device (``vlmlab.blueprint``).
 
     Raises:
@@ -70,6 +71,7 @@ class HfEncoder(Encoder):
         dtype: str = "float32",
         image_size: int | Sequence[int] | None = None,
         square: bool = False,
+        gradient_checkpointing: bool = False,
         architecture: Architecture | None = None,
     ) -> None:
         super().__init__()
@@ -83,6 +85,8 @@ class HfEncoder(Encoder):
         if image_size is not None:
             preprocess = preprocess.at(*_sides(image_size))
         self._setup(tower, replace(preprocess, square=square), layers, pooled)
+        if gradient_checkpointing:
+            tower.gradient_checkpointing_enable({"use_reentrant": False})
 
     def _setup(
         self, tower: PreTrainedModel, preprocess: Preprocess, layers: Sequence[int] | None, pooled: bool
