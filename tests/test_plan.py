@@ -104,7 +104,7 @@ def test_checkpointing_of_an_encoder_that_trains_keeps_less() -> None:
         simulate = Simulator(trainee, half=False)
         one, three = (simulate(batch(cfg, stage, trainee, *[Shape(1, 5, 5)] * n)).peak for n in (8, 24))
         peaks.append(three - one)
-    assert peaks[1] < 0.7 * peaks[0]
+    assert peaks[1] < 0.85 * peaks[0]
 
 
 def test_shares_of_a_stage() -> None:

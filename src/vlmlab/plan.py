@@ -4,8 +4,8 @@ The model is built on the meta device, and ``vlmlab.simulation`` sends micro-bat
 rows of mean samples for the FLOPs, one row and three rows of the longest samples for the activations, which grow
 linearly with the micro-batch. The peak of a stage is weights + gradients + optimizer state (+ DDP's buckets) + the
 larger of activations and the optimizer's temporaries. With one micro-batch a step, gradients are not there yet at the
-peak of the activations, so that the plan is somewhat too large; with accumulation they are. Under fsdp2 a device has its
-shares of the towers, and whole for a while: what is outside their layers, and two layers with one's gradients.
+peak of the activations, so that the plan is somewhat too large; with accumulation they are. Under fsdp2 a device has
+its shares of the towers, and whole for a while: what is outside their layers, and two layers with one's gradients.
 """
 
 from __future__ import annotations

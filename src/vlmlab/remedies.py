@@ -40,9 +40,7 @@ def remedies(cfg: DictConfig, error: OutOfMemory) -> str:
     return before + "; ".join(found) if found else "no key needs less here: take a smaller tower or a larger device"
 
 
-def _fewer(
-    cfg: DictConfig, stage: Stage, error: OutOfMemory, now: StagePlan, ranks: int
-) -> Iterator[tuple[str, int]]:
+def _fewer(cfg: DictConfig, stage: Stage, error: OutOfMemory, now: StagePlan, ranks: int) -> Iterator[tuple[str, int]]:
     """Settings and their peaks in bytes, of those that need less than now."""
     parts = [k for k in range(stage.accumulate + 1, stage.batch_size + 1) if stage.batch_size % (k * ranks) == 0]
     compares = any(objective.per_micro_batch for objective in build_objectives(stage).values())

@@ -69,7 +69,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     ),
     "train mask=visual_rows_open": (2, r"visual_rows_open leaks later answers"),
     "train trainer.strategy=fsdp2": (2, r"fsdp2 shares the weights among devices and trainer.devices=1; set"),
-    "train trainer.strategy=fsdp2 trainer.devices=2 precision=fp16": (2, r"fsdp2 has no loss scaling, .*precision=bf16"),
+    "train trainer.strategy=fsdp2 trainer.devices=2 precision=fp16": (2, r"fsdp2 has no loss scaling, .*=bf16"),
     "train precision=fp16 trainer.accelerator=cpu": (2, r"precision=fp16 needs a GPU"),
     "train recipe=frozen fusion=none": (2, r"fusion=none leaves only the LM and no stage of the recipe trains lm"),
     "train recipe=frozen encoder=patch recipe.stages.encoder_only.train.connector=null": (

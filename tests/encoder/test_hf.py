@@ -79,7 +79,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, layers: list[int]
         total.backward()  # type: ignore[union-attr]
         gradients.append([p.grad for _, p in encoder.trainable()])
     assert all(worst(a, b) == 0 for a, b in zip(*gradients, strict=True))  # type: ignore[arg-type]
-    assert kept[1] < kept[0] / 2
+    assert kept[1] < 0.6 * kept[0]
 
 
 @torch.no_grad()

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
-
 from tests import tiny
 from tests.test_conf import composed
+from torch import Tensor
+
 from vlmlab.connector.mlp import MlpConnector
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.contracts.tensors import Visual
@@ -34,10 +34,10 @@ class Mixed:
         return Sample(f"s{index}", image, (Turn(words[0], " ".join(words[1:])),))
 
 
-NO_ROOM = {
-    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"),
-    "python": MemoryError(),
+NO_ROOM: dict[str, tuple[type[Exception], str]] = {
+    "cuda": (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cpu": (RuntimeError, "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you"),
+    "python": (MemoryError, ""),
 }
 
 
@@ -51,7 +51,8 @@ class Hungry(MlpConnector):
     def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
         self.left -= type(visual.grids[0]) is Tensor
         if not self.left:
-            raise NO_ROOM[self.kind]
+            error, words = NO_ROOM[self.kind]
+            raise error(words)
         return super().forward(visual, instruction)
 
 

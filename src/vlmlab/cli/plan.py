@@ -186,7 +186,7 @@ def _notes(found: Sequence[StagePlan], settings: Settings) -> list[str]:
         each = f"each sample takes {_gb(s.activations_sample)} GB beside {_gb(s.activations_base)} GB for any"
         notes.append(
             f"{s.name}: a micro-batch of {s.micro_batch} does not fit ({each}); {remedy}; "
-            "gradient_checkpointing=true of the lm, and of an encoder that trains, keeps less"
+            "lm.gradient_checkpointing=true keeps less"
         )
     for s in found:
         if s.accumulate and _at_once(s, settings) > s.micro_batch:

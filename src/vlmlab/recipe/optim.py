@@ -73,7 +73,7 @@ class MuonAdamW(Optimizer):
 
 
 def _whole_matrices(muon: Optimizer) -> None:
-    """Muon's step where ranks have shards: every matrix whole on all ranks, one after the other; each keeps its rows."""
+    """Muon's step where ranks have shards: matrices whole on all ranks, one after the other; each keeps its rows."""
     for group in muon.param_groups:
         for parameter in group["params"]:
             if parameter.grad is None:

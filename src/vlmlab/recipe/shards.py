@@ -81,7 +81,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def own(tensor: Tensor) -> Tensor:
-    """This rank's rows of a shard, which writing to them changes; any other tensor as it is."""
+    """The rows that a rank has of a shard, which writing to them changes; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
