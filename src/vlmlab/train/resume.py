@@ -42,7 +42,7 @@ def content_of(
     before: dict[str, str],
     pending: set[str],
     seconds: float,
-    keep: bool,
+    keep: bool = True,
 ) -> dict[str, Any]:
     """What ``last.ckpt`` holds. The schedule and the order of the data are functions of `step`: no state.
 
