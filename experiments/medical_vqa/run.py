@@ -104,7 +104,6 @@ class Score:
         questions: how many.
         accuracy: of the model, and with wrong images and without any (keys of ``SHOWN``).
         constant: accuracy of the commonest training answer of that kind, whatever is asked.
-        seconds: of training.
     """
 
     data: str
@@ -114,7 +113,6 @@ class Score:
     questions: int
     accuracy: dict[str, Interval]
     constant: float
-    seconds: float | None
 
 
 def scored(sweep: Path, name: str) -> list[Score]:
@@ -141,7 +139,6 @@ def _scores(row: Combination, name: str) -> list[Score]:
                 questions=len(chosen[0][""]),
                 accuracy={shown: mean_interval([_accuracy(run[shown]) for run in chosen]) for shown in SHOWN},
                 constant=_accuracy([_saying(constant, r) for r in chosen[0][""]]),
-                seconds=row.cost("seconds"),
             )
         )
     return found
@@ -195,14 +192,13 @@ def page(words: Mapping[str, Sequence[str]], scores: Sequence[Score], sweeps: Pa
     spent = sum(cpu_hours(sweeps / folder_of(name, budget)) for name in words)
     claim = f" Fewer than {FEWEST_PAIRS} seeds support no significance claim." if seeds < FEWEST_PAIRS else ""
     lines += ["```", *(command(text) for text in words.values()), "```", ""]
-    lines += [f"n = {seeds} seeds a row, `budget={budget}`, {spent:.2f} CPU-hours in all.{claim}", ""]
-    titles = ["data", "pixels", "visual tokens", "kind", "questions", "accuracy", "shuffled", "no image",
-              "commonest training answer", "training, s"]  # fmt: skip
-    rows = [
-        [s.data, s.pixels, number(s.tokens, 0), s.kind, str(s.questions), *(number(s.accuracy[b]) for b in SHOWN),
-         number(s.constant, 3), number(s.seconds)]
-        for s in scores
-    ]  # fmt: skip
+    lines += [f"`budget={budget}`, {spent:.2f} CPU-hours in all; n is the number of seeds.{claim}", ""]
+    titles = ["data", "pixels", "visual tokens", "kind", "questions", "n", "accuracy", "shuffled", "no image",
+              "commonest training answer"]  # fmt: skip
+    rows = []
+    for s in scores:
+        first = [s.data, s.pixels, number(s.tokens, 0), s.kind, str(s.questions), str(s.accuracy[""].n)]
+        rows.append([*first, *(number(s.accuracy[shown]) for shown in SHOWN), number(s.constant, 3)])
     return "\n".join([*lines, *markdown(titles, rows), ""])
 
 
