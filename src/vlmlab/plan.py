@@ -32,8 +32,9 @@ from vlmlab.encoder.multi import MultiEncoder
 from vlmlab.encoder.scratch import ScratchEncoder
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.lm.scratch import ScratchLanguageModel
+from vlmlab.recipe.layers import tower_layers
 from vlmlab.recipe.optim import hidden_matrices
-from vlmlab.recipe.shards import layers, replicated
+from vlmlab.recipe.shards import replicated
 from vlmlab.recipe.stage import Stage, parse
 from vlmlab.simulation import Pass, Simulator
 from vlmlab.train.run import module_class
@@ -317,7 +318,7 @@ def _shared(model: Any, tensors: list[Tensor], moments: dict[int, int], ranks: i
     `moments`: bytes of the optimizer's state for each number of a trained tensor, by the tensor's identity.
     """
     alone = {id(t) for t in replicated(model)} | {id(b) for b in model.buffers()}
-    inside = [[p for p in layer.parameters() if id(p) not in alone] for layer in layers(model)]
+    inside = [[p for p in layer.parameters() if id(p) not in alone] for layer in tower_layers(model)]
     largest = max(inside, key=_bytes, default=[])
     in_layers = {id(p) for layer in inside for p in layer}
     outside = [t for t in tensors if id(t) not in alone and id(t) not in in_layers]
@@ -343,7 +344,7 @@ def _shared(model: Any, tensors: list[Tensor], moments: dict[int, int], ranks: i
 def _copies(trainee: Trainee) -> int:
     """Bytes of the 16-bit copies of matrices in layers, which autocast keeps and fsdp2 does not make."""
     alone, trained = {id(p) for p in replicated(trainee.model)}, trainee.trained().values()
-    inside = {id(p) for layer in layers(trainee.model) for p in layer.parameters()} - alone
+    inside = {id(p) for layer in tower_layers(trainee.model) for p in layer.parameters()} - alone
     return sum(2 * p.numel() for p in trained if p.ndim > 1 and id(p) in inside)
 
 

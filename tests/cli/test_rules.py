@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from vlmlab.cli.rules import (
     SOFT_PROMPT,
     check,
     choices_of,
+    compiler_at_hand,
     declared,
     features_to_keep,
     offers,
@@ -110,6 +112,17 @@ def test_ranks_cannot_be_swept_by_the_basic_launcher() -> None:
     basic = {"hydra/launcher": "basic", "_mode": "MULTIRUN"}
     assert "hydra/launcher=pool" in refused({"trainer.devices": 2}, basic)
     check(cfg, plain(cfg), CHOICES | {"hydra/launcher": "basic"})
+
+
+def test_compiling_wants_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    for on, compiler, words in (
+        (True, "/no/such/compiler", "needs a C++ compiler and /no/such/compiler is not to be found"),
+        (True, sys.executable, None),
+        (False, "/no/such/compiler", None),
+    ):
+        monkeypatch.setenv("CXX", compiler)
+        said = compiler_at_hand({"trainer": {"compile": on}}, {})
+        assert said is None if words is None else words in str(said)
 
 
 def test_a_file_that_is_there_passes(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     "train trainer.accelerator=tpuu": (2, r"trainer.accelerator=tpuu is unknown; choose one of auto, cpu"),
     "train trainer.strategy=dpp": (2, r"trainer.strategy=dpp is unknown; choose one of auto, ddp"),
     "train trainer.gradient_clip=-1": (2, r"gradient_clip=-1 is not possible"),
+    "train trainer.compile=maybe": (2, r"trainer.compile=maybe is not possible; set it to true or false"),
     "train trainer.devices=3": (2, r"batch_size=32 does not divide by accumulate=1 times trainer.devices=3"),
     "train evaluation.batch_size=0": (2, r"evaluation.batch_size=0 is not possible"),
     "train evaluation.baselines=[blind]": (2, r"evaluation.baselines=blind is unknown; choose from shuffled, no_image"),

@@ -16,7 +16,7 @@ from vlmlab.encoder.multi import MultiEncoder
 from vlmlab.encoder.patch import PatchEncoder
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.recipe.base import StageModule
-from vlmlab.recipe.layers import check_layers, places, stacks
+from vlmlab.recipe.layers import check_layers, compiled, places, stacks, tower_layers
 from vlmlab.recipe.stage import Stage
 from vlmlab.train.weights import Trainee
 
@@ -42,6 +42,17 @@ def test_stacks_are_found_in_every_family() -> None:
     assert [len(s) for _, s in stacks(HfLanguageModel(str(qwen2())))] == [4]
     both = MultiEncoder([HfEncoder(str(siglip()), layers=[-2]), HfEncoder(str(clip()))])
     assert [len(s) for _, s in stacks(both)] == [2, 3]
+
+
+def test_compiled_layers_keep_their_names_and_come_back() -> None:
+    model = vlm()
+    names, layers = list(model.state_dict()), list(tower_layers(model))
+    assert len(layers) == 2 + 4
+    with pytest.raises(RuntimeError, match="in between"), compiled(model):
+        assert list(model.state_dict()) == names
+        assert all("forward" in vars(layer) for layer in layers)
+        raise RuntimeError("in between")
+    assert not any("forward" in vars(layer) for layer in layers)
 
 
 def test_a_range_trains_its_layers_and_nothing_else() -> None:

@@ -30,15 +30,18 @@ def _dying(cfg, folder, steps):
     run(cfg, folder)
 
 
-def run_ranks(cfg, folder: Path, ranks: int = 2, die_in: int | None = None) -> list[int | None]:
-    """Train with several gloo ranks, which all kill themselves in optimizer step `die_in`; their exit codes."""
+def run_ranks(cfg, folder: Path, ranks: int = 2, die_in: int | None = None, patience: float = 120) -> list[int | None]:
+    """Train with several gloo ranks, which all kill themselves in optimizer step `die_in`; their exit codes.
+
+    Ranks that hang are killed after `patience` seconds.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     cfg.trainer.devices = ranks
     processes = [forked(_rank, cfg, folder, rank, ranks, port, die_in) for rank in range(ranks)]
     for process in processes:
-        process.join(120)
+        process.join(patience)
         if process.is_alive():
             process.kill()
     return [process.exitcode for process in processes]

@@ -26,13 +26,13 @@ def fake(folder: Path, **changes) -> list[str]:
     return [sys.executable, str(Path(__file__).with_name("fake_lab.py")), str(folder), json.dumps(settings)]
 
 
-def world(folder: Path) -> list[str]:
+def world(folder: Path, *more: str) -> list[str]:
     """The embedded default with few and small steps: all four stages of the real model."""
     stages = ("coarse_align", "deep_align", "caption_pretrain", "instruction_tune")
     small = [f"recipe.stages.{name}.batch_size=4" for name in stages]
     return [
         sys.executable, str(ROOT / "train.py"), f"hydra.run.dir={folder}", "budget=test", "budget.max_steps=10",
-        "budget.eval_limit=2", "trainer.save_every_s=0", "++trainer.log_every=1", "trainer.progress=false", *small,
+        "budget.eval_limit=2", "trainer.save_every_s=0", "++trainer.log_every=1", "trainer.progress=false", *small, *more,
     ]  # fmt: skip
 
 
@@ -90,6 +90,27 @@ def test_two_real_ranks_stop_together_and_go_on(tmp_path, strategy):
     for stage, tensors in weights(tmp_path / "whole").items():
         for name, tensor in tensors.items():
             assert torch.equal(weights(tmp_path / "cut")[stage][name], tensor), f"{stage}: {name}"
+
+
+def test_shards_of_real_towers_stop_together_and_go_on(tmp_path):
+    """In every stage once; the last two train by Muon, and what is evaluated at the end is a whole model."""
+    ranks = ("trainer.devices=2", "trainer.accelerator=cpu", "trainer.strategy=fsdp2", "trainer.workers=0")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finish(world(whole, *ranks))
+    for target in (5, 15, 25, 35):
+        process = subprocess.Popen(world(cut, *ranks), env=ENVIRONMENT, cwd=ROOT)
+        while steps_done(cut) < target and process.poll() is None:
+            time.sleep(0.005)
+        process.terminate()
+        assert process.wait(120) == 128 + signal.SIGTERM
+        assert target <= steps_done(cut) < target + 5
+    finish(world(cut, *ranks))
+    assert len(weights(whole)) == 4 and weights(cut).keys() == weights(whole).keys()
+    for stage, tensors in weights(whole).items():
+        for name, tensor in tensors.items():
+            assert torch.equal(weights(cut)[stage][name], tensor), f"{stage}: {name}"
+    results = [json.loads((folder / "result.json").read_text())["metrics"] for folder in (whole, cut)]
+    assert results[0] == results[1]
 
 
 def test_wandb_mirrors_a_run(tmp_path):

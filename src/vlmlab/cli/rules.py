@@ -7,6 +7,9 @@ configuration as plain values, ``choices`` the chosen file of every group (``{"f
 from __future__ import annotations
 
 import ast
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -128,6 +131,20 @@ def shards_for_several(cfg: Config, choices: Choices) -> str | None:
         )
     if _at(cfg, "precision.name") == "fp16":
         return "trainer.strategy=fsdp2 has no loss scaling, which precision=fp16 needs; choose precision=bf16"
+    return None
+
+
+def compiler_at_hand(cfg: Config, choices: Choices) -> str | None:
+    """torch.compile makes C++ on a CPU, and compiles what starts its kernels on a GPU."""
+    wanted = _at(cfg, "trainer.compile")
+    if wanted not in (None, True, False):
+        return f"trainer.compile={wanted} is not possible; set it to true or false"
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if wanted and shutil.which(compiler) is None:
+        return (
+            f"trainer.compile=true needs a C++ compiler and {compiler} is not to be found; install it, name another in "
+            "the environment as CXX, or set trainer.compile=false"
+        )
     return None
 
 
@@ -462,6 +479,7 @@ RULES: tuple[Rule, ...] = (
     possible_seed,
     possible_trainer,
     shards_for_several,
+    compiler_at_hand,
     possible_budget,
     possible_sizes,
     possible_cache,

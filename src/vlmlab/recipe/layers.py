@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,6 +28,28 @@ def stacks(part: nn.Module) -> Iterator[tuple[PreTrainedModel, nn.ModuleList]]:
         found = [s for s in _outermost(tower, nn.ModuleList) if 0 < len(s) <= depth]
         if found:
             yield tower, max(found, key=len)
+
+
+def tower_layers(model: Any) -> Iterator[nn.Module]:
+    """The transformer layers of all towers of a model."""
+    towers = (getattr(model, part, None) for part in LAYERED)
+    return (layer for tower in towers if tower is not None for _, stack in stacks(tower) for layer in stack)
+
+
+@contextlib.contextmanager
+def compiled(model: nn.Module) -> Iterator[None]:
+    """While this is open the layers of all towers compute by ``torch.compile``, one graph for all of a kind and length.
+
+    Only their ``forward`` is replaced, so that names of weights and what hangs on calls (shards, recomputation) stay.
+    """
+    layers: list[Any] = list(tower_layers(model))
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def places(part: nn.Module) -> Places:

@@ -24,9 +24,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from vlmlab.recipe.layers import stacks
+from vlmlab.recipe.layers import tower_layers
+from vlmlab.recipe.stage import LAYERED
 
-TOWERS = ("encoder", "lm")
 BASE = ".base"
 
 
@@ -42,7 +42,7 @@ def shard(model: Any, mesh: DeviceMesh, half: bool) -> None:
     if half:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": set(replicated(model))}
-    for layer in layers(model):
+    for layer in tower_layers(model):
         fully_shard(layer, **options)
     fully_shard(model, **options)
     for unit in model.modules():
@@ -51,17 +51,11 @@ def shard(model: Any, mesh: DeviceMesh, half: bool) -> None:
             unit.set_force_sum_reduction_for_comms(True)
 
 
-def layers(model: Any) -> Iterator[nn.Module]:
-    """The transformer layers of all towers, in order."""
-    towers = (getattr(model, part, None) for part in TOWERS)
-    return (layer for tower in towers if tower is not None for _, stack in stacks(tower) for layer in stack)
-
-
 def replicated(model: Any) -> Iterator[nn.Parameter]:
     """Every weight that is no tower's own: of other parts, and of adapters."""
     parts: dict[str, list[tuple[str, nn.Parameter]]] = model.parts()
     for part, named in parts.items():
-        if part.removesuffix(BASE) not in TOWERS or part + BASE in parts:
+        if part.removesuffix(BASE) not in LAYERED or part + BASE in parts:
             yield from (parameter for _, parameter in named)
 
 

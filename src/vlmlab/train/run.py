@@ -30,7 +30,7 @@ from vlmlab.data.sampler import Order
 from vlmlab.data.skipped import Replaced
 from vlmlab.model import build_cache
 from vlmlab.recipe.base import NonFinite, StageModule, no_room
-from vlmlab.recipe.layers import check_layers
+from vlmlab.recipe.layers import check_layers, compiled
 from vlmlab.recipe.shards import gathered
 from vlmlab.recipe.stage import Stage, check_divides, parse
 from vlmlab.runs.files import read_json, write_json
@@ -294,7 +294,7 @@ def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: 
     stage = module.stage
     check_divides(stage.batch_size, stage.accumulate, trainer.world_size, f"recipe.stages.{stage.name}")
     try:
-        with _profiled(run), warnings.catch_warnings():
+        with _profiled(run), _compiled(run, module), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")  # advice on workers, sizes, checkpoints
             warnings.filterwarnings("ignore", category=PossibleUserWarning)
             warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # nothing writes into what the model returns
@@ -303,10 +303,10 @@ def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: 
         if run.writes:
             write_json(run.folder.path / "nonfinite.json", error.facts)
         raise
-    except (RuntimeError, MemoryError) as error:  # the model or a batch on its way to the device
-        if not no_room(error):
-            raise
-        raise OutOfMemory(stage.name, module.done + 1) from error
+    except (RuntimeError, MemoryError) as error:
+        if no_room(error):  # for the model, or for a batch on its way to the device
+            raise OutOfMemory(stage.name, module.done + 1) from error
+        raise
 
 
 def _trainer(run: Run, keeper: Keeper, skips: Skips) -> L.Trainer:
@@ -513,6 +513,28 @@ def load_trained(cfg: DictConfig, path: Path) -> nn.Module:
 def on_gpu(cfg: DictConfig) -> bool:
     """Whether the run computes on a GPU."""
     return cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+@contextlib.contextmanager
+def _compiled(run: Run, module: StageModule) -> Iterator[None]:
+    """With ``trainer.compile``, training by compiled layers.
+
+    Raises:
+        UserError: they cannot be compiled here.
+    """
+    if not run.cfg.trainer.get("compile"):
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        with compiled(module.model):
+            yield
+    except TorchDynamoException as error:
+        why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"trainer.compile=true cannot compile here ({why.strip()}); set trainer.compile=false."
+        ) from error
 
 
 @contextlib.contextmanager
