@@ -32,7 +32,8 @@ def world(folder: Path, *more: str) -> list[str]:
     small = [f"recipe.stages.{name}.batch_size=4" for name in stages]
     return [
         sys.executable, str(ROOT / "train.py"), f"hydra.run.dir={folder}", "budget=test", "budget.max_steps=10",
-        "budget.eval_limit=2", "trainer.save_every_s=0", "++trainer.log_every=1", "trainer.progress=false", *small, *more,
+        "budget.eval_limit=2", "trainer.save_every_s=0", "++trainer.log_every=1", "trainer.progress=false",
+        *small, *more,
     ]  # fmt: skip
 
 
@@ -75,6 +76,7 @@ def test_killed_at_random_moments(tmp_path, app, total, kills):
             assert torch.equal(weights(killed)[stage][name], tensor), f"{stage}: {name}"
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_real_ranks_stop_together_and_go_on(tmp_path, strategy):
     """Rank 1 is started by Lightning; only rank 0 gets the signal."""
@@ -92,6 +94,7 @@ def test_two_real_ranks_stop_together_and_go_on(tmp_path, strategy):
             assert torch.equal(weights(tmp_path / "cut")[stage][name], tensor), f"{stage}: {name}"
 
 
+@pytest.mark.timeout(1500)
 def test_shards_of_real_towers_stop_together_and_go_on(tmp_path):
     """In every stage once; the last two train by Muon, and what is evaluated at the end is a whole model."""
     ranks = ("trainer.devices=2", "trainer.accelerator=cpu", "trainer.strategy=fsdp2", "trainer.workers=0")

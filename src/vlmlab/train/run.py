@@ -531,10 +531,8 @@ def _compiled(run: Run, module: StageModule) -> Iterator[None]:
         with compiled(module.model):
             yield
     except TorchDynamoException as error:
-        why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(
-            f"trainer.compile=true cannot compile here ({why.strip()}); set trainer.compile=false."
-        ) from error
+        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"trainer.compile=true cannot compile here ({why}); set trainer.compile=false.") from error
 
 
 @contextlib.contextmanager
