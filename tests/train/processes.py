@@ -33,13 +33,18 @@ def _dying(cfg, folder, steps):
 def run_ranks(cfg, folder: Path, ranks: int = 2, die_in: int | None = None, patience: float = 120) -> list[int | None]:
     """Train with several gloo ranks, which all kill themselves in optimizer step `die_in`; their exit codes.
 
-    Ranks that hang are killed after `patience` seconds.
+    Ranks are forked from a process that has only imported: one forked from a process that has computed inherits the
+    state of its threads without the threads. Ranks that hang are killed after `patience` seconds.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     cfg.trainer.devices = ranks
-    processes = [forked(_rank, cfg, folder, rank, ranks, port, die_in) for rank in range(ranks)]
+    clean = multiprocessing.get_context("forkserver")
+    clean.set_forkserver_preload(["fake_lab", "tower_lab"])
+    processes = [clean.Process(target=_rank, args=(cfg, folder, rank, ranks, port, die_in)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
     for process in processes:
         process.join(patience)
         if process.is_alive():
