@@ -4,7 +4,8 @@
 
 Both start from decoded (H, W, 3) uint8 arrays and one thread. "pixels" is what a data worker does (resize to uint8;
 the encoder normalises, on its device); "values" adds that normalisation on the CPU, so that both give the same floats,
-which is checked. Ratios are of the medians over rounds that take turns; below 1 vlmlab is faster.
+which is checked. Ratios are of the medians over rounds that take turns; below 1 vlmlab is faster. Times are those of
+this process's own computing, which neighbours on the machine disturb less than the wall's.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def normalised(settings: Preprocess, pixels: Image) -> torch.Tensor:
 
 def timed(work: Callable[[Image], Any], pictures: list[Image]) -> float:
     """Milliseconds per image."""
-    start = time.perf_counter()
+    start = time.process_time()
     for picture in pictures:
         work(picture)
-    return (time.perf_counter() - start) / len(pictures) * 1e3
+    return (time.process_time() - start) / len(pictures) * 1e3
 
 
 def compare(name: str, processor: Any, pictures: list[Image], rounds: int) -> str:

@@ -1,9 +1,10 @@
 """One training step of vlmlab against transformers' ``LlavaForConditionalGeneration``: time and memory, as ratios.
 
-    python benchmarks/training_step.py [--rounds 9] [--threads 1] [--batch 8] [--size tiny]
+    python benchmarks/training_step.py [--rounds 9] [--threads 1] [--batch 8] [--size 93M]
 
 A SigLIP and a Llama of random weights (93M in all, 49,152 words), written as safetensors and loaded by both; the same
-conversations, right padded: an image of 196 tokens, a question, an answer. Everything trains, in float32 on the CPU.
+conversations, right padded: an image (196 tokens, with --size 93M-336 441), a question, an answer. Everything trains,
+in float32 on the CPU.
 
 - vlmlab: its collator's batch through ``StageModule.training_step`` under Lightning's trainer, as a stage runs it:
   forward, objective ``lm`` under mask ``causal``, backward, clipping, AdamW.
@@ -84,8 +85,9 @@ def _size(words: int, wide: int, heads: int, layers: int, vision: int, vision_he
 
 
 SIZES = {
-    # SmolLM2-135M's width and vocabulary with 12 of its 30 layers, and a ViT-S/16 at 224 pixels
+    # SmolLM2-135M's width and vocabulary with 12 of its 30 layers, and a ViT-S/16 at 224 pixels or LLaVA-1.5's 336
     "93M": _size(49_152, 576, 9, 12, 384, 6, 224),
+    "93M-336": _size(49_152, 576, 9, 12, 384, 6, 336),
     "tiny": _size(512, 48, 3, 2, 32, 2, 64),
 }
 

@@ -3,10 +3,10 @@
 A model of the meta device goes forward and backward with tensors that have shapes only (torch's ``FakeTensorMode``),
 under the precision, freezing, adapter, mask, objective and checkpointing of its stage. Two things are noted:
 
-- FLOPs: torch's own formulas (``torch.utils.flop_counter.flop_registry``): 2 per multiply-add of every matrix product,
-  convolution and attention, nothing for all else. An attention counts the whole S x S square, masked or not, and 5
-  products backward, since fused kernels compute the scores again. What frozen parts save and what checkpointing
-  computes twice is counted as it happens.
+- FLOPs: torch's own formulas (``torch.utils.flop_counter.flop_registry``), and ours for the CPU's attention: 2 per
+  multiply-add of every matrix product, convolution and attention, nothing for all else. An attention counts the whole
+  S x S square, masked or not, and 5 products backward, since fused kernels compute the scores again. What frozen parts
+  save and what checkpointing computes twice is counted as it happens.
 - Bytes: every storage from the operation that makes it until it is freed, as an allocator sees it. The peak above
   weights, gradients and optimizer state is called activations: what is kept for the backward pass, 16-bit copies of
   the weights, logits, and the largest temporary tensors.
