@@ -42,7 +42,7 @@ Read = Callable[[int], Image]
 def photograph(seed: int) -> bytes:
     """A JPEG file of 640 x 480: soft shapes with fine grain, which cost a decoder about what a photograph does."""
     random = np.random.default_rng(seed)
-    coarse = Pillow.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((640, 480), Pillow.BICUBIC)
+    coarse = Pillow.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((640, 480))  # bicubic
     grain = random.normal(0, 8, (480, 640, 1))
     file = io.BytesIO()
     pixels = np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)
