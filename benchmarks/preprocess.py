@@ -1,6 +1,6 @@
 """Preprocessing of photographs: time of vlmlab's against transformers' Pillow processor, in one process and run.
 
-    python benchmarks/preprocess.py [folder of images] [--rounds 7]
+    python benchmarks/preprocess.py [folder of images] [--images 24] [--rounds 7]
 
 Both start from decoded (H, W, 3) uint8 arrays and one thread. "pixels" is what a data worker does (resize to uint8;
 the encoder normalises, on its device); "values" adds that normalisation on the CPU, so that both give the same floats,
@@ -33,7 +33,7 @@ CASES = {
 }
 
 
-def images(folder: Path | None, most: int = 24) -> list[Image]:
+def images(folder: Path | None, most: int) -> list[Image]:
     """Photographs of a folder, or random pixels of a photograph's size."""
     if folder is None:
         return [np.random.default_rng(i).integers(0, 256, (480, 640, 3), dtype=np.uint8) for i in range(most)]
@@ -84,10 +84,11 @@ def compare(name: str, processor: Any, pictures: list[Image], rounds: int) -> st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--images", type=int, default=24, help="at most")
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    pictures = images(given.folder)
+    pictures = images(given.folder, given.images)
     for name, processor in CASES.items():
         print(compare(name, processor, pictures, given.rounds), flush=True)
 

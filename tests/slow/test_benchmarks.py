@@ -23,7 +23,7 @@ def lines(script: str, *words: str, cwd: Path) -> list[str]:
 
 
 def test_preprocess(tmp_path: Path) -> None:
-    found = lines("preprocess", "--rounds", "1", cwd=tmp_path)
+    found = lines("preprocess", "--images", "2", "--rounds", "1", cwd=tmp_path)
     assert [line.partition(":")[0] for line in found] == ["siglip 224", "siglip 384", "clip 336"]
     assert all(line.count("ratio") == 2 for line in found)
 
