@@ -21,9 +21,9 @@ from transformers import CLIPVisionModel, Dinov2Model, SiglipVisionModel
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder
-from vlmlab.encoder.hf import HfEncoder
 from vlmlab.encoder.multi import MultiEncoder
 from vlmlab.encoder.preprocess import Preprocess
+from vlmlab.encoder.tower import TowerEncoder
 from vlmlab.model import VLM
 from vlmlab.runs.files import is_free
 from vlmlab.runs.folder import RunFolder
@@ -130,7 +130,7 @@ def _save_encoder(encoder: Encoder, cfg: DictConfig, folder: Path) -> Path:
             _save_encoder(part, node, folder / str(index))
         return folder
     folder.mkdir(parents=True)
-    if isinstance(encoder, HfEncoder):
+    if isinstance(encoder, TowerEncoder):
         assert isinstance(encoder.preprocess, Preprocess)
         tower = _whole(encoder, cfg)
         with quiet():
@@ -141,7 +141,7 @@ def _save_encoder(encoder: Encoder, cfg: DictConfig, folder: Path) -> Path:
     return folder
 
 
-def _whole(encoder: HfEncoder, cfg: DictConfig) -> Any:
+def _whole(encoder: TowerEncoder, cfg: DictConfig) -> Any:
     """The tower as it was loaded, layers behind the tapped one and the pooling head included, with what was trained."""
     tower = instantiate(cfg, layers=None, pooled=True).tower
     trained = encoder.tower.state_dict()

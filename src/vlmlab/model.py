@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from vlmlab.data.chat import Prompt
     from vlmlab.data.collate import Collator
-    from vlmlab.lm.hf import HfLanguageModel
+    from vlmlab.lm.causal import CausalLanguageModel
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -45,7 +45,7 @@ class VLM(nn.Module):
     """
 
     def __init__(
-        self, encoder: Encoder | None, connector: Connector | None, fusion: Fusion, lm: HfLanguageModel, mask: Mask
+        self, encoder: Encoder | None, connector: Connector | None, fusion: Fusion, lm: CausalLanguageModel, mask: Mask
     ) -> None:
         super().__init__()
         if connector is not None and connector.reads_instruction and not fusion.in_sequence:
@@ -259,7 +259,7 @@ class DualEncoder(VLM):
         encoder: Encoder,
         connector: Connector,
         fusion: Fusion,
-        lm: HfLanguageModel,
+        lm: CausalLanguageModel,
         mask: Mask,
         width: int = 128,
         parallel: bool = False,

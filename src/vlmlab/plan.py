@@ -27,10 +27,10 @@ from vlmlab.contracts.sample import Sample, SampleSource
 from vlmlab.contracts.tensors import Batch
 from vlmlab.data.chat import ANSWER, IGNORE, USER, ChatEncoder, Encoded
 from vlmlab.data.collate import Collator
-from vlmlab.encoder.hf import HfEncoder
 from vlmlab.encoder.multi import MultiEncoder
 from vlmlab.encoder.scratch import ScratchEncoder
-from vlmlab.lm.hf import HfLanguageModel
+from vlmlab.encoder.tower import TowerEncoder
+from vlmlab.lm.causal import CausalLanguageModel
 from vlmlab.lm.scratch import ScratchLanguageModel
 from vlmlab.recipe.layers import tower_layers
 from vlmlab.recipe.optim import hidden_matrices
@@ -178,7 +178,7 @@ def _as_if_loaded(model: nn.Module) -> nn.Module:
     """Marks the towers that a run would load, so that its files are taken to leave their frozen weights out."""
     towers: list[Any] = [getattr(model, "encoder", None), getattr(model, "lm", None)]
     for tower in towers:
-        loaded = isinstance(tower, (HfEncoder, HfLanguageModel, MultiEncoder))
+        loaded = isinstance(tower, (TowerEncoder, CausalLanguageModel, MultiEncoder))
         if loaded and not isinstance(tower, (ScratchEncoder, ScratchLanguageModel)):
             tower.source = "planned"
     return model

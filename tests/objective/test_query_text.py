@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from transformers import Blip2Config, Blip2ForImageTextRetrieval, Blip2QFormerConfig, Blip2VisionConfig
 
 from vlmlab.connector.mlp import MlpConnector
-from vlmlab.connector.qformer import QFormerConnector, sight_mask
+from vlmlab.connector.qformer import QFormerConnector
+from vlmlab.connector.query_transformer import sight_mask
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch, Outputs
 from vlmlab.model import VLM

@@ -16,7 +16,6 @@ from transformers import CLIPVisionModel
 
 from vlmlab.adapter.base import switch
 from vlmlab.adapter.comp_lora import CompLoraAdapter
-from vlmlab.adapter.dora import DoraAdapter
 from vlmlab.adapter.ia3 import Ia3Adapter
 from vlmlab.adapter.ln_tuning import LnTuningAdapter
 from vlmlab.adapter.lora import LoraAdapter
@@ -32,7 +31,7 @@ PAIRS: dict[str, tuple[Any, Any]] = {
     "lora": (LoraAdapter(r=3, alpha=6), LoraConfig(**LORA)),
     "rslora": (LoraAdapter(r=3, alpha=6, rslora=True), LoraConfig(**LORA, use_rslora=True)),
     "pissa": (LoraAdapter(r=3, alpha=6, pissa=True), LoraConfig(**LORA, init_lora_weights="pissa")),
-    "dora": (DoraAdapter(r=3, alpha=6), LoraConfig(**LORA, use_dora=True)),
+    "dora": (LoraAdapter(r=3, alpha=6, dora=True), LoraConfig(**LORA, use_dora=True)),
     "ia3": (Ia3Adapter(targets=["k_proj", "v_proj", "fc2"], feedforward=["down_proj", "fc2"]), IA3Config(**IA3)),
     "ln_tuning": (LnTuningAdapter(), LNTuningConfig(target_modules=NORMS)),
 }

@@ -1,4 +1,4 @@
-"""``lora``: low-rank adapters in the linear layers of a tower (arXiv 2106.09685), by peft."""
+"""``lora``, ``dora``: low-rank adapters in the linear layers of a tower (arXiv 2106.09685, 2402.09353), by peft."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class LoraAdapter(Adapter):
             arXiv 2404.02948). The tower then equals itself up to rounding, its weights have changed, and it can hold
             no second adapter.
         lr_ratio: learning rate of B as a multiple of A's (LoRA+, arXiv 2402.12354); null is 1.
+        dora: learn the length of each weight column apart and let LoRA change its direction (DoRA, arXiv 2402.09353):
+            y = m (W + (alpha / r) B A) x / |W + (alpha / r) B A|, m = |W| at first; the norm is over each output's row.
         name: of the adapter, where several share one tower.
     """
-
-    dora = False
 
     def __init__(
         self,
@@ -44,6 +44,7 @@ class LoraAdapter(Adapter):
         rslora: bool = False,
         pissa: bool = False,
         lr_ratio: float | None = None,
+        dora: bool = False,
         name: str = "default",
     ) -> None:
         if r < 1:
@@ -53,7 +54,7 @@ class LoraAdapter(Adapter):
         self.lr = lr
         self.lr_ratio = lr_ratio
         self.r, self.alpha, self.dropout = r, alpha, dropout
-        self.rslora = rslora
+        self.rslora, self.dora = rslora, dora
         self.alone = pissa
         self.targets = targets if isinstance(targets, str) else list(targets)
 

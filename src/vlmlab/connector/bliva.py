@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmlab.connector.qformer import QFormerConnector
+from vlmlab.connector.query_transformer import QueryTransformer
 from vlmlab.contracts.tensors import Visual
 
 
-class BlivaConnector(QFormerConnector):
+class BlivaConnector(QueryTransformer):
     """What the queries found for this instruction, followed by one linear layer's view of every feature.
 
     The queries may have lost what the patches still show (small print); the patches do not know the question.
@@ -20,7 +20,7 @@ class BlivaConnector(QFormerConnector):
         in_width: width of a feature.
         out_width: width of the LM.
         instruction: whether the queries read what the user says (they do in the paper).
-        **qformer: the other keywords of ``QFormerConnector``.
+        **qformer: the other keywords of ``QueryTransformer``.
     """
 
     def __init__(self, in_width: int, out_width: int, instruction: bool = True, **qformer: Any) -> None:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from vlmlab.connector.mlp import MlpConnector
+from vlmlab.contracts.parts import Connector
+from vlmlab.contracts.tensors import Visual
 
 
-class LinearConnector(MlpConnector):
+class LinearConnector(Connector):
     """One linear layer; one visual token per feature.
 
     Args:
-        in_width: width of a feature.
+        in_width: width of a feature (all tapped layers side by side).
         out_width: width of the LM.
         zero: start with weight and bias 0, as PaliGemma does: every visual token is the zero vector at first.
     """
 
     def __init__(self, in_width: int, out_width: int, zero: bool = False) -> None:
-        super().__init__(in_width, out_width, depth=1)
+        super().__init__()
+        self.layer = nn.Linear(in_width, out_width)
         if zero:
-            for parameter in self.layers.parameters():
+            for parameter in self.layer.parameters():
                 nn.init.zeros_(parameter)
+
+    def tokens_per_image(self, hw: tuple[int, int]) -> int:
+        """One token per feature of the grid."""
+        return hw[0] * hw[1]
+
+    def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
+        """(I, M, D) visual tokens; the instruction is not used."""
+        return self.layer(torch.cat(visual.grids, -1))  # (I, N, Dv) -> (I, N, D)

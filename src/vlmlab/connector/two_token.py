@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmlab.connector.base import as_grid, check_counts, check_divides
-from vlmlab.connector.qformer import QFormerConnector
+from vlmlab.connector.query_transformer import QueryTransformer
 from vlmlab.contracts.tensors import Visual
 
 
-class TwoTokenConnector(QFormerConnector):
+class TwoTokenConnector(QueryTransformer):
     """A context token, by attention of the instruction to the features, and pooled content tokens.
 
     With Q (M, Dv) the Q-Former's queries after reading instruction and features, X (N, Dv) the features:
@@ -25,7 +25,7 @@ class TwoTokenConnector(QFormerConnector):
         content: side of the grid of content tokens; 1 is the mean of all features, null keeps every feature.
         hidden: width of the Q-Former; null means the LM's.
         instruction: whether the queries read what the user says (they do in the paper).
-        **qformer: the other keywords of ``QFormerConnector``.
+        **qformer: the other keywords of ``QueryTransformer``.
 
     Raises:
         UserError: the grid of features does not divide into the grid of content tokens.

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlmlab.encoder.hf import HfEncoder
+from vlmlab.encoder.tower import TowerEncoder, open_tower, sides
 from vlmlab.towers import embedded
 
 
-class EmbeddedEncoder(HfEncoder):
+class EmbeddedEncoder(TowerEncoder):
     """The shipped vision tower, loaded through the same code as any real one.
 
     Args:
-        layers, pooled, image_size, gradient_checkpointing: see ``HfEncoder``.
+        layers, pooled, gradient_checkpointing: see ``TowerEncoder``.
+        image_size: pixels per side, or [height, width], that images are brought to; null: its own.
     """
 
     def __init__(
@@ -22,10 +23,7 @@ class EmbeddedEncoder(HfEncoder):
         image_size: int | Sequence[int] | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(
-            path=str(embedded("vision")),
-            layers=layers,
-            pooled=pooled,
-            image_size=image_size,
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        tower, preprocess, source = open_tower(str(embedded("vision")), "float32")
+        if image_size is not None:
+            preprocess = preprocess.at(*sides(image_size))
+        super().__init__(tower, preprocess, layers, pooled, source, gradient_checkpointing)

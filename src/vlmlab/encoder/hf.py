@@ -4,47 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    CLIPVisionModel,
-    Dinov2Model,
-    PreTrainedConfig,
-    PreTrainedModel,
-    SiglipVisionModel,
-)
-
-from vlmlab.blueprint import Architecture, read_config, weightless
-from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.parts import Encoder
-from vlmlab.contracts.tensors import Visual
-from vlmlab.encoder.preprocess import Preprocess, read_preprocess
-from vlmlab.towers import quiet, resolve, tower_hash
-
-BEHIND_FINAL: dict[type[nn.Module], tuple[str, ...]] = {
-    SiglipVisionModel: ("head",),
-    CLIPVisionModel: ("post_layernorm",),
-    Dinov2Model: (),
-}
-"""Children that the tower's final patch features do not depend on."""
-
-BEHIND_TAP: dict[type[nn.Module], tuple[str, ...]] = {
-    SiglipVisionModel: ("post_layernorm", "head"),
-    CLIPVisionModel: ("post_layernorm",),
-    Dinov2Model: ("layernorm",),
-}
-"""Children that a hidden state does not depend on."""
-
-ONE_SIZE = (SiglipVisionModel, CLIPVisionModel)
-"""Towers that must be told to interpolate their positions for images of another size; Dinov2 always does."""
+from vlmlab.blueprint import Architecture
+from vlmlab.encoder.tower import TowerEncoder, open_tower, sides
 
 
-class HfEncoder(Encoder):
+class HfEncoder(TowerEncoder):
     """A transformers vision tower whose patch features are tapped at chosen layers.
 
     Args:
@@ -74,128 +39,7 @@ class HfEncoder(Encoder):
         gradient_checkpointing: bool = False,
         architecture: Architecture | None = None,
     ) -> None:
-        super().__init__()
-        self.source: str | None = None
-        if weightless():
-            tower, preprocess = _empty_tower(path, dtype, architecture)
-        else:
-            folder = resolve(path, "encoder.path")
-            self.source = tower_hash(folder)
-            tower, preprocess = _load_tower(folder, dtype), read_preprocess(folder)
+        tower, preprocess, source = open_tower(path, dtype, architecture)
         if image_size is not None:
-            preprocess = preprocess.at(*_sides(image_size))
-        self._setup(tower, replace(preprocess, square=square), layers, pooled)
-        if gradient_checkpointing:
-            tower.gradient_checkpointing_enable({"use_reentrant": False})
-
-    def _setup(
-        self, tower: PreTrainedModel, preprocess: Preprocess, layers: Sequence[int] | None, pooled: bool
-    ) -> None:
-        if type(tower) not in BEHIND_TAP:
-            names = ", ".join(kind.__name__ for kind in BEHIND_TAP)
-            raise UserError(f"encoder: {type(tower).__name__} is not a known vision tower; known are {names}.")
-        if pooled and layers is not None:
-            raise UserError("encoder.pooled=true needs encoder.layers=null: a pooled output follows the last layer.")
-        self.tower = tower
-        self.preprocess = preprocess
-        self.white = preprocess.white
-        self.pooled = pooled
-        depth = int(tower.config.num_hidden_layers)
-        self.layers = None if layers is None else _absolute(layers, depth)
-        if not pooled:
-            _cut(tower, depth if self.layers is None else max(self.layers), tapped=self.layers is not None)
-        self.width = int(tower.config.hidden_size) * (1 if self.layers is None else len(self.layers))
-        self.pooled_width = int(tower.config.hidden_size)
-        self.patch = int(tower.config.patch_size)
-        own = _sides(tower.config.image_size)
-        self.interpolate = isinstance(tower, ONE_SIZE) and own != (preprocess.height, preprocess.width)
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
-
-    @property
-    def hw(self) -> tuple[int, int]:
-        """Rows and columns of the feature grid of one image."""
-        return self.preprocess.height // self.patch, self.preprocess.width // self.patch
-
-    def forward(self, pixels: Tensor) -> Visual:
-        """(I, 3, H, W) uint8 -> Visual with one (I, N, Dv) grid per layer; class and register tokens dropped."""
-        dtype = next(self.tower.parameters()).dtype
-        # in transformers' order of operations, so that the values are its processor's to the last bit
-        values = ((pixels.float() / self.white - self.mean) / self.std).to(dtype)
-        options = {"interpolate_pos_encoding": True} if self.interpolate else {}
-        out = self.tower(pixel_values=values, output_hidden_states=self.layers is not None, **options)
-        final = (out.last_hidden_state,)
-        # a tower cut down to its embedding reports no hidden states: its output is that embedding
-        taken = final if self.layers is None else [(out.hidden_states or final)[i] for i in self.layers]
-        rows, columns = pixels.shape[2] // self.patch, pixels.shape[3] // self.patch
-        # class and register tokens, where a family has them, come before the patches
-        grids = [grid[:, grid.shape[1] - rows * columns :] for grid in taken]  # each (I, N, Dv)
-        pooled = out.pooler_output if self.pooled else None
-        if dtype.itemsize < 4 and not _autocast(pixels.device):  # a frozen tower in half precision, all else in single
-            grids, pooled = [grid.float() for grid in grids], None if pooled is None else pooled.float()
-        hw = torch.tensor([[rows, columns]], device=pixels.device).expand(pixels.shape[0], 2)
-        return Visual(grids=grids, pooled=pooled, hw=hw)
-
-    def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """The named parameters that the features depend on (Dinov2's mask token serves only its pre-training)."""
-        unused = {id(p) for n, p in self.named_parameters() if n == "tower.embeddings.mask_token"}
-        return [(n, p) for n, p in self.named_parameters() if id(p) not in unused]
-
-
-def _kind(config: PreTrainedConfig) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
-    """The config and class of a tower, or of the vision half of a two-tower checkpoint."""
-    vision = getattr(config, "vision_config", config)
-    tower_class: type[PreTrainedModel] = AutoModel._model_mapping[type(vision)]  # type: ignore[assignment]
-    return vision, tower_class
-
-
-def _empty_tower(path: str, dtype: str, architecture: Architecture | None) -> tuple[PreTrainedModel, Preprocess]:
-    """A tower without values; without a preprocessor file at hand it takes the size it was trained on."""
-    vision, tower_class = _kind(read_config(path, architecture, "encoder.path"))
-    folder = Path(path).expanduser()
-    preprocess = read_preprocess(folder) if folder.is_dir() else Preprocess(*_sides(vision.image_size))
-    make: Any = tower_class._from_config
-    return make(vision, dtype=getattr(torch, dtype), attn_implementation="sdpa"), preprocess
-
-
-def _autocast(device: torch.device) -> bool:
-    """Whether mixed precision is on; the meta device has none."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
-def _sides(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _load_tower(folder: Path, dtype: str) -> PreTrainedModel:
-    vision, tower_class = _kind(AutoConfig.from_pretrained(folder))
-    with quiet():
-        loaded: Any = tower_class.from_pretrained(
-            folder, config=vision, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
-        )
-    tower, info = loaded
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"{folder} lacks weights of {tower_class.__name__} ({missing}, ...); check encoder.path.")
-    return tower
-
-
-def _absolute(layers: Sequence[int], depth: int) -> list[int]:
-    """Indices into ``hidden_states`` (0 is the embedding, `depth` the last layer's output) as non-negative numbers."""
-    for layer in layers:
-        if not -depth - 1 <= layer <= depth:
-            raise UserError(f"encoder.layers has {layer}, but the tower has {depth} layers; use {-depth - 1}..{depth}.")
-    return [layer % (depth + 1) for layer in layers]
-
-
-def _cut(tower: PreTrainedModel, depth: int, tapped: bool) -> None:
-    """Removes the layers, the last norm and the pooling head that no tapped feature depends on."""
-    stack = "layers" if hasattr(tower.encoder, "layers") else "layer"
-    setattr(tower.encoder, stack, getattr(tower.encoder, stack)[:depth])
-    for name in (BEHIND_TAP if tapped else BEHIND_FINAL)[type(tower)]:
-        if hasattr(tower, name):  # SigLIP may have been saved without a head
-            setattr(tower, name, nn.Identity())
+            preprocess = preprocess.at(*sides(image_size))
+        super().__init__(tower, replace(preprocess, square=square), layers, pooled, source, gradient_checkpointing)

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from vlmlab.encoder.hf import HfEncoder
 from vlmlab.encoder.preprocess import Preprocess
+from vlmlab.encoder.tower import TowerEncoder
 
 
-class ScratchEncoder(HfEncoder):
+class ScratchEncoder(TowerEncoder):
     """A randomly initialised SigLIP vision tower (arXiv 2303.15343 for the family; sizes are ours).
 
     Args:
         image_size: pixels per side.
         patch_size: pixels per side of a patch; the tower returns (image_size / patch_size)^2 features.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: as in ``SiglipVisionConfig``.
-        layers, pooled: see ``HfEncoder``.
+        layers, pooled: see ``TowerEncoder``.
     """
 
     def __init__(
@@ -31,7 +31,6 @@ class ScratchEncoder(HfEncoder):
         layers: Sequence[int] | None = None,
         pooled: bool = False,
     ) -> None:
-        super(HfEncoder, self).__init__()
         config = SiglipVisionConfig(
             image_size=image_size,
             patch_size=patch_size,
@@ -40,5 +39,4 @@ class ScratchEncoder(HfEncoder):
             num_hidden_layers=num_hidden_layers,
             num_attention_heads=num_attention_heads,
         )
-        self.source = None
-        self._setup(SiglipVisionModel(config), Preprocess(image_size, image_size), layers, pooled)
+        super().__init__(SiglipVisionModel(config), Preprocess(image_size, image_size), layers, pooled)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from vlmlab.lm.hf import HfLanguageModel
+from vlmlab.lm.causal import CausalLanguageModel, open_lm
 from vlmlab.towers import embedded
 
 
-class EmbeddedLanguageModel(HfLanguageModel):
+class EmbeddedLanguageModel(CausalLanguageModel):
     """The shipped LM, loaded through the same code as any real one.
 
     Args:
-        gradient_checkpointing: see ``HfLanguageModel``.
+        gradient_checkpointing: see ``CausalLanguageModel``.
     """
 
     def __init__(self, gradient_checkpointing: bool = False) -> None:
-        super().__init__(path=str(embedded("lm")), gradient_checkpointing=gradient_checkpointing)
+        model, tokenizer, source, own = open_lm(str(embedded("lm")), "float32")
+        super().__init__(
+            model, tokenizer, source=source, own_tokenizer=own, gradient_checkpointing=gradient_checkpointing
+        )

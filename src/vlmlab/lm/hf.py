@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-from vlmlab.blueprint import Architecture, read_config, read_tokenizer, weightless
-from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.parts import LayoutReader
-from vlmlab.contracts.tensors import Kind, Layout
-from vlmlab.data.chat import token_id
-from vlmlab.lm.masking import IMPLEMENTATION, generating, plainly_causal, within
-from vlmlab.mask.base import Mask
-from vlmlab.towers import quiet, resolve, tower_hash
-
-LOGIT_RULES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-"""Config keys by which a family changes its logits after the head; only those a test has covered may be used."""
-
-PLAIN_GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-"""Said explicitly, because a checkpoint's own generation settings would otherwise change greedy decoding."""
+from vlmlab.blueprint import Architecture
+from vlmlab.lm.causal import CausalLanguageModel, open_lm
 
 
-class HfLanguageModel(nn.Module):
+class HfLanguageModel(CausalLanguageModel):
     """A causal LM and its tokenizer, with an image placeholder token and masks of ours.
 
     Args:
@@ -35,16 +17,10 @@ class HfLanguageModel(nn.Module):
         chat_template: Jinja text for a tokenizer without one, as base models have them; null: the tokenizer's own.
         architecture: what the config.json of a hub id says; read only on the meta device (``vlmlab.blueprint``).
 
-    Attributes:
-        own_tokenizer: whether `tokenizer` is this LM's; on the meta device it may be the embedded one.
-        plain_tokenizer: the tokenizer that is saved beside the model.
-
     Raises:
         UserError: the path is neither a folder nor reachable, the tokenizer has no chat template or end token,
             or the family changes its logits in a way this class does not reproduce.
     """
-
-    own_tokenizer: bool = True
 
     def __init__(
         self,
@@ -55,129 +31,7 @@ class HfLanguageModel(nn.Module):
         chat_template: str | None = None,
         architecture: Architecture | None = None,
     ) -> None:
-        super().__init__()
-        self.source: str | None = None
-        number = getattr(torch, dtype)
-        if weightless():
-            model = AutoModelForCausalLM.from_config(read_config(path, architecture, "lm.path"), dtype=number)
-            tokenizer, self.own_tokenizer = read_tokenizer(path)
-        else:
-            folder = resolve(path, "lm.path")
-            with quiet():
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=number)
-            self.source = tower_hash(folder)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        if chat_template is not None and self.own_tokenizer:
+        model, tokenizer, source, own = open_lm(path, dtype, architecture)
+        if chat_template is not None and own:
             tokenizer.chat_template = chat_template
-        self._setup(model, tokenizer, image_token, gradient_checkpointing)
-
-    def _setup(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        image_token: str,
-        gradient_checkpointing: bool,
-    ) -> None:
-        _refuse_unknown_heads(model)
-        if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
-            raise UserError(f"lm: the tokenizer of {tokenizer.name_or_path} needs a chat template and an end token.")
-        if image_token not in tokenizer.get_vocab():
-            tokenizer.add_special_tokens(
-                {"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False
-            )
-        if len(tokenizer) > _embeddings(model).num_embeddings:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        model.set_attn_implementation(IMPLEMENTATION)
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model = model
-        self.tokenizer = self.plain_tokenizer = tokenizer
-        self.image_token = image_token
-        self.image_id = token_id(tokenizer, image_token)
-        self.width = _embeddings(model).embedding_dim
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """(B, S) -> (B, S, D)."""
-        return self.model.get_input_embeddings()(input_ids)
-
-    def states(self, embeds: Tensor, layout: Layout, mask: Mask) -> Tensor:
-        """(B, S, D) embeddings -> (B, S, D) last hidden states under the policy.
-
-        Where the policy comes to plain causal attention and no window cuts it short, no mask is handed on: attention
-        then takes its fastest kernel. States at padding are never to be used.
-        """
-        self._show(layout)
-        q = torch.arange(embeds.shape[1], device=embeds.device)
-        shown = _per_layer_type(self.model.config, mask(layout, q), layout, q)
-        return self.model.base_model(
-            inputs_embeds=embeds,
-            attention_mask=shown,
-            # without a mask transformers looks for packed samples where positions jump, as they do at padding
-            position_ids=q.expand(embeds.shape[:2]) if shown is None else layout.position,
-            use_cache=False,
-        ).last_hidden_state
-
-    def logits(self, states: Tensor) -> Tensor:
-        """(T, D) hidden states -> (T, V)."""
-        head = self.model.get_output_embeddings()
-        assert head is not None
-        out: Tensor = head(states)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return out if cap is None else torch.tanh(out / cap) * cap
-
-    def _show(self, layout: Layout) -> None:
-        """Tell what acts inside the model by the kind of a sample (an adapter) what comes."""
-        for child in self.model.children():
-            if isinstance(child, LayoutReader):
-                child.read(layout)
-
-    @torch.no_grad()
-    def generate(self, embeds: Tensor, layout: Layout, mask: Mask, max_new_tokens: int, **options: Any) -> Tensor:
-        """Cached decoding of left-padded prompts: (B, S, D) -> (B', T) new ids (B' = B x return sequences)."""
-        if bool((layout.kind[:, -1] == Kind.PAD).any()):
-            raise ValueError("prompts must be padded on the left: generation continues the last position")
-        self._show(layout)
-        tokenizer = self.tokenizer
-        settings = {
-            **PLAIN_GREEDY,
-            "eos_token_id": _stop_ids(self.model, tokenizer),
-            "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-            "max_new_tokens": max_new_tokens,
-            **options,
-        }
-        decode: Any = self.model.generate
-        with generating(mask, layout):
-            return decode(inputs_embeds=embeds, attention_mask=layout.valid.long(), **settings)
-
-
-def _embeddings(model: PreTrainedModel) -> nn.Embedding:
-    table = model.get_input_embeddings()
-    assert isinstance(table, nn.Embedding)
-    return table
-
-
-def _refuse_unknown_heads(model: PreTrainedModel) -> None:
-    for key in LOGIT_RULES[1:]:
-        if getattr(model.config, key, None) not in (None, 1, 1.0):
-            family = type(model).__name__
-            raise UserError(f"lm: {family} changes its logits by `{key}`, which vlmlab does not reproduce.")
-
-
-def _per_layer_type(config: Any, allowed: Tensor, layout: Layout, q: Tensor) -> Tensor | dict[str, Tensor] | None:
-    """(B, 1, S, S): the policy (B, S, S), AND-ed with the window in the sliding layers of families that have them.
-
-    None where that is plain causal attention, which transformers does by itself.
-    """
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)  # None: all layers slide (Mistral, Phi-3) or none does
-    slides = window is not None and window < len(q) and (kinds is None or "sliding_attention" in kinds)
-    if not slides:
-        return None if plainly_causal(allowed, layout, q) else allowed[:, None]
-    near = within(allowed, q, window)[:, None]
-    return near if kinds is None else {"full_attention": allowed[:, None], "sliding_attention": near}
-
-
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end token, and what the checkpoint's generation settings name (Phi-3 ends turns by another)."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    return sorted({tokenizer.eos_token_id, *([] if named is None else [named] if isinstance(named, int) else named)})
+        super().__init__(model, tokenizer, image_token, source, own, gradient_checkpointing)

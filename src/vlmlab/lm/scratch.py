@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from vlmlab.contracts.sample import SampleSource
-from vlmlab.lm.hf import HfLanguageModel
+from vlmlab.lm.causal import CausalLanguageModel
 
 CHATML = (
     "{%- for message in messages -%}"
@@ -26,7 +26,7 @@ CHATML = (
 """ChatML without a default system line, with generation markers; a newline after a tag must be printed explicitly."""
 
 
-class ScratchLanguageModel(HfLanguageModel):
+class ScratchLanguageModel(CausalLanguageModel):
     """A randomly initialised Qwen2 (architecture of Qwen2, sizes are ours) and a tokenizer trained on some text.
 
     Args:
@@ -60,7 +60,6 @@ class ScratchLanguageModel(HfLanguageModel):
         rope_theta: float = 1e6,
         fused: Sequence[str] | None = None,
     ) -> None:
-        super(HfLanguageModel, self).__init__()
         tokenizer = train_tokenizer(_texts(text, tokenizer_samples), vocab_size)
         config = Qwen2Config(
             vocab_size=len(tokenizer),
@@ -77,8 +76,7 @@ class ScratchLanguageModel(HfLanguageModel):
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        self.source = None
-        self._setup(Qwen2ForCausalLM(config), tokenizer, "<|image|>", gradient_checkpointing=False)
+        super().__init__(Qwen2ForCausalLM(config), tokenizer)
         self.plain_tokenizer, self.known = copy.deepcopy(tokenizer), len(tokenizer)
         pieces = [_pieces(tokenizer, word) for word in fused or ()]
         longest = max(map(len, pieces), default=1)

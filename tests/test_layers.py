@@ -1,0 +1,54 @@
+"""Who may import whom: downwards only, and no plug-in another plug-in."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "vlmlab"
+CHOICES = ("encoder", "connector", "lm", "mask", "fusion", "objective", "adapter", "recipe")
+"""Config groups whose choices are plug-ins of the folder of the same name."""
+RANKS = (
+    {"contracts"}, {"data"}, {"encoder", "connector", "lm", "mask", "fusion", "objective", "adapter"},
+    {"model"}, {"recipe"}, {"train", "evaluate", "analyse"}, {"cli"},
+)  # fmt: skip
+"""From the bottom up; a folder imports its own rank and those below it."""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules of this package that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+def plugins() -> list[str]:
+    """Modules that a config group names as the target of one of its choices."""
+    found = set()
+    for group in CHOICES:
+        for path in (ROOT / "conf" / group).rglob("*.yaml"):
+            words = re.findall(r"_target_:\s*(vlmlab\.[\w.]+)\.\w+", path.read_text(encoding="utf-8"))
+            found |= {word for word in words if word.split(".")[1] in CHOICES}
+    return sorted(found)
+
+
+@pytest.mark.parametrize("plugin", plugins())
+def test_no_plugin_imports_another(plugin: str) -> None:
+    path = ROOT / "src" / Path(*plugin.split(".")).with_suffix(".py")
+    others = set(plugins()) - {plugin}
+    assert not others & set(imports(path)), "share it in a module that is no plug-in"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_go_downwards(path: Path) -> None:
+    rank = {name: place for place, names in enumerate(RANKS) for name in names}
+    own = rank.get(path.relative_to(PACKAGE).with_suffix("").parts[0], len(RANKS))
+    taken = {name.split(".")[1] for name in imports(path) if name.startswith("vlmlab.")}
+    assert not {name for name in taken if rank.get(name, 0) > own}
