@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE.parent))
 
-from sweeps import command, cpu_hours, markdown, number, run_sweep  # noqa: E402, I001  # first: it finds the package
+from sweeps import command, cpu_hours, markdown, number, run_sweeps  # noqa: E402, I001  # first: it finds the package
 from hydra import compose, initialize_config_dir  # noqa: E402
 
 from vlmlab.analyse.figure import draw  # noqa: E402
@@ -49,9 +49,8 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="only write the table from what is there")
     given = parser.parse_args()
     words = {name: overrides(name, given.budget, given.seeds) for name in [*TOKENS, ALIGNMENT]}
-    worst = 0
-    for name in [] if given.table else given.only:
-        worst = max(worst, run_sweep(words[name], given.at, folder_of(name, given.budget)))
+    chosen = [] if given.table else given.only
+    worst = run_sweeps({folder_of(name, given.budget): words[name] for name in chosen}, given.at)
     given.out.mkdir(parents=True, exist_ok=True)
     text = page(words, given.at / "sweeps", given.budget, given.out)
     (given.out / "table.md").write_text(text, encoding="utf-8")

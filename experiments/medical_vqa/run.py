@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE.parent))
 
-from sweeps import command, cpu_hours, markdown, number, run_sweep  # noqa: E402, I001  # first: it finds the package
+from sweeps import command, cpu_hours, markdown, number, run_sweeps  # noqa: E402, I001  # first: it finds the package
 from hydra.utils import instantiate  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
@@ -61,9 +61,8 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="only write the table from what is there")
     given = parser.parse_args()
     words = {name: overrides(name, given.budget, given.seeds, given.data, given.at) for name in given.only}
-    worst = 0
-    for name in [] if given.table else given.only:
-        worst = max(worst, run_sweep(words[name], given.at, folder_of(name, given.budget)))
+    chosen = [] if given.table else given.only
+    worst = run_sweeps({folder_of(name, given.budget): words[name] for name in chosen}, given.at)
     given.out.mkdir(parents=True, exist_ok=True)
     scores = [score for name in words for score in scored(given.at / "sweeps" / folder_of(name, given.budget), name)]
     (given.out / "table.csv").write_text(as_csv(scores), encoding="utf-8")

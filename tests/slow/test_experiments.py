@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.slow.runs import command
+from tests.slow.runs import ROOT, command
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +36,23 @@ def test_connectors(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "figure.png").exists()
     again = command("experiments/connectors/run.py", "--table", *words, cwd=tmp_path)
     assert again.returncode == 0 and (tmp_path / "out" / "table.md").read_text() == text
+
+
+def test_a_signal_ends_with_the_sweep_it_met(tmp_path: Path) -> None:
+    words = ["--budget", "test", "--seeds", "0", "--at", str(tmp_path), "--out", str(tmp_path / "out")]
+    script = [sys.executable, str(ROOT / "experiments/connectors/run.py"), "--only", "pool", "resampler", *words]
+    started = subprocess.Popen(script, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert started.stdout is not None
+    seen = []
+    for line in started.stdout:
+        seen.append(line)
+        if ": running" in line:
+            started.send_signal(signal.SIGTERM)
+            break
+    seen += started.stdout.readlines()
+    assert started.wait() == 130, "".join(seen)
+    assert (tmp_path / "sweeps" / "connectors_pool_test").exists() and "Traceback" not in "".join(seen)
+    assert not (tmp_path / "sweeps" / "connectors_resampler_test").exists(), "the next sweep was not begun"
 
 
 def test_medical_vqa(tmp_path: Path, shared_data: Path) -> None:
