@@ -114,13 +114,13 @@ def test_form_answer_precision_and_versions_are_in_the_address(monkeypatch: pyte
 
 
 def test_code_of_a_class_is_in_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def code(text: str) -> str:
+    def code(text: str) -> dict[str, str]:
         (tmp_path / "own_encoder.py").write_text(f"import torch\nclass Own(torch.nn.Module):\n    {text}\n")
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(module.inspect.sys.modules, "own_encoder", raising=False)
         import own_encoder
 
-        return str(module._code(own_encoder.Own()))
+        return dict(module._code(own_encoder.Own()))
 
     assert code("x = 1") != code("x = 2")
     assert code("x = 1") == code("x = 1")
