@@ -46,6 +46,8 @@ MISTAKES = {
     "train hydra/launcher=pol": r"error: hydra/launcher has no choice 'pol' .*pool",
     "train conector=mlp": r"error: no key 'conector' .*did you mean connector\?",
     "train trainer.device=2": r"error: no key 'trainer.device' .*did you mean trainer.devices\?",
+    "train connector=qformer connector.querys=4": r"error: no key .*did you mean connector.queries\?",
+    "train connector=mlp,qformer": r"error: Ambiguous value .*connector=mlp,qformer.* add -m to sweep",
     "train +seed=2": r"error: .*already at 'seed'",
     "train trainer.devices=[1": r"error: the override 'trainer.devices=\[1' cannot be read",
     "train data=vqa": r"error: data.path is needed; write data.path=",

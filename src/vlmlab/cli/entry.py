@@ -121,7 +121,7 @@ def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int
             return fail(unreachable(error), FAILED)
         from vlmlab.cli.explain import explain
 
-        sentence = explain(error, conf, config_name)
+        sentence = explain(error, conf, config_name, sys.argv[1:])
         if sentence is None:
             raise
         return fail(sentence, MISTAKE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -14,15 +14,22 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
-def explain(error: Exception, conf: Path, config_name: str) -> str | None:
-    """What is wrong and what to write instead, or None for an error that is none of composition."""
+def explain(error: Exception, conf: Path, config_name: str, words: Sequence[str] = ()) -> str | None:
+    """What is wrong and what to write instead, or None for an error that is none of composition.
+
+    Args:
+        error: what Hydra raised.
+        conf: the configuration folder.
+        config_name: the primary configuration.
+        words: of the command line; a misspelt key is compared with the keys of the choices that they make.
+    """
     if isinstance(error, MissingConfigException):
         return _missing(error)
     if isinstance(error, OverrideParseException):
         hint = "quote special characters, as in 'key=\"a=b,c\"'"
         return f"the override {error.override!r} cannot be read: {_first(error)}; {hint}"
     if isinstance(error, ConfigCompositionException):
-        return _composition(error, conf, config_name)
+        return _composition(error, conf, config_name, words)
     if isinstance(error, OmegaConfBaseException):
         key = getattr(error, "full_key", None) or "a value"
         return f"{key} cannot be resolved: {_first(error)}"
@@ -44,9 +51,11 @@ def _missing(error: MissingConfigException) -> str:
     return f"{group} has no choice {choice!r}{_closest(choice, options)}: choose one of {', '.join(options)}{off}"
 
 
-def _composition(error: ConfigCompositionException, conf: Path, config_name: str) -> str:
+def _composition(error: ConfigCompositionException, conf: Path, config_name: str, words: Sequence[str]) -> str:
     text = str(error)
     named = re.search(r"Could not (?:override|append to config|delete from config|delete)[.:]? ?'([^'@]+)", text)
+    if named is None and text.startswith("Ambiguous value"):
+        return f"{_first(error)}: add -m to sweep over its values, write [a,b] for a list, or quote a text with a comma"
     if named is None:
         cause = error.__cause__
         return _first(error) + (f" ({_first(cause)})" if cause is not None else "")
@@ -55,7 +64,7 @@ def _composition(error: ConfigCompositionException, conf: Path, config_name: str
         return _first(error)
     if isinstance(error.__cause__, OmegaConfBaseException) and "is not in struct" not in str(error.__cause__):
         return f"{key}: {_first(error.__cause__)}"
-    known = _known_keys(conf, config_name)
+    known = _known_keys(conf, config_name, words)
     if key in known:
         return _first(error)
     return f"no key {key!r} in the configuration{_closest(key, known)}; see --cfg job, or add a new one by +{key}=..."
@@ -68,15 +77,21 @@ def _closest(word: str, known: list[str]) -> str:
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
-def _known_keys(conf: Path, config_name: str) -> list[str]:
+def _known_keys(conf: Path, config_name: str, words: Sequence[str]) -> list[str]:
+    """The groups, and all keys under the choices that the words make, of a sweep the first."""
+    groups = [folder.name for folder in conf.iterdir() if folder.is_dir()]
+    pairs = [word.partition("=")[::2] for word in words]
+    chosen = [f"{group}={value.split(',')[0]}" for group, value in pairs if group in groups]
+    return [*dict.fromkeys([*groups, *_composed(conf, config_name, chosen)])]
+
+
+def _composed(conf: Path, config_name: str, overrides: list[str]) -> list[str]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
-            cfg = compose(config_name=config_name)
+            return [*_keys(compose(config_name=config_name, overrides=overrides))]
     except (HydraException, OmegaConfBaseException):
-        return []
-    groups = [folder.name for folder in conf.iterdir() if folder.is_dir()]
-    return [*dict.fromkeys([*groups, *_keys(cfg)])]
+        return _composed(conf, config_name, []) if overrides else []
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
