@@ -20,6 +20,8 @@
 # %%
 from collections import Counter, defaultdict
 from html import escape
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from textwrap import fill
 
 import matplotlib.pyplot as plt
@@ -29,7 +31,7 @@ from IPython.display import HTML
 from vlmlab.cli.conf import conf_folder
 from vlmlab.contracts.sample import Sample
 from vlmlab.data.world.sources import LooseCaptions, WorldCaptions, WorldInstruct, WorldInterleaved, WorldQuestions
-from vlmlab.inspection import inspect_stage
+from vlmlab.inspection import inspect_stage, write_page
 from vlmlab.recipe.stage import parse
 
 
@@ -114,22 +116,13 @@ print(several.turns[0].prompt)
 # %% [markdown]
 # ## What the model will see
 #
-# `vlmlab inspect` shows any data set, yours too, exactly as a stage's model gets it. Here its pieces: colour by role,
-# what is learnt underlined. In a conversation these are the answers and their end tokens, and nothing else.
+# The page of `vlmlab inspect`, which shows any data set, yours too, exactly as a stage's model gets it: every token
+# coloured by role, what is learnt underlined. In a conversation these are the answers and their end tokens, and nothing
+# else.
 
 # %%
-COLOURS = {"system": "#999999", "user": "#1f6fb4", "answer": "#1a7f37", "image": "#8250df", "pad": "#cccccc"}
-
-
-def line(piece) -> str:
-    """One token in the colour of its role."""
-    style = f"color:{COLOURS[piece.role]}" + (";border-bottom:2px solid" if piece.supervised else "")
-    return f'<span style="{style}" title="{escape(piece.title)}">{escape(piece.text)}</span>'
-
-
 with initialize_config_dir(str(conf_folder()), version_base="1.3"):
     cfg = compose("train")
-found = inspect_stage(cfg, parse(cfg)[-1], n=1, check=1)
-sample = found.rows[0].samples[0]
-print(sample.name, sample.counts)
-HTML(f'<pre style="white-space:pre-wrap">{"".join(line(piece) for piece in sample.pieces)}</pre>')
+with TemporaryDirectory() as folder:
+    page = write_page(inspect_stage(cfg, parse(cfg)[-1], n=1, check=1), Path(folder) / "page.html").read_text()
+HTML(f'<iframe srcdoc="{escape(page)}" width="100%" height="600"></iframe>')

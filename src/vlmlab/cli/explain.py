@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
-def explain(error: Exception, conf: Path, config_name: str, words: Sequence[str] = ()) -> str | None:
+def explain(error: Exception, conf: Path, config_name: str, words: Sequence[str]) -> str | None:
     """What is wrong and what to write instead, or None for an error that is none of composition.
 
     Args:
