@@ -25,9 +25,9 @@ from vlmlab.encoder.multi import MultiEncoder
 from vlmlab.encoder.preprocess import Preprocess
 from vlmlab.encoder.tower import TowerEncoder
 from vlmlab.model import VLM
-from vlmlab.runs.files import is_free
+from vlmlab.runs.files import is_free, share
 from vlmlab.runs.folder import RunFolder
-from vlmlab.towers import quiet
+from vlmlab.towers import save_tower
 
 PROCESSORS: dict[type[nn.Module], str] = {
     SiglipVisionModel: "SiglipImageProcessor",
@@ -112,13 +112,13 @@ def _taken_apart(model: VLM) -> dict[str, Tensor]:
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> Path:
     """Each tensor with memory of its own, as safetensors wants them."""
     save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, str(path))
+    share(path)
     return path
 
 
 def _save_lm(model: VLM, folder: Path) -> Path:
     lm: Any = model.lm
-    with quiet():
-        lm.model.save_pretrained(folder)
+    save_tower(lm.model, folder)
     lm.plain_tokenizer.save_pretrained(folder)
     return folder
 
@@ -133,8 +133,7 @@ def _save_encoder(encoder: Encoder, cfg: DictConfig, folder: Path) -> Path:
     if isinstance(encoder, TowerEncoder):
         assert isinstance(encoder.preprocess, Preprocess)
         tower = _whole(encoder, cfg)
-        with quiet():
-            tower.save_pretrained(folder)
+        save_tower(tower, folder)
         encoder.preprocess.save(folder, PROCESSORS[type(tower)])
     elif tensors := encoder.state_dict():
         _save_tensors(tensors, folder / "model.safetensors")

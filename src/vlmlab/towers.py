@@ -8,8 +8,13 @@ from contextlib import contextmanager
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.runs.files import share
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def embedded(name: str) -> Path:
@@ -71,6 +76,13 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def save_tower(model: PreTrainedModel, folder: Path) -> None:
+    """``save_pretrained``, readable by whoever may read the folder."""
+    with quiet():
+        model.save_pretrained(folder)
+    share(*folder.glob("*.safetensors"))
 
 
 @lru_cache(maxsize=16)

@@ -34,6 +34,10 @@ def test_a_run_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert not info["missing_keys"] and not info["unexpected_keys"]
     assert AutoTokenizer.from_pretrained(out / "lm").chat_template
     assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
+    weights = [*run.rglob("*.safetensors"), *out.rglob("*.safetensors")]
+    assert len(weights) == 4
+    for path in weights:  # others of the lab read them where they may read the folder
+        assert path.stat().st_mode & 0o777 == path.parent.stat().st_mode & 0o666
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert ask(f"export run={run} to={out}")[::2] == (
         2,

@@ -19,6 +19,12 @@ def write_atomic(path: Path, text: str, durable: bool = False) -> None:
     os.replace(temporary, path)
 
 
+def share(*paths: Path) -> None:
+    """Let whoever may read the folder read these files in it: safetensors leaves them to their owner alone."""
+    for path in paths:
+        path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def write_json(path: Path, value: Any, durable: bool = False) -> None:
     """Replace a JSON file at once."""
     write_atomic(path, json.dumps(value, indent=2, default=str) + "\n", durable)

@@ -15,7 +15,7 @@ from vlmlab.contracts.sample import SampleSource
 from vlmlab.encoder.preprocess import Preprocess
 from vlmlab.model import VLM, DualEncoder
 from vlmlab.recipe.contrastive import ContrastiveModule
-from vlmlab.towers import quiet, tower_hash
+from vlmlab.towers import save_tower, tower_hash
 
 CARD = """# Embedded towers
 
@@ -118,6 +118,5 @@ def _stored(folder: Path) -> int:
 
 def _save(model: Any, folder: Path) -> None:
     dtype = next(model.parameters()).dtype
-    with quiet():
-        model.to(torch.float16).save_pretrained(folder)
+    save_tower(model.to(torch.float16), folder)
     model.to(dtype)

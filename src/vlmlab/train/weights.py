@@ -21,6 +21,7 @@ from vlmlab.recipe.base import Objective, check_objectives
 from vlmlab.recipe.layers import chosen
 from vlmlab.recipe.shards import shard
 from vlmlab.recipe.stage import Stage
+from vlmlab.runs.files import share
 
 FORMAT = 1
 """Version of ``model.safetensors``'s metadata."""
@@ -173,6 +174,7 @@ class Trainee:
         new = path.with_name(f".{path.name}.new")
         # one key only: safetensors writes several in random order
         save_file(tensors, str(new), metadata={"vlmlab": json.dumps(facts, sort_keys=True, default=str)})
+        share(new)
         replace_durably(new, path)
 
     def load(self, path: Path) -> None:
