@@ -96,7 +96,8 @@ def page(words: Mapping[str, Sequence[str]], sweeps: Path, budget: str, out: Pat
         return "\n".join([*lines, "No cell is finished."])
     lines += ["```", *(command(words[name]) for name in there), "```", "", _cost(there, sweeps, budget), ""]
     if tokens := [(name, row) for name, rows in there.items() if name != ALIGNMENT for row in rows]:
-        lines += ["## Connectors at 1, 4 and 16 tokens", "", *_table([(_said(row), row) for _, row in tokens]), ""]
+        named = [(_said(row), row) for _, row in tokens]
+        lines += ["## Connectors at 1, 4 and 16 tokens", "", *_table(named), "", *_looking(named), ""]
     aligned = there.get(ALIGNMENT)
     if aligned:
         lines += ["## Contrastive and generative alignment against generative alone", ""]
@@ -133,6 +134,15 @@ def _table(rows: Sequence[tuple[str, Combination]]) -> list[str]:
         numbers += [number(row.interval(score)) for score in scores]
         lines.append([label, *numbers, number(row.cost("seconds"))])
     return markdown(titles, lines)
+
+
+def _looking(rows: Sequence[tuple[str, Combination]]) -> list[str]:
+    """What right images are worth: each model's score minus that with shuffled ones."""
+    lines = []
+    for label, row in rows:
+        pairs = [paired_difference(row.by_seed(key), row.by_seed(f"{key}/shuffled")) for key in (ACCURACY, CAPTIONS)]
+        lines.append([label, *(str(pair.difference) if pair else "-" for pair in pairs)])
+    return ["Right minus shuffled images, paired by seed:", "", *markdown(["", "accuracy", "CIDEr-D"], lines)]
 
 
 def _said(row: Combination) -> str:
