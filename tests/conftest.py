@@ -1,8 +1,9 @@
-"""One thread, no network, and where data of the outside lies."""
+"""One thread, no network, Ctrl-C as at a terminal, and where data of the outside lies."""
 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ for _name, _value in {
     os.environ[_name] = _value
 for _name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "VLMLAB_LAUNCHER_PID", "VLMLAB_DEBUG"):
     os.environ.pop(_name, None)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's background job, and all that it starts, ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

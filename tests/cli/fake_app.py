@@ -23,12 +23,12 @@ watchdog.die_with_parent.__defaults__ = (0.1, 20.0)
 
 def train(cfg, folder):
     run = RunFolder(folder)
+    bad = Path("bad")
+    words = bad.read_text().split() if bad.exists() else []
     with (folder / "trained.txt").open("a") as file:
         file.write(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}\\n")
     print("training", cfg.x, cfg.y, flush=True)
     run.write_state("running", "one", 0, 2)
-    bad = Path("bad")
-    words = bad.read_text().split() if bad.exists() else []
     if words == ["fail", f"{cfg.x}{cfg.y}"]:
         raise UserError("no luck with x")
     if words == ["crash", f"{cfg.x}{cfg.y}"]:
