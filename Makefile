@@ -22,7 +22,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist load --timeout=3600
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal --timeout=3600
 
 install: $(VENV)/.installed
 
