@@ -95,14 +95,13 @@ def page(words: Mapping[str, Sequence[str]], sweeps: Path, budget: str, out: Pat
     if not there:
         return "\n".join([*lines, "No cell is finished."])
     lines += ["```", *(command(words[name]) for name in there), "```", "", _cost(there, sweeps, budget), ""]
-    if tokens := [(name, row) for name, rows in there.items() if name != ALIGNMENT for row in rows]:
-        named = [(_said(row), row) for _, row in tokens]
-        lines += ["## Connectors at 1, 4 and 16 tokens", "", *_table(named), "", *_looking(named), ""]
+    if tokens := [(_said(row), row) for name, rows in there.items() if name != ALIGNMENT for row in rows]:
+        lines += ["## Connectors at 1, 4 and 16 tokens", "", *_table(tokens), "", *_looking(tokens), ""]
     aligned = there.get(ALIGNMENT)
     if aligned:
         lines += ["## Contrastive and generative alignment against generative alone", ""]
         lines += [*_table([(_aligned(row), row) for row in aligned]), "", *_differences(aligned), ""]
-    figures = [Combination({"row": _said(row)}, row.records) for _, row in tokens]
+    figures = [Combination({"row": label}, row.records) for label, row in tokens]
     figures += [Combination({"row": _aligned(row)}, row.records) for row in aligned or ()]
     if draw(out / "figure.png", figures, [ACCURACY, CAPTIONS]) is not None:
         lines += ["![accuracy and CIDEr-D, with shuffled images, chance and the human score](figure.png)", ""]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ def write_atomic(path: Path, text: str, durable: bool = False) -> None:
 def share(*paths: Path) -> None:
     """Let whoever may read the folder read these files in it: safetensors leaves them to their owner alone."""
     for path in paths:
-        path.chmod(path.parent.stat().st_mode & 0o666)
+        with suppress(PermissionError):  # some mounted file systems give all files the rights of the mount
+            path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def write_json(path: Path, value: Any, durable: bool = False) -> None:
