@@ -1,19 +1,22 @@
-"""The parts of a model as their users see them: what an encoder, a connector and a fusion must offer.
+"""The parts of a model and of a run as their users see them: what every plug-in must offer.
 
-Shapes: I images, N features of an image, M visual tokens of an image, D the LM's width, B rows, S positions.
+Shapes: I images, N features of an image, M visual tokens of an image, D the LM's width, B rows, S positions, Q queries.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Image
-from vlmlab.contracts.tensors import Batch, Layout, Visual
+from vlmlab.contracts.tensors import Batch, Images, Layout, Memory, Outputs, Seen, Visual
+
+NamedParameters = list[tuple[str, nn.Parameter]]
 
 
 class Geometry(Protocol):
@@ -61,8 +64,38 @@ class Encoder(nn.Module, ABC):
         """What the tower sees."""
 
     @abstractmethod
-    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+    def trainable(self) -> NamedParameters:
         """The named parameters that the features depend on."""
+
+    def text_tower(self) -> TextTower:
+        """The text tower that this encoder's vision tower was trained with, with its weights, frozen.
+
+        Raises:
+            UserError: there is none.
+        """
+        raise UserError(f"{type(self).__name__} has no text tower; use a CLIP or SigLIP checkpoint of both towers.")
+
+
+class TextTower(nn.Module, ABC):
+    """A frozen text encoder: token ids ``(I, T)``, -1 behind the last -> states ``(I, T, width)``.
+
+    Attributes:
+        width: of a state.
+        context: T, the same for every text: longer texts are cut off, shorter ones padded.
+        source: sha256 of the weights it was loaded from; None if they are new.
+    """
+
+    width: int
+    context: int
+    source: str | None
+
+    @abstractmethod
+    def tokenise(self, texts: Sequence[str]) -> Tensor:
+        """(I, T) ids, -1 behind the last token."""
+
+    @abstractmethod
+    def forward(self, ids: Tensor) -> Tensor:
+        """(I, T, width); padding has states as well, as the tower computes them."""
 
 
 class FeatureCache(ABC):
@@ -100,6 +133,15 @@ class Connector(nn.Module, ABC):
     def tokens_per_image(self, hw: tuple[int, int]) -> int:
         """M for a feature grid of `hw` rows and columns."""
 
+    def grid(self, hw: tuple[int, int]) -> tuple[int, int] | None:
+        """Rows and columns in which its M tokens stand in the picture, row by row; None where they have no place."""
+        return None
+
+    @property
+    def width(self) -> int | None:
+        """Width of its tokens where that is not the LM's; None: the LM's."""
+        return None
+
     @abstractmethod
     def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
         """The visual tokens; the instruction is (I, T) token ids, -1 behind the last."""
@@ -134,30 +176,154 @@ class QueryText(Protocol):
         ...
 
 
-class Fusion(nn.Module, ABC):
-    """How vision acts on the LM.
+class Mask(Protocol):
+    """Who may look at whom: ``(layout, q) -> (B, Q, S)`` bool for the query positions ``q (Q,)``; never of labels."""
 
-    Attributes:
-        reads: what it is given: the connector's tokens, the encoder's features, or nothing at all.
-        in_sequence: whether visual tokens take positions in the LM's sequence.
-        starts_as: what the composition equals before its first update.
+    def __call__(self, layout: Layout, q: Tensor) -> Tensor:
+        """Who may look at whom."""
+        ...
+
+
+class MemoryMask(Protocol):
+    """Which images a position sees in the memory of a fusion: ``(layout, images, q) -> (B, Q, I)`` bool.
+
+    Never one of another packed sample, nor of a later turn.
     """
 
-    reads: ClassVar[Literal["tokens", "features", "nothing"]]
-    in_sequence: ClassVar[bool]
-    starts_as: ClassVar[Literal["text_only", "concat", "nothing"]]
+    def __call__(self, layout: Layout, images: Images, q: Tensor) -> Tensor:
+        """Which images the positions ``q (Q,)`` see."""
+        ...
 
-    @abstractmethod
+
+class Fusion(nn.Module, ABC):
+    """How vision acts on the LM, at one or more of three moments, each of which does nothing unless overridden.
+
+    ``features`` changes what the encoder saw before the connector reads it, ``embed`` puts tokens into the sequence,
+    ``memory`` hands something to the blocks that ``attach`` has put at the ports of the LM's layers. They are called in
+    this order for every batch, also for one without an image, and keep nothing from one batch to the next.
+
+    Attributes:
+        reads: what it is given: the connector's tokens, or nothing at all.
+        in_sequence: whether visual tokens take positions in the LM's sequence.
+        starts_as: what the composition equals before its first update.
+        reads_text: whether it reads what the user says through the encoder's paired text tower.
+        key: names its memory, and its blocks, among those of several fusions.
+    """
+
+    reads: ClassVar[Literal["tokens", "nothing"]]
+    in_sequence: bool
+    starts_as: str
+    reads_text: bool = False
+    key: str = "fusion"
+
     def tokens_per_image(self, tokens: int) -> int:
         """Positions in the sequence for an image of `tokens` visual tokens."""
+        return 0
 
-    @abstractmethod
-    def attach(self, lm: nn.Module) -> None:
-        """Add to the LM what this fusion needs inside it."""
+    def attach(self, model: VisionLanguageModel) -> None:
+        """Make the weights that depend on the model and put blocks at the ports of its LM; called once.
 
-    @abstractmethod
-    def forward(self, tokens: Tensor, embeds: Tensor, batch: Batch) -> Tensor:
-        """(I, M, D) visual tokens and (B, S, D) embeddings -> (B, S, D)."""
+        Raises:
+            UserError: this composition has not what it needs.
+        """
+
+    def features(self, visual: Visual, batch: Batch, text: Tensor | None) -> Visual:
+        """The features (I, N, Dv) that the connector is to read.
+
+        Args:
+            visual: what the encoder saw.
+            batch: the batch.
+            text: (I, T, Dt) states of the text tower for ``batch.asked``; None unless `reads_text`.
+        """
+        return visual
+
+    def embed(self, seen: Seen, embeds: Tensor, batch: Batch) -> Tensor:
+        """(B, S, D) embeddings of the text -> (B, S, D)."""
+        return embeds
+
+    def memory(self, seen: Seen, batch: Batch) -> Memory | None:
+        """What the blocks at the ports read; None where there are none."""
+        return None
+
+    def memories(self, seen: Seen, batch: Batch) -> dict[str, Memory]:
+        """The memory under this fusion's key, of several under each one's own."""
+        memory = self.memory(seen, batch)
+        return {} if memory is None else {self.key: memory}
+
+    def undecayed(self) -> Sequence[nn.Parameter]:
+        """Matrices that weight decay would pull away from where they start, and which therefore have none."""
+        return ()
+
+
+class VisionLanguageModel(Protocol):
+    """What fusions, objectives and stages ask of a model (``VLM``, ``DualEncoder``).
+
+    Attributes:
+        encoder: None where the fusion reads no vision.
+        connector: likewise.
+        fusion: how vision acts on the LM.
+        lm: the language model.
+        text: the encoder's paired text tower, where the fusion reads it.
+        mask: who may look at whom.
+        tokens_per_image: positions that an image takes in the sequence.
+        token_width: width of the connector's tokens.
+    """
+
+    encoder: Any
+    connector: Any
+    fusion: Any
+    lm: Any
+    text: Any
+    mask: Any
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Positions in the sequence for an image."""
+        ...
+
+    @property
+    def token_width(self) -> int:
+        """Width of the connector's tokens."""
+        ...
+
+    def parts(self) -> dict[str, NamedParameters]:
+        """Part -> its parameters under their state-dict names; "<part>.base" is what an adapter wraps."""
+        ...
+
+    def sourced(self) -> dict[str, str]:
+        """Part -> sha256 of the tower it was loaded from; a new part is absent."""
+        ...
+
+    def set_mask(self, mask: Mask) -> None:
+        """The mask of the stage that begins."""
+        ...
+
+    def set_adapter(self, adapter: Any) -> None:
+        """Wrap the parts it names, once."""
+        ...
+
+
+class Objective(Protocol):
+    """A loss: ``(outputs, batch) -> {name: (sum, count)}``.
+
+    Attributes:
+        weight: factor in the total loss.
+        per_micro_batch: the count is only known after the forward pass, since samples are compared with each other;
+            such an objective gathers over ranks itself, with gradient, and refuses accumulation.
+
+    An objective that counts anything else than supervised tokens, and is not `per_micro_batch`, also has
+    ``counts(batch) -> {name: count}``, the same names for every batch, known before the forward pass.
+
+    An objective with weights of its own is an ``nn.Module`` and has ``attach(model)``, which makes them. They are the
+    model's part "objective" during the stage, trained at ``train.objective``, and dropped when the next stage begins.
+    """
+
+    weight: float
+    per_micro_batch: bool
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> dict[str, tuple[Tensor, Any]]:
+        """(sum, count) of every term."""
+        ...
 
 
 class Adapter(ABC):

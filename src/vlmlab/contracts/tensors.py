@@ -1,11 +1,11 @@
-"""Layout, Visual, Batch: how the collator, the masks, the fusions and the objectives speak to each other.
+"""Layout, Images, Visual, Batch: how the collator, the masks, the fusions and the objectives speak to each other.
 
 Shapes: B rows, S positions, I images, N features of an image, M visual tokens of an image, D the LM's width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 
 import torch
@@ -100,6 +100,46 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Images:
+    """The images of a batch, one entry each, in the order of ``Batch.pixels``; also those that take no position.
+
+    Attributes:
+        row: (I,) the row it belongs to.
+        segment: (I,) its packed sample within the row.
+        place: (I,) index of its first visual token in the row, or of the token that it stands before.
+        turn: (I,) number of answers of its sample before it.
+        frame: (I,) index of the frame of a video, 0 for a picture.
+        tile: (I,) index of the tile of a larger picture, 0 for a whole one.
+        hw: (I, 2) rows and columns of pixels of the picture as it was read.
+        tokens: (I,) visual tokens it has in the sequence; 0 where vision does not enter it.
+        ids: one name an image.
+    """
+
+    row: Tensor
+    segment: Tensor
+    place: Tensor
+    turn: Tensor
+    frame: Tensor
+    tile: Tensor
+    hw: Tensor
+    tokens: Tensor
+    ids: list[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @staticmethod
+    def none(device: torch.device | str = "cpu") -> Images:
+        """The table of a batch without images."""
+        empty = torch.zeros(0, dtype=torch.long, device=device)
+        return Images(empty, empty, empty, empty, empty, empty, empty.reshape(0, 2), empty, [])
+
+    def to(self, device: torch.device | str) -> Images:
+        """The same table on another device."""
+        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "ids"})
+
+
+@dataclass(frozen=True)
 class Visual:
     """What an encoder returns.
 
@@ -115,6 +155,32 @@ class Visual:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What the model saw of a batch; empty where the batch has no image.
+
+    Attributes:
+        visual: what the encoder returned, after the fusion's change of features; None without an image.
+        tokens: (I, M, D) the connector's visual tokens; None without an image.
+    """
+
+    visual: Visual | None = None
+    tokens: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a fusion hands to the LM's layers.
+
+    Attributes:
+        tensors: by name, each (I, ...): what the blocks read of every image, computed once for all layers and steps.
+        sees: (B, S, I) bool: which images a position sees.
+    """
+
+    tensors: dict[str, Tensor]
+    sees: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch, as the collator builds it.
 
@@ -123,21 +189,19 @@ class Batch:
         input_ids: (B, S); positions of visual tokens hold the image placeholder id.
         labels: (B, S), already aligned with ``input_ids`` (not shifted); -100 where unsupervised.
         layout: what each position is.
-        image_row: (I,) the row of every image.
-        image_ids: one name per image.
+        images: where every image belongs.
         sample_ids: the samples of every row (several when packed).
-        in_step: some rank has an image in this micro-batch and weights are cut into shards, so that all ranks have to
-            go through the encoder, and back through the LM, together.
+        asked: (I, T) what the user says to each image in the tokens of the encoder's text tower, -1 behind the last;
+            None where nothing reads it.
     """
 
     pixels: Tensor
     input_ids: Tensor
     labels: Tensor
     layout: Layout
-    image_row: Tensor
-    image_ids: list[str]
+    images: Images
     sample_ids: list[list[str]]
-    in_step: bool = False
+    asked: Tensor | None = None
 
     @property
     def supervised(self) -> int:
@@ -149,33 +213,27 @@ class Batch:
 
         An image's instruction is the text of role user in its own turn: in the same packed sample, with as many answer
         tokens before it. So it never holds an answer or a later turn, and is the same in training and in generation.
-        A plain prompt has none. Images without a position in the sequence have no turn and no row here.
+        A plain prompt has none.
         """
-        row, place = self._images()
+        row, place = self.images.row, self._places()
         layout, era = self.layout, self.layout.era
         user = (layout.kind == Kind.TEXT) & (layout.role == Role.USER)  # (B, S)
-        own = user[row] & (layout.segment[row] == layout.segment[row, place][:, None])  # (I, S)
+        own = user[row] & (layout.segment[row] == self.images.segment[:, None])  # (I, S)
         return self._listed(row, own & (era[row] == era[row, place][:, None]))
 
     def captions(self) -> Tensor:
         """(I, T) supervised token ids of each image's packed sample, -1 behind the last: for objectives only."""
-        row, place = self._images()
-        same = self.layout.segment[row] == self.layout.segment[row, place][:, None]  # (I, S)
+        row = self.images.row
+        same = self.layout.segment[row] == self.images.segment[:, None]  # (I, S)
         return self._listed(row, same & (self.labels != -100)[row])
 
     def image_samples(self) -> Tensor:
         """(I,) number of each image's packed sample, over all rows; images of one sample have the same."""
-        row, place = self._images()
-        return row * self.layout.kind.shape[1] + self.layout.segment[row, place]
+        return self.images.row * self.layout.kind.shape[1] + self.images.segment
 
-    def _images(self) -> tuple[Tensor, Tensor]:
-        """Row and first position (I,) of every image, in the order of `pixels`."""
-        layout = self.layout
-        row, place = layout.visual.nonzero(as_tuple=True)  # (P,) both, row by row
-        image = torch.stack([row, layout.image[row, place], layout.tile[row, place]])  # (3, P)
-        first = torch.ones_like(row, dtype=torch.bool)
-        first[1:] = (image[:, 1:] != image[:, :-1]).any(0)
-        return row[first], place[first]
+    def _places(self) -> Tensor:
+        """(I,) a position of each image's own turn: its place, or the last one where its row ends with it."""
+        return self.images.place.clamp(max=self.layout.kind.shape[1] - 1)
 
     def _listed(self, row: Tensor, own: Tensor) -> Tensor:
         """(I, T) ids at the chosen positions (I, S) of these rows (I,), in their order, -1 behind the last."""
@@ -191,7 +249,8 @@ class Batch:
             input_ids=self.input_ids.to(device),
             labels=self.labels.to(device),
             layout=self.layout.to(device),
-            image_row=self.image_row.to(device),
+            images=self.images.to(device),
+            asked=None if self.asked is None else self.asked.to(device),
         )
 
 
@@ -217,15 +276,15 @@ class Outputs:
     Attributes:
         logits: (T, V) at the positions that predict a supervised token, in row-major order.
         targets: (T,) the token each of them should predict.
-        visual: what the encoder returned, or None in a text-only batch.
-        tokens: (I, M, D) the visual tokens after the connector, or None.
+        seen: what the encoder and the connector gave.
+        states: (B, S, D) the LM's last hidden states, or None where it did not read the whole batch.
+        embeds: (B, S, D) what entered the LM, or None likewise.
         pairing: the embeddings of a dual encoder, or None.
-        embeds: (B, S, D) what entered the LM, vision fused in, or None where the LM did not read the whole batch.
     """
 
     logits: Tensor
     targets: Tensor
-    visual: Visual | None = None
-    tokens: Tensor | None = None
-    pairing: Pairing | None = None
+    seen: Seen = field(default_factory=Seen)
+    states: Tensor | None = None
     embeds: Tensor | None = None
+    pairing: Pairing | None = None
