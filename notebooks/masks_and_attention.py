@@ -96,7 +96,7 @@ asked = [questions[i] for i in range(4)]
 def attention(sample: Sample) -> tuple[torch.Tensor, Layout]:
     """(layers, heads, S): weights of the last position of the prompt, under the run's own mask."""
     batch = collate.ask([sample])
-    embeds, _, _ = run.model.embed(batch)
+    embeds = run.model.embed(batch)
     places = torch.arange(embeds.shape[1])
     allowed = run.model.mask(batch.layout, places)
     closed = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)

@@ -28,6 +28,7 @@ from tests.tiny import (
     worst,
 )
 from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.tensors import Seen
 from vlmlab.encoder.hf import HfEncoder
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.mask.causal import Causal
@@ -116,12 +117,13 @@ def test_forward_takes_only_the_supervised_positions() -> None:
     model = vlm()
     batch = collator(model)(SAMPLES)
     out = model(batch)
-    embeds, _, _ = model.embed(batch)
+    embeds = model.embed(batch)
     whole = model.lm.logits(model.lm.states(embeds, batch.layout, model.mask))
     row, at = batch.labels[:, 1:].ne(-100).nonzero(as_tuple=True)
     assert torch.equal(out.targets, batch.labels[row, at + 1])
     assert worst(out.logits, whole[row, at]) < 1e-5
-    assert out.tokens is not None and out.visual is not None and out.tokens.shape == (len(batch.pixels), 16, 32)
+    assert out.seen.visual is not None and out.seen.tokens is not None
+    assert out.seen.tokens.shape == (len(batch.pixels), 16, 32)
 
 
 def test_the_mask_of_a_call_and_of_a_stage() -> None:
@@ -138,7 +140,7 @@ def test_a_batch_without_images_is_text_alone() -> None:
     model = vlm().train()
     batch = collator(model)([TEXT_ONLY])
     out = model(batch)
-    assert out.visual is None and out.tokens is None
+    assert out.seen == Seen()
     out.logits.sum().backward()
     assert all(p.grad is not None for p in model.lm.parameters())
     assert all(p.grad is None for part in (model.encoder, model.connector) for p in part.parameters())

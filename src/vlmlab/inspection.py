@@ -22,7 +22,7 @@ from vlmlab.analyse.report import SHOWN_SIDE, png_base64
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, SampleSource
 from vlmlab.contracts.tensors import Batch, Kind, Role
-from vlmlab.data.chat import Encoded
+from vlmlab.data.chat import PICTURE, Encoded
 from vlmlab.data.collate import Collator
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.files import write_atomic
@@ -161,7 +161,7 @@ def _facts(cfg: DictConfig, stage: Stage, collate: Collator, size: int) -> list[
         ("data", f"data.train.{stage.data}, {size:,} samples"),
         ("prompt", str(collate.encoder.prompt)),
         ("micro-batch", f"{micro} samples{packed}"),
-        ("visual tokens", f"{collate.encoder.tokens_per_image} an image"),
+        ("visual tokens", f"{collate.encoder.tokens_of(PICTURE)} an image"),
         ("longest sample", f"{collate.encoder.max_length} tokens"),
         ("tokenizer", Path(str(collate.encoder.tokenizer.name_or_path)).name),
     ]

@@ -12,10 +12,20 @@ from torch.nn import functional as F
 
 from vlmlab.cache.none import NoCache
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.parts import Adapter, Connector, Encoder, FeatureCache, Fusion
-from vlmlab.contracts.tensors import Batch, Kind, Layout, Outputs, Pairing, Role, Visual
-from vlmlab.mask.base import Mask
+from vlmlab.contracts.parts import (
+    Adapter,
+    Connector,
+    Encoder,
+    FeatureCache,
+    Fusion,
+    Mask,
+    NamedParameters,
+    TextTower,
+)
+from vlmlab.contracts.tensors import Batch, Images, Kind, Layout, Outputs, Pairing, Role, Seen
+from vlmlab.lm.inside import Inside, has_ports
 from vlmlab.mask.causal import Causal
+from vlmlab.mask.leak import check_mask
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -24,8 +34,6 @@ if TYPE_CHECKING:
     from vlmlab.data.collate import Collator
     from vlmlab.lm.causal import CausalLanguageModel
 
-NamedParameters = list[tuple[str, nn.Parameter]]
-
 
 class VLM(nn.Module):
     """A vision-language model made of named parts.
@@ -33,36 +41,41 @@ class VLM(nn.Module):
     Args:
         encoder: pixels -> Visual; None where the fusion reads no vision.
         connector: Visual -> (I, M, D) visual tokens; None likewise.
-        fusion: how the visual tokens act on the LM.
+        fusion: how vision acts on the LM.
         lm: the language model.
         mask: who may look at whom.
+        text: the encoder's paired text tower, where the fusion reads the user's words through it.
 
     Attributes:
         cache: what stands before the encoder; nothing but while a ``FeatureCache`` is serving.
 
     Raises:
-        UserError: the connector reads the user's text and the fusion gives images no place in the sequence.
+        UserError: the fusion does not go with the other parts.
     """
 
     def __init__(
-        self, encoder: Encoder | None, connector: Connector | None, fusion: Fusion, lm: CausalLanguageModel, mask: Mask
+        self,
+        encoder: Encoder | None,
+        connector: Connector | None,
+        fusion: Fusion,
+        lm: CausalLanguageModel,
+        mask: Mask,
+        text: TextTower | None = None,
     ) -> None:
         super().__init__()
-        if connector is not None and connector.reads_instruction and not fusion.in_sequence:
-            raise UserError(
-                "connector reads the text of the turn an image stands in, and this fusion gives images no place in the "
-                "sequence; use fusion=concat, or connector.instruction=false where the connector has that key."
-            )
         self.encoder = encoder
         self.connector = connector
         self.fusion = fusion
         self.lm = lm
+        self.text = text
         self.mask = mask
         self.cache: FeatureCache = NoCache()
         self._adapted: dict[str, dict[str, Adapted]] = {}  # part -> name -> its adapter
         self.objectives = nn.ModuleDict()  # those of the stage that have weights of their own
         self._acting: dict[str, str | None] = {}  # part -> name of the adapter that acts
-        fusion.attach(lm)
+        fusion.attach(self)
+
+    # -- the way of the data -------------------------------------------------------------------------------------
 
     @property
     def tokens_per_image(self) -> int:
@@ -71,51 +84,96 @@ class VLM(nn.Module):
             return 0
         return self.fusion.tokens_per_image(self.connector.tokens_per_image(self.encoder.hw))
 
-    def look(self, batch: Batch) -> tuple[Visual | None, Tensor | None]:
-        """What the encoder saw and the visual tokens (I, M, D), or None without vision."""
+    def tokens_of(self, picture: tuple[int, int]) -> int:
+        """Positions that a picture of so many rows and columns of pixels takes in the LM's sequence."""
+        return self.tokens_per_image  # every picture is brought to the encoder's one size
+
+    @property
+    def token_width(self) -> int:
+        """Width of the connector's tokens: the LM's, where the connector does not say otherwise."""
+        own = None if self.connector is None else self.connector.width
+        return self.lm.width if own is None else own
+
+    def see(self, batch: Batch) -> Seen:
+        """What the encoder saw, after the fusion's change of features, and the visual tokens (I, M, D)."""
         if self.encoder is None or self.connector is None or batch.pixels.shape[0] == 0:
-            return None, None
+            return Seen()
         visual = self.cache(self.encoder, batch.pixels)
-        return visual, self.connector(visual, batch.instructions() if self.connector.reads_instruction else None)
+        visual = self.fusion.features(visual, batch, self._asked(batch))
+        return Seen(visual, self.connector(visual, batch.instructions() if self.connector.reads_instruction else None))
 
-    def embed(self, batch: Batch) -> tuple[Tensor, Visual | None, Tensor | None]:
-        """(B, S, D) embeddings with vision fused in, and what was seen."""
-        visual, tokens = self.look(batch)
-        embeds = self.lm.embed(batch.input_ids)  # (B, S, D)
-        if tokens is not None:
-            embeds = self.fusion(tokens, embeds, batch)
-        return self._in_step(embeds, visual) if batch.in_step else embeds, visual, tokens
+    def _asked(self, batch: Batch) -> Tensor | None:
+        """(I, T, Dt) what the user says to each image, as the encoder's text tower reads it."""
+        if self.text is None or batch.asked is None:
+            return None
+        with torch.no_grad():
+            states: Tensor = self.text(batch.asked)
+        return states
 
-    def _in_step(self, embeds: Tensor, visual: Visual | None) -> Tensor:
-        """(B, S, D) as they are, by the way of ranks that have images where weights are cut into shards.
+    def embed(self, batch: Batch, seen: Seen | None = None) -> Tensor:
+        """(B, S, D) embeddings with vision fused in; without `seen` the model looks first."""
+        return self.fusion.embed(self.see(batch) if seen is None else seen, self.lm.embed(batch.input_ids), batch)
 
-        Without an image of its own this rank sends a blank one through the encoder, which counts nothing; and where
-        images teach anything, the backward pass goes through all of the LM.
+    def inside(self, batch: Batch, seen: Seen) -> Inside | None:
+        """What the blocks at the ports of the LM's layers are given; None where there are none."""
+        if not has_ports(self.lm.model):
+            return None
+        return Inside(batch.layout, self.fusion.memories(seen, batch), _with_image(batch))
+
+    def forward(self, batch: Batch, mask: Mask | None = None, in_step: bool = False) -> Outputs:
+        """Logits at the positions that predict a supervised token, and their targets.
+
+        Args:
+            batch: the micro-batch.
+            mask: in place of the model's own.
+            in_step: some rank has an image in its micro-batch and weights are cut into shards, so that all ranks have
+                to go through the encoder and the fusion, and back through the LM, together.
         """
-        if self.encoder is None:
-            return embeds
-        if visual is None:
-            size = self.encoder.preprocess.height, self.encoder.preprocess.width
-            blank = self.encoder(torch.zeros(1, 3, *size, dtype=torch.uint8, device=embeds.device))
-            embeds = embeds + 0.0 * torch.stack([grid.sum() for grid in blank.grids]).sum()
-        taught = any(p.requires_grad for m in (self.encoder, self.connector, self.fusion) for p in _parameters(m))
-        return embeds.requires_grad_() if taught and not embeds.requires_grad else embeds
-
-    def forward(self, batch: Batch, mask: Mask | None = None) -> Outputs:
-        """Logits at the positions that predict a supervised token, and their targets."""
-        embeds, visual, tokens = self.embed(batch)
-        states = self.lm.states(embeds, batch.layout, mask or self.mask)  # (B, S, D)
+        alone = in_step and batch.pixels.shape[0] == 0
+        batch = self._with_blank(batch) if alone else batch
+        seen = self.see(batch)
+        embeds = self.embed(batch, seen)  # (B, S, D)
+        if in_step:
+            embeds = self._in_step(embeds, seen)
+        states = self.lm.states(embeds, batch.layout, mask or self.mask, self.inside(batch, seen))  # (B, S, D)
         chosen = batch.labels[:, 1:] != -100  # (B, S - 1)
         logits = self.lm.logits(states[:, :-1][chosen])  # (T, V)
         targets = batch.labels[:, 1:][chosen]
-        return Outputs(logits=logits, targets=targets, visual=visual, tokens=tokens, embeds=embeds)
+        seen = Seen() if alone else seen
+        return Outputs(logits=logits, targets=targets, seen=seen, states=states, embeds=embeds)
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, **options: Any) -> list[str]:
         """Greedy cached decoding of left-padded prompts, as text without special tokens."""
-        embeds, _, _ = self.embed(batch)
-        ids = self.lm.generate(embeds, batch.layout, self.mask, max_new_tokens, **options)
+        seen = self.see(batch)
+        embeds, inside = self.embed(batch, seen), self.inside(batch, seen)
+        ids = self.lm.generate(embeds, batch.layout, self.mask, max_new_tokens, inside, **options)
         return [text.strip() for text in self.lm.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    # -- ranks that share weights --------------------------------------------------------------------------------
+
+    def _with_blank(self, batch: Batch) -> Batch:
+        """The batch with a blank image that belongs to no row, so that nobody sees it."""
+        if self.encoder is None:
+            return batch
+        size, device = (self.encoder.preprocess.height, self.encoder.preprocess.width), batch.input_ids.device
+        zero = torch.zeros(1, dtype=torch.long, device=device)
+        table = Images(zero - 1, zero - 1, zero, zero, zero, zero, torch.tensor([size], device=device), zero, ["blank"])
+        asked = None if self.text is None else self.text.tokenise([""]).to(device)
+        return replace(batch, pixels=zero.to(torch.uint8).expand(1, 3, *size), images=table, asked=asked)
+
+    def _in_step(self, embeds: Tensor, seen: Seen) -> Tensor:
+        """(B, S, D) as they are, by the way of ranks whose images take part.
+
+        What was seen of a blank image counts nothing; and where images teach anything, the backward pass goes through
+        all of the LM.
+        """
+        if seen.tokens is not None:
+            embeds = embeds + 0.0 * seen.tokens.sum()
+        taught = any(p.requires_grad for m in (self.encoder, self.connector, self.fusion) for p in _parameters(m))
+        return embeds.requires_grad_() if taught and not embeds.requires_grad else embeds
+
+    # -- stages --------------------------------------------------------------------------------------------------
 
     def set_mask(self, mask: Mask) -> None:
         """The policy of the stage that begins."""
@@ -216,7 +274,7 @@ class VLM(nn.Module):
         adapters.
         """
         out: dict[str, NamedParameters] = {}
-        for part in ("encoder", "connector", "fusion", "lm"):
+        for part in ("encoder", "connector", "fusion", "lm", "text"):
             module = getattr(self, part)
             own = [] if module is None else list(module.trainable() if hasattr(module, "trainable") else _named(module))
             named = [(f"{part}.{name}", p) for name, p in own]
@@ -234,7 +292,7 @@ class VLM(nn.Module):
 
     def sourced(self) -> dict[str, str]:
         """Part -> sha256 of the tower it was loaded from."""
-        towers = {"encoder": self.encoder, "lm": self.lm}
+        towers = {"encoder": self.encoder, "lm": self.lm, "text": self.text}
         return {part: tower.source for part, tower in towers.items() if tower is not None and tower.source is not None}
 
 
@@ -265,22 +323,25 @@ class DualEncoder(VLM):
         parallel: bool = False,
         scale: float = 10.0,
         bias: float = -10.0,
+        text: TextTower | None = None,
     ) -> None:
-        super().__init__(encoder, connector, fusion, lm, mask)
+        super().__init__(encoder, connector, fusion, lm, mask, text)
         self.parallel = parallel
         self.pair = PairHead(encoder.pooled_width, lm.width, width, scale, bias)
 
-    def forward(self, batch: Batch, mask: Mask | None = None) -> Outputs:
+    def forward(self, batch: Batch, mask: Mask | None = None, in_step: bool = False) -> Outputs:
         """The captioning outputs with the pair of embeddings."""
-        outputs = self._parallel(batch) if self.parallel else super().forward(batch, mask)
-        if outputs.visual is None or outputs.visual.pooled is None or batch.pixels.shape[0] != len(batch.input_ids):
+        outputs = self._parallel(batch) if self.parallel else super().forward(batch, mask, in_step)
+        visual = outputs.seen.visual
+        if visual is None or visual.pooled is None or batch.pixels.shape[0] != len(batch.input_ids):
             raise UserError("ContrastiveModule needs one image a row and a tower with a pooled output.")
-        pairing = self.pair(outputs.visual.pooled, self.text_state(batch))
+        pairing = self.pair(visual.pooled, self.text_state(batch))
         return replace(outputs, pairing=pairing)
 
     def _parallel(self, batch: Batch) -> Outputs:
         """The words of every caption, each from the visual token whose share it is in, and from that alone."""
-        visual, tokens = self.look(batch)
+        seen = self.see(batch)
+        tokens = seen.tokens
         if tokens is None:
             raise UserError("ContrastiveModule needs images; give recipe.stages.<name>.data captioned images.")
         answer = batch.labels != -100
@@ -293,7 +354,7 @@ class DualEncoder(VLM):
             )
         words = batch.labels[answer & (answer.cumsum(1) <= length)]  # (I * M * share,)
         logits = self.lm.logits(tokens).flatten(0, 1).repeat_interleave(share, 0)  # (I * M * share, V)
-        return Outputs(logits, words, visual, tokens)
+        return Outputs(logits, words, seen)
 
     def text_state(self, batch: Batch) -> Tensor:
         """(B, D): the state at the end of each row's caption, read without any image."""
@@ -373,6 +434,14 @@ def _named(module: nn.Module) -> NamedParameters:
     return list(module.named_parameters())
 
 
+def _with_image(batch: Batch) -> Tensor:
+    """(B, S) bool: positions whose packed sample has an image."""
+    images, layout = batch.images, batch.layout
+    own = images.row[:, None] == torch.arange(len(layout.kind), device=layout.kind.device)  # (I, B)
+    same = layout.segment[None] == images.segment[:, None, None]  # (I, B, S)
+    return (own[..., None] & same).any(0) & layout.valid
+
+
 def _text_layout(valid: Tensor) -> Layout:
     """The layout of right-padded text, (B, L) bool -> Layout."""
     none = torch.full_like(valid, -1, dtype=torch.long)
@@ -408,12 +477,14 @@ def _instantiate_parts(
     lm = instantiate(cfg.lm if text is None else text)
     fusion = instantiate(cfg.fusion)
     mask = instantiate(cfg.mask)
+    check_mask(mask, "mask")
     if fusion.reads == "nothing":
         return {"encoder": None, "connector": None, "fusion": fusion, "lm": lm, "mask": mask}
     tower = instantiate(cfg.encoder, **(encoder or {}))
     described = _with_vocabulary(cfg.connector, lm.model.get_input_embeddings().num_embeddings)
     connector = instantiate(described, in_width=tower.width, out_width=lm.width)
-    return {"encoder": tower, "connector": connector, "fusion": fusion, "lm": lm, "mask": mask}
+    paired = tower.text_tower() if fusion.reads_text else None
+    return {"encoder": tower, "connector": connector, "fusion": fusion, "lm": lm, "mask": mask, "text": paired}
 
 
 def _with_vocabulary(node: DictConfig, size: int) -> DictConfig:
@@ -445,7 +516,7 @@ def build_collator(cfg: DictConfig, model: VLM, prompt: Prompt) -> Collator:
     encoder = ChatEncoder(
         tokenizer=tokenizer,
         image_token=model.lm.image_token,
-        tokens_per_image=model.tokens_per_image,
+        tokens_per_image=model.tokens_of,
         prompt=prompt,
         max_length=cfg.collate.max_length,
     )
@@ -457,4 +528,5 @@ def build_collator(cfg: DictConfig, model: VLM, prompt: Prompt) -> Collator:
         pad_id=pad,
         pack_length=cfg.collate.pack_length,
         prompt_tokens=model.prompt_tokens,
+        text=None if model.text is None else model.text.tokenise,
     )

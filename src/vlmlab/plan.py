@@ -23,9 +23,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.sample import Sample, SampleSource
+from vlmlab.contracts.sample import Sample, SampleSource, Turn
 from vlmlab.contracts.tensors import Batch
-from vlmlab.data.chat import ANSWER, IGNORE, USER, ChatEncoder, Encoded
+from vlmlab.data.chat import ANSWER, IGNORE, PICTURE, USER, ChatEncoder, Encoded
 from vlmlab.data.collate import Collator
 from vlmlab.encoder.multi import MultiEncoder
 from vlmlab.encoder.scratch import ScratchEncoder
@@ -380,7 +380,7 @@ def _mean(shapes: Sequence[Shape]) -> Shape:
 
 def _length(shape: Shape, collate: Collator) -> int:
     """Tokens of a sample in the LM's sequence."""
-    visual = shape.images * collate.encoder.tokens_per_image
+    visual = shape.images * collate.encoder.tokens_of(PICTURE)
     return visual + shape.asked + shape.answered + collate.prompt_tokens
 
 
@@ -391,7 +391,7 @@ class _Stated:
         self.encoder, self.shapes = encoder, shapes
 
     def train(self, sample: Sample) -> Encoded:
-        shape, per = self.shapes[int(sample.id)], self.encoder.tokens_per_image
+        shape, per = self.shapes[int(sample.id)], self.encoder.tokens_of(PICTURE)
         word = next(t for t in range(self.encoder.image_id + 2) if t != self.encoder.image_id)
         image = [k for k in range(shape.images) for _ in range(per)]
         text = shape.asked + shape.answered
@@ -401,6 +401,8 @@ class _Stated:
             labels=[IGNORE] * (len(image) + shape.asked + first) + [word] * (shape.answered - first),
             roles=[USER] * (len(image) + shape.asked) + [ANSWER] * shape.answered,
             image=image + [-1] * text,
+            places=[k * per for k in range(shape.images)],
+            turns=[0] * shape.images,
         )
 
 
@@ -408,7 +410,7 @@ def _batch(collate: Collator, shapes: Sequence[Shape]) -> Batch:
     """A micro-batch of these shapes, from the collator itself."""
     stated: Any = _Stated(collate.encoder, shapes)
     grey = np.zeros((8, 8, 3), np.uint8)
-    samples = [Sample(str(k), (grey,) * shape.images, ()) for k, shape in enumerate(shapes)]
+    samples = [Sample(str(k), (grey,) * shape.images, (Turn("", ""),)) for k, shape in enumerate(shapes)]
     return replace(collate, encoder=stated)(samples)
 
 

@@ -33,8 +33,7 @@ from tests.tiny import (
 from torch import Tensor, nn
 
 from vlmlab.connector.qformer import QFormerConnector
-from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.tensors import Batch, Kind, Role
+from vlmlab.contracts.tensors import Batch, Kind, Role, Seen
 from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.model import VLM, build_model
 
@@ -205,10 +204,10 @@ def leak(model: VLM, batch: Batch) -> tuple[float, float]:
     """
     places = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
     read = replace(batch, input_ids=places).instructions()  # (I, T) where each word stands
-    rows, era, segment = batch.image_row, batch.layout.era, batch.layout.segment
+    rows, era, segment = batch.images.row, batch.layout.era, batch.layout.segment
     answer = batch.layout.role.eq(Role.ANSWER) & batch.layout.valid
     with leaves(model.connector.words, model.lm.model.get_input_embeddings()) as found:
-        embeds, _, _ = model.embed(batch)
+        embeds = model.embed(batch)
         words, text = found  # (I, T, W), (B, S, D): looked up in this order
     read = read[:, : words.shape[1]]  # the connector has a last place
     logits = model.lm.logits(model.lm.states(embeds, batch.layout, model.mask))
@@ -263,7 +262,7 @@ def test_other_later_answers_leave_every_earlier_logit_as_it_is(name: str) -> No
 
 
 def all_logits(model: VLM, batch: Batch) -> Tensor:
-    embeds, _, _ = model.embed(batch)
+    embeds = model.embed(batch)
     return model.lm.logits(model.lm.states(embeds, batch.layout, model.mask))
 
 
@@ -298,7 +297,7 @@ def test_cached_decoding_equals_full_forwards(name: str) -> None:
     """Also of the instruction: the words generated so far are answers, and are not read."""
     model = vlm(connector=spread(_ovis(), seed=2)) if name == "ovis" else model_with(name)
     batch = collator(model).ask([TWO_IMAGES, ONE_TURN, TWO_TURNS])
-    embeds, _, _ = model.embed(batch)
+    embeds = model.embed(batch)
     steps = {"eos_token_id": -1, "output_logits": True, "return_dict_in_generate": True}
     out = model.lm.generate(embeds, batch.layout, model.mask, 6, **steps)
     ids = torch.cat([batch.input_ids, out.sequences], 1)
@@ -339,10 +338,21 @@ def test_the_lms_vocabulary_reaches_the_connector() -> None:
     assert filled.parts.a.vocab_size == 77 and filled.vocab_size == 3 and several.parts.a.vocab_size is None
 
 
-def test_a_reader_needs_images_in_the_sequence() -> None:
+def test_an_image_without_a_position_has_its_instruction() -> None:
+    """Under a fusion that puts nothing into the sequence a reader reads what it reads under concat."""
+
     class Beside(ConcatFusion):
         in_sequence = False
 
-    with pytest.raises(UserError, match=r"fusion=concat"):
-        vlm(connector=reader("instruct_qformer"), fusion=Beside())
-    vlm(connector=reader("qformer"), fusion=Beside())
+        def tokens_per_image(self, tokens: int) -> int:
+            return 0
+
+        def embed(self, seen: Seen, embeds: Tensor, batch: Batch) -> Tensor:
+            return embeds
+
+    beside, within = (vlm(connector=reader("instruct_qformer"), fusion=f) for f in (Beside(), ConcatFusion()))
+    for pack in (None, 1000):
+        ours, theirs = (collator(model, pack_length=pack)(SAMPLES) for model in (beside, within))
+        assert not ours.layout.visual.any() and len(ours.images) == len(theirs.images)
+        assert torch.equal(ours.instructions(), theirs.instructions())
+        assert worst(beside.see(ours).tokens, within.see(theirs).tokens) < 1e-6

@@ -7,7 +7,18 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from tests.tiny import ADJACENT, ONE_TURN, SAMPLES, SECOND_TURN, TEXT_ONLY, TWO_IMAGES, TWO_TURNS, chat, tokenizer
+from tests.tiny import (
+    ADJACENT,
+    ONE_TURN,
+    SAMPLES,
+    SECOND_TURN,
+    TEXT_ONLY,
+    TWO_IMAGES,
+    TWO_TURNS,
+    chat,
+    picture,
+    tokenizer,
+)
 from tokenizers import AddedToken, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -298,3 +309,52 @@ def test_text_prompt_supervises_every_word_but_the_first_and_the_image() -> None
     expected = [token if image < 0 else -100 for token, image in zip(words.ids, words.image, strict=True)]
     assert words.labels == [-100, *expected[1:]]
     assert words.labels != answers.labels
+
+
+# -- images without a token in the sequence ----------------------------------------------------------------------------
+
+
+def test_an_image_without_tokens_keeps_its_place_and_the_words_their_ids() -> None:
+    for prompt in ("chat", "plain"):
+        for sample in (ONE_TURN, TWO_IMAGES, ADJACENT, SECOND_TURN):
+            bare = replace(
+                sample, images=(), turns=tuple(replace(t, prompt=t.prompt.replace("<image>", "")) for t in sample.turns)
+            )
+            beside, text = chat(0, prompt).train(sample), chat(0, prompt).train(bare)
+            assert (beside.ids, beside.labels, beside.roles) == (text.ids, text.labels, text.roles)
+            within = chat(3, prompt).train(sample)
+            assert beside.turns == within.turns and len(beside.places) == len(sample.images)
+            for own, other in zip(beside.places, within.places, strict=True):
+                assert own == other - sum(image >= 0 for image in within.image[:other])
+
+
+def test_places_and_turns() -> None:
+    encoded = chat(3).train(TWO_IMAGES)
+    assert encoded.turns == [0, 1] and [encoded.image[p] for p in encoded.places] == [0, 1]
+    assert all(encoded.image[p - 1] < 0 for p in encoded.places), "the first of its visual tokens"
+    assert chat(0).train(SECOND_TURN).turns == [1]
+    assert chat(0, "plain").train(ADJACENT).places == [0, 0]
+
+
+def test_images_of_several_numbers_of_tokens() -> None:
+    """The number may depend on a picture's size; one of none beside one of three."""
+    sizes = replace(ADJACENT, images=(picture(1, (8, 8)), picture(2, (16, 8)), picture(3, (8, 24))),
+                    turns=(Turn("a <image> b <image> c <image> d", "red"),))  # fmt: skip
+    encode = ChatEncoder(tokenizer(), "<|image|>", lambda hw: {8: 2, 16: 0}[hw[0]] + (hw[1] == 24))
+    encoded = encode.train(sizes)
+    assert [i for i in encoded.image if i >= 0] == [0, 0, 2, 2, 2]
+    assert [encoded.image[p] for p in encoded.places] == [0, -1, 2]
+    words = encode.tokenizer.decode([i for i in encoded.ids if i != encode.image_id])
+    assert "a  b  c  d" in words
+    before = encode.tokenizer.decode([i for i in encoded.ids[: encoded.places[1]] if i != encode.image_id])
+    assert before.endswith("a  b ") or before.endswith("a  b")
+
+
+def test_a_template_that_loses_an_image_is_refused() -> None:
+    encode = chat(3)
+    encode.template, encode.marked = (
+        "{% for m in messages %}{{ m['content'].replace('<|image|>', '') }}<|im_end|>{% endfor %}",
+        False,
+    )
+    with pytest.raises(UserError, match=r"prints 0 image placeholders for 1 images"):
+        encode.train(ONE_TURN)

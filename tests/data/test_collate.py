@@ -67,12 +67,12 @@ def test_pixels_are_in_the_order_of_the_rows() -> None:
     for pack_length in (None, 500):
         batch = own(pack_length)(ORDER)
         want = [(s.id, k) for s in ORDER for k in range(len(s.images))]
-        assert batch.image_ids == [f"{name}#{k}" for name, k in want]
+        assert batch.images.ids == [f"{name}#{k}" for name, k in want]
         images = {s.id: s.images for s in ORDER}
         for pixels, (name, k) in zip(batch.pixels, want, strict=True):
             assert np.array_equal(pixels.permute(1, 2, 0).numpy(), images[name][k])
     named = replace(TWO_IMAGES, image_ids=("a.png", "b.png"))
-    assert own()([named]).image_ids == ["a.png", "b.png"]
+    assert own()([named]).images.ids == ["a.png", "b.png"]
 
 
 def test_packing_out_of_order_keeps_images_with_their_samples() -> None:
@@ -82,8 +82,8 @@ def test_packing_out_of_order_keeps_images_with_their_samples() -> None:
     assert lengths[1] > lengths[2]
     batch = own(limit)([TWO_IMAGES, TWO_TURNS, ADJACENT])
     assert batch.sample_ids == [["images", "adjacent"], ["two"]]
-    assert batch.image_ids == ["images#0", "images#1", "adjacent#0", "adjacent#1", "two#0"]
-    assert batch.image_row.tolist() == [0, 0, 0, 0, 1]
+    assert batch.images.ids == ["images#0", "images#1", "adjacent#0", "adjacent#1", "two#0"]
+    assert batch.images.row.tolist() == [0, 0, 0, 0, 1]
     first = batch.layout.image[0]
     assert [int(i) for i in first[first >= 0]] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     assert batch.layout.segment[0, first >= 2].eq(1).all()
@@ -126,7 +126,7 @@ def test_an_empty_batch_is_refused() -> None:
 
 def test_no_tower_no_pixels() -> None:
     batch = Collator(chat(0), None, 0)(SAMPLES)
-    assert batch.pixels.shape[0] == 0 and batch.image_ids == [] and not batch.layout.visual.any()
+    assert batch.pixels.shape[0] == 0 and batch.images.ids == [] and not batch.layout.visual.any()
 
 
 # -- packing changes no number -----------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_the_first_sample_of_a_row_cannot_reach_the_second(mask: object) -> None
     pixels = batch.pixels.clone()
     pixels[:2] = torch.from_numpy(np.stack([picture(90), picture(91)])).permute(0, 3, 1, 2)
     changed = replace(batch, input_ids=ids, pixels=pixels)
-    before, after = (model.lm.logits(model.lm.states(model.embed(b)[0], b.layout, mask)) for b in (batch, changed))
+    before, after = (model.lm.logits(model.lm.states(model.embed(b), b.layout, mask)) for b in (batch, changed))
     assert torch.equal(before[0, ~first], after[0, ~first])
     assert worst(before[0, first], after[0, first]) > 1e-2
 
@@ -177,10 +177,10 @@ def test_padding_changes_no_number() -> None:
     encoded = [make.encoder.train(s) for s in SAMPLES]
     for left in (False, True):
         together = make._batch(SAMPLES, encoded, [[i] for i in range(len(SAMPLES))], left=left)
-        states = model.lm.states(model.embed(together)[0], together.layout, model.mask)
+        states = model.lm.states(model.embed(together), together.layout, model.mask)
         for row, sample in enumerate(SAMPLES):
             alone = make([sample])
-            want = model.lm.states(model.embed(alone)[0], alone.layout, model.mask)[0]
+            want = model.lm.states(model.embed(alone), alone.layout, model.mask)[0]
             assert worst(states[row, together.layout.valid[row]], want) < 1e-5
 
 
@@ -193,3 +193,43 @@ def test_layout_moves_and_selects() -> None:
     longer = asked.extended(asked.kind.shape[1] + 2)
     assert longer.position[:, -2:].tolist() == [[int(p) + 1, int(p) + 2] for p in asked.position[:, -1]]
     assert longer.role[:, -2:].eq(2).all() and longer.kind[:, -2:].eq(Kind.TEXT).all()
+
+
+# -- the table of images -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+@pytest.mark.parametrize("pack_length", [None, 500])
+def test_the_table_says_where_every_image_belongs(tokens: int, pack_length: int | None) -> None:
+    make = replace(own(pack_length), encoder=chat(tokens))
+    batch = make(ORDER)
+    table, seen = batch.images, 0
+    for row, names in enumerate(batch.sample_ids):
+        for segment, name in enumerate(names):
+            sample = next(s for s in ORDER if s.id == name)
+            start = int(batch.layout.segment[row].eq(segment).nonzero()[0])
+            encoded = chat(tokens).train(sample)
+            for k, image in enumerate(sample.images):
+                assert (int(table.row[seen]), int(table.segment[seen])) == (row, segment)
+                assert int(table.place[seen]) == start + encoded.places[k]
+                assert int(table.turn[seen]) == encoded.turns[k] and table.ids[seen] == f"{name}#{k}"
+                assert int(table.tokens[seen]) == tokens and table.hw[seen].tolist() == list(image.shape[:2])
+                seen += 1
+    assert seen == len(table) == len(batch.pixels)
+    asked = make.ask([TWO_TURNS, ONE_TURN])
+    assert asked.images.place.tolist() == [
+        int(asked.layout.valid[r].nonzero()[0]) + chat(tokens).ask(s).places[0]
+        for r, s in enumerate((TWO_TURNS, ONE_TURN))
+    ]
+
+
+def test_what_the_user_says_goes_to_the_text_tower() -> None:
+    told: list[str] = []
+
+    def text(texts: object) -> torch.Tensor:
+        told.extend(texts)  # type: ignore[arg-type]
+        return torch.zeros(len(told), 4, dtype=torch.long)
+
+    batch = replace(own(500), text=text)([TWO_IMAGES, TEXT_ONLY, SECOND_TURN])
+    assert told == ["see what", "and how", "what"] and batch.asked is not None and batch.asked.shape == (3, 4)
+    assert replace(own(), text=text)([TEXT_ONLY]).asked is None

@@ -118,10 +118,10 @@ def test_fuyu() -> None:
     ids[batch.layout.visual] = placeholders.flatten()
     patches = torch.cat([looped(image, 16) for image in batch.pixels])  # (I * N, p * p * 3)
     want = theirs(input_ids=ids, pixel_values=patches[None], attention_mask=batch.layout.valid.long()).logits
-    embeds, _, _ = model.embed(batch)
+    embeds = model.embed(batch)
     got = lm.logits(lm.states(embeds, batch.layout, Causal()))
     valid = batch.layout.valid
     assert worst(got[valid], want[valid]) < 1e-5 and want.std() > 0.1
     encoder.newline.zero_()
-    embeds, _, _ = model.embed(batch)
+    embeds = model.embed(batch)
     assert worst(lm.logits(lm.states(embeds, batch.layout, Causal()))[valid], want[valid]) > 1e-3, "newlines matter"

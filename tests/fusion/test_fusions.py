@@ -10,7 +10,7 @@ from tests.tiny import ADJACENT, ONE_TURN, SAMPLES, TWO_IMAGES, choices, collato
 from torch import Tensor
 
 from vlmlab.contracts.errors import DataError
-from vlmlab.contracts.tensors import Batch
+from vlmlab.contracts.tensors import Batch, Seen
 from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.fusion.none import NoFusion
 from vlmlab.lm.hf import HfLanguageModel
@@ -29,7 +29,7 @@ def compose(fusion: torch.nn.Module) -> VLM:
 @pytest.mark.parametrize("path", FUSIONS, ids=lambda p: p.stem)
 def test_declarations(path: object) -> None:
     fusion = instantiate(OmegaConf.load(path))
-    assert fusion.reads in ("features", "tokens", "nothing")
+    assert fusion.reads in ("tokens", "nothing")
     assert isinstance(fusion.in_sequence, bool)
     assert fusion.starts_as in ("text_only", "concat", "nothing")
     model = compose(fusion)
@@ -71,11 +71,12 @@ def test_concat_puts_every_token_in_its_place() -> None:
     model = vlm()
     for pack_length in (None, 400):
         batch = collator(model, pack_length=pack_length)([TWO_IMAGES, ONE_TURN, ADJACENT])
-        embeds, _, tokens = model.embed(batch)
+        seen = model.see(batch)
+        embeds, tokens = model.embed(batch, seen), seen.tokens
         plain = model.lm.embed(batch.input_ids)
         start = 0
         for row in range(len(batch.input_ids)):
-            here = batch.image_row.eq(row).nonzero()[:, 0]
+            here = batch.images.row.eq(row).nonzero()[:, 0]
             for image, index in enumerate(here.tolist()):
                 at = batch.layout.image[row].eq(image)
                 assert int(at.sum()) == 16 and torch.equal(embeds[row, at], tokens[index])
@@ -88,6 +89,6 @@ def test_concat_puts_every_token_in_its_place() -> None:
 def test_too_few_positions_are_refused_with_the_samples() -> None:
     model = vlm()
     batch = collator(model)([ONE_TURN, TWO_IMAGES])
-    tokens = torch.zeros(2, 16, 32)
-    with pytest.raises(DataError, match=r"one.*images.*48 image positions for 2 x 16"):
-        model.fusion(tokens, model.lm.embed(batch.input_ids), batch)
+    seen = Seen(tokens=torch.zeros(3, 12, 32))
+    with pytest.raises(DataError, match=r"one.*images.*48 image positions for 36"):
+        model.fusion.embed(seen, model.lm.embed(batch.input_ids), batch)

@@ -269,7 +269,7 @@ def grown(layout: Layout) -> Layout:
 @torch.no_grad()
 def cache_free(model: VLM, batch: Batch, steps: int) -> tuple[Tensor, Tensor]:
     """Greedy ids (B, steps) by a full forward per token, ignoring end tokens, and the smallest lead of the winner."""
-    embeds, _, _ = model.embed(batch)
+    embeds = model.embed(batch)
     layout, ids, lead = batch.layout, [], []
     for _ in range(steps):
         logits = model.lm.logits(model.lm.states(embeds, layout, model.mask)[:, -1])
@@ -292,7 +292,7 @@ def test_cached_decoding_equals_full_forwards(tower: object, mask: object) -> No
     model = vlm(mask=mask, lm=HfLanguageModel(str(tower())))
     batch = asked(model)
     assert batch.layout.kind[:, 0].eq(Kind.PAD).any()
-    embeds, _, _ = model.embed(batch)
+    embeds = model.embed(batch)
     want, lead = cache_free(model, batch, 12)
     assert lead > 1e-5, "a tie would make the comparison empty"
     assert len(want.unique()) > 3
@@ -306,7 +306,7 @@ def test_generation_stops_at_the_end_token() -> None:
     ids, _ = cache_free(model, batch, 12)
     stop = int(ids[0, 3])
     first = ids[0].tolist().index(stop)
-    embeds, _, _ = model.embed(batch)
+    embeds = model.embed(batch)
     got = model.lm.generate(embeds, batch.layout, model.mask, 12, eos_token_id=stop)[0].tolist()
     assert got[: first + 1] == ids[0, : first + 1].tolist() and set(got[first + 1 :]) <= {tokenizer().pad_token_id}
 
@@ -314,7 +314,7 @@ def test_generation_stops_at_the_end_token() -> None:
 def test_the_mask_matters_in_decoding() -> None:
     model = vlm()
     batch = asked(model)
-    embeds, _, _ = model.embed(batch)
+    embeds = model.embed(batch)
     bidir, causal = (model.lm.generate(embeds, batch.layout, mask, 12, eos_token_id=-1) for mask in MASKS[::-1])
     assert bidir.tolist() != causal.tolist()
 
@@ -327,7 +327,7 @@ def test_beams_and_return_sequences() -> None:
     torch.manual_seed(0)
     assert len(model.generate(batch, 5, do_sample=True, num_return_sequences=3)) == 3 * len(batch.input_ids)
     # the best of one beam is greedy decoding
-    embeds, _, _ = model.embed(batch)
+    embeds = model.embed(batch)
     one = model.lm.generate(embeds, batch.layout, model.mask, 6, num_beams=1, eos_token_id=-1)
     assert one.tolist() == cache_free(model, batch, 6)[0].tolist()
 
@@ -336,7 +336,7 @@ def test_beams_and_return_sequences() -> None:
 def test_beams_score_what_full_forwards_score() -> None:
     model = vlm()
     batch = collator(model).ask([ONE_TURN, TWO_IMAGES])
-    embeds, _, _ = model.embed(batch)
+    embeds = model.embed(batch)
     out = model.lm.generate(
         embeds,
         batch.layout,
@@ -367,7 +367,7 @@ def test_greedy_is_greedy_whatever_the_checkpoint_says() -> None:
     folder = copied("penalised", repetition_penalty=9.0, no_repeat_ngram_size=1, do_sample=True, temperature=5.0)
     model = vlm(lm=HfLanguageModel(str(folder)))
     batch = asked(model)
-    embeds, _, _ = model.embed(batch)
+    embeds = model.embed(batch)
     got = model.lm.generate(embeds, batch.layout, model.mask, 12, eos_token_id=-1)
     assert got.tolist() == cache_free(model, batch, 12)[0].tolist()
 
@@ -379,7 +379,7 @@ def test_generation_also_stops_where_the_checkpoint_says() -> None:
     ids, _ = cache_free(plain, batch, 8)
     stop = int(ids[0, 2])
     model = vlm(lm=HfLanguageModel(str(copied("stops", eos_token_id=[stop]))))
-    embeds, _, _ = model.embed(batch)
+    embeds = model.embed(batch)
     got = model.lm.generate(embeds, batch.layout, model.mask, 8)[0].tolist()
     first = ids[0].tolist().index(stop)
     assert got[first] == stop and set(got[first + 1 :]) <= {tokenizer().pad_token_id}

@@ -14,7 +14,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.tensors import Batch, Outputs
+from vlmlab.contracts.tensors import Batch, Outputs, Seen
 from vlmlab.objective.base import gathered, symmetric
 from vlmlab.objective.patch_text_contrast import PatchTextContrast
 from vlmlab.objective.z_loss import ZLoss
@@ -94,7 +94,9 @@ def test_alike_pairs_cost_less() -> None:
     optimizer = torch.optim.Adam([free], lr=0.05)
     for _ in range(60):
         now = embeds.masked_scatter(batch.layout.visual[..., None], free)
-        loss = PatchTextContrast()(Outputs(now, now, tokens=free, embeds=now), batch)["patch_text_contrast"][0]
+        loss = PatchTextContrast()(Outputs(now, now, seen=Seen(tokens=free), embeds=now), batch)["patch_text_contrast"][
+            0
+        ]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -29,8 +29,8 @@ def test_it_is_the_loop(shift: int) -> None:
     model, objective, batch = built(shift=shift)
     outputs = model(batch)
     total, count = objective(outputs, batch)["asvr"]
-    features = torch.cat(outputs.visual.grids, -1).detach()  # (3, 16, 32)
-    states = model.lm.states(outputs.embeds, batch.layout, model.mask).detach()
+    features = torch.cat(outputs.seen.visual.grids, -1).detach()  # (3, 16, 32)
+    states = outputs.states.detach()
     want, asked, seen = 0.0, 0, 0
     for b in range(3):
         for k in range(states.shape[1]):

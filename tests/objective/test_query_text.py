@@ -174,7 +174,7 @@ def test_itc_is_the_double_loop() -> None:
     model, objective = built(itm=0, itg=0)
     batch, outputs = batch_and_outputs(model)
     total, count = objective(outputs, batch)["itc"]
-    queries, words = model.connector.joint(outputs.visual, batch.captions(), objective.begin, "apart")
+    queries, words = model.connector.joint(outputs.seen.visual, batch.captions(), objective.begin, "apart")
     table = [[0.0] * 3 for _ in range(3)]
     for i in range(3):
         for j in range(3):
@@ -200,7 +200,7 @@ def test_itm_is_the_mean_over_queries_on_drawn_negatives() -> None:
     assert all(i != j for i, j, own in pairs if not own)
     want = 0.0
     for i, j, own in pairs:
-        one = replace(outputs.visual, grids=[outputs.visual.grids[0][i, None]], hw=outputs.visual.hw[:1])
+        one = replace(outputs.seen.visual, grids=[outputs.seen.visual.grids[0][i, None]], hw=outputs.seen.visual.hw[:1])
         queries, _ = model.connector.joint(one, batch.captions()[j, None], objective.begin, "together")
         logits = sum(objective.match(queries[0, k]) for k in range(3)) / 3
         want += smoothed(logits.tolist(), own, 0.0)
@@ -215,7 +215,9 @@ def test_itg_predicts_every_word_from_those_before() -> None:
     want, words = 0.0, 0
     for image in range(3):
         told = [i for i in ids[image].tolist() if i >= 0]
-        one = replace(outputs.visual, grids=[outputs.visual.grids[0][image, None]], hw=outputs.visual.hw[:1])
+        one = replace(
+            outputs.seen.visual, grids=[outputs.seen.visual.grids[0][image, None]], hw=outputs.seen.visual.hw[:1]
+        )
         for at, word in enumerate(told):  # a pass per word, which has only read the words before it
             before = torch.tensor([told[:at]], dtype=torch.long)
             _, states = model.connector.joint(one, before, objective.decode, "causal")
@@ -229,7 +231,7 @@ def test_itg_predicts_every_word_from_those_before() -> None:
 def test_negatives_never_show_the_same_image() -> None:
     _, objective = built(itg=0)
     batch, _ = batch_and_outputs(vlm())
-    twins = replace(batch, image_ids=["a", "a", "b"])
+    twins = replace(batch, images=replace(batch.images, ids=["a", "a", "b"]))
     likeness = objective._likeness(torch.randn(3, 3), twins, 3)
     assert likeness.eq(0).tolist() == [[True, True, False], [True, True, False], [False, False, True]]
 

@@ -124,7 +124,7 @@ def ours(model: PaliGemmaForConditionalGeneration) -> VLM:
 
 
 def logits(model: VLM, batch: Batch) -> Tensor:
-    embeds, _, _ = model.embed(batch)
+    embeds = model.embed(batch)
     return model.lm.logits(model.lm.states(embeds, batch.layout, model.mask))
 
 

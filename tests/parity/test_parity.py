@@ -76,7 +76,7 @@ def ours(theirs: LlavaForConditionalGeneration) -> VLM:
 
 
 def all_logits(model: VLM, batch: Batch) -> torch.Tensor:
-    embeds, _, _ = model.embed(batch)
+    embeds = model.embed(batch)
     return model.lm.logits(model.lm.states(embeds, batch.layout, model.mask))
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample, Turn
-from vlmlab.contracts.tensors import Batch, Layout, Outputs
+from vlmlab.contracts.tensors import Batch, Images, Layout, Outputs, Seen
 from vlmlab.recipe.alignment import AlignmentModule
 from vlmlab.recipe.instruction import InstructionTuningModule
 
@@ -64,10 +64,17 @@ def collate(samples: list[Sample]) -> Batch:
         input_ids=grid,
         labels=labels,
         layout=layout,
-        image_row=torch.tensor([i for i, s in enumerate(samples) for _ in s.images], dtype=torch.long),
-        image_ids=[s.id for s in samples for _ in s.images],
+        images=_table(samples),
         sample_ids=[[s.id] for s in samples],
     )
+
+
+def _table(samples: list[Sample]) -> Images:
+    """Every image before the first word of its row."""
+    row = torch.tensor([i for i, s in enumerate(samples) for _ in s.images], dtype=torch.long)
+    none = torch.zeros_like(row)
+    hw = torch.full((len(row), 2), SIDE)
+    return Images(row, none, none, none, none, none, hw, none, [s.id for s in samples for _ in s.images])
 
 
 class FakeVLM(nn.Module):
@@ -95,7 +102,7 @@ class FakeVLM(nn.Module):
         self.drift, self.explode, self.mask, self.adapter = drift, explode, None, None
         self.hash = "a" * 64
 
-    def forward(self, batch: Batch, mask: Any = None) -> Outputs:
+    def forward(self, batch: Batch, mask: Any = None, in_step: bool = False) -> Outputs:
         hidden = self.lm["embed"](batch.input_ids)
         tokens = None
         if len(batch.pixels):
@@ -103,7 +110,7 @@ class FakeVLM(nn.Module):
             tokens = self.connector(features)[:, None]
             if self.adapter is not None:
                 tokens = tokens + self.adapter(tokens)
-            hidden = hidden.index_add(0, batch.image_row, tokens.expand(-1, hidden.shape[1], -1).to(hidden.dtype))
+            hidden = hidden.index_add(0, batch.images.row, tokens.expand(-1, hidden.shape[1], -1).to(hidden.dtype))
         if self.drift and self.training:
             with torch.no_grad():
                 self.encoder[0].weight[0, 0] += 1e-6
@@ -111,7 +118,7 @@ class FakeVLM(nn.Module):
         if self.explode and any(self.explode in row for row in batch.sample_ids):
             states = states * float("inf")
         chosen = batch.labels[:, 1:] != -100
-        return Outputs(states[:, :-1][chosen], batch.labels[:, 1:][chosen], None, tokens)
+        return Outputs(states[:, :-1][chosen], batch.labels[:, 1:][chosen], Seen(tokens=tokens))
 
     def parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         out = {}
@@ -166,7 +173,7 @@ class FakeImageLoss:
         return {"image": len(batch.pixels)}
 
     def __call__(self, outputs: Outputs, batch: Batch) -> dict[str, tuple[Tensor, int]]:
-        tokens = outputs.tokens if outputs.tokens is not None else outputs.logits.new_zeros(0)
+        tokens = outputs.seen.tokens if outputs.seen.tokens is not None else outputs.logits.new_zeros(0)
         return {"image": (tokens.square().sum(), len(batch.pixels))}
 
 

@@ -8,8 +8,8 @@ each turn and the difference is the answer.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from vlmlab.contracts.errors import DataError, UserError
@@ -31,6 +31,12 @@ day is Llama 3.1's own where it knows none."""
 SYSTEM, USER, ANSWER = 0, 1, 2
 Span: TypeAlias = tuple[int, int]
 Prompt: TypeAlias = Literal["plain", "chat", "text"]
+TokenCount: TypeAlias = Callable[[tuple[int, int]], int]
+"""Rows and columns of a picture's pixels -> its visual tokens in the sequence."""
+
+PICTURE = (8, 8)
+"""Some picture, for whoever asks how many tokens one has: all are brought to the encoder's one size."""
+
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,17 @@ class Encoded:
         labels: the id where it is supervised, else -100.
         roles: 0 system, 1 user, 2 answer.
         image: index of the image at visual positions, -1 elsewhere.
+        places: for every image the index of its first visual token, or of the token that it stands before where it has
+            none (the number of tokens where it stands behind the last).
+        turns: for every image the number of answers before it.
     """
 
     ids: list[int]
     labels: list[int]
     roles: list[int]
     image: list[int]
+    places: list[int] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
@@ -64,12 +75,16 @@ def _all_supervised(encoded: Encoded) -> Encoded:
 
 
 class ChatEncoder:
-    """Turns samples into tokens for one tokenizer and one number of visual tokens per image.
+    """Turns samples into tokens for one tokenizer and so many visual tokens per image.
+
+    An image without a token in the sequence has its place all the same: one placeholder is rendered by the template
+    and taken out of the text before that is tokenised, so that the words are those of a sample without image.
 
     Args:
         tokenizer: a fast tokenizer with a chat template.
-        image_token: its placeholder; written `tokens_per_image` times for every image.
-        tokens_per_image: 0 where vision does not enter the sequence.
+        image_token: its placeholder; written once for every visual token.
+        tokens_per_image: one number for all images, or a function of their pixels; 0 where vision does not enter the
+            sequence.
         prompt: "plain" (images, then the first answer, no template: LLaVA's alignment stage), "chat" (the template,
             answers supervised), or "text" (the template, every word supervised: language modelling).
         max_length: longest sequence in tokens; a longer sample is refused by name.
@@ -83,7 +98,7 @@ class ChatEncoder:
         self,
         tokenizer: PreTrainedTokenizerBase,
         image_token: str,
-        tokens_per_image: int,
+        tokens_per_image: int | TokenCount,
         prompt: Prompt = "chat",
         max_length: int = 2048,
     ) -> None:
@@ -92,7 +107,7 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.image_token = image_token
         self.image_id = token_id(tokenizer, image_token)
-        self.tokens_per_image = tokens_per_image
+        self.tokens_of: TokenCount = tokens_per_image if callable(tokens_per_image) else lambda _: tokens_per_image
         self.prompt = prompt
         self.max_length = max_length
         self.template = FIXED_DAY + tokenizer.get_chat_template()
@@ -129,9 +144,17 @@ class ChatEncoder:
 
     # -- rendering -----------------------------------------------------------------------------------------------
 
+    def _counts(self, sample: Sample) -> list[int]:
+        """Visual tokens of every image in the sequence."""
+        return [self.tokens_of((image.shape[0], image.shape[1])) for image in sample.images]
+
+    def _written(self, sample: Sample) -> list[str]:
+        """What is rendered for every image: its placeholders, or a single one that is taken out again."""
+        return [self.image_token * max(count, 1) for count in self._counts(sample)]
+
     def _visual_prefix(self, sample: Sample) -> str:
         self._refuse_placeholder(sample)
-        return self.begin + self.image_token * (self.tokens_per_image * len(sample.images))
+        return self.begin + "".join(self._written(sample))
 
     def _plain(self, sample: Sample, ask: bool = False) -> tuple[str, list[Span], int]:
         prefix = self._visual_prefix(sample)
@@ -149,18 +172,13 @@ class ChatEncoder:
 
     def _messages(self, sample: Sample) -> list[dict[str, str]]:
         """The conversation with every image tag replaced by its placeholders."""
-        prompts = [turn.prompt for turn in sample.turns]
-        tags = sum(prompt.count(IMAGE_TAG) for prompt in prompts)
-        if tags == 0 and sample.images:
-            prompts[0] = IMAGE_TAG * len(sample.images) + prompts[0]
-        elif tags != len(sample.images):
-            found = f"{tags} image tags for {len(sample.images)} images"
-            raise DataError(f"Sample {sample.id} has {found}; make them equal.")
+        prompts = _tagged(sample)
         self._refuse_placeholder(sample)
-        placeholder = self.image_token * self.tokens_per_image
+        written = iter(self._written(sample))
         messages = [{"role": "system", "content": sample.system}] if sample.system else []
         for prompt, turn in zip(prompts, sample.turns, strict=True):
-            messages.append({"role": "user", "content": prompt.replace(IMAGE_TAG, placeholder)})
+            content = re.sub(re.escape(IMAGE_TAG), lambda _: next(written), prompt)
+            messages.append({"role": "user", "content": content})
             messages.append({"role": "assistant", "content": turn.answer})
         return messages
 
@@ -247,6 +265,7 @@ class ChatEncoder:
 
     def _tokenise(self, sample: Sample, text: str, answers: Sequence[Span], start: int, supervise: bool) -> Encoded:
         """Token ids of the text with a role and a label for each, by character offsets."""
+        text, answers, start, holes = self._without_holes(sample, text, answers, start)
         tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(tokens["input_ids"]), tokens["offset_mapping"]
         if len(ids) > self.max_length:
@@ -262,16 +281,78 @@ class ChatEncoder:
             if current is not None and left >= current[0] and right > current[0]:
                 roles[index] = ANSWER
                 labels[index] = ids[index] if supervise and index else IGNORE  # nothing predicts the first token
-        return Encoded(ids, labels, roles, self._images(ids))
+        image = self._images(ids, self._counts(sample))
+        places = [
+            image.index(k)
+            if hole is None
+            else next((i for i, (_, right) in enumerate(offsets) if right > hole), len(ids))
+            for k, hole in enumerate(holes)
+        ]
+        return Encoded(ids, labels, roles, image, places, self._turns(sample))
 
-    def _images(self, ids: list[int]) -> list[int]:
-        """Index of the image at every placeholder: each image has the same number of them."""
-        seen = 0
-        image = []
-        for token in ids:
-            if token == self.image_id:
-                image.append(seen // self.tokens_per_image)
-                seen += 1
-            else:
-                image.append(-1)
-        return image
+    def _without_holes(
+        self, sample: Sample, text: str, answers: Sequence[Span], start: int
+    ) -> tuple[str, list[Span], int, list[int | None]]:
+        """The rendered text without the placeholders of images that have no token; spans and offsets moved along.
+
+        Returns:
+            text, answers, start, and for every image the character that it stands before, None where it has tokens.
+
+        Raises:
+            UserError: the template printed another number of placeholders than it was given.
+        """
+        counts, width = self._counts(sample), len(self.image_token)
+        found = [match.start() for match in re.finditer(re.escape(self.image_token), text)]
+        if len(found) != sum(max(count, 1) for count in counts):
+            raise UserError(
+                f"The chat template of {self.tokenizer.name_or_path} prints {len(found)} image placeholders for "
+                f"{len(counts)} images (sample {sample.id}); give one by lm.chat_template that prints all of a prompt."
+            )
+        cuts: list[int] = []
+        holes: list[int | None] = []
+        at = 0
+        for count in counts:
+            holes.append(None if count else found[at] - width * len(cuts))
+            cuts += [] if count else [found[at]]
+            at += max(count, 1)
+
+        def moved(offset: int) -> int:
+            return offset - width * sum(cut < offset for cut in cuts)
+
+        kept = "".join(text[i:j] for i, j in zip([0, *(c + width for c in cuts)], [*cuts, len(text)], strict=True))
+        return kept, [(moved(i), moved(j)) for i, j in answers], moved(start), holes
+
+    def _turns(self, sample: Sample) -> list[int]:
+        """For every image the number of answers before it; a plain prompt has one answer, behind all of them."""
+        if self.prompt == "plain":
+            return [0] * len(sample.images)
+        return [turn for turn, prompt in enumerate(_tagged(sample)) for _ in range(prompt.count(IMAGE_TAG))]
+
+    def _images(self, ids: Sequence[int], counts: Sequence[int]) -> list[int]:
+        """Index of the image at every placeholder, -1 elsewhere."""
+        owner = (k for k, count in enumerate(counts) for _ in range(count))
+        return [next(owner) if token == self.image_id else -1 for token in ids]
+
+
+def asked(sample: Sample) -> list[str]:
+    """For every image what the user says in its turn, without tags."""
+    return [
+        " ".join(prompt.replace(IMAGE_TAG, " ").split())
+        for prompt in _tagged(sample)
+        for _ in range(prompt.count(IMAGE_TAG))
+    ]
+
+
+def _tagged(sample: Sample) -> list[str]:
+    """The prompts with a tag for every image; those of a sample without tags stand before its first prompt.
+
+    Raises:
+        DataError: tags that do not fit the images.
+    """
+    prompts = [turn.prompt for turn in sample.turns]
+    tags = sum(prompt.count(IMAGE_TAG) for prompt in prompts)
+    if tags == 0 and sample.images:
+        prompts[0] = IMAGE_TAG * len(sample.images) + prompts[0]
+    elif tags != len(sample.images):
+        raise DataError(f"Sample {sample.id} has {tags} image tags for {len(sample.images)} images; make them equal.")
+    return prompts

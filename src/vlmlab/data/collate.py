@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vlmlab.contracts.sample import Image, Sample
-from vlmlab.contracts.tensors import Batch, Kind, Layout
-from vlmlab.data.chat import IGNORE, SYSTEM, ChatEncoder, Encoded
+from vlmlab.contracts.tensors import Batch, Images, Kind, Layout
+from vlmlab.data.chat import IGNORE, SYSTEM, ChatEncoder, Encoded, asked
 
 Resize = Callable[[Image], Image]
 
@@ -26,6 +26,7 @@ class Collator:
         pad_id: filler of ``input_ids``; never attended to.
         pack_length: pack several samples into rows of at most this many tokens; None pads every sample to a row.
         prompt_tokens: soft prompts before every sample, as the ids -1, -2, ... of role system.
+        text: what the user says to each image -> its (I, T) ids for the encoder's text tower; None: nothing reads it.
     """
 
     encoder: ChatEncoder
@@ -33,6 +34,7 @@ class Collator:
     pad_id: int
     pack_length: int | None = None
     prompt_tokens: int = 0
+    text: Callable[[Sequence[str]], Tensor] | None = None
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """A training batch: answers supervised, padded on the right."""
@@ -48,24 +50,57 @@ class Collator:
     def _batch(self, samples: Sequence[Sample], encoded: list[Encoded], rows: list[list[int]], left: bool) -> Batch:
         if not samples:
             raise ValueError("a batch needs at least one sample")
-        images = [(r, i, k) for r, row in enumerate(rows) for i in row for k in range(len(samples[i].images))]
-        if self.resize is None:
-            images = []
         ids, labels, layout = _lay_out([[encoded[i] for i in row] for row in rows], self.pad_id, left)
+        shown = (
+            [] if self.resize is None else [(i, k) for row in rows for i in row for k in range(len(samples[i].images))]
+        )
         return Batch(
-            pixels=self._pixels([samples[i].images[k] for _, i, k in images]),
+            pixels=self._pixels([samples[i].images[k] for i, k in shown]),
             input_ids=ids,
             labels=labels,
             layout=layout,
-            image_row=torch.tensor([r for r, _, _ in images], dtype=torch.long),
-            image_ids=[_image_id(samples[i], k) for _, i, k in images],
+            images=_image_table(samples, encoded, rows, ids.shape[1], left) if shown else Images.none(),
             sample_ids=[[samples[i].id for i in row] for row in rows],
+            asked=self._asked(samples, rows) if shown else None,
         )
+
+    def _asked(self, samples: Sequence[Sample], rows: list[list[int]]) -> Tensor | None:
+        if self.text is None:
+            return None
+        return self.text([text for row in rows for i in row for text in asked(samples[i])])
 
     def _pixels(self, images: list[Image]) -> Tensor:
         if not images or self.resize is None:
             return torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
         return torch.from_numpy(np.stack([self.resize(image) for image in images]))  # (I, 3, H, W)
+
+
+def _image_table(
+    samples: Sequence[Sample], encoded: list[Encoded], rows: list[list[int]], width: int, left: bool
+) -> Images:
+    """Where every image belongs, in the order of the pixels."""
+    entries: list[tuple[int, ...]] = []
+    for r, row in enumerate(rows):
+        at = width - sum(len(encoded[i].ids) for i in row) if left else 0
+        for segment, i in enumerate(row):
+            e = encoded[i]
+            for k, image in enumerate(samples[i].images):
+                tokens = e.image.count(k)
+                entries.append((r, segment, at + e.places[k], e.turns[k], tokens, image.shape[0], image.shape[1]))
+            at += len(e.ids)
+    table = torch.tensor(entries, dtype=torch.long)  # (I, 7)
+    none = torch.zeros(len(entries), dtype=torch.long)
+    return Images(
+        row=table[:, 0],
+        segment=table[:, 1],
+        place=table[:, 2],
+        turn=table[:, 3],
+        frame=none,
+        tile=none,
+        hw=table[:, 5:],
+        tokens=table[:, 4],
+        ids=[_image_id(samples[i], k) for row in rows for i in row for k in range(len(samples[i].images))],
+    )
 
 
 def _image_id(sample: Sample, index: int) -> str:
@@ -81,6 +116,8 @@ def _prompted(encoded: Encoded, count: int) -> Encoded:
         labels=[IGNORE] * count + encoded.labels,
         roles=[SYSTEM] * count + encoded.roles,
         image=[-1] * count + encoded.image,
+        places=[place + count for place in encoded.places],
+        turns=encoded.turns,
     )
 
 

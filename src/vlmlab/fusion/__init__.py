@@ -1,1 +1,1 @@
-"""Fusions: how vision acts on the language model. Each declares ``reads``, ``in_sequence`` and ``starts_as``."""
+"""Fusions: how vision acts on the language model; each declares what it reads and what it starts as."""

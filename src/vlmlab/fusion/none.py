@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
 from vlmlab.contracts.parts import Fusion
-from vlmlab.contracts.tensors import Batch
 
 
 class NoFusion(Fusion):
@@ -14,14 +11,3 @@ class NoFusion(Fusion):
     reads = "nothing"
     in_sequence = False
     starts_as = "text_only"
-
-    def tokens_per_image(self, tokens: int) -> int:
-        """No token enters the sequence."""
-        return 0
-
-    def attach(self, lm: nn.Module) -> None:
-        """Nothing is added to the LM."""
-
-    def forward(self, tokens: Tensor, embeds: Tensor, batch: Batch) -> Tensor:
-        """The embeddings as they are."""
-        return embeds

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from vlmlab.blueprint import Architecture, read_config, read_tokenizer, weightless
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.parts import LayoutReader
+from vlmlab.contracts.parts import Mask
 from vlmlab.contracts.tensors import Kind, Layout
 from vlmlab.data.chat import token_id
+from vlmlab.lm.inside import Inside, generating_inside
 from vlmlab.lm.masking import IMPLEMENTATION, generating, plainly_causal, within
-from vlmlab.mask.base import Mask
 from vlmlab.towers import quiet, resolve, tower_hash
 
 LOGIT_RULES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -77,13 +77,18 @@ class CausalLanguageModel(nn.Module):
         """(B, S) -> (B, S, D)."""
         return self.model.get_input_embeddings()(input_ids)
 
-    def states(self, embeds: Tensor, layout: Layout, mask: Mask) -> Tensor:
+    def states(self, embeds: Tensor, layout: Layout, mask: Mask, inside: Inside | None = None) -> Tensor:
         """(B, S, D) embeddings -> (B, S, D) last hidden states under the policy.
 
         Where the policy comes to plain causal attention and no window cuts it short, no mask is handed on: attention
         then takes its fastest kernel. States at padding are never to be used.
+
+        Args:
+            embeds: what enters the first layer.
+            layout: what its positions are.
+            mask: who may look at whom.
+            inside: what the blocks at the ports are given; None: they do nothing.
         """
-        self._show(layout)
         q = torch.arange(embeds.shape[1], device=embeds.device)
         shown = _per_layer_type(self.model.config, mask(layout, q), layout, q)
         return self.model.base_model(
@@ -92,6 +97,7 @@ class CausalLanguageModel(nn.Module):
             # without a mask transformers looks for packed samples where positions jump, as they do at padding
             position_ids=q.expand(embeds.shape[:2]) if shown is None else layout.position,
             use_cache=False,
+            **({} if inside is None else {"inside": inside}),
         ).last_hidden_state
 
     def logits(self, states: Tensor) -> Tensor:
@@ -102,18 +108,19 @@ class CausalLanguageModel(nn.Module):
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return out if cap is None else torch.tanh(out / cap) * cap
 
-    def _show(self, layout: Layout) -> None:
-        """Tell what acts inside the model by the kind of a sample (an adapter) what comes."""
-        for child in self.model.children():
-            if isinstance(child, LayoutReader):
-                child.read(layout)
-
     @torch.no_grad()
-    def generate(self, embeds: Tensor, layout: Layout, mask: Mask, max_new_tokens: int, **options: Any) -> Tensor:
+    def generate(
+        self,
+        embeds: Tensor,
+        layout: Layout,
+        mask: Mask,
+        max_new_tokens: int,
+        inside: Inside | None = None,
+        **options: Any,
+    ) -> Tensor:
         """Cached decoding of left-padded prompts: (B, S, D) -> (B', T) new ids (B' = B x return sequences)."""
         if bool((layout.kind[:, -1] == Kind.PAD).any()):
             raise ValueError("prompts must be padded on the left: generation continues the last position")
-        self._show(layout)
         tokenizer = self.tokenizer
         settings = {
             **PLAIN_GREEDY,
@@ -123,7 +130,7 @@ class CausalLanguageModel(nn.Module):
             **options,
         }
         decode: Any = self.model.generate
-        with generating(mask, layout):
+        with generating(mask, layout), generating_inside(self.model, inside):
             return decode(inputs_embeds=embeds, attention_mask=layout.valid.long(), **settings)
 
 

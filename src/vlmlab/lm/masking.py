@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from vlmlab.contracts.parts import Mask
 from vlmlab.contracts.tensors import Layout
-from vlmlab.mask.base import Mask
 
 IMPLEMENTATION = "vlmlab_sdpa"
 

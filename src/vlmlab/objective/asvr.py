@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.tensors import Batch, Kind, Layout, Outputs, Role
+from vlmlab.contracts.tensors import Batch, Kind, Layout, Outputs, Role, Seen
 from vlmlab.objective.base import gathered
 
 
@@ -56,7 +56,6 @@ class SemanticReconstruction(nn.Module):
             raise UserError("objective=asvr reads visual positions and this composition has none; use fusion=concat.")
         if self.shift and _looks_ahead(model.mask):
             raise UserError("objective.shift=1 leaks where visual tokens see later ones; use mask=causal or shift=0.")
-        self.states, self.mask = model.lm.states, model.mask  # a method: the LM stays a part of the model
         width = model.lm.width
         self.head = nn.Sequential(
             nn.Linear(width, self.hidden or width), nn.GELU(), nn.Linear(self.hidden or width, self.codes)
@@ -70,9 +69,10 @@ class SemanticReconstruction(nn.Module):
 
     def forward(self, outputs: Outputs, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """{"asvr": (sum in nats, visual tokens)}."""
-        assert outputs.embeds is not None
-        with torch.no_grad(), torch.autocast(outputs.embeds.device.type, enabled=False):
-            features = self._features(outputs)  # (P, Dv), in the order of the visual positions
+        states = outputs.states  # (B, S, D)
+        assert states is not None
+        with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
+            features = self._features(outputs.seen)  # (P, Dv), in the order of the visual positions
             if not self.fitted:
                 everything, _ = gathered(features)
                 if len(everything):
@@ -80,7 +80,6 @@ class SemanticReconstruction(nn.Module):
                     self.fitted.fill_(True)
             codes = torch.cdist(features, self.codebook).argmin(-1)  # (P,)
         asked = self._asked(batch.layout)  # (B, S)
-        states = self.states(outputs.embeds, batch.layout, self.mask)  # (B, S, D)
         if self.shift:
             states = F.pad(states, (0, 0, 1, 0))[:, :-1]
         logits = self.head(states[asked])  # (P', K)
@@ -91,13 +90,13 @@ class SemanticReconstruction(nn.Module):
         """(B, S) bool: visual positions with a state to read; with a shift the first of a sample has none."""
         return layout.visual & (layout.position >= self.shift)
 
-    def _features(self, outputs: Outputs) -> Tensor:
+    def _features(self, seen: Seen) -> Tensor:
         """(I * M, Dv): the features that each visual token answers for."""
-        if outputs.visual is None or outputs.tokens is None:
+        if seen.visual is None or seen.tokens is None:
             return self.codebook.new_zeros(0, self.codebook.shape[1])
-        grid = torch.cat(outputs.visual.grids, -1).float()  # (I, N, Dv)
-        rows, columns = (int(n) for n in outputs.visual.hw[0])
-        return shares(grid, (rows, columns), outputs.tokens.shape[1]).flatten(0, 1)
+        grid = torch.cat(seen.visual.grids, -1).float()  # (I, N, Dv)
+        rows, columns = (int(n) for n in seen.visual.hw[0])
+        return shares(grid, (rows, columns), seen.tokens.shape[1]).flatten(0, 1)
 
 
 def shares(grid: Tensor, hw: tuple[int, int], tokens: int) -> Tensor:

@@ -35,7 +35,7 @@ class PatchTextContrast:
         Raises:
             UserError: images have no place in the LM's sequence.
         """
-        if outputs.embeds is None or (outputs.tokens is not None and not bool(batch.layout.visual.any())):
+        if outputs.embeds is None or (outputs.seen.tokens is not None and not bool(batch.layout.visual.any())):
             raise UserError(
                 "objective=patch_text_contrast compares visual tokens with words in the LM's sequence and this "
                 "composition puts none there; use fusion=concat, or leave the objective out."

@@ -93,31 +93,31 @@ class QueryTextAlignment(nn.Module):
         repeated = len(batch.image_samples().unique()) < len(ids)
         if len(ids) != len(batch.pixels) or repeated or bool((ids[:, 0] < 0).any()):
             raise UserError(
-                f"objective=itc, itm and itg need one image with its caption in a sample and in the LM's sequence "
+                f"objective=itc, itm and itg need one image with its caption in a sample "
                 f"(samples {batch.sample_ids[0][:3]} ...); choose other data in recipe.stages.<name>.data."
             )
         found: Terms = {}
         scores = None
         if "itc" in self.factors:
             found["itc"], scores = self._contrast(outputs, ids)
-        if outputs.visual is None:
+        if outputs.seen.visual is None:
             zero = outputs.logits.sum() * 0.0
             return {name: found.get(name, (zero, zero.detach())) for name in self.factors}
         if "itm" in self.factors:
-            found["itm"] = self._matching(outputs.visual, ids, self._likeness(scores, batch, len(ids)))
+            found["itm"] = self._matching(outputs.seen.visual, ids, self._likeness(scores, batch, len(ids)))
         if "itg" in self.factors:
-            found["itg"] = self._generation(outputs.visual, ids)
-        assert outputs.tokens is not None
-        none = 0.0 * outputs.tokens.sum()  # the connector's last layer trains with its part, and has no say here
+            found["itg"] = self._generation(outputs.seen.visual, ids)
+        assert outputs.seen.tokens is not None
+        none = 0.0 * outputs.seen.tokens.sum()  # the connector's last layer trains with its part, and has no say here
         return {name: (self.factors[name] * total + none, count) for name, (total, count) in found.items()}
 
     def _contrast(self, outputs: Outputs, ids: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """(sum, images) of itc, and the scores (I, I) of this rank's images and texts."""
-        if outputs.visual is None:
+        if outputs.seen.visual is None:
             image = outputs.logits.new_zeros(0, self.queries, self.width)
             text = outputs.logits.new_zeros(0, self.width)
         else:
-            queries, words = self.joint(outputs.visual, ids, self.begin, "apart")
+            queries, words = self.joint(outputs.seen.visual, ids, self.begin, "apart")
             image = F.normalize(self.image(queries).float(), dim=-1)  # (I, M, E)
             text = F.normalize(self.text(words[:, 0]).float(), dim=-1)  # (I, E)
         images, own = gathered(image)
@@ -128,7 +128,7 @@ class QueryTextAlignment(nn.Module):
 
     def _likeness(self, scores: Tensor | None, batch: Batch, count: int) -> Tensor:
         """(I, I) how likely a text is drawn as an image's negative; 0 where both show the same image."""
-        names = [batch.image_ids[i] for i in range(count)]
+        names = [batch.images.ids[i] for i in range(count)]
         other = torch.tensor([[a != b for b in names] for a in names], device=batch.input_ids.device)
         even = torch.zeros(count, count, device=other.device) if scores is None else scores
         return even.softmax(-1) * other

@@ -7,15 +7,15 @@ One training step is one optimizer step: its item holds all micro-batches of thi
 is exact, whatever the number of ranks, micro-batches and tokens in each. Gradients are summed over ranks once per step,
 here rather than by DDP's hooks: a rank whose micro-batches touch no image then does not hang, and a tensor that no rank
 used has no gradient, as on one rank. Shards (``vlmlab.recipe.shards``) are summed by FSDP2 after every backward pass;
-ranks then go through the same layers together, see ``Batch.in_step``.
+ranks then go through the same layers together (`in_step` of the model's forward pass).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -27,8 +27,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW, Optimizer
 
 from vlmlab.contracts.errors import OutOfMemory, UserError
+from vlmlab.contracts.parts import Fusion, Objective
 from vlmlab.contracts.sample import Sample
-from vlmlab.contracts.tensors import Batch, Outputs
+from vlmlab.contracts.tensors import Batch
 from vlmlab.data.module import Window
 from vlmlab.recipe.layers import decayed
 from vlmlab.recipe.optim import MuonAdamW, hidden_matrices
@@ -37,49 +38,6 @@ from vlmlab.recipe.stage import Stage
 
 BUCKET = 1 << 25
 """Elements of gradient that travel between ranks together (128 MiB of fp32)."""
-
-
-class Objective(Protocol):
-    """A loss: ``(outputs, batch) -> {name: (sum, count)}``.
-
-    Attributes:
-        weight: factor in the total loss.
-        per_micro_batch: the count is only known after the forward pass, since samples are compared with each other;
-            such an objective gathers over ranks itself, with gradient, and refuses accumulation.
-
-    An objective that counts anything else than supervised tokens, and is not `per_micro_batch`, also has
-    ``counts(batch) -> {name: count}``, the same names for every batch, known before the forward pass.
-
-    An objective with weights of its own is an ``nn.Module`` and has ``attach(model)``, which makes them. They are the
-    model's part "objective" during the stage, trained at ``train.objective``, and dropped when the next stage begins.
-    """
-
-    weight: float
-    per_micro_batch: bool
-
-    def __call__(self, outputs: Outputs, batch: Batch) -> dict[str, tuple[Tensor, Any]]:
-        """(sum, count) of every term."""
-        ...
-
-
-class VisionLanguageModel(Protocol):
-    """What the trainer asks of ``VLM`` and ``DualEncoder``."""
-
-    def parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Part -> its parameters under their state-dict names; "<part>.base" is what an adapter wraps."""
-        ...
-
-    def sourced(self) -> dict[str, str]:
-        """Part -> sha256 of the tower it was loaded from; a new part is absent."""
-        ...
-
-    def set_mask(self, mask: Any) -> None:
-        """The mask of the stage that begins."""
-        ...
-
-    def set_adapter(self, adapter: Any) -> None:
-        """Wrap the parts it names, once."""
-        ...
 
 
 class NonFinite(UserError):
@@ -188,14 +146,16 @@ class StageModule(L.LightningModule):
                     yield name, part, parameter
 
     def configure_optimizers(self) -> Optimizer:
-        """Groups by part: matrices with weight decay, vectors without; more where rates or optimizers differ."""
+        """Groups by part: matrices with weight decay, vectors without (and what a fusion asks to leave alone)."""
         ratios: Mapping[str, float] = getattr(self.model, "ratios", dict)()  # an adapter's, as in LoRA+
         by_layer = decayed(self.model, self.stage)
         hidden = hidden_matrices(self.model) if self.stage.optimizer == "muon" else set()
+        fusion = getattr(self.model, "fusion", None)
+        kept = {id(p) for p in fusion.undecayed()} if isinstance(fusion, Fusion) else set()
         groups: dict[tuple[str, bool, float, bool], list[nn.Parameter]] = {}
         for name, part, parameter in self.trained():
             ratio = ratios.get(name, 1.0) * by_layer.get(id(parameter), 1.0)
-            key = (part, parameter.ndim >= 2, ratio, id(parameter) in hidden)
+            key = (part, parameter.ndim >= 2 and id(parameter) not in kept, ratio, id(parameter) in hidden)
             groups.setdefault(key, []).append(parameter)
         decay = self.stage.weight_decay
         named = [
@@ -211,9 +171,6 @@ class StageModule(L.LightningModule):
     def transfer_batch_to_device(self, batch: Window, device: torch.device, dataloader_idx: int) -> Window:
         """Count what the losses divide by, then move the micro-batches."""
         self._counts = self._announce(batch)
-        if self.shard is not None:
-            in_step = [replace(part, in_step=self._counts[f"images {k}"] > 0) for k, part in enumerate(batch.batches)]
-            batch = replace(batch, batches=in_step)
         return batch.to(device)
 
     def training_step(self, window: Window, batch_idx: int) -> None:
@@ -276,10 +233,10 @@ class StageModule(L.LightningModule):
         self._samples = [sample for batch in window.batches for row in batch.sample_ids for sample in row]
         sums: list[Tensor] = []
         no_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-        for batch in window.batches:
+        for k, batch in enumerate(window.batches):
             self._batch = batch
             with no_sync():
-                total, terms = self._loss(batch)
+                total, terms = self._loss(batch, in_step=self._counts.get(f"images {k}", 0) > 0)
                 if total.requires_grad:  # text alone says nothing to a connector
                     with torch.autocast(self.device.type, enabled=False):
                         self.manual_backward(total)
@@ -292,9 +249,9 @@ class StageModule(L.LightningModule):
         self._moving = True
         return torch.tensor(self.report.loss)
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, batch: Batch, in_step: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch's part of the step's loss, and of every objective's value."""
-        outputs = self.model(batch)
+        outputs = self.model(batch, in_step=True) if in_step else self.model(batch)
         total: Tensor | None = None
         values: dict[str, Tensor] = {}
         for name, objective in self.objectives.items():

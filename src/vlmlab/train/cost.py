@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
-from vlmlab.contracts.tensors import Batch, Outputs
+from vlmlab.contracts.tensors import Batch
 
 Shape = tuple[int, ...]
 
@@ -41,7 +41,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
 
 
 def sample_cost(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """Floating-point operations of one sample's forward pass (2 per multiply-add), and its visual tokens per image.
+    """Operations of one sample's forward pass (2 per multiply-add), and visual tokens of an image in the sequence.
 
     Args:
         model: on the batch's device; its mode is restored.
@@ -51,19 +51,16 @@ def sample_cost(model: nn.Module, batch: Batch) -> dict[str, Any]:
     model.eval()
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with torch.no_grad(), counter:
-        outputs = model(batch)
+        model(batch)
     for module, training in modes.items():
         module.training = training
-    return {"flops_sample": int(counter.get_total_flops()), "visual_tokens": _visual_tokens(outputs, batch)}
+    return {"flops_sample": int(counter.get_total_flops()), "visual_tokens": _visual_tokens(batch)}
 
 
-def _visual_tokens(outputs: Any, batch: Batch) -> int:
-    images = batch.pixels.shape[0]
-    if not images:
-        return 0
-    if isinstance(outputs, Outputs) and outputs.tokens is not None:
-        return int(outputs.tokens.shape[1])
-    return int(batch.layout.visual.sum()) // images
+def _visual_tokens(batch: Batch) -> int:
+    """Positions that an image takes in the sequence, on average; none where vision acts elsewhere."""
+    images = len(batch.images)
+    return round(int(batch.layout.visual.sum()) / images) if images else 0
 
 
 def peak_bytes() -> int:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from vlmlab.contracts.errors import CheckpointError, UserError
-from vlmlab.recipe.base import Objective, check_objectives
+from vlmlab.contracts.parts import Objective
+from vlmlab.recipe.base import check_objectives
 from vlmlab.recipe.layers import chosen
 from vlmlab.recipe.shards import shard
 from vlmlab.recipe.stage import Stage
@@ -287,7 +288,7 @@ def build_objectives(stage: Stage) -> dict[str, Objective]:
         if not callable(built) or not all(hasattr(built, needed) for needed in ("weight", "per_micro_batch")):
             raise UserError(
                 f"{key}._target_={value['_target_']} is no objective; it has to be callable and to have weight and "
-                "per_micro_batch, see vlmlab.recipe.base.Objective."
+                "per_micro_batch, see vlmlab.contracts.parts.Objective."
             )
         objectives[str(name)] = built
     if not objectives:
