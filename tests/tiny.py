@@ -16,12 +16,16 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -104,6 +108,19 @@ def clip() -> Path:
 
 
 @cache
+def two_towers() -> Path:
+    """A CLIP of both towers: the vision tower of `clip`'s shape, and a text tower with the tiny tokenizer."""
+    text = {"vocab_size": len(tokenizer()), "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": 12, "eos_token_id": tokenizer().eos_token_id,
+            "bos_token_id": tokenizer().eos_token_id, "pad_token_id": tokenizer().pad_token_id}  # fmt: skip
+    size = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}, **CLIP_STATISTICS}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16))
+    folder = save(model, "two_towers", {**size, "resample": 3, "do_center_crop": True})
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@cache
 def dinov2() -> Path:
     config = Dinov2Config(**{k: v for k, v in VISION.items() if k != "intermediate_size"}, mlp_ratio=2)
     size = {"size": {"shortest_edge": 80}, "crop_size": {"height": SIZE, "width": SIZE}, "resample": 3, **IMAGENET}
@@ -150,6 +167,12 @@ def sliding_qwen2() -> Path:
     """Qwen2 whose upper two layers see a window of 5 tokens."""
     window = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
     return save_lm(Qwen2ForCausalLM(Qwen2Config(**text_config(**window))), "sliding_qwen2")
+
+
+@cache
+def llama() -> Path:
+    """Llama's layers."""
+    return save_lm(LlamaForCausalLM(LlamaConfig(**text_config())), "llama")
 
 
 @cache

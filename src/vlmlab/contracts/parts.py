@@ -207,6 +207,8 @@ class Fusion(nn.Module, ABC):
         in_sequence: whether visual tokens take positions in the LM's sequence.
         starts_as: what the composition equals before its first update.
         reads_text: whether it reads what the user says through the encoder's paired text tower.
+        waiting: ends of the names of its weights that have no gradient before the first update, since what they are
+            multiplied by is zero; all others have one, and from the second step on all have.
         key: names its memory, and its blocks, among those of several fusions.
     """
 
@@ -214,6 +216,7 @@ class Fusion(nn.Module, ABC):
     in_sequence: bool
     starts_as: str
     reads_text: bool = False
+    waiting: tuple[str, ...] = ()
     key: str = "fusion"
 
     def tokens_per_image(self, tokens: int) -> int:
@@ -249,6 +252,10 @@ class Fusion(nn.Module, ABC):
         """The memory under this fusion's key, of several under each one's own."""
         memory = self.memory(seen, batch)
         return {} if memory is None else {self.key: memory}
+
+    def waits(self, name: str) -> bool:
+        """Whether its weight of this name has no gradient before the first update."""
+        return name.endswith(self.waiting)
 
     def undecayed(self) -> Sequence[nn.Parameter]:
         """Matrices that weight decay would pull away from where they start, and which therefore have none."""

@@ -33,6 +33,7 @@ class InstructionMixing(Fusion):
     in_sequence = False
     starts_as = "text_only"
     reads_text = True
+    waiting = ("project.weight", "project.bias")
 
     def __init__(self, mask_padding: bool = False) -> None:
         super().__init__()
