@@ -12,7 +12,7 @@ The weights of blocks belong to ``model.fusion``; a port holds a plain reference
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.tensors import Layout, Memory
+from vlmlab.contracts.parts import VisionLanguageModel
+from vlmlab.contracts.tensors import Layout, Memory, Seen
 
 Block = Callable[..., Tensor]
 
@@ -329,13 +330,77 @@ def look(q: Tensor, keys: Tensor, values: Tensor, memory: Memory, scale: float |
     Returns:
         (B, Q, H * dh).
     """
-    slots = memory.slots  # (B, J)
-    if slots.shape[1] == 0:
+    if memory.slots.shape[1] == 0:
         return q.flatten(2) * 0.0 + 0.0 * (keys.sum() + values.sum())
-    index = slots.clamp(min=0)
-    sees = memory.sees.gather(2, index[:, None].expand(-1, q.shape[1], -1)) & (slots >= 0)[:, None]  # (B, Q, J)
+    sees, index = seen_in_row(memory)  # (B, Q, J), (B, J)
     any_image = sees.any(-1, keepdim=True)  # (B, Q, 1)
     allowed = (sees | ~any_image).repeat_interleave(keys.shape[1], -1)  # (B, Q, J * N); a softmax needs a key
     k, v = (x[index].flatten(1, 2).transpose(1, 2) for x in (keys, values))  # (B, H, J * N, dh)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=allowed[:, None], scale=scale)
     return torch.where(any_image, out.transpose(1, 2).flatten(2), 0.0)  # (B, Q, H * dh)
+
+
+def seen_in_row(memory: Memory) -> tuple[Tensor, Tensor]:
+    """For each position the images of its own row: which it sees (B, Q, J) bool, and their indices (B, J).
+
+    A slot behind a row's last image has index 0 and is seen by nobody.
+    """
+    index = memory.slots.clamp(min=0)
+    sees = memory.sees.gather(2, index[:, None].expand(-1, memory.sees.shape[1], -1))
+    return sees & (memory.slots >= 0)[:, None], index
+
+
+def places_2d(rows: int, columns: int, width: int) -> Tensor:
+    """(rows * columns, width): sine and cosine of the row in one half, of the column in the other, row by row.
+
+    Frequencies as in "Attention Is All You Need" (arXiv 1706.03762, section 3.5); what does not divide by 4 is zero.
+    """
+    quarter = width // 4
+    frequency = 10000.0 ** (-torch.arange(quarter) / max(quarter, 1))  # (W / 4,)
+    row, column = torch.arange(rows)[:, None] * frequency, torch.arange(columns)[:, None] * frequency
+    r = torch.cat([row.sin(), row.cos()], -1)[:, None].expand(-1, columns, -1)  # (R, C, W / 2)
+    c = torch.cat([column.sin(), column.cos()], -1)[None].expand(rows, -1, -1)
+    return F.pad(torch.cat([r, c], -1).flatten(0, 1), (0, width - 4 * quarter))
+
+
+def token_places(model: VisionLanguageModel, wanted: bool | str, width: int) -> Tensor | None:
+    """(M, width) 2-D places of the connector's tokens, or None.
+
+    Args:
+        model: the model.
+        wanted: true, false, or "auto": where the tokens stand in a grid.
+        width: of the vectors that they are added to.
+
+    Raises:
+        UserError: `wanted` is true and the tokens stand in no grid, or it is something else.
+    """
+    if wanted not in (True, False, "auto"):
+        raise UserError(f"fusion.positions={wanted} is unknown; choose auto, true or false.")
+    grid = None if wanted is False else model.connector.grid(model.encoder.hw)
+    if wanted is True and grid is None:
+        raise UserError(
+            "fusion.positions=true needs visual tokens that stand in a grid and this connector's do not; set "
+            "fusion.positions=auto, or use connector=mlp, linear, pool or none."
+        )
+    return None if grid is None else places_2d(*grid, width)
+
+
+def chosen_layers(depth: int, every: int, layers: Sequence[int] | None) -> list[int]:
+    """Which of `depth` layers get a block: the last of every group of `every`, or those listed.
+
+    Raises:
+        UserError: a layer that does not exist, or no layer at all.
+    """
+    if layers is None:
+        found = list(range(every - 1, depth, every)) if every > 0 else []
+        if not found:
+            raise UserError(f"fusion.every={every} leaves no layer of {depth}; give a number from 1 to {depth}.")
+        return found
+    if not layers or any(not -depth <= layer < depth for layer in layers):
+        raise UserError(f"fusion.layers={list(layers)} names a layer that is not there; give some of 0 to {depth - 1}.")
+    return sorted({layer % depth for layer in layers})
+
+
+def memory_tokens(seen: Seen, count: int, width: int, like: Tensor) -> Tensor:
+    """(I, M, D) the connector's tokens; (0, M, D) of `like`'s kind where the batch has no image."""
+    return like.new_zeros(0, count, width) if seen.tokens is None else seen.tokens
