@@ -38,7 +38,7 @@ def imports(path: Path) -> Iterator[str]:
 def plugins() -> list[str]:
     """Modules that a config group names as the target of one of its choices."""
     found = set()
-    for group in CHOICES:
+    for group in (*CHOICES, "memory_mask"):
         for path in (ROOT / "conf" / group).rglob("*.yaml"):
             words = re.findall(r"_target_:\s*(vlmlab\.[\w.]+)\.\w+", path.read_text(encoding="utf-8"))
             found |= {word for word in words if word.split(".")[1] in CHOICES}
