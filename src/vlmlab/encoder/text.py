@@ -79,13 +79,7 @@ class TransformersTextTower(TextTower):
 
     def tokenise(self, texts: Sequence[str]) -> Tensor:
         """(I, T) ids with the family's own tokens of beginning and end, cut off at T, -1 behind the last."""
-        ids = torch.full((len(texts), self.context), -1, dtype=torch.long, device="cpu")
-        if not texts:
-            return ids
-        options = {"truncation": True, "max_length": self.context, "padding": False}
-        for row, read in zip(ids, self.tokenizer(list(texts), **options)["input_ids"], strict=True):
-            row[: len(read)] = torch.tensor(read, dtype=torch.long, device="cpu")
-        return ids
+        return tokenised(self.tokenizer, texts, self.context)
 
     @torch.no_grad()
     def forward(self, ids: Tensor) -> Tensor:
@@ -96,6 +90,17 @@ class TransformersTextTower(TextTower):
         states: Tensor = self.tower(input_ids=filled).last_hidden_state  # of the layer that `_cut` has made the last
         half = states.dtype.itemsize < 4 and not autocast(ids.device)
         return states.float() if half else states  # a frozen tower in half precision, all else in single
+
+
+def tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], context: int) -> Tensor:
+    """(I, T) ids with the tokenizer's own tokens of beginning and end, cut off at T, -1 behind the last."""
+    ids = torch.full((len(texts), context), -1, dtype=torch.long, device="cpu")
+    if not texts:
+        return ids
+    options = {"truncation": True, "max_length": context, "padding": False}
+    for row, read in zip(ids, tokenizer(list(texts), **options)["input_ids"], strict=True):
+        row[: len(read)] = torch.tensor(read, dtype=torch.long, device="cpu")
+    return ids
 
 
 def open_text_tower(
