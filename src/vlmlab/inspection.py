@@ -145,7 +145,8 @@ def _collator(cfg: DictConfig, stage: Stage) -> tuple[Collator, list[str]]:
     if isinstance(path, str) and model.encoder is not None and not Path(path).expanduser().is_dir():
         notes.append(f"encoder.path={path} is no folder here: images are squeezed to the size of its architecture")
     collate = kind.collator(cfg, model, stage.prompt or kind.prompt)
-    assert isinstance(collate, Collator)
+    if not isinstance(collate, Collator):
+        raise UserError(f"{stage.key('module')}={stage.module} reads no prompts: there are none to show.")
     return collate, notes
 
 

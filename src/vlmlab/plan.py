@@ -187,7 +187,8 @@ def _as_if_loaded(model: nn.Module) -> nn.Module:
 def _stage(cfg: DictConfig, stage: Stage, trainee: Trainee, settings: Settings, known: Known) -> StagePlan:
     kind, model = module_class(stage), cast(Any, trainee.model)
     collate = kind.collator(cfg, model, stage.prompt or kind.prompt)
-    assert isinstance(collate, Collator)
+    if not isinstance(collate, Collator):
+        raise UserError(f"{stage.key('module')}={stage.module} reads no prompts: there is no length to plan by.")
     shapes, measured = _shapes(cfg, stage, collate, settings)
     half = half_precision(cfg)
     static = _static(trainee, stage, settings, half)

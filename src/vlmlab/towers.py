@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 
 def embedded(name: str) -> Path:
-    """The folder of a shipped tower, "vision" or "lm".
+    """The folder of a shipped tower, "vision", "text" or "lm".
 
     Raises:
         UserError: the package was installed without its towers.
     """
     folder = Path(str(files("vlmlab"))) / "embedded" / name
     if not (folder / "config.json").is_file():
-        remedy = "reinstall vlmlab, or rebuild it by `python train.py recipe=embedded_towers`"
+        recipe = "embedded_text_tower" if name == "text" else "embedded_towers"
+        remedy = f"reinstall vlmlab, or rebuild it by `python train.py recipe={recipe}`"
         raise UserError(f"{folder} is missing; {remedy}.")
     return folder
 

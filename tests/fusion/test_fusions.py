@@ -88,7 +88,7 @@ def test_declarations(name: str) -> None:
     assert fusion.starts_as in ("text_only", "concat", "nothing")
     batch = collator(model)(SAMPLES)
     assert bool(batch.layout.visual.any()) == fusion.in_sequence == (model.tokens_per_image > 0)
-    assert len(batch.images) == (0 if fusion.reads == "nothing" else 8)
+    assert len(batch.images) == (0 if fusion.reads == "nothing" else 7)
     names = {name for name, _ in model.lm.named_parameters()}
     assert names == {name for name, _ in HfLanguageModel(str(tiny.qwen2())).named_parameters()}
     assert {id(p) for p in fusion.undecayed()} <= {id(p) for p in fusion.parameters()}

@@ -30,7 +30,7 @@ DEFAULTS: Row = {
 }  # fmt: skip
 """The groups that are paired, and what fills a row where nothing is left to cover."""
 
-LEFT_OUT = {("encoder", "scratch"), ("recipe", "embedded_towers")}
+LEFT_OUT = {("encoder", "scratch"), ("recipe", "embedded_towers"), ("recipe", "embedded_text_tower")}
 """They rebuild the towers. Encoders with a path of their own, and recipes of presets at real size, are left out too."""
 
 ALONE = {

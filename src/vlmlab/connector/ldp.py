@@ -32,6 +32,10 @@ class LdpConnector(Connector):
         """The grid divided by the stride, rounded up on each side."""
         return -(-hw[0] // self.stride) * -(-hw[1] // self.stride)
 
+    def grid(self, hw: tuple[int, int]) -> tuple[int, int]:
+        """That of the features divided by the stride, rounded up."""
+        return -(-hw[0] // self.stride), -(-hw[1] // self.stride)
+
     def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
         """(I, M, D) visual tokens; the instruction is not used."""
         features = self.layers(as_grid(visual)).permute(0, 3, 1, 2)  # (I, R, C, Dv) -> (I, D, R, C)

@@ -31,6 +31,10 @@ class MlpConnector(Connector):
         """One token per feature of the grid."""
         return hw[0] * hw[1]
 
+    def grid(self, hw: tuple[int, int]) -> tuple[int, int]:
+        """That of the features."""
+        return hw
+
     def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
         """(I, M, D) visual tokens; the instruction is not used."""
         return self.layers(torch.cat(visual.grids, -1))  # (I, N, Dv) -> (I, N, D)

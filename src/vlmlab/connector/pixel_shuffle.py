@@ -38,6 +38,10 @@ class PixelShuffleConnector(Connector):
         check_divides("factor", self.factor, hw)
         return hw[0] * hw[1] // self.factor**2
 
+    def grid(self, hw: tuple[int, int]) -> tuple[int, int]:
+        """That of the windows."""
+        return hw[0] // self.factor, hw[1] // self.factor
+
     def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
         """(I, M, D) visual tokens; the instruction is not used."""
         grid = as_grid(visual)  # (I, R, C, Dv)

@@ -39,6 +39,11 @@ class PoolConnector(Connector):
         height, width = self._window(hw)
         return (hw[0] // height) * (hw[1] // width)
 
+    def grid(self, hw: tuple[int, int]) -> tuple[int, int]:
+        """That of the windows."""
+        height, width = self._window(hw)
+        return hw[0] // height, hw[1] // width
+
     def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
         """(I, M, D) visual tokens; the instruction is not used."""
         grid = self.norm(as_grid(visual))  # (I, R, C, Dv)

@@ -76,6 +76,10 @@ class Layout:
         """The layout of some rows, in the given order (rows may repeat)."""
         return Layout(**{f.name: getattr(self, f.name).index_select(0, rows) for f in fields(self)})
 
+    def at(self, positions: Tensor) -> Layout:
+        """The layout of some positions (Q,) of every row, in the given order."""
+        return Layout(**{f.name: getattr(self, f.name).index_select(1, positions) for f in fields(self)})
+
     def extended(self, length: int) -> Layout:
         """The layout with text of role answer appended until it has `length` positions (generated tokens)."""
         extra = length - self.kind.shape[1]
@@ -128,6 +132,13 @@ class Images:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def slots(self, rows: int) -> Tensor:
+        """(rows, J) indices of the images of every row in their order, -1 behind the last; J is the most of any row."""
+        own = self.row[None] == torch.arange(rows, device=self.row.device)[:, None]  # (B, I)
+        most = int(own.sum(1).max()) if len(self) else 0
+        order = (~own).long().argsort(dim=1, stable=True)[:, :most]  # (B, J) the row's own first
+        return order.masked_fill(~own.gather(1, order), -1)
+
     @staticmethod
     def none(device: torch.device | str = "cpu") -> Images:
         """The table of a batch without images."""
@@ -174,10 +185,12 @@ class Memory:
     Attributes:
         tensors: by name, each (I, ...): what the blocks read of every image, computed once for all layers and steps.
         sees: (B, S, I) bool: which images a position sees.
+        slots: (B, J) the images of every row, ``Images.slots``.
     """
 
     tensors: dict[str, Tensor]
     sees: Tensor
+    slots: Tensor
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vlmlab.encoder.text import TransformersTextTower, open_text_tower
 from vlmlab.encoder.tower import TowerEncoder, open_tower, sides
 from vlmlab.towers import embedded
 
@@ -27,3 +28,7 @@ class EmbeddedEncoder(TowerEncoder):
         if image_size is not None:
             preprocess = preprocess.at(*sides(image_size))
         super().__init__(tower, preprocess, layers, pooled, source, gradient_checkpointing)
+
+    def text_tower(self) -> TransformersTextTower:
+        """The shipped text tower, trained against the shipped vision tower as that is."""
+        return open_text_tower(str(embedded("text")), "float32")

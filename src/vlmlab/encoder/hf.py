@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vlmlab.blueprint import Architecture
+from vlmlab.encoder.text import TransformersTextTower, open_text_tower
 from vlmlab.encoder.tower import TowerEncoder, open_tower, sides
 
 
@@ -39,7 +40,12 @@ class HfEncoder(TowerEncoder):
         gradient_checkpointing: bool = False,
         architecture: Architecture | None = None,
     ) -> None:
+        self.path, self.dtype, self.architecture = path, dtype, architecture
         tower, preprocess, source = open_tower(path, dtype, architecture)
         if image_size is not None:
             preprocess = preprocess.at(*sides(image_size))
         super().__init__(tower, replace(preprocess, square=square), layers, pooled, source, gradient_checkpointing)
+
+    def text_tower(self) -> TransformersTextTower:
+        """The text half of the same checkpoint, a module of its own: none of it is the encoder's."""
+        return open_text_tower(self.path, self.dtype, self.architecture)

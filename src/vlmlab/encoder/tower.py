@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     SiglipVisionModel,
 )
+from transformers.utils import logging
 
 from vlmlab.blueprint import Architecture, read_config, weightless
 from vlmlab.contracts.errors import UserError
@@ -115,7 +117,7 @@ class TowerEncoder(Encoder):
         # class and register tokens, where a family has them, come before the patches
         grids = [grid[:, grid.shape[1] - rows * columns :] for grid in taken]  # each (I, N, Dv)
         pooled = out.pooler_output if self.pooled else None
-        if dtype.itemsize < 4 and not _autocast(pixels.device):  # a frozen tower in half precision, all else in single
+        if dtype.itemsize < 4 and not autocast(pixels.device):  # a frozen tower in half precision, all else in single
             grids, pooled = [grid.float() for grid in grids], None if pooled is None else pooled.float()
         hw = torch.tensor([[rows, columns]], device=pixels.device).expand(pixels.shape[0], 2)
         return Visual(grids=grids, pooled=pooled, hw=hw)
@@ -136,7 +138,8 @@ def open_tower(
     if weightless():
         return *_empty_tower(path, dtype, architecture), None
     folder = resolve(path, "encoder.path")
-    return _load_tower(folder, dtype), read_preprocess(folder), tower_hash(folder)
+    vision, tower_class = _kind(AutoConfig.from_pretrained(folder))
+    return load_tower(tower_class, vision, folder, dtype), read_preprocess(folder), tower_hash(folder)
 
 
 def _kind(config: PreTrainedConfig) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
@@ -155,11 +158,17 @@ def _empty_tower(path: str, dtype: str, architecture: Architecture | None) -> tu
     return make(vision, dtype=getattr(torch, dtype), attn_implementation="sdpa"), preprocess
 
 
-def _load_tower(folder: Path, dtype: str) -> PreTrainedModel:
-    vision, tower_class = _kind(AutoConfig.from_pretrained(folder))
-    with quiet():
+def load_tower(
+    tower_class: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, dtype: str
+) -> PreTrainedModel:
+    """A tower, or one half of a two-tower checkpoint, with all of its weights.
+
+    Raises:
+        UserError: some are missing.
+    """
+    with quiet(), _unreported():
         loaded: Any = tower_class.from_pretrained(
-            folder, config=vision, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
+            folder, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
         )
     tower, info = loaded
     if info["missing_keys"]:
@@ -168,12 +177,23 @@ def _load_tower(folder: Path, dtype: str) -> PreTrainedModel:
     return tower
 
 
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Keeps transformers from listing every weight of the other half; what is missing is looked at by `load_tower`."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def sides(size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _autocast(device: torch.device) -> bool:
+def autocast(device: torch.device) -> bool:
     """Whether mixed precision is on; the meta device has none."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 

@@ -14,6 +14,7 @@ from vlmlab.data.world.sources import (
     WorldInstruct,
     WorldInterleaved,
     WorldQuestions,
+    WorldStatements,
     WorldText,
 )
 
@@ -31,6 +32,7 @@ SOURCES = {
     "shifted": WorldInstruct("train", 200, domain="shifted"),
     "shifted_single": WorldQuestions("test", 200, domain="shifted"),
     "shifted_interleaved": WorldInterleaved("train", 200, seed=1, domain="shifted"),
+    "statements": WorldStatements("train", 200),
 }
 
 GOLDEN = {
@@ -46,6 +48,7 @@ GOLDEN = {
     "shifted": ["be2feaf532f402e8", "7cf8faa6ffcd9346", "8b5ebc6facd5aea0"],
     "shifted_single": ["72a92d3f0636fae0", "53238279bcf649cc", "052ef57a58181b15"],
     "shifted_interleaved": ["2c8b2f82a9d59259", "b9236a3b7a8b99a0", "eaa2f308dbf09f47"],
+    "statements": ["9c16def0829730ae", "351f7bef752394e1", "db0645e73873d95e"],
 }
 
 
@@ -102,6 +105,22 @@ def test_mixed_captions_and_instruct_mix_as_said():
     samples = list(WorldInstruct("train", 1000, caption_fraction=0.3))
     assert 0.26 < sum("caption" in sample.turns[0].kind for sample in samples) / 1000 < 0.34
     assert not any("caption" in s.turns[0].kind for s in WorldInstruct("train", 100, caption_fraction=0))
+
+
+def test_statements_are_told_or_asked_as_said() -> None:
+    kinds = [sample.turns[0].kind for sample in WorldStatements("train", 1000)]
+    assert all(0.2 < kinds.count(form) / 1000 < 0.3 for form in ("caption", "dense", "answered", "question"))
+    by_form = {
+        form: [sample.turns[0].answer for sample in WorldStatements("val", 100, forms=[form])] for form in set(kinds)
+    }
+    assert all(text.count("?") == 1 and text.endswith("?") for text in by_form["question"])
+    assert all(1 <= text.count("?") <= 2 and text.endswith(".") for text in by_form["answered"])
+    assert not any("?" in text for form in ("caption", "dense") for text in by_form[form])
+    prompts = {sample.turns[0].prompt for sample in SOURCES["dense"]}
+    asked = sum(any(text.startswith(prompt) for prompt in prompts) for text in by_form["dense"])
+    assert 35 < asked < 65
+    with pytest.raises(UserError, match="no statements of form 'told'; set forms to some of: caption"):
+        WorldStatements("train", 10, forms=["told"])
 
 
 def test_no_conversation_is_empty() -> None:

@@ -23,6 +23,7 @@ from vlmlab.data.world.text import (
 )
 from vlmlab.data.world.words import COLOR, SHAPE, lexicon, phrase
 
+STATEMENTS = ("caption", "dense", "answered", "question")
 STYLES = ("short", "dense", "mixed", "cells", "placed_cells")
 _STRIDE = 1024
 """Scenes set aside for one question or one interleaved sample: they are tried in turn until one fits."""
@@ -287,6 +288,48 @@ class WorldText(_WorldSource):
         return text_sample(self._scene(index), form, self.focus, self.caption_fraction)
 
 
+class WorldStatements(_WorldSource):
+    """One image and a text about it, as the text tower beside the vision tower reads texts.
+
+    ``caption`` and ``dense`` are the two caption styles, every other time behind a request for one; ``answered`` is two
+    questions with their answers, ``question`` one question alone, which says what it takes for granted.
+
+    Args:
+        split, size, seed, domain: as for every source of the world.
+        forms: the forms that texts have, all equally often; all for None.
+
+    Raises:
+        UserError: for an unknown split, domain or form, or a size below 1.
+    """
+
+    def __init__(
+        self, split: str, size: int, seed: int = 0, domain: str = "base", forms: Sequence[str] | None = None
+    ) -> None:
+        super().__init__(split, size, seed, domain)
+        chosen = STATEMENTS if forms is None else tuple(forms)
+        unknown = [form for form in chosen if form not in STATEMENTS]
+        if unknown or not chosen:
+            wrong = f"no statements of form {unknown[0]!r}" if unknown else "no statements of no form"
+            raise UserError(f"The world has {wrong}; set forms to some of: {', '.join(STATEMENTS)}.")
+        self.forms = chosen
+
+    def _sample(self, index: int) -> Sample:
+        scene, stream = self._scene(index), self._stream(index, "statement")
+        form = stream.choice(self.forms)
+        turn = Turn("", _statement(scene, form, stream), form)
+        return Sample(f"{scene.id}/{form}", (render(scene),), (turn,), image_ids=(scene.id,))
+
+
+def _statement(scene: Scene, form: str, stream: Stream) -> str:
+    if form in ("caption", "dense"):
+        asked = caption_turn(scene, "short" if form == "caption" else form, stream)
+        return f"{asked.prompt} {asked.answer}" if stream.chance(0.5) else asked.answer
+    told = stream.shuffled(dialogue(scene, stream))[: 2 if form == "answered" else 1]
+    if form == "question":
+        return told[0].prompt
+    return " ".join(f"{question.prompt} {question.answer}." for question in told)
+
+
 def _check_size(size: int) -> None:
     if size < 1:
         raise UserError(f"The world cannot have {size} samples; set size to 1 or more.")
@@ -299,11 +342,13 @@ def _check_share(caption_fraction: float) -> None:
 
 __all__ = [
     "FORMS",
+    "STATEMENTS",
     "STYLES",
     "LooseCaptions",
     "WorldCaptions",
     "WorldInstruct",
     "WorldInterleaved",
     "WorldQuestions",
+    "WorldStatements",
     "WorldText",
 ]

@@ -1,0 +1,157 @@
+"""The text tower that a vision tower was trained with: the other half of a CLIP or SigLIP checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SiglipTextConfig,
+    SiglipTextModel,
+)
+
+from vlmlab.blueprint import Architecture, read_config, read_tokenizer, weightless
+from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.parts import TextTower
+from vlmlab.encoder.tower import autocast, load_tower
+from vlmlab.towers import resolve, tower_hash
+
+FAMILIES: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
+    CLIPTextConfig: CLIPTextModel,
+    SiglipTextConfig: SiglipTextModel,
+}
+"""Text towers by the class of their config; AutoModel knows only some of them."""
+
+
+class TransformersTextTower(TextTower):
+    """A CLIP or SigLIP text tower, frozen, that gives a state for every position of its whole context.
+
+    It reads as EMMA's code does (arXiv 2410.02080): the whole context without an attention mask over the padding, which
+    has states as well. CLIP's own causal mask stays; SigLIP has none at all.
+
+    Args:
+        tower: the tower; what the states do not depend on is cut off it.
+        tokenizer: its tokenizer.
+        layer: index into the tower's hidden states (0 is the embedding, -1 the last layer's output, before the final
+            norm, as EMMA's code takes it); None is the tower's final output, after that norm.
+        source: hash of the weights that were loaded, None where there are none.
+
+    Raises:
+        UserError: the family is unknown, or the layer does not exist.
+    """
+
+    def __init__(
+        self,
+        tower: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layer: int | None = -1,
+        source: str | None = None,
+    ) -> None:
+        super().__init__()
+        if type(tower) not in FAMILIES.values():
+            names = ", ".join(kind.__name__ for kind in FAMILIES.values())
+            raise UserError(f"{type(tower).__name__} is not a known text tower; known are {names}.")
+        self.tower = tower
+        self.tokenizer = tokenizer
+        self.source = source
+        self.width = int(tower.config.hidden_size)
+        self.context = int(tower.config.max_position_embeddings)
+        own = tokenizer.pad_token_id
+        self.pad = int(tower.config.pad_token_id if own is None else own)
+        _cut(tower, layer)
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> TransformersTextTower:
+        """Never in training mode: it is frozen, and dropout would change what it says."""
+        super().train(False)
+        return self
+
+    def tokenise(self, texts: Sequence[str]) -> Tensor:
+        """(I, T) ids with the family's own tokens of beginning and end, cut off at T, -1 behind the last."""
+        return tokenised(self.tokenizer, texts, self.context)
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor) -> Tensor:
+        """(I, T) -> (I, T, width); -1 becomes the padding that the tower was trained with."""
+        if not len(ids):  # no image: transformers' attention cannot reshape nothing
+            return torch.zeros(*ids.shape, self.width, device=ids.device)
+        filled = torch.where(ids < 0, self.pad, ids)
+        states: Tensor = self.tower(input_ids=filled).last_hidden_state  # of the layer that `_cut` has made the last
+        half = states.dtype.itemsize < 4 and not autocast(ids.device)
+        return states.float() if half else states  # a frozen tower in half precision, all else in single
+
+
+def tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], context: int) -> Tensor:
+    """(I, T) ids with the tokenizer's own tokens of beginning and end, cut off at T, -1 behind the last."""
+    ids = torch.full((len(texts), context), -1, dtype=torch.long, device="cpu")
+    if not texts:
+        return ids
+    options = {"truncation": True, "max_length": context, "padding": False}
+    for row, read in zip(ids, tokenizer(list(texts), **options)["input_ids"], strict=True):
+        row[: len(read)] = torch.tensor(read, dtype=torch.long, device="cpu")
+    return ids
+
+
+def open_text_tower(
+    path: str, dtype: str, architecture: Architecture | None = None, layer: int | None = -1
+) -> TransformersTextTower:
+    """The text tower of a two-tower checkpoint, or of a folder that holds it alone, by local folder or hub id.
+
+    On the meta device (``vlmlab.blueprint``) it has no values and no hash, and where its tokenizer is not at hand the
+    embedded one.
+
+    Raises:
+        UserError: no text tower, no tokenizer or not all weights there; names ``encoder.path``.
+    """
+    if weightless():
+        config, kind = _kind(read_config(path, architecture, "encoder.path"), path)
+        make: Any = kind._from_config
+        empty = make(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        return TransformersTextTower(empty, read_tokenizer(path)[0], layer)
+    folder = resolve(path, "encoder.path")
+    config, kind = _kind(AutoConfig.from_pretrained(folder), path)
+    tower = load_tower(kind, config, folder, dtype)
+    return TransformersTextTower(tower, _tokenizer(folder, path), layer, tower_hash(folder))
+
+
+def _kind(config: PreTrainedConfig, path: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """The config and class of the text half of a two-tower checkpoint, or of a text tower saved alone."""
+    text = getattr(config, "text_config", config)
+    if type(text) not in FAMILIES:
+        remedy = "give a checkpoint of both towers, as save_pretrained of CLIPModel or SiglipModel writes it"
+        raise UserError(f"encoder.path={path} has no text tower beside its vision tower; {remedy}.")
+    return text, FAMILIES[type(text)]
+
+
+def _tokenizer(folder: Path, path: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
+        why = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        remedy = "put the files there that the tokenizer's save_pretrained writes"
+        raise UserError(f"encoder.path={path} has a text tower and no readable tokenizer ({why}); {remedy}.") from error
+    return tokenizer
+
+
+def _cut(tower: Any, layer: int | None) -> None:
+    """Removes what the states of a layer do not depend on, so that they are the tower's last ones."""
+    if hasattr(tower, "head"):  # SigLIP's projection of the pooled state
+        tower.head = nn.Identity()
+    if layer is None:
+        return
+    depth = int(tower.config.num_hidden_layers)
+    if not -depth - 1 <= layer <= depth:
+        raise UserError(f"the text tower of {depth} layers has no hidden state {layer}; use {-depth - 1}..{depth}.")
+    tower.encoder.layers = tower.encoder.layers[: layer % (depth + 1)]
+    tower.final_layer_norm = nn.Identity()

@@ -1,0 +1,183 @@
+"""``gated_xattn``: gated cross-attention blocks before layers of the LM (Flamingo, arXiv 2204.14198; IDEFICS)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
+from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen
+from vlmlab.lm.inside import chosen_layers, look, memory_tokens, open_ports, token_places
+
+
+class GatedCrossAttention(Fusion):
+    """y <- y + tanh(a) XAttn(norm(y), visual tokens); y <- y + tanh(b) FFW(norm(y)), before every k-th layer.
+
+    a and b start at 0 (arXiv 2204.14198, section 2.2), so that the LM is at first what it was; at step 0 the gates
+    alone have a gradient, from step 1 all weights have. Visual tokens are the connector's and are not normalised again.
+    A position that sees no image gets nothing from the attention; the feed-forward layer acts on it all the same, as in
+    the released code of OpenFlamingo. Keys and values of a block are computed once per image, not once per token.
+
+    Args:
+        sees: which images a position sees; Flamingo's is ``latest``.
+        every: a block before the last layer of every group of so many; 1: before each.
+        layers: indices of the layers instead; null takes `every`.
+        heads: of the attention.
+        head_width: of a head; null shares the LM's width among the heads.
+        hidden: width of the feed-forward layer as a multiple of the LM's.
+        norm: "layer" (Flamingo) or "rms" (IDEFICS).
+        mlp: "gelu" (Flamingo: two linear maps) or "swiglu" (IDEFICS: three).
+        gate: "scalar", one a and b a block, or "vector", one a channel.
+        qk_norm: RMS norm of queries and keys within each head (IDEFICS with perceiver).
+        positions: add the 2-D place of a visual token to it: "auto" where they stand in a grid, true, or false. This is
+            ours: nothing else tells places apart that the encoder's features do not.
+
+    Raises:
+        UserError: an unknown norm, mlp or gate; from ``attach``: a layer that does not exist.
+    """
+
+    reads = "tokens"
+    in_sequence = False
+    starts_as = "text_only"
+
+    def __init__(
+        self,
+        sees: MemoryMask,
+        every: int = 4,
+        layers: Sequence[int] | None = None,
+        heads: int = 8,
+        head_width: int | None = 64,
+        hidden: float = 4.0,
+        norm: str = "layer",
+        mlp: str = "gelu",
+        gate: str = "scalar",
+        qk_norm: bool = False,
+        positions: bool | str = "auto",
+    ) -> None:
+        super().__init__()
+        for key, value, known in (("norm", norm, NORMS), ("mlp", mlp, ("gelu", "swiglu")), ("gate", gate, GATES)):
+            if value not in known:
+                raise UserError(f"fusion.{key}={value} is unknown; choose {' or '.join(known)}.")
+        self.sees = sees
+        self.every, self.layers = every, layers
+        self.shape = heads, head_width
+        self.kinds = hidden, norm, mlp, gate, qk_norm
+        self.positions = positions
+        self.places: Tensor | None
+
+    def attach(self, model: VisionLanguageModel) -> None:
+        """Make the blocks and put each before its layer."""
+        ports = open_ports(model.lm.model)
+        width, tokens = model.lm.width, model.token_width
+        self.register_buffer("places", token_places(model, self.positions, tokens), persistent=False)
+        heads, head_width = self.shape
+        if head_width is None and width % heads:
+            raise UserError(f"fusion.heads={heads} does not divide the LM's width {width}; set fusion.head_width.")
+        each = head_width or width // heads
+        chosen = chosen_layers(len(ports), self.every, self.layers)
+        self.blocks = nn.ModuleList(CrossBlock(k, width, tokens, heads, each, *self.kinds) for k in range(len(chosen)))
+        for layer, block in zip(chosen, self.blocks, strict=True):
+            ports[layer].put("before", block, self.key)
+        self.model_tokens = model.connector.tokens_per_image(model.encoder.hw), tokens
+
+    def memory(self, seen: Seen, batch: Batch) -> Memory:
+        """Keys and values of every block."""
+        like = next(self.parameters())
+        tokens = memory_tokens(seen, *self.model_tokens, like)  # (I, M, D)
+        if self.places is not None:
+            tokens = tokens + self.places.to(tokens.dtype)
+        tensors = {}
+        for k, block in enumerate(self.blocks):
+            assert isinstance(block, CrossBlock)
+            tensors[f"keys.{k}"], tensors[f"values.{k}"] = block.attention.memory(tokens)
+        q = torch.arange(batch.input_ids.shape[1], device=like.device)
+        sees = self.sees(batch.layout, batch.images, q)
+        return Memory(tensors, sees, batch.images.slots(len(batch.input_ids)))
+
+    def waits(self, name: str) -> bool:
+        """All but the gates."""
+        return not name.endswith("_gate")
+
+
+class CrossBlock(nn.Module):
+    """One gated block: attention to the images, then a feed-forward layer."""
+
+    def __init__(
+        self,
+        index: int,
+        width: int,
+        tokens: int,
+        heads: int,
+        head_width: int,
+        hidden: float,
+        norm: str,
+        mlp: str,
+        gate: str,
+        qk_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.index = index
+        self.attention_norm = NORMS[norm](width)
+        self.attention = CrossAttention(width, tokens, heads, head_width, qk_norm)
+        self.attention_gate = nn.Parameter(torch.zeros(1 if gate == "scalar" else width))
+        self.mlp_norm = NORMS[norm](width)
+        self.mlp = FeedForward(width, int(hidden * width), mlp)
+        self.mlp_gate = nn.Parameter(torch.zeros(1 if gate == "scalar" else width))
+
+    def forward(self, states: Tensor, *, layout: Layout, memory: Memory) -> Tensor:
+        """(B, Q, D) states before the layer -> (B, Q, D)."""
+        keys, values = memory.tensors[f"keys.{self.index}"], memory.tensors[f"values.{self.index}"]
+        told = self.attention(self.attention_norm(states), keys, values, memory)
+        states = states + self.attention_gate.tanh() * told
+        return states + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(states))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from text to visual tokens, without biases."""
+
+    def __init__(self, width: int, tokens: int, heads: int, head_width: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, heads * head_width, bias=False)
+        self.k = nn.Linear(tokens, heads * head_width, bias=False)
+        self.v = nn.Linear(tokens, heads * head_width, bias=False)
+        self.out = nn.Linear(heads * head_width, width, bias=False)
+        self.q_norm = nn.RMSNorm(head_width, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_width, eps=1e-6) if qk_norm else nn.Identity()
+
+    def memory(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(I, M, Dt) -> keys and values (I, M, H, dh)."""
+        keys, values = (part(tokens).unflatten(-1, (self.heads, -1)) for part in (self.k, self.v))
+        return self.k_norm(keys), values
+
+    def forward(self, states: Tensor, keys: Tensor, values: Tensor, memory: Memory) -> Tensor:
+        """(B, Q, D) -> (B, Q, D), zero where no image is seen."""
+        q = self.q_norm(self.q(states).unflatten(-1, (self.heads, -1)))  # (B, Q, H, dh)
+        return self.out(look(q, keys, values, memory))
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with GELU between, or SwiGLU's three; without biases."""
+
+    def __init__(self, width: int, hidden: int, kind: str) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False) if kind == "swiglu" else None
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, Q, D) -> (B, Q, D)."""
+        inner = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
+        return self.down(inner)
+
+
+def _rms(width: int) -> nn.Module:
+    return nn.RMSNorm(width, eps=1e-6)
+
+
+NORMS = {"layer": nn.LayerNorm, "rms": _rms}
+GATES = ("scalar", "vector")

@@ -1,0 +1,406 @@
+"""The ports into a language model's layers: where the blocks of a fusion act, and how what they read gets there.
+
+transformers recomputes a layer's ``forward`` under activation checkpointing, and nothing around it. So what blocks read
+travels as the keyword argument `inside` of the layers' ``forward``: a layer with ports takes it, lends it to its norms
+and linear maps for the time of the call (they get no keywords in any family) and leaves it out of what it hands on.
+A layer gets its ports as torch's ``fully_shard`` gives it shards, by a subclass of its own class: the names of weights
+stay, and without blocks, or without `inside`, it computes what it computed before.
+
+The weights of blocks belong to ``model.fusion``; a port holds a plain reference.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.parts import VisionLanguageModel
+from vlmlab.contracts.tensors import Layout, Memory, Seen
+
+Block = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What travels to the layers; Q are the positions that they compute in this call.
+
+    Attributes:
+        layout: (B, Q) what these positions are.
+        memories: by a fusion's key, what its blocks read; `sees` is (B, Q, I).
+        with_image: (B, Q) bool: positions whose packed sample has an image.
+    """
+
+    layout: Layout
+    memories: dict[str, Memory]
+    with_image: Tensor
+
+    def at(self, positions: Tensor) -> Inside:
+        """For some positions (Q,) of the rows; those behind the last are generated: text of the row's last sample."""
+        last = self.layout.kind.shape[1] - 1
+        known = positions.clamp(max=last)
+        return Inside(
+            self.layout.extended(int(positions[-1]) + 1).at(positions),
+            {key: replace(m, sees=m.sees[:, known]) for key, m in self.memories.items()},
+            self.with_image[:, known],
+        )
+
+    def repeated(self, times: int) -> Inside:
+        """Every row `times` times in a row, as beams and several answers to one prompt stand."""
+        rows = torch.arange(len(self.with_image), device=self.with_image.device).repeat_interleave(times)
+        memories = {key: replace(m, sees=m.sees[rows], slots=m.slots[rows]) for key, m in self.memories.items()}
+        return Inside(self.layout.select(rows), memories, self.with_image[rows])
+
+
+# -- the families ------------------------------------------------------------------------------------------------------
+
+LLAMA = {
+    "norm.attention": "input_layernorm",
+    "norm.mlp": "post_attention_layernorm",
+    "linear.q": "self_attn.q_proj",
+    "linear.k": "self_attn.k_proj",
+    "linear.v": "self_attn.v_proj",
+    "linear.o": "self_attn.o_proj",
+    "linear.gate": "mlp.gate_proj",
+    "linear.up": "mlp.up_proj",
+    "linear.down": "mlp.down_proj",
+}
+FOUR_NORMS = LLAMA | {
+    "norm.attention_out": "post_attention_layernorm",
+    "norm.mlp": "pre_feedforward_layernorm",
+    "norm.mlp_out": "post_feedforward_layernorm",
+}
+JOINED = {
+    "norm.attention": "input_layernorm",
+    "norm.mlp": "post_attention_layernorm",
+    "linear.qkv": "self_attn.qkv_proj",
+    "linear.o": "self_attn.o_proj",
+    "linear.gate_up": "mlp.gate_up_proj",
+    "linear.down": "mlp.down_proj",
+}
+FAMILIES: dict[str, dict[str, str]] = {
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma"), LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3_text"), FOUR_NORMS),
+    "phi3": JOINED,
+}
+"""Model type in transformers -> port -> module of a layer; SmolLM and SmolLM2 are of the type llama."""
+
+
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+
+def open_ports(model: PreTrainedModel) -> list[LayerPorts]:
+    """The ports of every decoder layer, made at the first call and the same ones at every later call.
+
+    Args:
+        model: a causal LM, its modules wrapped by adapters or not.
+
+    Raises:
+        UserError: its family is not one of those whose layers are known, or its layers are built otherwise.
+    """
+    family = str(model.config.model_type)
+    known = FAMILIES.get(family)
+    layers: Any = getattr(model.base_model, "layers", None)
+    if known is None or layers is None:
+        raise UserError(
+            f"lm: vision cannot act inside the layers of the family {family}; known are {', '.join(FAMILIES)}; use "
+            "fusion=concat, or another lm."
+        )
+    return [_ports_of(layer, known, family) for layer in layers]
+
+
+def has_ports(model: PreTrainedModel) -> bool:
+    """Whether ``open_ports`` was called for this model, so that its layers take `inside`."""
+    layers: Any = getattr(model.base_model, "layers", ())
+    return any(isinstance(layer, PortedLayer) for layer in layers)
+
+
+def _ports_of(layer: nn.Module, known: dict[str, str], family: str) -> LayerPorts:
+    if isinstance(layer, PortedLayer):
+        return layer.ports
+    try:
+        modules = {where: _base(layer.get_submodule(path)) for where, path in known.items()}
+    except AttributeError as error:
+        raise UserError(f"lm: a layer of this {family} is not built as that family's are ({error}).") from error
+    ports = LayerPorts(layer, modules)
+    layer.__class__ = _with_ports(type(layer), PortedLayer)
+    layer.ports = ports  # type: ignore[assignment]
+    return ports
+
+
+def _base(module: nn.Module) -> nn.Module:
+    """The module that an adapter has wrapped."""
+    while isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    return module
+
+
+@cache
+def _with_ports(kind: type[nn.Module], ported: type) -> type[Any]:
+    """A subclass of a layer's or a module's class that has ports; one for all instances, so that one graph serves."""
+    return type(f"Ported{kind.__name__}", (ported, kind), {"__module__": __name__})
+
+
+class LayerPorts:
+    """The ports of one layer.
+
+    Attributes:
+        layer: the decoder layer.
+        modules: port -> the norm or linear map that it is at.
+        now: what the layer was given, while it computes.
+    """
+
+    def __init__(self, layer: nn.Module, modules: dict[str, nn.Module]) -> None:
+        self.layer = layer
+        self.modules = modules
+        self.now: Inside | None = None
+        self.before: list[tuple[str, Block]] = []
+        self.after: list[tuple[str, Block]] = []
+
+    def put(self, where: str, block: Block, key: str) -> None:
+        """Let a block act at a port, after those that are there.
+
+        It is called with the keywords `layout` and `memory`, and at
+
+            before, after    the layer's states (B, Q, D), and gives the states that take their place;
+            norm.*           the norm's input, the same normalised without scale and shift, and its output, all
+                             (B, Q, D), and gives the output that takes its place;
+            linear.*         the map's input (B, Q, Din) and output (B, Q, Dout), and gives the output.
+
+        Args:
+            where: name of the port.
+            block: of the fusion, which keeps its weights.
+            key: the fusion's; the block is passed over where the batch has no memory of that key.
+
+        Raises:
+            UserError: the family has no such port.
+        """
+        if where in ("before", "after"):
+            (self.before if where == "before" else self.after).append((key, block))
+            return
+        if where not in self.modules:
+            names = ", ".join(["before", "after", *self.modules])
+            raise UserError(f"lm: this family has no port {where}; choose from {names}.")
+        module: Any = self.modules[where]
+        if not isinstance(module, Ported):
+            module.__class__ = _with_ports(type(module), PortedLinear if where.startswith("linear") else PortedNorm)
+            module.site = Site(self)
+        module.site.blocks.append((key, block))
+
+    def acting(self, blocks: list[tuple[str, Block]]) -> Iterator[tuple[Block, Layout, Memory]]:
+        """The blocks that have a memory in this call."""
+        if self.now is not None:
+            for key, block in blocks:
+                if key in self.now.memories:
+                    yield block, self.now.layout, self.now.memories[key]
+
+
+class Site:
+    """The blocks at a norm or a linear map.
+
+    An adapter may copy the module that it stands at; the copy belongs to the same layer and has the same blocks.
+    """
+
+    def __init__(self, ports: LayerPorts) -> None:
+        self.ports = ports
+        self.blocks: list[tuple[str, Block]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Site:
+        whole = id(self.ports.layer) in memo  # the layer is being copied, not this module alone
+        twin = Site(copy.deepcopy(self.ports, memo) if whole else self.ports)
+        twin.blocks = copy.deepcopy(self.blocks, memo) if whole else self.blocks
+        return twin
+
+
+class PortedLayer(nn.Module):
+    """A decoder layer with ports."""
+
+    ports: LayerPorts
+
+    def forward(self, hidden_states: Tensor, *args: Any, inside: Inside | None = None, **kwargs: Any) -> Any:
+        """The layer's own, with its blocks."""
+        ports = self.ports
+        ports.now = inside
+        for block, layout, memory in ports.acting(ports.before):
+            hidden_states = block(hidden_states, layout=layout, memory=memory)
+        out = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        for block, layout, memory in ports.acting(ports.after):
+            out = block(out, layout=layout, memory=memory)
+        ports.now = None
+        return out
+
+
+class Ported(nn.Module):
+    """A module of a layer with blocks at it."""
+
+    site: Site
+
+
+class PortedNorm(Ported):
+    """A norm with blocks at it."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """The norm's own output, as its blocks change it."""
+        out: Tensor = super().forward(states)  # type: ignore[misc]
+        site = self.site
+        if site.ports.now is None:
+            return out
+        normed = normalised(self, states)
+        for block, layout, memory in site.ports.acting(site.blocks):
+            out = block(states, normed, out, layout=layout, memory=memory)
+        return out
+
+
+class PortedLinear(Ported):
+    """A linear map with blocks at it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The map's own output, as its blocks change it."""
+        out: Tensor = super().forward(x)  # type: ignore[misc]
+        for block, layout, memory in self.site.ports.acting(self.site.blocks):
+            out = block(x, out, layout=layout, memory=memory)
+        return out
+
+
+def normalised(norm: nn.Module, states: Tensor) -> Tensor:
+    """(B, Q, D) as the norm sees them before its scale and shift; in float32 on the way, as all families do."""
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(states, norm.normalized_shape, eps=norm.eps)
+    eps: Any = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    wide = states.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(states.dtype)
+
+
+# -- generation --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def generating_inside(model: PreTrainedModel, inside: Inside | None) -> Iterator[None]:
+    """While this is open, every step of ``generate()``, which refuses unknown keywords, gives the layers their part.
+
+    Args:
+        model: the LM.
+        inside: of the left-padded prompts; None: nothing is given.
+    """
+    if inside is None:
+        yield
+        return
+
+    def announce(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = next(v for v in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if v is not None)
+        past = kwargs.get("past_key_values")
+        start = 0 if past is None else int(past.get_seq_length())
+        step = inside.at(torch.arange(start, start + given.shape[1], device=given.device))
+        times = len(given) // len(inside.with_image)
+        return args, {**kwargs, "inside": step if times == 1 else step.repeated(times)}
+
+    handle = model.base_model.register_forward_pre_hook(announce, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# -- what blocks share -------------------------------------------------------------------------------------------------
+
+
+def look(q: Tensor, keys: Tensor, values: Tensor, memory: Memory, scale: float | None = None) -> Tensor:
+    """Attention of positions over the tokens of the images that they see.
+
+    Exactly 0 where a position sees none. An image that a position does not see changes no bit of its result, and
+    without any image all weights still have a gradient, of zeros, so that ranks which share weights stay together.
+
+    Args:
+        q: (B, Q, H, dh).
+        keys: (I, N, H, dh) of every image.
+        values: (I, N, H, dh).
+        memory: who sees which image.
+        scale: of the scores; None is 1 / sqrt(dh).
+
+    Returns:
+        (B, Q, H * dh).
+    """
+    if memory.slots.shape[1] == 0:
+        return q.flatten(2) * 0.0 + 0.0 * (keys.sum() + values.sum())
+    sees, index = seen_in_row(memory)  # (B, Q, J), (B, J)
+    any_image = sees.any(-1, keepdim=True)  # (B, Q, 1)
+    allowed = (sees | ~any_image).repeat_interleave(keys.shape[1], -1)  # (B, Q, J * N); a softmax needs a key
+    k, v = (x[index].flatten(1, 2).transpose(1, 2) for x in (keys, values))  # (B, H, J * N, dh)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=allowed[:, None], scale=scale)
+    return torch.where(any_image, out.transpose(1, 2).flatten(2), 0.0)  # (B, Q, H * dh)
+
+
+def seen_in_row(memory: Memory) -> tuple[Tensor, Tensor]:
+    """For each position the images of its own row: which it sees (B, Q, J) bool, and their indices (B, J).
+
+    A slot behind a row's last image has index 0 and is seen by nobody.
+    """
+    index = memory.slots.clamp(min=0)
+    sees = memory.sees.gather(2, index[:, None].expand(-1, memory.sees.shape[1], -1))
+    return sees & (memory.slots >= 0)[:, None], index
+
+
+def places_2d(rows: int, columns: int, width: int) -> Tensor:
+    """(rows * columns, width): sine and cosine of the row in one half, of the column in the other, row by row.
+
+    Frequencies as in "Attention Is All You Need" (arXiv 1706.03762, section 3.5); what does not divide by 4 is zero.
+    """
+    quarter = width // 4
+    frequency = 10000.0 ** (-torch.arange(quarter) / max(quarter, 1))  # (W / 4,)
+    row, column = torch.arange(rows)[:, None] * frequency, torch.arange(columns)[:, None] * frequency
+    r = torch.cat([row.sin(), row.cos()], -1)[:, None].expand(-1, columns, -1)  # (R, C, W / 2)
+    c = torch.cat([column.sin(), column.cos()], -1)[None].expand(rows, -1, -1)
+    return F.pad(torch.cat([r, c], -1).flatten(0, 1), (0, width - 4 * quarter))
+
+
+def token_places(model: VisionLanguageModel, wanted: bool | str, width: int) -> Tensor | None:
+    """(M, width) 2-D places of the connector's tokens, or None.
+
+    Args:
+        model: the model.
+        wanted: true, false, or "auto": where the tokens stand in a grid.
+        width: of the vectors that they are added to.
+
+    Raises:
+        UserError: `wanted` is true and the tokens stand in no grid, or it is something else.
+    """
+    if wanted not in (True, False, "auto"):
+        raise UserError(f"fusion.positions={wanted} is unknown; choose auto, true or false.")
+    grid = None if wanted is False else model.connector.grid(model.encoder.hw)
+    if wanted is True and grid is None:
+        raise UserError(
+            "fusion.positions=true needs visual tokens that stand in a grid and this connector's do not; set "
+            "fusion.positions=auto, or use connector=mlp, linear, pool or none."
+        )
+    return None if grid is None else places_2d(*grid, width)
+
+
+def chosen_layers(depth: int, every: int, layers: Sequence[int] | None) -> list[int]:
+    """Which of `depth` layers get a block: the last of every group of `every`, or those listed.
+
+    Raises:
+        UserError: a layer that does not exist, or no layer at all.
+    """
+    if layers is None:
+        found = list(range(every - 1, depth, every)) if every > 0 else []
+        if not found:
+            raise UserError(f"fusion.every={every} leaves no layer of {depth}; give a number from 1 to {depth}.")
+        return found
+    if not layers or any(not -depth <= layer < depth for layer in layers):
+        raise UserError(f"fusion.layers={list(layers)} names a layer that is not there; give some of 0 to {depth - 1}.")
+    return sorted({layer % depth for layer in layers})
+
+
+def memory_tokens(seen: Seen, count: int, width: int, like: Tensor) -> Tensor:
+    """(I, M, D) the connector's tokens; (0, M, D) of `like`'s kind where the batch has no image."""
+    return like.new_zeros(0, count, width) if seen.tokens is None else seen.tokens
