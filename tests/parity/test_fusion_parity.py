@@ -34,9 +34,9 @@ NAMES = {
 @torch.no_grad()
 def test_gated_cross_attention_is_idefics(gate: str, qk_norm: bool) -> None:
     config: Any = IdeficsConfig(
-        hidden_size=WIDTH, num_attention_heads=HEADS, intermediate_size=48, alpha_initializer="zeros",
-        alpha_type="float" if gate == "scalar" else "vector", qk_layer_norms=qk_norm, vision_config={"embed_dim": MEDIA}, use_resampler=False,
-        rms_norm_eps=1e-6, attn_implementation="sdpa",
+        hidden_size=WIDTH, num_attention_heads=HEADS, intermediate_size=48, rms_norm_eps=1e-6,
+        alpha_initializer="zeros", alpha_type="float" if gate == "scalar" else "vector", qk_layer_norms=qk_norm,
+        vision_config={"embed_dim": MEDIA}, use_resampler=False, attn_implementation="sdpa",
     )  # fmt: skip
     theirs = tiny.spread(IdeficsGatedCrossAttentionLayer(config, layer_idx=0), seed=2, scale=0.3)
     ours = CrossBlock(0, WIDTH, MEDIA, HEADS, WIDTH // HEADS, 1.5, "rms", "swiglu", gate, qk_norm).eval()

@@ -223,8 +223,9 @@ def foreign_keys(cfg: Config, choices: Choices) -> str | None:
         own = OmegaConf.load(file)
         if not isinstance(own, DictConfig) or node.get("_target_") != own.get("_target_"):
             continue
+        known = {*own, *_filled(own)}
         for key in node:
-            if key not in own and key not in _filled(own) and not any(name.startswith(f"{group}.{key}") for name in given):
+            if key not in known and not any(name.startswith(f"{group}.{key}") for name in given):
                 setter = "recipe" if choices.get("preset") in (None, "none") else "preset"
                 return (
                     f"{group}.{key} is no key of {group}={choices[group]} and {setter}={choices.get(setter)} sets it; "
