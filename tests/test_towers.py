@@ -61,6 +61,8 @@ def test_the_lm_saw_no_image_and_the_vision_tower_no_question() -> None:
 
 def test_the_shipped_towers_are_those_of_their_card() -> None:
     card = (embedded("lm").parent / "README.md").read_text()
-    assert tower_hash(embedded("vision")) in card and tower_hash(embedded("lm")) in card
+    for name in ("vision", "lm", "text"):
+        assert f"sha256 of {name} | `{tower_hash(embedded(name))}`" in card
+    assert f"trained against | `{tower_hash(embedded('vision'))}`" in card
     size = sum(path.stat().st_size for path in embedded("lm").parent.rglob("*") if path.is_file())
     assert size <= 8_000_000

@@ -207,14 +207,21 @@ def foreign_keys(cfg: Config, choices: Choices) -> str | None:
         own = OmegaConf.load(file)
         if not isinstance(own, DictConfig) or node.get("_target_") != own.get("_target_"):
             continue
+        known = {*own, *_filled(own)}
         for key in node:
-            if key not in own and not any(name.startswith(f"{group}.{key}") for name in given):
+            if key not in known and not any(name.startswith(f"{group}.{key}") for name in given):
                 setter = "recipe" if choices.get("preset") in (None, "none") else "preset"
                 return (
                     f"{group}.{key} is no key of {group}={choices[group]} and {setter}={choices.get(setter)} sets it; "
                     f"add ~{group}.{key} to the command, or leave {group} to the {setter}"
                 )
     return None
+
+
+def _filled(file: DictConfig) -> set[str]:
+    """The keys that a choice's own defaults list fills from other groups, as in ``/memory_mask@sees: before``."""
+    entries = (entry for entry in file.get("defaults") or () if isinstance(entry, Mapping))
+    return {str(group).rpartition("@")[2].partition(".")[0] for entry in entries for group in entry}
 
 
 def possible_seed(cfg: Config, choices: Choices) -> str | None:

@@ -271,7 +271,7 @@ class Fusion(nn.Module, ABC):
         """Whether its weight of this name has no gradient before the first update."""
         return name.endswith(self.waiting)
 
-    def undecayed(self) -> Sequence[nn.Parameter]:
+    def undecayed(self) -> Sequence[Tensor]:
         """Matrices that weight decay would pull away from where they start, and which therefore have none."""
         return ()
 

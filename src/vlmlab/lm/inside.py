@@ -133,7 +133,8 @@ def _ports_of(layer: nn.Module, known: dict[str, str], family: str) -> LayerPort
     except AttributeError as error:
         raise UserError(f"lm: a layer of this {family} is not built as that family's are ({error}).") from error
     ports = LayerPorts(layer, modules)
-    layer.__class__ = _with_ports(type(layer), PortedLayer)
+    kind: Any = type(layer)
+    layer.__class__ = _with_ports(kind, PortedLayer)
     layer.ports = ports  # type: ignore[assignment]
     return ports
 
@@ -146,7 +147,7 @@ def _base(module: nn.Module) -> nn.Module:
 
 
 @cache
-def _with_ports(kind: type[nn.Module], ported: type) -> type[Any]:
+def _with_ports(kind: Any, ported: Any) -> type[Any]:
     """A subclass of a layer's or a module's class that has ports; one for all instances, so that one graph serves."""
     return type(f"Ported{kind.__name__}", (ported, kind), {"__module__": __name__})
 
@@ -193,7 +194,8 @@ class LayerPorts:
             raise UserError(f"lm: this family has no port {where}; choose from {names}.")
         module: Any = self.modules[where]
         if not isinstance(module, Ported):
-            module.__class__ = _with_ports(type(module), PortedLinear if where.startswith("linear") else PortedNorm)
+            kind: Any = type(module)
+            module.__class__ = _with_ports(kind, PortedLinear if where.startswith("linear") else PortedNorm)
             module.site = Site(self)
         module.site.blocks.append((key, block))
 
@@ -382,7 +384,7 @@ def token_places(model: VisionLanguageModel, wanted: bool | str, width: int) -> 
             "fusion.positions=true needs visual tokens that stand in a grid and this connector's do not; set "
             "fusion.positions=auto, or use connector=mlp, linear, pool or none."
         )
-    return None if grid is None else places_2d(*grid, width)
+    return None if grid is None else places_2d(grid[0], grid[1], width)
 
 
 def chosen_layers(depth: int, every: int, layers: Sequence[int] | None) -> list[int]:

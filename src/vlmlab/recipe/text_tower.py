@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, SiglipTextConfig, SiglipTextModel
+from transformers import PreTrainedTokenizerFast, SiglipTextConfig, SiglipTextModel
 
 from vlmlab.cache.none import NoCache
 from vlmlab.contracts.errors import UserError
@@ -62,10 +62,14 @@ class ScratchTextTower(nn.Module):
         num_attention_heads: int,
     ) -> None:
         super().__init__()
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(embedded("lm"))
-        self.tokenizer.chat_template = None
-        self.tokenizer.padding_side = "right"
-        self.tokenizer.model_max_length = max_position_embeddings
+        # by its file: AutoTokenizer would put the rules of Qwen2 in place of its own
+        self.tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(embedded("lm") / "tokenizer.json"),
+            eos_token="<|im_end|>",
+            pad_token="<|endoftext|>",
+            padding_side="right",
+            model_max_length=max_position_embeddings,
+        )
         self.context, self.pad = max_position_embeddings, int(self.tokenizer.pad_token_id)
         config = SiglipTextConfig(
             vocab_size=len(self.tokenizer),

@@ -41,7 +41,8 @@ others that are less similar (`above`; half by chance):
 |---|---|
 {metrics}
 
-The command writes `towers/text` and this section into its run folder; the same threads give the same bytes.
+The command writes `towers/text` and this section into its run folder; the same threads give the same bytes. It goes
+with this `vision` alone: after a rebuild of that, train it again.
 """
 
 
@@ -77,6 +78,7 @@ class ExportTextTower:
         tower: Any = model.lm.model
         save_tower(tower.to(torch.float16), home)
         tower.to(torch.float32)
+        model.lm.tokenizer.backend_tokenizer.no_truncation()  # which its last use has left there
         model.lm.tokenizer.save_pretrained(home)
         scores: dict[str, float] = {}
         for name, pairs in self.pairs.items():
