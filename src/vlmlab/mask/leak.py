@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.parts import Mask, MemoryMask
+from vlmlab.contracts.parts import Fusion, Mask, MemoryMask
 from vlmlab.contracts.tensors import Images, Kind, Layout, Role
 from vlmlab.mask.memory.base import image_era, of_sample
 
@@ -53,12 +53,13 @@ class _Scene:
         return Role(int(self.layout.role[row, at])).name.lower() if self.layout.valid[row, at] else "padding"
 
 
-def check_mask(mask: Mask, key: str) -> None:
+def check_mask(mask: Mask, key: str, prompt_learnt: bool = False) -> None:
     """Put a mask to the rule: no answer reads itself, a later answer, a later turn, another sample or padding.
 
     Args:
         mask: any mask.
         key: where it was chosen, for the sentence.
+        prompt_learnt: whether it is for a stage that learns the prompt's words too (``prompt: text``).
 
     Raises:
         UserError: it breaks the rule, or is no pure function of layout and positions with one (B, Q, S) bool result.
@@ -67,6 +68,9 @@ def check_mask(mask: Mask, key: str) -> None:
     with torch.device("cpu"):  # a model may be built on another one
         for scene in _scenes():
             _check(mask, who, scene)
+    if prompt_learnt and shows_prompt(mask):
+        said = "shows words of the prompt to those that predict them, and the stage learns them (prompt=text)"
+        who.refuse(said, "set the stage's prompt=chat")
 
 
 def check_memory_mask(mask: MemoryMask, key: str) -> None:
@@ -86,6 +90,21 @@ def check_memory_mask(mask: MemoryMask, key: str) -> None:
         for scene in _scenes():
             _memory_table(mask, who, _Scene(scene.layout, Images.none()))
             _check_memory(mask, who, scene)
+
+
+def check_fusion(fusion: Fusion, key: str = "fusion") -> None:
+    """Put the memory masks of a fusion, and of those inside it, to the rule: what they hold as `sees`.
+
+    Raises:
+        UserError: one breaks the rule, or is no memory mask.
+    """
+    for name, part in fusion.named_modules():
+        sees = getattr(part, "sees", None) if isinstance(part, Fusion) else None
+        where = ".".join([key, *([name] if name else []), "sees"])
+        if sees is not None and not callable(sees):
+            raise UserError(f"{where}={sees} is no memory mask; write memory_mask@{where}={sees}")
+        if sees is not None:
+            check_memory_mask(sees, where)
 
 
 def shows_prompt(mask: Mask) -> bool:
