@@ -41,7 +41,7 @@ from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.lm.scratch import train_tokenizer
 from vlmlab.mask.base import Mask
 from vlmlab.mask.bidir import Bidirectional
-from vlmlab.model import VLM, build_collator
+from vlmlab.model.vlm import VLM, build_collator
 
 CONF = Path(__file__).parent.parent / "conf"
 SIZE, PATCH = 64, 16

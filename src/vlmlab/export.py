@@ -24,10 +24,10 @@ from vlmlab.contracts.parts import Encoder
 from vlmlab.encoder.multi import MultiEncoder
 from vlmlab.encoder.preprocess import Preprocess
 from vlmlab.encoder.tower import TowerEncoder
-from vlmlab.model import VLM
+from vlmlab.model.vlm import VLM
 from vlmlab.runs.files import is_free, share
 from vlmlab.runs.folder import RunFolder
-from vlmlab.towers import save_tower
+from vlmlab.towers.source import save_tower
 
 PROCESSORS: dict[type[nn.Module], str] = {
     SiglipVisionModel: "SiglipImageProcessor",

@@ -15,7 +15,7 @@ from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.fusion.none import NoFusion
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.mask.bidir import Bidirectional
-from vlmlab.model import VLM
+from vlmlab.model.vlm import VLM
 
 FUSIONS = choices("fusion")
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample, SampleSource
-from vlmlab.data.records import Row
+from vlmlab.data.readers.records import Row
 from vlmlab.data.sampler import Order
 
 FILE = "skipped.jsonl"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlmlab.encoder.tower import TowerEncoder, open_tower, sides
-from vlmlab.towers import embedded
+from vlmlab.towers.source import embedded
 
 
 class EmbeddedEncoder(TowerEncoder):

@@ -28,21 +28,21 @@ from vlmlab.contracts.sample import SampleSource
 from vlmlab.data.module import Window, Windows, step_loader
 from vlmlab.data.sampler import Order
 from vlmlab.data.skipped import Replaced
-from vlmlab.model import build_cache
-from vlmlab.recipe.base import NonFinite, StageModule, no_room
-from vlmlab.recipe.layers import check_layers, compiled
-from vlmlab.recipe.shards import gathered
+from vlmlab.engine import cost, proof, rng
+from vlmlab.engine.layers import check_layers, compiled
+from vlmlab.engine.precision import Precision, choose
+from vlmlab.engine.shards import gathered
+from vlmlab.engine.stage import NonFinite, StageModule, no_room
+from vlmlab.engine.weights import Trainee, build_objectives, mixed_in, plain_key
+from vlmlab.model.vlm import build_cache
 from vlmlab.recipe.stage import Stage, check_divides, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
-from vlmlab.train import cost, proof, rng
 from vlmlab.train.keeper import Keeper
-from vlmlab.train.precision import Precision, choose
 from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, stage_table, wandb_logger
 from vlmlab.train.resume import load_last
 from vlmlab.train.signals import Interrupted, Signals
 from vlmlab.train.skips import Skips
-from vlmlab.train.weights import Trainee, build_objectives, mixed_in, plain_key
 
 Builder = Callable[[DictConfig], nn.Module]
 FSDP2 = "fsdp2"
@@ -474,7 +474,7 @@ def module_class(stage: Stage) -> type[StageModule]:
         remedy = "give the dotted path of a StageModule"
         raise UserError(f"{stage.key('module')}={stage.module} cannot be imported ({error}); {remedy}.") from error
     if not issubclass(found, StageModule):
-        raise UserError(f"{stage.key('module')}={stage.module} is no StageModule; see vlmlab.recipe.base.")
+        raise UserError(f"{stage.key('module')}={stage.module} is no StageModule; see vlmlab.engine.stage.")
     return found
 
 
