@@ -189,8 +189,8 @@ def measured(cfg: DictConfig, folder: Path, kind: str) -> dict[str, float]:
     import torch
 
     from vlmlab.adapter.lora import LoraAdapter
+    from vlmlab.engine.restore import load_trained
     from vlmlab.model.vlm import build_model
-    from vlmlab.train.run import load_trained
 
     torch.set_num_threads(1)
     with torch.device("meta"):  # libraries are in memory before anything is counted

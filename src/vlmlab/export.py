@@ -51,7 +51,7 @@ def export(run: str | Path, folder: str | Path) -> dict[str, Path]:
         CheckpointError: the run is not finished, or its files do not fit.
         UserError: there is no such run, or the folder has files in it.
     """
-    from vlmlab.train.run import load_trained
+    from vlmlab.engine.restore import load_trained
 
     cfg = OmegaConf.create(RunFolder(Path(run)).finished())
     _check_empty(Path(folder))

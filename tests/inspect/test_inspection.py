@@ -19,9 +19,9 @@ from tests.test_conf import composed
 
 from vlmlab.cli.verb import arguments
 from vlmlab.contracts.errors import UserError
+from vlmlab.engine.restore import module_class
 from vlmlab.inspect.inspection import Inspection, inspect_stage, say, visible, write_page
 from vlmlab.recipe.stage import parse
-from vlmlab.train.run import module_class
 
 EVIL = '<script>alert("x")</script> <img src=x onerror=alert(1)> & \'q\' "q" \x1b[31m red'
 

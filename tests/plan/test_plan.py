@@ -14,11 +14,11 @@ from tests.test_conf import composed
 from torch.profiler import ProfilerActivity, profile
 
 from vlmlab.contracts.tensors import Batch
+from vlmlab.engine.restore import module_class
 from vlmlab.engine.weights import Trainee
 from vlmlab.plan.plan import DEVICES, Settings, Shape, StagePlan, _batch, as_json, plan
 from vlmlab.plan.simulation import Simulator
 from vlmlab.recipe.stage import Stage, parse
-from vlmlab.train.run import module_class
 
 A100 = DEVICES["a100"]
 

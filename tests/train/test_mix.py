@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.engine.restore import load_trained
 from vlmlab.recipe.stage import parse
-from vlmlab.train.run import load_trained
 
 
 def weights(folder, stage="1_tune"):

@@ -29,6 +29,7 @@ from vlmlab.adapter.base import load_adapter
 from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.contracts.tensors import Batch
 from vlmlab.encoder.preprocess import read_preprocess
+from vlmlab.engine.restore import load_trained
 from vlmlab.engine.stage import StageModule
 from vlmlab.engine.weights import Trainee
 from vlmlab.export import export, export_model
@@ -37,7 +38,7 @@ from vlmlab.recipe.stage import Stage
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
 from vlmlab.train.resume import content_of, load_last, save_last
-from vlmlab.train.run import load_trained, train
+from vlmlab.train.run import train
 
 CONNECTORS = [path.stem for path in choices("connector")]
 ADAPTERS = [path.stem for path in choices("adapter")]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from omegaconf import DictConfig
 
 from vlmlab.contracts.errors import UserError
 
@@ -30,6 +31,11 @@ class Precision:
     def half(self) -> bool:
         """Whether it computes in 16 bit."""
         return self.name != "32-true"
+
+
+def on_gpu(cfg: DictConfig) -> bool:
+    """Whether the run computes on a GPU."""
+    return cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 def choose(name: str, on_gpu: bool) -> Precision:

@@ -27,6 +27,9 @@ from torch.utils._pytree import tree_map
 from vlmlab.engine.layers import tower_layers
 from vlmlab.recipe.stage import LAYERED
 
+FSDP2 = "fsdp2"
+"""The strategy by which ranks share weights; ours, by Lightning's ``ModelParallelStrategy``."""
+
 BASE = ".base"
 
 

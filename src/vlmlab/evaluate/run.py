@@ -145,9 +145,9 @@ def evaluate(folder: Path, cfg: DictConfig) -> dict[str, Any]:
         UserError: the run is not finished, or a benchmark's name is unknown.
     """
     from vlmlab.analyse.table import final_table
+    from vlmlab.engine.restore import load_trained
     from vlmlab.runs.files import write_json
     from vlmlab.runs.folder import RunFolder
-    from vlmlab.train.run import load_trained
 
     run = RunFolder(folder)
     result = run.result()

@@ -24,10 +24,10 @@ from vlmlab.contracts.sample import IMAGE_TAG, Sample, SampleSource
 from vlmlab.contracts.tensors import Batch, Kind, Role
 from vlmlab.data.chat import Encoded
 from vlmlab.data.collate import Collator
+from vlmlab.engine.restore import module_class
 from vlmlab.engine.weights import Trainee
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.files import write_atomic
-from vlmlab.train.run import module_class
 
 TEMPLATE = "inspection.html.jinja"
 MARKUP = re.compile(r"</?[a-zA-Z][^<>]*>")

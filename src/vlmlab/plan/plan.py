@@ -32,13 +32,13 @@ from vlmlab.encoder.scratch import ScratchEncoder
 from vlmlab.encoder.tower import TowerEncoder
 from vlmlab.engine.layers import tower_layers
 from vlmlab.engine.optim import hidden_matrices
+from vlmlab.engine.restore import module_class
 from vlmlab.engine.shards import replicated
 from vlmlab.engine.weights import Trainee
 from vlmlab.lm.causal import CausalLanguageModel
 from vlmlab.lm.scratch import ScratchLanguageModel
 from vlmlab.plan.simulation import Pass, Simulator
 from vlmlab.recipe.stage import Stage, parse
-from vlmlab.train.run import module_class
 
 
 @dataclass(frozen=True)

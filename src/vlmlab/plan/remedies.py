@@ -9,11 +9,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.contracts.errors import OutOfMemory
-from vlmlab.engine.precision import choose
+from vlmlab.engine.precision import choose, on_gpu
+from vlmlab.engine.shards import FSDP2
 from vlmlab.engine.weights import build_objectives
 from vlmlab.plan.plan import DEVICES, Settings, StagePlan, plan
 from vlmlab.recipe.stage import Stage, parse
-from vlmlab.train.run import FSDP2, on_gpu
 
 CHECKPOINTING = ("lm.gradient_checkpointing", "encoder.gradient_checkpointing")
 SHOWN = 3

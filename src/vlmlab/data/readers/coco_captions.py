@@ -9,8 +9,8 @@ from vlmlab.contracts.errors import DataError
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.captions import Captioned, CaptionSamples
 from vlmlab.data.readers.records import Row, describe, each_row, read_json
+from vlmlab.data.readers.sieve import Sieve, verified
 from vlmlab.data.readers.split import check_split, split_of
-from vlmlab.data.skipped import Sieve, verified
 
 
 def _number(row: Row, key: str) -> str:

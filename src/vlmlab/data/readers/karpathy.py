@@ -14,8 +14,8 @@ from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.captions import Captioned, CaptionSamples
 from vlmlab.data.readers.place import find_files
 from vlmlab.data.readers.records import Row, read_each, read_text
+from vlmlab.data.readers.sieve import Sieve, verified
 from vlmlab.data.readers.split import check_split, named_split, split_of
-from vlmlab.data.skipped import Sieve, verified
 
 SUFFIXES = (".json", ".csv", ".token")
 RESTVAL = "restval"

@@ -11,8 +11,8 @@ from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, describe, read_each
+from vlmlab.data.readers.sieve import Sieve, verified
 from vlmlab.data.readers.split import check_split, split_of, subset
-from vlmlab.data.skipped import Sieve, verified
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 TURN_KEYS = ("conversations", "conversation", "messages")

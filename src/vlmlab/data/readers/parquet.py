@@ -22,10 +22,10 @@ from vlmlab.data.images import ImageFolder, decode_image
 from vlmlab.data.readers.llava import TURN_KEYS, LlavaFormat, parse_turns
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, describe
+from vlmlab.data.readers.sieve import Sieve, verified
 from vlmlab.data.readers.split import check_split, split_of, subset
 from vlmlab.data.readers.tar import write_shard
 from vlmlab.data.readers.vqa import Question, VqaFormat, choose_rows, conversations, unique_questions
-from vlmlab.data.skipped import Sieve, verified
 
 SUFFIXES = (".parquet",)
 IMAGE_KEYS = ("image", "images")

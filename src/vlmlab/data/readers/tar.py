@@ -22,8 +22,9 @@ from vlmlab.data.images import decode_image
 from vlmlab.data.readers.llava import IMAGE_KEYS, TURN_KEYS, Conversation, LlavaFormat, parse_turns
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, parse_object
+from vlmlab.data.readers.sieve import Sieve, verified
 from vlmlab.data.readers.split import check_split, split_of, subset
-from vlmlab.data.skipped import Sieve, Skipped, verified
+from vlmlab.data.skipped import Skipped
 
 SUFFIXES = (".tar",)
 INDEX = ".index.json"

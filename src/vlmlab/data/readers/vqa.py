@@ -13,8 +13,8 @@ from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, read_each
+from vlmlab.data.readers.sieve import Sieve, verified
 from vlmlab.data.readers.split import check_split, named_split, split_of, subset, unit_hash
-from vlmlab.data.skipped import Sieve, verified
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 
