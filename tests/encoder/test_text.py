@@ -33,8 +33,8 @@ from vlmlab.encoder.hf import HfEncoder
 from vlmlab.encoder.multi import MultiEncoder
 from vlmlab.encoder.patch import PatchEncoder
 from vlmlab.encoder.text import TransformersTextTower, open_text_tower
-from vlmlab.towers import embedded, tower_hash
-from vlmlab.train.text_tower import retrieval
+from vlmlab.towers.source import embedded, tower_hash
+from vlmlab.towers.text_export import retrieval
 
 CONTEXT = 12
 TEXTS = ["what colour is the big round thing", "red", "", "two green squares " * 9]

@@ -15,7 +15,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.fusion.gated_xattn import CrossBlock, GatedCrossAttention
 from vlmlab.lm.inside import places_2d
 from vlmlab.mask.memory.latest import LatestImage
-from vlmlab.model import VLM
+from vlmlab.model.vlm import VLM
 
 
 def gated(**keys: Any) -> VLM:

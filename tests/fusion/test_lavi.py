@@ -21,7 +21,7 @@ from vlmlab.encoder.hf import HfEncoder
 from vlmlab.fusion.lavi import InfusedNorm, LaViFusion
 from vlmlab.lm.inside import places_2d
 from vlmlab.mask.memory.before import ImagesBefore
-from vlmlab.model import VLM
+from vlmlab.model.vlm import VLM
 
 
 def lavi(connector: nn.Module | None = None, **keys: Any) -> VLM:

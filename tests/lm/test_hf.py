@@ -40,7 +40,7 @@ from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.lm.masking import within
 from vlmlab.mask.bidir import Bidirectional
 from vlmlab.mask.causal import Causal
-from vlmlab.model import VLM
+from vlmlab.model.vlm import VLM
 
 MASKS = [Causal(), Bidirectional()]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from vlmlab.mask.leak import (
     shows_prompt,
 )
 from vlmlab.mask.memory.base import begun, of_sample
-from vlmlab.model import build_model
+from vlmlab.model.vlm import build_model
 
 MASKS, MEMORY = choices("mask"), choices("memory_mask")
 
@@ -64,14 +63,8 @@ def test_every_memory_mask_passes(path: Path) -> None:
     check_memory_mask(built(path), "fusion.sees")
 
 
-def test_it_is_quick_and_works_where_another_device_is_the_default() -> None:
+def test_it_works_where_another_device_is_the_default() -> None:
     mask = built(next(path for path in MASKS if path.stem == "bidir"))
-    taken = []
-    for _ in range(5):
-        start = time.thread_time()
-        check_mask(mask, "mask")
-        taken.append(time.thread_time() - start)
-    assert min(taken) < 0.02
     with torch.device("meta"):
         check_mask(mask, "mask")
         check_memory_mask(built(MEMORY[0]), "sees")

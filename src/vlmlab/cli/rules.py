@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError
 from vlmlab.contracts.errors import UserError
-from vlmlab.data.place import is_id, is_there
+from vlmlab.data.readers.place import is_id, is_there
 from vlmlab.recipe.stage import parse
 from vlmlab.runs.config import leaves
 from vlmlab.runs.environment import package_folder
@@ -42,8 +42,8 @@ BUILT = ("encoder", "cache", "connector", "lm", "mask", "fusion", "adapter", "ob
 """Groups whose choice is one class: the keys of its file are the constructor's."""
 
 TOWERS = ("lm", "encoder")
-LANGUAGE = ("vlmlab.recipe.alignment.AlignmentModule", "vlmlab.recipe.instruction.InstructionTuningModule")
-CONTRASTIVE = "vlmlab.recipe.contrastive.ContrastiveModule"
+LANGUAGE = ("vlmlab.engine.alignment.AlignmentModule", "vlmlab.engine.instruction.InstructionTuningModule")
+CONTRASTIVE = "vlmlab.engine.contrastive.ContrastiveModule"
 PATH_KEYS = ("path", "path_558k", "path_118k", "test_path", "file", "folder", "images", "image_folder", "root")
 """Keys of a data source that name something on disk; those that begin with path may name a data set of the hub."""
 
