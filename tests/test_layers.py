@@ -21,7 +21,7 @@ RANKS = (
     {"encoder", "connector", "lm", "mask", "fusion", "objective", "adapter"},
     {"model"},
     {"engine"},
-    {"plan", "inspect", "evaluate", "analyse", "loading", "export", "towers.rebuild"},
+    {"plan", "inspect", "evaluate", "analyse", "loading", "export", "towers.rebuild", "towers.text_export"},
     {"train"},
     {"cli", "__init__"},
 )

@@ -16,6 +16,7 @@ from tests.tiny import ONE_TURN, TEXT_ONLY, TWO_IMAGES, TWO_TURNS, choices, coll
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from vlmlab.adapter.base import load_adapter, select
 from vlmlab.adapter.bottleneck import BottleneckAdapter
@@ -23,11 +24,12 @@ from vlmlab.adapter.comp_lora import CompLora, CompLoraAdapter
 from vlmlab.adapter.ia3 import Ia3Adapter
 from vlmlab.adapter.ln_tuning import LnTuningAdapter, norms
 from vlmlab.adapter.lora import LoraAdapter
-from vlmlab.adapter.mma import Mixture, MmaAdapter, Modality
+from vlmlab.adapter.mma import Mixture, MmaAdapter, MmaLayer
 from vlmlab.adapter.share import share, training_bytes
 from vlmlab.adapter.soft_prompt import SoftPromptAdapter
 from vlmlab.connector.mlp import MlpConnector
 from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.contracts.parts import Fusion
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.contracts.tensors import Layout
 from vlmlab.encoder.embedded import EmbeddedEncoder
@@ -248,8 +250,9 @@ def test_cached_decoding_equals_full_forwards(path: Path, tower: Any) -> None:
     batch = asked(model.eval())
     want, lead = cache_free(model, batch, 8)
     assert lead > 1e-5 and want.tolist() != plain.tolist()
-    embeds = model.embed(batch)
-    assert model.lm.generate(embeds, batch.layout, model.mask, 8, eos_token_id=-1).tolist() == want.tolist()
+    seen = model.see(batch)
+    arguments = (model.embed(batch, seen), batch.layout, model.mask, 8, model.inside(batch, seen))
+    assert model.lm.generate(*arguments, eos_token_id=-1).tolist() == want.tolist()
 
 
 @every_kind
@@ -396,11 +399,52 @@ def test_mma_reads_the_modality_of_each_packed_sample() -> None:
     alone = [logits(model, [sample]) for sample in (TEXT_ONLY, ONE_TURN)]
     packed = logits(model, [TEXT_ONLY, ONE_TURN])
     assert worst(packed, torch.cat(alone)) < 1e-5
-    (reader,) = (m for m in model.modules() if isinstance(m, Modality))
-    assert reader.seen is not None and sorted(reader.seen.unique().tolist()) == [0, 1]
     mixture = next(m for m in model.modules() if isinstance(m, Mixture))
     assert worst(*mixture.weights()) > 1e-3, "text and images are routed differently"
-    assert len(model.generate(collator(model).ask([ONE_TURN, TEXT_ONLY]), 4, num_beams=2)) == 2
+    make = collator(model)
+    read = modalities(model, lambda: model(collator(model, pack_length=400)([TEXT_ONLY, ONE_TURN])))
+    segment = collator(model, pack_length=400)([TEXT_ONLY, ONE_TURN]).layout.segment
+    assert len(read) == 4 and all(torch.equal(each, segment.eq(1).long()) for each in read)
+    read = modalities(model, lambda: model.generate(make.ask([ONE_TURN, TEXT_ONLY]), 4, num_beams=2))
+    assert [row[-1] for each in read for row in each.tolist()] == [1, 1, 0, 0] * len(read) and len(read) > 4
+    read = modalities(model, lambda: model.lm.model(torch.zeros(1, 2).long()))
+    assert not torch.cat(read).any(), "an LM that is used by itself reads text"
+
+
+def modalities(model: Any, act: Any) -> list[Tensor]:
+    """What the LM's attention modules take for the modality of their positions while `act()` runs."""
+    read: list[Tensor] = []
+    layers = [m for m in model.lm.modules() if isinstance(m, MmaLayer)]
+    hooks = [m.adapters["default"].register_forward_pre_hook(lambda _, args: read.append(args[1])) for m in layers]
+    act()
+    for hook in hooks:
+        hook.remove()
+    return read
+
+
+@torch.no_grad()
+def test_mma_sees_an_image_that_takes_no_position() -> None:
+    encoder = HfEncoder(str(siglip()), layers=[-2])
+    model = vlm(encoder=encoder, fusion=Aside())
+    model.set_adapter(MmaAdapter())
+    batch = collator(model)([ONE_TURN, TEXT_ONLY])
+    assert not batch.layout.visual.any() and len(batch.images) == 1
+    for each in modalities(model, lambda: model(batch)):
+        assert torch.equal(each, (batch.layout.valid & torch.tensor([[True], [False]])).long())
+
+
+class Aside(Fusion):
+    """Looks at images and does nothing with them."""
+
+    reads, in_sequence, starts_as = "tokens", False, "text_only"
+
+
+def test_mma_refuses_a_family_whose_layers_are_unknown() -> None:
+    tower = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2))
+    before = [name for name, _ in tower.named_modules()]
+    with pytest.raises(UserError, match="layers of the family gpt2"):
+        MmaAdapter(targets=["attn"]).wrap(tower)
+    assert [name for name, _ in tower.named_modules()] == before
 
 
 @torch.no_grad()

@@ -269,10 +269,12 @@ def grown(layout: Layout) -> Layout:
 @torch.no_grad()
 def cache_free(model: VLM, batch: Batch, steps: int) -> tuple[Tensor, Tensor]:
     """Greedy ids (B, steps) by a full forward per token, ignoring end tokens, and the smallest lead of the winner."""
-    embeds = model.embed(batch)
+    seen = model.see(batch)
+    embeds, inside = model.embed(batch, seen), model.inside(batch, seen)
     layout, ids, lead = batch.layout, [], []
     for _ in range(steps):
-        logits = model.lm.logits(model.lm.states(embeds, layout, model.mask)[:, -1])
+        here = None if inside is None else inside.at(torch.arange(embeds.shape[1]))
+        logits = model.lm.logits(model.lm.states(embeds, layout, model.mask, here)[:, -1])
         best = logits.topk(2).values
         lead.append((best[:, 0] - best[:, 1]).min())
         ids.append(logits.argmax(-1))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from vlmlab.adapter.base import Layer, check_name, insert
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.parts import Adapter, LayoutReader
-from vlmlab.contracts.tensors import Layout
+from vlmlab.contracts.parts import Adapter
+from vlmlab.lm.inside import LayerPorts, open_ports
 
 GROUPS = 2
 """Of the up-projections."""
@@ -58,19 +58,26 @@ class MmaAdapter(Adapter):
         self.targets = targets
 
     def wrap(self, part: Any) -> nn.Module:
-        """The tower with its attention modules wrapped in place; equal to it before the first update (B = D = 0)."""
+        """The tower with its attention modules wrapped in place; equal to it before the first update (B = D = 0).
+
+        Raises:
+            UserError: its width is odd, it has no such module, or it is an LM of a family without ports.
+        """
         features = int(part.config.hidden_size)
         if features % GROUPS:
             raise UserError(f"mma needs a tower of even width and this one has {features}; use another adapter.")
+        reads = part.main_input_name == "input_ids"  # an LM: its samples have images or not
+        opened = open_ports(part) if reads else []
         modality = nn.Embedding(2, features)
 
         def new(base: nn.Module) -> nn.Module:
             return Mixture(modality, self.width, self.temperature, self.scale, self.dropout)
 
         insert(part, self.targets, self.name, MmaLayer, new)
-        if part.main_input_name == "input_ids" and not any(isinstance(m, Modality) for m in part.children()):
-            part.modality = Modality()
-            part.base_model.register_forward_pre_hook(part.modality.announce, with_kwargs=True)
+        for ports in opened:
+            for module in ports.layer.modules():
+                if isinstance(module, MmaLayer):
+                    module.ports = ports
         return part
 
 
@@ -109,39 +116,24 @@ class Mixture(nn.Module):
 
 
 class MmaLayer(Layer):
-    """An attention module whose input is adapted."""
+    """An attention module whose input is adapted.
 
-    def forward(self, hidden_states: Tensor, *args: Any, modality: Tensor | None = None, **kwargs: Any) -> Any:
-        """The attention's outputs; without `modality` (an encoder) every position is an image's."""
-        if self.acting is not None:
-            if modality is None:
-                modality = torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
-            hidden_states = hidden_states + self.acting(hidden_states, modality)
-        return self.base_layer(hidden_states, *args, **kwargs)
-
-
-class Modality(nn.Module, LayoutReader):
-    """Tells the attention modules of an LM, by a keyword argument, which samples have an image.
-
-    As an argument and not a state, so that a layer computed again in the backward pass reads the same.
+    Attributes:
+        ports: of the LM's layer that it stands in, where it reads which samples have an image; None in an encoder.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Tensor | None = None
+    ports: LayerPorts | None = None
 
-    def read(self, layout: Layout) -> None:
-        """What comes next: a forward pass over this layout, or a generation from it."""
-        together = layout.segment[:, :, None] == layout.segment[:, None, :]  # (B, S, S)
-        self.seen = (together & layout.visual[:, None, :]).any(-1).long()  # (B, S)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The attention's outputs."""
+        if self.acting is not None:
+            hidden_states = hidden_states + self.acting(hidden_states, self.modality(hidden_states))
+        return self.base_layer(hidden_states, *args, **kwargs)
 
-    def announce(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """A forward pre-hook: adds ``modality``. Generated tokens belong to their row's last sample."""
-        given = next(v for v in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if v is not None)
-        rows, length = given.shape[:2]
-        if self.seen is None:  # the LM is used without a layout: text
-            seen = torch.zeros(1, 1, dtype=torch.long, device=given.device)
-        else:
-            seen = self.seen if length == self.seen.shape[1] else self.seen[:, -1:]
-        seen = seen.repeat_interleave(rows // len(seen), 0).expand(rows, length)  # beams repeat their row
-        return args, kwargs | {"modality": seen}
+    def modality(self, states: Tensor) -> Tensor:
+        """(B, S) of 0 and 1: whether there is an image; in an LM that is used by itself there is none."""
+        if self.ports is None:
+            return torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
+        if self.ports.now is None:
+            return torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+        return self.ports.now.with_image.long()

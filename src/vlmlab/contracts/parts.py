@@ -382,11 +382,3 @@ class Adapter(ABC):
     def ratios(self, part: nn.Module) -> dict[nn.Parameter, float]:
         """Parameters whose learning rate is a multiple of `lr`, with that multiple."""
         return {}
-
-
-class LayoutReader(ABC):
-    """A direct child of the LM's model that wants to know what the model is about to read."""
-
-    @abstractmethod
-    def read(self, layout: Layout) -> None:
-        """The layout of the forward pass or of the prompts of the generation that follows."""

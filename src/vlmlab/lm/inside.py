@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -113,8 +114,8 @@ def open_ports(model: PreTrainedModel) -> list[LayerPorts]:
     layers: Any = getattr(model.base_model, "layers", None)
     if known is None or layers is None:
         raise UserError(
-            f"lm: vision cannot act inside the layers of the family {family}; known are {', '.join(FAMILIES)}; use "
-            "fusion=concat, or another lm."
+            f"lm: nothing can act inside the layers of the family {family}; known are {', '.join(FAMILIES)}; use "
+            "fusion=concat and another adapter than mma, or another lm."
         )
     return [_ports_of(layer, known, family) for layer in layers]
 
@@ -129,26 +130,38 @@ def _ports_of(layer: nn.Module, known: dict[str, str], family: str) -> LayerPort
     if isinstance(layer, PortedLayer):
         return layer.ports
     try:
-        modules = {where: _base(layer.get_submodule(path)) for where, path in known.items()}
+        for path in known.values():
+            _standing(layer, path)
     except AttributeError as error:
         raise UserError(f"lm: a layer of this {family} is not built as that family's are ({error}).") from error
-    ports = LayerPorts(layer, modules)
-    kind: Any = type(layer)
-    layer.__class__ = _with_ports(kind, PortedLayer)
+    ports = LayerPorts(layer, known)
+    layer.__class__ = _with_ports(layer, PortedLayer)
     layer.ports = ports  # type: ignore[assignment]
     return ports
 
 
-def _base(module: nn.Module) -> nn.Module:
-    """The module that an adapter has wrapped."""
-    while isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    return module
+def _standing(layer: nn.Module, path: str) -> list[nn.Module]:
+    """The module of a layer that is called at a path, inside its adapters; and the copies by which one replaces it."""
+    module: Any = layer
+    copies: list[nn.Module] = []
+    for name in path.split("."):
+        module = getattr(module, name)
+        while isinstance(module, BaseTunerLayer):
+            wrapper: Any = module
+            copies += wrapper.ln_tuning_layers.values() if isinstance(wrapper, LNTuningLayer) else ()
+            module = wrapper.base_layer
+    return [module, *copies]
+
+
+def _with_ports(module: nn.Module, ported: type) -> Any:
+    """The subclass with ports of a layer's or a module's class."""
+    kind: Any = type(module)
+    return _subclass(kind, ported)
 
 
 @cache
-def _with_ports(kind: Any, ported: Any) -> type[Any]:
-    """A subclass of a layer's or a module's class that has ports; one for all instances, so that one graph serves."""
+def _subclass(kind: type, ported: type) -> type:
+    """One for all instances of a kind, so that one graph serves them."""
     return type(f"Ported{kind.__name__}", (ported, kind), {"__module__": __name__})
 
 
@@ -157,13 +170,15 @@ class LayerPorts:
 
     Attributes:
         layer: the decoder layer.
-        modules: port -> the norm or linear map that it is at.
+        paths: port -> the norm or linear map that it is at.
+        sites: port -> what stands there.
         now: what the layer was given, while it computes.
     """
 
-    def __init__(self, layer: nn.Module, modules: dict[str, nn.Module]) -> None:
+    def __init__(self, layer: nn.Module, paths: dict[str, str]) -> None:
         self.layer = layer
-        self.modules = modules
+        self.paths = paths
+        self.sites: dict[str, Site] = {}
         self.now: Inside | None = None
         self.before: list[tuple[str, Block]] = []
         self.after: list[tuple[str, Block]] = []
@@ -189,15 +204,15 @@ class LayerPorts:
         if where in ("before", "after"):
             (self.before if where == "before" else self.after).append((key, block))
             return
-        if where not in self.modules:
-            names = ", ".join(["before", "after", *self.modules])
+        if where not in self.paths:
+            names = ", ".join(["before", "after", *self.paths])
             raise UserError(f"lm: this family has no port {where}; choose from {names}.")
-        module: Any = self.modules[where]
-        if not isinstance(module, Ported):
-            kind: Any = type(module)
-            module.__class__ = _with_ports(kind, PortedLinear if where.startswith("linear") else PortedNorm)
-            module.site = Site(self)
-        module.site.blocks.append((key, block))
+        site = self.sites.setdefault(where, Site(self))
+        for module in _standing(self.layer, self.paths[where]):
+            if not isinstance(module, Ported):
+                module.__class__ = _with_ports(module, PortedLinear if where.startswith("linear") else PortedNorm)
+                module.site = site  # type: ignore[assignment]
+        site.blocks.append((key, block))
 
     def acting(self, blocks: list[tuple[str, Block]]) -> Iterator[tuple[Block, Layout, Memory]]:
         """The blocks that have a memory in this call."""
@@ -218,9 +233,11 @@ class Site:
         self.blocks: list[tuple[str, Block]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
-        whole = id(self.ports.layer) in memo  # the layer is being copied, not this module alone
-        twin = Site(copy.deepcopy(self.ports, memo) if whole else self.ports)
-        twin.blocks = copy.deepcopy(self.blocks, memo) if whole else self.blocks
+        if id(self.ports.layer) not in memo:  # that module alone is being copied, not the layer
+            return self
+        twin = memo[id(self)] = Site.__new__(Site)
+        twin.ports = copy.deepcopy(self.ports, memo)
+        twin.blocks = copy.deepcopy(self.blocks, memo)
         return twin
 
 
@@ -233,12 +250,14 @@ class PortedLayer(nn.Module):
         """The layer's own, with its blocks."""
         ports = self.ports
         ports.now = inside
-        for block, layout, memory in ports.acting(ports.before):
-            hidden_states = block(hidden_states, layout=layout, memory=memory)
-        out = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        for block, layout, memory in ports.acting(ports.after):
-            out = block(out, layout=layout, memory=memory)
-        ports.now = None
+        try:  # recomputation leaves by an exception as soon as it has what it needs
+            for block, layout, memory in ports.acting(ports.before):
+                hidden_states = block(hidden_states, layout=layout, memory=memory)
+            out = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            for block, layout, memory in ports.acting(ports.after):
+                out = block(out, layout=layout, memory=memory)
+        finally:
+            ports.now = None
         return out
 
 

@@ -25,7 +25,7 @@ from vlmlab.contracts.parts import (
 from vlmlab.contracts.tensors import Batch, Images, Kind, Layout, Outputs, Pairing, Role, Seen
 from vlmlab.lm.inside import Inside, has_ports
 from vlmlab.mask.causal import Causal
-from vlmlab.mask.leak import check_mask
+from vlmlab.mask.leak import check_fusion, check_mask
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -478,6 +478,7 @@ def _instantiate_parts(
     fusion = instantiate(cfg.fusion)
     mask = instantiate(cfg.mask)
     check_mask(mask, "mask")
+    check_fusion(fusion)
     if fusion.reads == "nothing":
         return {"encoder": None, "connector": None, "fusion": fusion, "lm": lm, "mask": mask}
     tower = instantiate(cfg.encoder, **(encoder or {}))
