@@ -254,7 +254,7 @@ def other_weights(folder: Path) -> None:
     from omegaconf import OmegaConf
     from safetensors.torch import save_file
 
-    from vlmlab.model.vlm import build_model
+    from vlmlab.model.build import build_model
 
     run = folder / "outputs" / "other_weights"
     model = build_model(OmegaConf.load(run / "config.yaml"))
