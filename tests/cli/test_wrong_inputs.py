@@ -58,6 +58,9 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     ),
     f"{JOINT}objective=patch_text_contrast": (2, r"no gradient from objective=patch_text_contrast"),
     f"{JOINT}encoder=patch {STAGE}.module=vlmlab.engine.contrastive.ContrastiveModule": (2, r"wants one tower"),
+    f"{JOINT}{STAGE}.module=vlmlab.recipe.alignment.AlignmentModule": (
+        2, r"joint.module=.*AlignmentModule is now vlmlab.engine.alignment.AlignmentModule; write",
+    ),
     f"{JOINT}adapter=soft_prompt adapter.parts=[encoder]": (2, r"soft_prompt is read by the LM alone"),
     f"{JOINT}adapter=lora adapter.parts=[connector]": (2, r"no list of towers; set adapter.parts"),
     f"{JOINT}adapter=lora adapter.parts=lm": (2, r"no list of towers; set adapter.parts"),
