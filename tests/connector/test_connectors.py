@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -13,18 +14,25 @@ from tests.tiny import choices, spread, worst
 from torch.nn import functional as F
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
+from vlmlab.connector.ldp import LdpConnector
 from vlmlab.connector.mlp import MlpConnector
 from vlmlab.connector.qformer import QFormerConnector
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Visual
 
 
+def seeking(seen: Visual) -> Visual:
+    """With a gradient at the features, so that a connector without weights has one too."""
+    seen.grids[0].requires_grad_()
+    return seen
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("path", choices("connector"), ids=lambda p: p.stem)
 def test_every_connector_gives_the_tokens_it_promises(path: object, layers: int) -> None:
     connector = instantiate(OmegaConf.load(path), in_width=32 * layers, out_width=24)
-    tokens = connector(visual(layers))
-    assert tokens.shape == (3, connector.tokens_per_image((4, 4)), 24)
+    tokens = connector(seeking(visual(layers)))
+    assert tokens.shape == (3, connector.tokens_per_image((4, 4)), connector.width or 24)
     tokens.square().sum().backward()
     assert [n for n, p in connector.named_parameters() if p.grad is None] == []
 
@@ -42,7 +50,7 @@ def test_images_do_not_see_each_other(path: object) -> None:
 def test_every_connector_trains_in_bf16(path: object) -> None:
     connector = instantiate(OmegaConf.load(path), in_width=32, out_width=24)
     with torch.autocast("cpu", torch.bfloat16):
-        tokens = connector(visual())
+        tokens = connector(seeking(visual()))
     tokens.float().square().sum().backward()
     assert torch.isfinite(tokens).all()
     assert [n for n, p in connector.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
@@ -60,17 +68,50 @@ def test_any_grid_gives_its_tokens_or_is_refused_by_the_key(path: object, hw: tu
         with pytest.raises((UserError, RuntimeError)):
             connector(visual(hw=hw))
         return
-    assert connector(visual(hw=hw)).shape == (3, promised, 24)
+    assert connector(visual(hw=hw)).shape == (3, promised, connector.width or 24)
 
 
 @pytest.mark.parametrize("path", choices("connector"), ids=lambda p: p.stem)
 def test_every_feature_matters(path: object) -> None:
     """A connector that drops part of the image would show a feature without gradient."""
     connector = spread(instantiate(OmegaConf.load(path), in_width=32, out_width=24))
-    seen = visual()
-    seen.grids[0].requires_grad_()
-    (connector(seen) * torch.randn(24, generator=torch.Generator().manual_seed(1))).sum().backward()
+    seen = seeking(visual())
+    weights = torch.randn(connector.width or 24, generator=torch.Generator().manual_seed(1))
+    (connector(seen) * weights).sum().backward()
     assert (seen.grids[0].grad.abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("hw", [(4, 4), (4, 6), (6, 2), (5, 3)], ids=str)
+@pytest.mark.parametrize("path", choices("connector"), ids=lambda p: p.stem)
+def test_a_token_of_the_grid_reads_its_own_part_of_the_picture(path: object, hw: tuple[int, int]) -> None:
+    """The features that move a token most stand where the token does; ldp's windows reach one further."""
+    connector = spread(instantiate(OmegaConf.load(path), in_width=32, out_width=24))
+    try:
+        count = connector.tokens_per_image(hw)
+    except UserError:
+        return
+    grid = connector.grid(hw)
+    if grid is None:
+        return
+    assert grid[0] * grid[1] == count
+    seen = seeking(visual(images=1, hw=hw))
+    tokens = connector(seen)[0].unflatten(0, grid)
+    steps = [-(-side // tokens_on_it) for side, tokens_on_it in zip(hw, grid, strict=True)]
+    for r, c in itertools.product(range(grid[0]), range(grid[1])):
+        (moved,) = torch.autograd.grad(tokens[r, c].square().sum(), seen.grids[0], retain_graph=True)
+        row, column = divmod(int(moved.norm(dim=-1).argmax()), hw[1])
+        reach = 1 if isinstance(connector, LdpConnector) else 0
+        for at, place, step in ((row, r, steps[0]), (column, c, steps[1])):
+            assert place * step - reach <= at < (place + 1) * step + reach, f"token {r}, {c} reads {row}, {column}"
+
+
+def test_who_has_a_grid() -> None:
+    found = {path.stem for path in choices("connector") if _grid(path) is not None}
+    assert found == {"none", "linear", "mlp", "pool", "pixel_shuffle", "ldp", "attention_pool", "sum"}
+
+
+def _grid(path: object) -> tuple[int, int] | None:
+    return instantiate(OmegaConf.load(path), in_width=32, out_width=24).grid((4, 4))
 
 
 @torch.no_grad()

@@ -80,3 +80,10 @@ def test_wrong_keys_are_refused() -> None:
         connector(tokenize="hard")
     with pytest.raises(UserError, match=r"connector\.stride=0"):
         connector(stride=0)
+
+
+def test_indicators_have_no_place_in_the_grid() -> None:
+    for stride, want in ((1, (3, 5)), (2, (2, 3))):
+        alone = OvisConnector(32, 24, words=8, stride=stride, indicators=False)
+        assert alone.grid((3, 5)) == want and alone.tokens_per_image((3, 5)) == want[0] * want[1]
+        assert OvisConnector(32, 24, words=8, stride=stride).grid((3, 5)) is None

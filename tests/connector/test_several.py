@@ -15,6 +15,7 @@ from vlmlab.contracts.errors import UserError
 
 MLP = {"_target_": "vlmlab.connector.mlp.MlpConnector", "depth": 1}
 POOL = {"_target_": "vlmlab.connector.pool.PoolConnector", "side": 2}
+AS_THEY_ARE = {"_target_": "vlmlab.connector.none.NoConnector"}
 SHUFFLE = {"_target_": "vlmlab.connector.pixel_shuffle.PixelShuffleConnector"}
 
 
@@ -69,3 +70,24 @@ def test_the_instruction_reaches_the_part_that_reads_it() -> None:
     assert connector.reads_instruction and not several(StackConnector, pool=POOL).reads_instruction
     said = torch.tensor([[5, 7], [6, -1], [8, -1]])
     assert connector(visual(), said)[:, 4, 0].tolist() == [5, 6, 8]
+
+
+def test_the_grid_is_that_of_all_parts() -> None:
+    reader = {"_target_": "tests.connector.features.Reader"}
+    assert several(SumConnector, pool=POOL, layout=SHUFFLE).grid((4, 4)) == (2, 2)
+    assert several(SumConnector, pool={**POOL, "side": 1}, reader=reader).grid((4, 4)) is None
+    tall = {**POOL, "side": None}  # 2 x 3 of 4 x 6
+    assert several(SumConnector, tall=tall, layout=SHUFFLE).grid((4, 6)) == (2, 3)
+    assert several(StackConnector, whole=MLP).grid((4, 6)) == (4, 6)
+    assert several(StackConnector, pool=POOL, whole=MLP).grid((4, 4)) is None
+
+
+@torch.no_grad()
+def test_the_width_is_that_of_all_parts() -> None:
+    assert several(StackConnector, pool=POOL).width is None
+    features = several(StackConnector, a=AS_THEY_ARE, b=AS_THEY_ARE)
+    assert features.width == 32 == features(visual()).shape[-1]
+    with pytest.raises(UserError, match=r"different widths \(pool 24, raw 32\)"):
+        SumConnector(32, 24, {"pool": POOL, "raw": AS_THEY_ARE})
+    equal = StackConnector(24, 24, {"pool": POOL, "raw": AS_THEY_ARE})
+    assert equal.width is None

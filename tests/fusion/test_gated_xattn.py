@@ -79,6 +79,19 @@ def test_a_text_gets_the_feed_forward_layer_alone() -> None:
     assert tiny.worst(model(collator(model)([TEXT_ONLY])).logits, alone) > 1e-3
 
 
+@torch.no_grad()
+def test_places_tell_equal_tokens_apart() -> None:
+    for positions in (True, False):
+        model = gated(positions=positions)
+        batch = collator(model)([ONE_TURN])
+        seen = model.see(batch)
+        assert seen.tokens is not None
+        seen.tokens[:] = seen.tokens[:, :1]
+        memory = model.fusion.memory(seen, batch).tensors
+        for name in ("keys.0", "values.0"):
+            assert (len(memory[name][0].unique(dim=0)) == 16) is positions
+
+
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(UserError, match=r"fusion.norm=batch is unknown; choose layer or rms"):
         gated(norm="batch")
@@ -86,3 +99,6 @@ def test_what_cannot_be_is_said() -> None:
         gated(heads=3, head_width=None)
     with pytest.raises(UserError, match=r"fusion.gate=none is unknown"):
         gated(gate="none")
+    for key in ("heads", "head_width", "hidden"):
+        with pytest.raises(UserError, match=rf"fusion.{key}=0 is not possible"):
+            gated(**{key: 0})

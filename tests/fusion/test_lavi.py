@@ -191,6 +191,10 @@ def test_what_cannot_be_is_said() -> None:
         lavi(connector=reader, conditioner="conv")
     with pytest.raises(UserError, match=r"fusion.heads=5 does not divide fusion.width=12"):
         lavi(heads=5)
+    lavi(heads=5, conditioner="mlp")  # it has none
+    for key in ("width", "heads", "hidden", "kernel"):
+        with pytest.raises(UserError, match=rf"fusion.{key}=0 is not possible"):
+            lavi(**{key: 0})
     with pytest.raises(UserError, match=r"fusion.every=9 leaves no layer of 4"):
         lavi(every=9)
     with pytest.raises(UserError, match=r"fusion.layers=\[4\] names a layer that is not there"):

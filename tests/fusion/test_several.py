@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from tests import tiny
+from tests.test_conf import composed
 from tests.tiny import SAMPLES, collator
 
 from vlmlab.contracts.errors import UserError
@@ -57,3 +59,35 @@ def test_order_and_company() -> None:
     with pytest.raises(UserError, match=r"fusion.parts lists no fusion"):
         SeveralFusion({"a": None})
     assert SeveralFusion({"a": None, "norms": LaViFusion(ImagesBefore())}).starts_as == "text_only"
+    for name in ("low.er", "keys", 7):
+        with pytest.raises(UserError, match=rf"fusion.parts cannot have a part named {name!r}; give it another"):
+            SeveralFusion({name: ConcatFusion()})
+
+
+def test_any_fusion_is_added_on_the_command_line() -> None:
+    fusion = instantiate(
+        composed(
+            "fusion=emma", "fusion.parts.mixing=null", "+fusion@fusion.parts.norms=lavi",
+            "memory_mask@fusion.parts.norms.sees=latest", "fusion.parts.norms.every=2",
+        ).fusion
+    )  # fmt: skip
+    assert list(fusion.parts) == ["concat", "norms"] and not fusion.reads_text
+    norms = fusion.parts["norms"]
+    assert isinstance(norms, LaViFusion) and isinstance(norms.sees, LatestImage) and norms.every == 2
+    model = tiny.vlm(fusion=fusion)
+    assert len(norms.norms) == 4 and model.tokens_per_image == 16
+
+
+@torch.no_grad()
+def test_parts_of_parts_have_keys_of_their_own() -> None:
+    inner = SeveralFusion({"a": LaViFusion(ImagesBefore(), layers=[0]), "b": LaViFusion(ImagesBefore(), layers=[0])})
+    model = tiny.vlm(fusion=SeveralFusion({"inner": inner, "tokens": ConcatFusion()}))
+    batch = collator(model)(SAMPLES)
+    assert list(model.fusion.memories(model.see(batch), batch)) == ["fusion.inner.a", "fusion.inner.b"]
+    before = model(batch).logits
+    assert torch.equal(before, tiny.vlm()(batch).logits)
+    for name in ("a", "b"):  # both at the same norm
+        tiny.spread(inner.parts[name], seed=4)
+        after = model(batch).logits
+        assert tiny.worst(before, after) > 1e-3
+        before = after

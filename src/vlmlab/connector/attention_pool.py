@@ -53,6 +53,10 @@ class AttentionPoolConnector(Connector):
         """The grid divided by the window, rounded up on each side."""
         return -(-hw[0] // self.window) * -(-hw[1] // self.window)
 
+    def grid(self, hw: tuple[int, int]) -> tuple[int, int]:
+        """That of the windows."""
+        return -(-hw[0] // self.window), -(-hw[1] // self.window)
+
     def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
         """(I, M, D) visual tokens; the instruction is not used."""
         grid = as_grid(visual)  # (I, R, C, Dv)

@@ -64,6 +64,10 @@ class OvisConnector(Connector):
         """One token per block of features, and the two indicators."""
         return -(-hw[0] // self.stride) * -(-hw[1] // self.stride) + self.indicators
 
+    def grid(self, hw: tuple[int, int]) -> tuple[int, int] | None:
+        """That of the blocks; none with indicators, which have no place in the picture."""
+        return None if self.indicators else (-(-hw[0] // self.stride), -(-hw[1] // self.stride))
+
     def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
         """(I, M, D) visual tokens; the instruction is not used."""
         words = self.probabilities(visual)  # (I, M', K)

@@ -29,7 +29,7 @@ class StackConnector(Connector):
             ``_recursive_: false`` in the YAML.
 
     Raises:
-        UserError: `parts` is empty or a part is no connector.
+        UserError: `parts` is empty, a part is no connector, or their tokens are of several widths.
     """
 
     def __init__(self, in_width: int, out_width: int, parts: Mapping[str, Any]) -> None:
@@ -40,10 +40,24 @@ class StackConnector(Connector):
         built = {name: built_part(name, part, in_width, out_width) for name, part in chosen.items()}
         self.parts = nn.ModuleDict(built)
         self.reads_instruction = any(part.reads_instruction for part in built.values())
+        widths = {name: out_width if part.width is None else part.width for name, part in built.items()}
+        if len(set(widths.values())) > 1:
+            found = ", ".join(f"{name} {width}" for name, width in widths.items())
+            raise UserError(f"connector.parts give tokens of different widths ({found}); leave out or change a part.")
+        self._width = None if out_width in widths.values() else next(iter(widths.values()))
+
+    @property
+    def width(self) -> int | None:
+        """That of the parts' tokens, where it is not the LM's."""
+        return self._width
 
     def tokens_per_image(self, hw: tuple[int, int]) -> int:
         """The sum of the parts' tokens."""
         return sum(self._tokens(hw).values())
+
+    def grid(self, hw: tuple[int, int]) -> tuple[int, int] | None:
+        """That of a single part; the tokens of several stand in no one grid."""
+        return self._grids(hw)[0] if len(self.parts) == 1 else None
 
     def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
         """(I, M, D) visual tokens; every part gets the instruction."""
@@ -51,6 +65,9 @@ class StackConnector(Connector):
 
     def _each(self, visual: Visual, instruction: Tensor | None) -> list[Tensor]:
         return [part(visual, instruction) for part in self.parts.values()]
+
+    def _grids(self, hw: tuple[int, int]) -> list[tuple[int, int] | None]:
+        return [part.grid(hw) for part in self.parts.values() if isinstance(part, Connector)]
 
     def _tokens(self, hw: tuple[int, int]) -> dict[str, int]:
         counts = {}
@@ -100,6 +117,11 @@ class SumConnector(StackConnector):
                 "change a part or use connector=stack."
             )
         return next(iter(counts.values()))
+
+    def grid(self, hw: tuple[int, int]) -> tuple[int, int] | None:
+        """That of all parts, where they agree."""
+        first, *others = self._grids(hw)
+        return first if all(other == first for other in others) else None
 
     def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
         """(I, M, D) visual tokens; every part gets the instruction."""

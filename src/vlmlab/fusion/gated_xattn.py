@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen
+from vlmlab.fusion.base import check_counts
 from vlmlab.lm.inside import chosen_layers, look, memory_tokens, open_ports, token_places
 
 
@@ -37,7 +38,8 @@ class GatedCrossAttention(Fusion):
             ours: nothing else tells places apart that the encoder's features do not.
 
     Raises:
-        UserError: an unknown norm, mlp or gate; from ``attach``: a layer that does not exist.
+        UserError: an unknown norm, mlp or gate, or a count below 1; from ``attach``: a layer that does not exist, or
+            heads that do not divide the LM's width.
     """
 
     reads = "tokens"
@@ -62,6 +64,9 @@ class GatedCrossAttention(Fusion):
         for key, value, known in (("norm", norm, NORMS), ("mlp", mlp, ("gelu", "swiglu")), ("gate", gate, GATES)):
             if value not in known:
                 raise UserError(f"fusion.{key}={value} is unknown; choose {' or '.join(known)}.")
+        check_counts(heads=heads, head_width=head_width)
+        if hidden <= 0:
+            raise UserError(f"fusion.hidden={hidden} is not possible; give the multiple of the LM's width, as 4.")
         self.sees = sees
         self.every, self.layers = every, layers
         self.shape = heads, head_width

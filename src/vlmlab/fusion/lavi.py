@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen
+from vlmlab.fusion.base import check_counts
 from vlmlab.lm.inside import chosen_layers, look, memory_tokens, open_ports, seen_in_row, token_places
 
 SUBLAYERS = {"both": ("norm.attention", "norm.mlp"), "attention": ("norm.attention",), "mlp": ("norm.mlp",)}
@@ -48,8 +49,8 @@ class LaViFusion(Fusion):
             ours: nothing else tells places apart that the encoder's features do not.
 
     Raises:
-        UserError: an unknown choice; from ``attach``: a layer that does not exist, heads that do not divide the width,
-            or a grid that conv lacks.
+        UserError: an unknown choice, or a count below 1; from ``attach``: a layer that does not exist, heads that do
+            not divide the width, or a grid that conv lacks.
     """
 
     reads = "tokens"
@@ -79,6 +80,7 @@ class LaViFusion(Fusion):
             raise UserError(
                 "fusion.scale=false and fusion.shift=false leave vision no way in; set one of them to true."
             )
+        check_counts(width=width, heads=heads, hidden=hidden, kernel=kernel)
         self.sees = sees
         self.every, self.layers, self.sublayers = every, layers, sublayers
         self.scale, self.shift = scale, shift
@@ -96,8 +98,6 @@ class LaViFusion(Fusion):
         self.project = nn.Linear(model.token_width, c)
         self.register_buffer("places", token_places(model, self.positions, c), persistent=False)
         heads = self.heads or max(1, c // 64)
-        if c % heads:
-            raise UserError(f"fusion.heads={heads} does not divide fusion.width={c}; choose a divisor.")
         self.norms = nn.ModuleList()
         for layer in chosen_layers(len(ports), self.every, self.layers):
             for where in SUBLAYERS[self.sublayers]:
@@ -160,6 +160,8 @@ class AttentionConditioner(Conditioner):
 
     def __init__(self, c: int, heads: int, *_: object) -> None:
         super().__init__()
+        if c % heads:
+            raise UserError(f"fusion.heads={heads} does not divide fusion.width={c}; choose a divisor.")
         self.heads = heads
         self.q, self.k, self.v, self.out = (nn.Linear(c, c, bias=False) for _ in range(4))
 

@@ -14,14 +14,14 @@ from vlmlab.contracts.tensors import Batch, Memory, Seen, Visual
 class SeveralFusion(Fusion):
     """Fusions in order: features pass through each, then embeddings; every memory reaches its own blocks.
 
-    It starts as "concat" where one part puts tokens into the sequence and the others change nothing at first, as
-    "text_only" where none does, and as "nothing" as soon as a part does.
+    It starts as the part that puts tokens into the sequence does, since the others change nothing at first; as
+    "text_only" where there is none, and as "nothing" as soon as a part does.
 
     Args:
         parts: name -> fusion, in their order; null leaves one out.
 
     Raises:
-        UserError: no part, or two that put tokens into the sequence.
+        UserError: no part, two that put tokens into the sequence, or a name that cannot be one of a module.
     """
 
     reads = "tokens"
@@ -35,10 +35,15 @@ class SeveralFusion(Fusion):
                 f"has {' and '.join(within)}, which both put tokens into the sequence" if within else "lists no fusion"
             )
             raise UserError(f"fusion.parts {found}; give one or more, of which at most one does that.")
-        self.parts = nn.ModuleDict(chosen)
+        self.parts = nn.ModuleDict()
+        for name, part in chosen.items():
+            try:
+                self.parts[name] = part
+            except (KeyError, TypeError) as error:  # a dot, a number, or a name that a ModuleDict has itself
+                raise UserError(f"fusion.parts cannot have a part named {name!r}; give it another name.") from error
         starts = {part.starts_as for part in chosen.values()}
         self.in_sequence = bool(within)
-        self.starts_as = "nothing" if "nothing" in starts else "concat" if within else "text_only"
+        self.starts_as = "nothing" if "nothing" in starts else chosen[within[0]].starts_as if within else "text_only"
         self.reads_text = any(part.reads_text for part in chosen.values())
 
     def _each(self) -> list[Fusion]:
