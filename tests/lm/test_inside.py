@@ -87,7 +87,8 @@ class Block(nn.Module):
         spread(self, seed, 0.3)
 
     def forward(self, *given: Tensor, layout: Layout, memory: Memory) -> Tensor:
-        self.shapes.append([tuple(t.shape) for t in given])
+        if not torch.compiler.is_compiling():
+            self.shapes.append([tuple(t.shape) for t in given])
         assert layout.kind.shape == given[0].shape[:2] == memory.sees.shape[:2]
         q = self.query(given[0]).unflatten(-1, (HEADS, DH))
         return given[-1] + self.back(look(q, memory.tensors["k"], memory.tensors["v"], memory))
