@@ -30,8 +30,8 @@ import numpy as np
 from PIL import Image as Pillow
 
 from vlmlab.contracts.sample import Image, SampleSource
-from vlmlab.data.llava import LlavaJson
-from vlmlab.data.tar import TarShards, write_shard
+from vlmlab.data.readers.llava import LlavaJson
+from vlmlab.data.readers.tar import TarShards, write_shard
 from vlmlab.encoder.preprocess import Preprocess
 
 ROW_GROUP = 100
@@ -85,7 +85,7 @@ def parquet(folder: Path, pictures: Sequence[bytes]) -> SampleSource:
     import pyarrow
     import pyarrow.parquet
 
-    from vlmlab.data.parquet import LlavaParquet
+    from vlmlab.data.readers.parquet import LlavaParquet
 
     rows = [{**record(n), "image": {"bytes": picture, "path": f"{n:06d}.jpg"}} for n, picture in enumerate(pictures)]
     table = pyarrow.Table.from_pylist(rows)

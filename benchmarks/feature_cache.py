@@ -37,7 +37,7 @@ from vlmlab.encoder.scratch import ScratchEncoder
 from vlmlab.runs import names as names  # registers the resolvers
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
-from vlmlab.towers import embedded, quiet
+from vlmlab.towers.source import embedded, quiet
 from vlmlab.train.run import train
 
 CELLS = tuple((connector, mask) for connector in ("mlp", "linear") for mask in ("bidir", "causal"))

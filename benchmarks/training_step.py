@@ -53,14 +53,14 @@ from vlmlab.contracts.tensors import Batch
 from vlmlab.data.module import Window, Windows, step_loader
 from vlmlab.data.sampler import Order
 from vlmlab.encoder.hf import HfEncoder
+from vlmlab.engine.instruction import InstructionTuningModule
+from vlmlab.engine.weights import Trainee
 from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.lm.scratch import train_tokenizer
 from vlmlab.mask.causal import Causal
-from vlmlab.model import VLM
-from vlmlab.recipe.instruction import InstructionTuningModule
+from vlmlab.model.vlm import VLM
 from vlmlab.recipe.stage import Stage
-from vlmlab.train.weights import Trainee
 
 RATE, CLIP, BETAS = 1e-4, 1.0, (0.9, 0.999)
 TEXT = """what which where how many is are the a of in on and with two three red blue green white small large old young
@@ -152,7 +152,7 @@ def stage(steps: int, batch: int) -> Stage:
     return Stage(
         index=0,
         name="tune",
-        module="vlmlab.recipe.instruction.InstructionTuningModule",
+        module="vlmlab.engine.instruction.InstructionTuningModule",
         train={"encoder": RATE, "connector": RATE, "lm": RATE},
         data="conversations",
         objective={"_target_": "vlmlab.objective.lm.LanguageModelling"},

@@ -31,7 +31,7 @@ from IPython.display import HTML
 from vlmlab.cli.conf import conf_folder
 from vlmlab.contracts.sample import Sample
 from vlmlab.data.world.sources import LooseCaptions, WorldCaptions, WorldInstruct, WorldInterleaved, WorldQuestions
-from vlmlab.inspection import inspect_stage, write_page
+from vlmlab.inspect.inspection import inspect_stage, write_page
 from vlmlab.recipe.stage import parse
 
 

@@ -4,35 +4,85 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "vlmlab"
-CHOICES = ("encoder", "connector", "lm", "mask", "fusion", "objective", "adapter", "recipe")
+FILES = sorted(PACKAGE.rglob("*.py"))
+CHOICES = ("encoder", "connector", "lm", "mask", "fusion", "objective", "adapter")
 """Config groups whose choices are plug-ins of the folder of the same name."""
 RANKS = (
     {"contracts"},
-    {"data", "runs", "cache", "digest", "towers", "blueprint"},
+    {"data", "recipe", "runs", "cache", "digest", "towers"},
     {"encoder", "connector", "lm", "mask", "fusion", "objective", "adapter"},
     {"model"},
-    {"recipe"},
-    {"train", "evaluate", "analyse"},
-    {"loading", "export", "inspection", "simulation", "plan", "remedies"},
+    {"engine"},
+    {"plan", "inspect", "evaluate", "analyse", "loading", "export", "towers.rebuild"},
+    {"train"},
     {"cli", "__init__"},
 )
-"""From the bottom up; a folder or module imports its own rank and those below it. A new one has to be given a place."""
+"""From the bottom up; a folder or module imports its own rank and those below it. A new one has to be given a place.
+A module that stands higher than its folder is named with it."""
+RANK = {name: place for place, names in enumerate(RANKS) for name in names}
 
 
-def imports(path: Path) -> Iterator[str]:
-    """The modules that a file imports, wherever in the file, and all that it takes from them."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(path: Path, for_types: bool = True) -> Iterator[str]:
+    """The modules that a file imports, wherever in the file, and all that it takes from them.
+
+    Args:
+        path: the file.
+        for_types: whether ``if TYPE_CHECKING:`` counts.
+    """
+    ahead: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    for node in ahead:
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
         elif isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
+        skip = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not for_types
+        ahead.extend(() if skip else ast.iter_child_nodes(node))
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    paths = {".".join(("vlmlab", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES}
+    return {name.removesuffix(".__init__"): path for name, path in paths.items()}
+
+
+def imported(path: Path) -> set[str]:
+    """The package's modules that a file imports, anywhere but for the type checker's sake."""
+    taken = modules().keys() & set(imports(path, for_types=False))
+    folders = {name for name in taken if any(other.startswith(name + ".") for other in taken)}
+    return taken - folders  # ``from vlmlab.engine import rng`` takes the module, the folder is only passed through
+
+
+def circles(graph: Mapping[str, set[str]]) -> Iterator[list[str]]:
+    """One circle for every knot of modules that reach each other, from its first module in the alphabet."""
+    seen: set[str] = set()
+    for start in sorted(graph):
+        way: dict[str, str] = {}  # module -> the one that imports it on the shortest way from here
+        ahead = deque([start])
+        while start not in way and ahead:
+            module = ahead.popleft()
+            fresh = sorted(graph[module] - way.keys())
+            way |= dict.fromkeys(fresh, module)
+            ahead.extend(fresh)
+        if start in way and start not in seen:
+            circle = [way[start]]
+            while circle[-1] != start:
+                circle.append(way[circle[-1]])
+            seen |= set(circle)
+            yield circle[::-1]
+
+
+def rank(name: str) -> int:
+    """The place of a dotted name inside the package."""
+    parts = name.split(".")
+    return RANK.get(".".join(parts[:2]), RANK[parts[0]])
 
 
 def plugins() -> list[str]:
@@ -52,9 +102,23 @@ def test_no_plugin_imports_another(plugin: str) -> None:
     assert not others & set(imports(path)), "share it in a module that is no plug-in"
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_imports_go_downwards(path: Path) -> None:
-    rank = {name: place for place, names in enumerate(RANKS) for name in names}
-    own = rank[path.relative_to(PACKAGE).with_suffix("").parts[0]]
-    taken = {name.split(".")[1] for name in imports(path) if name.startswith("vlmlab.")}
-    assert not {name for name in taken if rank[name] > own}
+    own = rank(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+    taken = {name.removeprefix("vlmlab.") for name in imports(path) if name.startswith("vlmlab.")}
+    assert not {name for name in taken if rank(name) > own}
+
+
+@pytest.mark.parametrize("folder", ["recipe", "data"])
+def test_what_a_recipe_says_and_where_samples_come_from_know_the_contracts_alone(folder: str) -> None:
+    taken = {name for path in (PACKAGE / folder).rglob("*.py") for name in imports(path) if name.startswith("vlmlab.")}
+    assert {name.split(".")[1] for name in taken} <= {"contracts", folder}
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    found = list(circles({name: imported(path) for name, path in modules().items()}))
+    assert not found, "\n".join(" -> ".join([*circle, circle[0]]) for circle in found)
+
+
+def test_a_circle_is_found_where_there_is_one() -> None:
+    assert list(circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}})) == [["b", "c"]]

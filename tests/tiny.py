@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from vlmlab.connector.mlp import MlpConnector
+from vlmlab.contracts.parts import Mask
 from vlmlab.contracts.sample import Image, Sample, Turn
 from vlmlab.contracts.tensors import Batch, Layout
 from vlmlab.data.chat import ChatEncoder
@@ -43,9 +44,8 @@ from vlmlab.encoder.hf import HfEncoder
 from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.lm.scratch import train_tokenizer
-from vlmlab.mask.base import Mask
 from vlmlab.mask.bidir import Bidirectional
-from vlmlab.model import VLM, build_collator
+from vlmlab.model.vlm import VLM, build_collator
 
 CONF = Path(__file__).parent.parent / "conf"
 SIZE, PATCH = 64, 16

@@ -24,10 +24,10 @@ from vlmlab.contracts.parts import Encoder
 from vlmlab.encoder.multi import MultiEncoder
 from vlmlab.encoder.preprocess import Preprocess
 from vlmlab.encoder.tower import TowerEncoder
-from vlmlab.model import VLM
+from vlmlab.model.vlm import VLM
 from vlmlab.runs.files import is_free, share
 from vlmlab.runs.folder import RunFolder
-from vlmlab.towers import save_tower
+from vlmlab.towers.source import save_tower
 
 PROCESSORS: dict[type[nn.Module], str] = {
     SiglipVisionModel: "SiglipImageProcessor",
@@ -51,7 +51,7 @@ def export(run: str | Path, folder: str | Path) -> dict[str, Path]:
         CheckpointError: the run is not finished, or its files do not fit.
         UserError: there is no such run, or the folder has files in it.
     """
-    from vlmlab.train.run import load_trained
+    from vlmlab.engine.restore import load_trained
 
     cfg = OmegaConf.create(RunFolder(Path(run)).finished())
     _check_empty(Path(folder))

@@ -22,10 +22,10 @@ from transformers import GenerationConfig
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
 from vlmlab.data.images import from_pillow, load_image
-from vlmlab.model import VLM, build_collator
+from vlmlab.engine import rng
+from vlmlab.engine.restore import load_trained
+from vlmlab.model.vlm import VLM, build_collator
 from vlmlab.runs.folder import RunFolder
-from vlmlab.train import rng
-from vlmlab.train.run import load_trained
 
 Picture: TypeAlias = "str | Path | Pillow.Image | Image"
 """A file, a Pillow image, or (H, W, 3) uint8."""

@@ -20,7 +20,7 @@ from vlmlab.encoder.hf import HfEncoder
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.mask.bidir import Bidirectional
 from vlmlab.mask.causal import Causal
-from vlmlab.model import VLM
+from vlmlab.model.vlm import VLM
 
 
 def stirred(module: nn.Module, seed: int = 3) -> int:

@@ -34,14 +34,14 @@ from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.contracts.tensors import Layout
 from vlmlab.encoder.embedded import EmbeddedEncoder
 from vlmlab.encoder.hf import HfEncoder
+from vlmlab.engine.stage import StageModule
+from vlmlab.engine.weights import Trainee
 from vlmlab.lm.embedded import EmbeddedLanguageModel
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.mask.bidir import Bidirectional
-from vlmlab.model import VLM
-from vlmlab.recipe.base import StageModule
+from vlmlab.model.vlm import VLM
 from vlmlab.recipe.stage import Stage
 from vlmlab.train.resume import content_of, load_last, save_last
-from vlmlab.train.weights import Trainee
 
 KINDS = [path for path in choices("adapter") if path.stem != "none"]
 LM_LOSS = {"_target_": "vlmlab.objective.lm.LanguageModelling", "weight": 1.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,13 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.rules import (
-    ASVR,
-    CLIP,
     CONTRASTIVE,
     LANGUAGE,
-    MMA,
-    MULTI,
-    PATCH,
-    PATCH_TEXT,
-    QUERY_TEXT,
-    SHOWS_PROMPT,
-    SIGLIP,
-    SOFT_PROMPT,
     check,
     choices_of,
     compiler_at_hand,
@@ -35,7 +26,19 @@ from vlmlab.cli.rules import (
     offers,
 )
 from vlmlab.runs import names as names  # registers the resolvers
-from vlmlab.runs.config import plain
+from vlmlab.runs.config import leaves, plain
+
+SIGLIP = "vlmlab.objective.siglip.Siglip"
+CLIP = "vlmlab.objective.clip.Clip"
+QUERY_TEXT = "vlmlab.objective.query_text.QueryTextAlignment"
+PATCH_TEXT = "vlmlab.objective.patch_text_contrast.PatchTextContrast"
+ASVR = "vlmlab.objective.asvr.SemanticReconstruction"
+PATCH = "vlmlab.encoder.patch.PatchEncoder"
+MULTI = "vlmlab.encoder.multi.MultiEncoder"
+MMA = "vlmlab.adapter.mma.MmaAdapter"
+CONTROL = "vlmlab.mask.visual_rows_open.VisualRowsOpen"
+SOFT_PROMPT = "vlmlab.adapter.soft_prompt.SoftPromptAdapter"
+FUSIONS = {path.stem: plain(OmegaConf.load(path)) for path in (conf_folder() / "fusion").glob("*.yaml")}
 
 GOOD: dict[str, Any] = {
     "seed": 0,
@@ -55,10 +58,16 @@ GOOD: dict[str, Any] = {
 CHOICES = {"fusion": "concat", "mask": "bidir", "hydra/launcher": "pool", "_mode": "RUN"}
 
 
-def refused(changes: dict[str, Any], choices: dict[str, Any] | None = None) -> str:
+def changed(changes: dict[str, Any], choices: dict[str, Any] | None) -> DictConfig:
     cfg = OmegaConf.create(copy.deepcopy(GOOD))
-    for key, value in changes.items():
+    fusion = FUSIONS[(CHOICES | (choices or {}))["fusion"]]
+    for key, value in ({"fusion": fusion} | changes).items():
         OmegaConf.update(cfg, key, value, merge=False)
+    return cfg
+
+
+def refused(changes: dict[str, Any], choices: dict[str, Any] | None = None) -> str:
+    cfg = changed(changes, choices)
     with pytest.raises(ConfigError) as caught:
         check(cfg, plain(cfg), CHOICES | (choices or {}))
     sentence = str(caught.value)
@@ -69,7 +78,7 @@ def refused(changes: dict[str, Any], choices: dict[str, Any] | None = None) -> s
 def test_a_good_composition_passes() -> None:
     cfg = OmegaConf.create(GOOD)
     check(cfg, plain(cfg), CHOICES)
-    check(cfg, plain(cfg), CHOICES | {"fusion": "none"})  # the LM still learns
+    passes({}, {"fusion": "none"})  # the LM still learns
 
 
 @pytest.mark.parametrize(
@@ -83,8 +92,11 @@ def test_a_good_composition_passes() -> None:
         ({"trainer.workers": -1}, "trainer.workers=-1"),
         ({"budget.steps_scale": 0}, "budget.steps_scale=0"),
         ({"budget.eval_limit": 0}, "budget.eval_limit=0"),
-        ({"mask._target_": "vlmlab.mask.visual_rows_open.VisualRowsOpen"}, "visual_rows_open leaks"),
-        ({"recipe.stages.tune.mask": {"_target_": "vlmlab.mask.visual_rows_open.X"}}, "recipe.stages.tune.mask="),
+        ({"mask._target_": CONTROL}, "visual_rows_open leaks"),
+        (
+            {"recipe.stages.tune.mask": {"_target_": "vlmlab.mask.visual_rows_open.VisualRowsOpen"}},
+            "recipe.stages.tune.mask=",
+        ),
         ({"data.train.short.path": "/no/such"}, "data.train.short.path=/no/such does not exist"),
         ({"recipe.stages.align.train": {"brain": 1e-3}}, "brain"),
         ({"recipe.stages.align.data": "shrot"}, "recipe.stages.align.data=shrot"),
@@ -132,9 +144,7 @@ def test_a_file_that_is_there_passes(tmp_path: Path) -> None:
 
 
 def passes(changes: dict[str, Any], choices: dict[str, Any] | None = None) -> None:
-    cfg = OmegaConf.create(copy.deepcopy(GOOD))
-    for key, value in changes.items():
-        OmegaConf.update(cfg, key, value, merge=False)
+    cfg = changed(changes, choices)
     check(cfg, plain(cfg), CHOICES | (choices or {}))
 
 
@@ -158,7 +168,7 @@ TEXT = {"recipe.stages.tune.prompt": "text"}
 def test_a_prompt_that_is_learnt_is_not_shown(mask: str) -> None:
     passes({"mask": MASKS[mask]})
     passes({"mask": MASKS[mask], "recipe.stages.tune.prompt": "plain"})
-    if mask in SHOWS_PROMPT:
+    if declared(MASKS[mask]["_target_"], "shows_prompt"):
         words = f"recipe.stages.tune.prompt=text learns the words of the prompt, which mask={mask} shows"
         assert refused({"mask": MASKS[mask], **TEXT}).startswith(words)
     else:
@@ -202,7 +212,7 @@ def test_a_cache_of_impossible_values(key: str, value: Any) -> None:
 
 def test_a_cache_wants_a_whole_tower() -> None:
     off = {"_target_": "vlmlab.cache.none.NoCache"}
-    blind, patches = {"_target_": "vlmlab.fusion.none.NoFusion"}, {"_target_": PATCH}
+    blind, patches = FUSIONS["none"], {"_target_": PATCH}
     chosen = {"cache": "disk", "fusion": "none"}
     assert "cache=disk keeps what an encoder sees and fusion=none has none" in refused(
         {"cache": DISK, "fusion": blind}, chosen
@@ -339,15 +349,57 @@ def test_samples_are_compared_within_one_micro_batch() -> None:
     passes({**of_align(LM["_target_"], ASVR), **HEADS, f"{ALIGN}.accumulate": 2})
 
 
-def test_what_is_read_from_a_source_file_is_so() -> None:
-    """The rules know a class by its text; here is the class itself."""
+@pytest.mark.parametrize("target", [PATCH_TEXT, ASVR])
+def test_what_reads_visual_tokens_in_the_sequence_has_some(target: str) -> None:
+    objective = {**of_align(LM["_target_"], target), **HEADS}
+    inside, beside = FUSIONS["gated_xattn"], FUSIONS["concat"]
+    several = {"_target_": "vlmlab.fusion.several.SeveralFusion", "parts": {"a": inside}}
+    for fusion in (inside, several):
+        said = refused({"fusion": fusion, **objective})
+        assert "which reads visual tokens in the LM's sequence, and fusion=concat puts none there" in said
+    passes({"fusion": several | {"parts": {"a": inside, "b": beside}}, **objective})
+    passes({"fusion": several | {"parts": {"a": inside, "b": {"_target_": "somebody.elses.Fusion"}}}, **objective})
+
+
+def test_a_prompt_that_is_learnt_is_not_read_by_the_fusion() -> None:
+    passes({}, {"fusion": "emma"})
+    assert "learns the words of the prompt, which fusion=emma reads" in refused(TEXT, {"fusion": "emma"})
+
+
+DECLARED = {
+    "mask": ("leaks", "shows_prompt"),
+    "fusion": ("reads", "in_sequence", "reads_text"),
+    "objective": ("per_micro_batch", "pairs", "reads_images", "reads_sequence", "reads_text_side", "reaches_lm"),
+    "encoder": ("has_tower", "one_tower"),
+    "adapter": ("lm_only", "one_tower", "in_layers"),
+    "cache": ("keeps",),
+}
+
+
+@pytest.mark.parametrize("group", DECLARED)
+def test_what_is_read_from_a_source_file_is_so(group: str) -> None:
+    """The rules know a class by its text, and by that of the classes it inherits from; here is the class itself."""
     from hydra.utils import get_class
 
-    for target in (SIGLIP, CLIP, PATCH_TEXT, QUERY_TEXT, ASVR, LM["_target_"]):
-        kind = get_class(target)
-        assert declared(target, "per_micro_batch") is kind.per_micro_batch  # type: ignore[attr-defined]
-        assert offers(target, "attach") is hasattr(kind, "attach")
-    for file in sorted((conf_folder() / "connector").glob("*.yaml")):
-        target = OmegaConf.load(file)._target_
-        assert offers(target, "joint") is hasattr(get_class(target), "joint"), target
+    said = set()
+    for file in sorted((conf_folder() / group).glob("*.yaml")):
+        nested = [
+            value for key, value in leaves(OmegaConf.to_container(OmegaConf.load(file))) if key.endswith("_target_")
+        ]
+        for target, name in itertools.product(nested, DECLARED[group]):
+            of_class = getattr(get_class(target), name, None)
+            assert declared(target, name) == of_class, (target, name)
+            said.add((name, of_class))
+    for name in DECLARED[group]:
+        assert len({value for own, value in said if own == name}) > 1, f"no choice differs from the others in {name}"
+
+
+def test_a_method_is_found_in_the_text_where_the_class_has_it() -> None:
+    from hydra.utils import get_class
+
+    for group, method in (("objective", "attach"), ("connector", "joint")):
+        for file in sorted((conf_folder() / group).glob("*.yaml")):
+            target = OmegaConf.load(file)._target_
+            assert offers(target, method) is hasattr(get_class(target), method), target
     assert offers("somebody.elses.Class", "attach") is None and offers("vlmlab.no.such.Class", "attach") is None
+    assert declared("somebody.elses.Class", "leaks") is None and declared("vlmlab.no.such.Class", "leaks") is None

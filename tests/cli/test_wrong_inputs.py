@@ -57,7 +57,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
         2, r"joint.train.lm=0.001 trains the LM, whose layers get no gradient from objective=itg; put",
     ),
     f"{JOINT}objective=patch_text_contrast": (2, r"no gradient from objective=patch_text_contrast"),
-    f"{JOINT}encoder=patch {STAGE}.module=vlmlab.recipe.contrastive.ContrastiveModule": (2, r"wants one tower"),
+    f"{JOINT}encoder=patch {STAGE}.module=vlmlab.engine.contrastive.ContrastiveModule": (2, r"wants one tower"),
     f"{JOINT}adapter=soft_prompt adapter.parts=[encoder]": (2, r"soft_prompt is read by the LM alone"),
     f"{JOINT}adapter=lora adapter.parts=[connector]": (2, r"no list of towers; set adapter.parts"),
     f"{JOINT}adapter=lora adapter.parts=lm": (2, r"no list of towers; set adapter.parts"),
@@ -254,7 +254,7 @@ def other_weights(folder: Path) -> None:
     from omegaconf import OmegaConf
     from safetensors.torch import save_file
 
-    from vlmlab.model import build_model
+    from vlmlab.model.vlm import build_model
 
     run = folder / "outputs" / "other_weights"
     model = build_model(OmegaConf.load(run / "config.yaml"))

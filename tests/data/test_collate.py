@@ -29,7 +29,7 @@ from vlmlab.contracts.tensors import Batch, Kind, Layout
 from vlmlab.data.collate import Collator, _pack
 from vlmlab.mask.bidir import Bidirectional
 from vlmlab.mask.causal import Causal
-from vlmlab.model import VLM
+from vlmlab.model.vlm import VLM
 from vlmlab.objective.lm import LanguageModelling
 
 ORDER = (TWO_IMAGES, ONE_TURN, TEXT_ONLY, ADJACENT)

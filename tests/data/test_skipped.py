@@ -12,12 +12,12 @@ from PIL import Image
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample, Turn
-from vlmlab.data.llava import LlavaJson
 from vlmlab.data.module import Window, Windows
-from vlmlab.data.place import find_files, is_id, is_there, split_files
+from vlmlab.data.readers.llava import LlavaJson
+from vlmlab.data.readers.place import find_files, is_id, is_there, split_files
+from vlmlab.data.readers.vqa import VqaJson
 from vlmlab.data.sampler import Order
 from vlmlab.data.skipped import Replaced, Skipped, TooManyBad, next_usable, note, noted, screen
-from vlmlab.data.vqa import VqaJson
 from vlmlab.train.skips import Skips
 
 

@@ -27,11 +27,14 @@ from transformers import (
 )
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.data.world.sources import WorldStatements
+from vlmlab.encoder.embedded import EmbeddedEncoder
 from vlmlab.encoder.hf import HfEncoder
 from vlmlab.encoder.multi import MultiEncoder
 from vlmlab.encoder.patch import PatchEncoder
 from vlmlab.encoder.text import TransformersTextTower, open_text_tower
-from vlmlab.towers import tower_hash
+from vlmlab.towers.source import embedded, tower_hash
+from vlmlab.towers.text_export import retrieval
 
 CONTEXT = 12
 TEXTS = ["what colour is the big round thing", "red", "", "two green squares " * 9]
@@ -234,3 +237,33 @@ def test_every_id_of_two_towers_has_its_text_tower() -> None:
     assert {name for name in hub if not name.startswith("dinov2")} == set(HUB)
     with torch.device("meta"), pytest.raises(UserError, match=r"encoder\.path=facebook/dinov2-small has no text"):
         instantiate(OmegaConf.load(CONF / "encoder" / "dinov2_small.yaml")).text_tower()
+
+
+# -- the one that ships ------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_one_has_read_captions_and_questions() -> None:
+    """Chance is 0.01 and 0.5."""
+    vision = EmbeddedEncoder(pooled=True)
+    found = {
+        form: retrieval(vision, embedded("text"), WorldStatements("val", 100, seed=1, forms=[form]))
+        for form in ("caption", "dense", "answered", "question")
+    }
+    assert found["caption"]["at_1"] > 0.3 and found["dense"]["at_1"] > 0.7 and found["answered"]["at_1"] > 0.1
+    assert found["caption"]["above"] > 0.95 and found["question"]["above"] > 0.75
+
+
+@torch.no_grad()
+def test_the_shipped_one_tells_the_words_of_a_question_apart() -> None:
+    tower = EmbeddedEncoder().text_tower()
+    assert tower.source == tower_hash(embedded("text"))
+    one, other, same = tower(
+        tower.tokenise(
+            ["What color is the circle?", "What color is the square?", "What color is the circle?"],
+        )
+    )
+    assert one.shape == (tower.context, tower.width) and torch.equal(one, same)
+    assert worst(one, other) > 0.1 * float(one.std())
+    unknown = tower.tokenizer.unk_token_id
+    ids = tower.tokenise([sample.turns[0].answer for sample in WorldStatements("val", 200, forms=["question"])])
+    assert unknown is None and (ids[:, -1] == -1).all()  # every word is known, and none of them is cut off

@@ -13,7 +13,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.evaluate.gallery import side_by_side, write_gallery
 from vlmlab.evaluate.metrics.rows import read_rows
 from vlmlab.evaluate.run import evaluate_model, mean_loss
-from vlmlab.model import VLM, build_collator
+from vlmlab.model.vlm import VLM, build_collator
 
 
 class Source(list):  # type: ignore[type-arg]

@@ -20,7 +20,7 @@ from vlmlab.fusion.emma import InstructionMixing
 from vlmlab.fusion.several import SeveralFusion
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.mask.bidir import Bidirectional
-from vlmlab.model import VLM
+from vlmlab.model.vlm import VLM
 
 
 def emma(mask_padding: bool = False, layers: list[int] | None = None) -> VLM:

@@ -28,7 +28,7 @@ from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.fusion.none import NoFusion
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.mask.bidir import Bidirectional
-from vlmlab.model import VLM
+from vlmlab.model.vlm import VLM
 
 NAMES = [path.stem for path in tiny.choices("fusion")]
 SEEING = [name for name in NAMES if name != "none"]

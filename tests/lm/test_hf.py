@@ -33,14 +33,14 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2ForCausalLM
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.parts import Mask
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.contracts.tensors import Batch, Kind, Layout, Role
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.lm.masking import within
-from vlmlab.mask.base import Mask
 from vlmlab.mask.bidir import Bidirectional
 from vlmlab.mask.causal import Causal
-from vlmlab.model import VLM
+from vlmlab.model.vlm import VLM
 
 MASKS = [Causal(), Bidirectional()]
 

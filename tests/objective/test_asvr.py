@@ -12,7 +12,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch
 from vlmlab.fusion.none import NoFusion
 from vlmlab.mask.causal import Causal
-from vlmlab.model import VLM
+from vlmlab.model.vlm import VLM
 from vlmlab.objective.asvr import SemanticReconstruction, k_means, shares
 
 

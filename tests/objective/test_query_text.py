@@ -21,10 +21,10 @@ from vlmlab.connector.qformer import QFormerConnector
 from vlmlab.connector.query_transformer import sight_mask
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch, Outputs
-from vlmlab.model import VLM
+from vlmlab.engine.weights import Trainee
+from vlmlab.model.vlm import VLM
 from vlmlab.objective.query_text import QueryTextAlignment
 from vlmlab.recipe.stage import Stage
-from vlmlab.train.weights import Trainee
 
 SIGHTS = ("apart", "together", "causal")
 IDS = torch.tensor([[7, 8, 9, -1], [9, 8, 7, 6], [5, -1, -1, -1]])

@@ -37,7 +37,7 @@ from vlmlab.mask.bidir import Bidirectional
 from vlmlab.mask.bidir_all_images import BidirectionalAllImages
 from vlmlab.mask.causal import Causal
 from vlmlab.mask.prefix_lm import PrefixLM
-from vlmlab.model import VLM
+from vlmlab.model.vlm import VLM
 
 
 def theirs(layout: Layout, blocks: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ from vlmlab.fusion.none import NoFusion
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.mask.bidir import Bidirectional
 from vlmlab.mask.causal import Causal
-from vlmlab.model import VLM
+from vlmlab.model.vlm import VLM
 from vlmlab.objective.lm import LanguageModelling
 
 

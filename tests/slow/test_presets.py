@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from tests.test_conf import CONF, composed
 from vlmlab.adapter.share import share
 from vlmlab.cli.rules import check
+from vlmlab.engine import proof
 from vlmlab.evaluate.run import evaluate_model
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
-from vlmlab.train import proof
 from vlmlab.train.run import train
 
 pytestmark = pytest.mark.slow

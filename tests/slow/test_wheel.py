@@ -68,7 +68,7 @@ def test_everything_a_run_needs_is_inside(wheel: Path) -> None:
     package = {p for folder in ("vlmlab", "hydra_plugins") for p in (ROOT / "src" / folder).rglob("*") if p.is_file()}
     files = {path.relative_to(ROOT / "src").as_posix() for path in package if "__pycache__" not in path.parts}
     assert inside == conf | files
-    assert {f"vlmlab/embedded/{tower}/model.safetensors" for tower in ("lm", "vision")} < inside
+    assert {f"vlmlab/embedded/{tower}/model.safetensors" for tower in ("lm", "text", "vision")} < inside
     assert "hydra_plugins/vlmlab_pool_launcher/launcher.py" in inside
     assert wheel.stat().st_size < 20e6
 

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.contracts.tensors import Batch, Images, Layout, Outputs, Seen
-from vlmlab.recipe.alignment import AlignmentModule
-from vlmlab.recipe.instruction import InstructionTuningModule
+from vlmlab.engine.alignment import AlignmentModule
+from vlmlab.engine.instruction import InstructionTuningModule
 
 WORDS, WIDTH, SIDE = 23, 8, 4
 
@@ -261,7 +261,7 @@ def main() -> None:
 
 def _die_after(steps: int) -> None:
     """Die in the middle of a step: after the backward passes and before the optimizer."""
-    from vlmlab.recipe.base import StageModule
+    from vlmlab.engine.stage import StageModule
 
     real, left = StageModule.on_before_optimizer_step, [steps]
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tests import tiny
 
 from vlmlab.cli.rules import compiler_at_hand
+from vlmlab.engine.restore import load_trained
 from vlmlab.runs.folder import RunFolder
-from vlmlab.train.run import load_trained
 
 pytestmark = [
     pytest.mark.slow,

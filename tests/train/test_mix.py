@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.engine.restore import load_trained
 from vlmlab.recipe.stage import parse
-from vlmlab.train.run import load_trained
 
 
 def weights(folder, stage="1_tune"):
@@ -55,7 +55,7 @@ def test_a_run_that_is_not_there_is_refused_before_the_first_step(tmp_path, pare
 
 
 def test_another_composition_is_refused(tmp_path, parents):
-    from vlmlab.train.weights import mixed_in
+    from vlmlab.engine.weights import mixed_in
 
     cfg = config(recipe__stages__tune__mix={"run": str(parents / "4")})
     stage = parse(cfg)[1]

@@ -9,8 +9,8 @@ import pytest
 from fake_lab import config
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.engine.weights import build_objectives
 from vlmlab.recipe.stage import parse
-from vlmlab.train.weights import build_objectives
 
 LM = {"_target_": "vlmlab.objective.lm.LanguageModelling"}
 

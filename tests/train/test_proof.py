@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.engine import proof
 from vlmlab.runs.folder import RunFolder
-from vlmlab.train import proof
 
 
 @settings(max_examples=50, deadline=None)

@@ -9,7 +9,7 @@ from fake_lab import config, run
 from processes import run_and_die
 
 from vlmlab.contracts.errors import CheckpointError
-from vlmlab.recipe.base import StageModule
+from vlmlab.engine.stage import StageModule
 from vlmlab.runs.folder import RunFolder
 from vlmlab.train.signals import Interrupted
 

@@ -89,8 +89,8 @@ def test_mistakes_are_found_before_the_first_step(tmp_path, change, message):
 def test_weights_decay_only_in_matrices_and_rates_follow_parts():
     from fake_lab import FakeInstruction, FakeLoss, FakeVLM
 
+    from vlmlab.engine.weights import Trainee
     from vlmlab.recipe.stage import parse
-    from vlmlab.train.weights import Trainee
 
     stage = parse(config())[1]
     trainee = Trainee(FakeVLM())

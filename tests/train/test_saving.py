@@ -29,15 +29,16 @@ from vlmlab.adapter.base import load_adapter
 from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.contracts.tensors import Batch
 from vlmlab.encoder.preprocess import read_preprocess
+from vlmlab.engine.restore import load_trained
+from vlmlab.engine.stage import StageModule
+from vlmlab.engine.weights import Trainee
 from vlmlab.export import export, export_model
-from vlmlab.model import VLM, build_model
-from vlmlab.recipe.base import StageModule
+from vlmlab.model.vlm import VLM, build_model
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
 from vlmlab.train.resume import content_of, load_last, save_last
-from vlmlab.train.run import load_trained, train
-from vlmlab.train.weights import Trainee
+from vlmlab.train.run import train
 
 CONNECTORS = [path.stem for path in choices("connector")]
 ADAPTERS = [path.stem for path in choices("adapter")]

@@ -7,7 +7,7 @@ from processes import run_ranks
 from safetensors.torch import load_file
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.recipe.base import check_objectives
+from vlmlab.engine.stage import check_objectives
 from vlmlab.recipe.stage import parse
 
 LOSSES = {
@@ -62,8 +62,8 @@ def test_losses_are_means_over_the_whole_step(tmp_path):
     from hydra.utils import instantiate
 
     from vlmlab.data.sampler import Order
+    from vlmlab.engine import rng
     from vlmlab.runs.folder import RunFolder
-    from vlmlab.train import rng
 
     changes = {"fake__dropout": 0.0, "recipe__stages__align__objective": LOSSES, "recipe__stages__align__accumulate": 4}
     cfg = config(**changes)

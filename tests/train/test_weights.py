@@ -6,9 +6,9 @@ from fake_lab import FakeVLM, config, run
 from safetensors.torch import load_file, save_file
 
 from vlmlab.contracts.errors import CheckpointError
+from vlmlab.engine.restore import load_trained
+from vlmlab.engine.weights import Trainee
 from vlmlab.recipe.stage import parse
-from vlmlab.train.run import load_trained
-from vlmlab.train.weights import Trainee
 
 
 @pytest.fixture

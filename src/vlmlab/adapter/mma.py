@@ -36,6 +36,8 @@ class MmaAdapter(Adapter):
         name: of the adapter, where several share one tower.
     """
 
+    one_tower = True
+
     def __init__(
         self,
         parts: Sequence[str] = ("lm",),

@@ -28,6 +28,9 @@ class SoftPromptAdapter(Adapter):
         name: of the adapter, where several share one LM; they are switched with batches of their own length.
     """
 
+    lm_only = True
+    in_layers = False
+
     def __init__(
         self, parts: Sequence[str] = ("lm",), length: int = 8, lr: float | None = None, name: str = "default"
     ) -> None:

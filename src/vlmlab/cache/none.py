@@ -15,6 +15,8 @@ from vlmlab.contracts.tensors import Visual
 class NoCache(FeatureCache):
     """Keeps nothing."""
 
+    keeps = False
+
     def __call__(self, encoder: Encoder, pixels: Tensor) -> Visual:
         """What the encoder sees."""
         return encoder(pixels)

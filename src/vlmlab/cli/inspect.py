@@ -29,7 +29,7 @@ def inspect_command(cfg: DictConfig) -> None:
     except UserError as error:
         raise ConfigError(str(error)) from error
     stage = chosen_stage(cfg)
-    from vlmlab.inspection import inspect_stage, say, write_page  # from here on torch
+    from vlmlab.inspect.inspection import inspect_stage, say, write_page  # from here on torch
 
     found = inspect_stage(cfg, stage, n, checked)
     say(found)

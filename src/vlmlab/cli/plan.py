@@ -21,7 +21,7 @@ from vlmlab.runs.config import plain
 from vlmlab.runs.files import write_json
 
 if TYPE_CHECKING:
-    from vlmlab.plan import Device, Settings, StagePlan
+    from vlmlab.plan.plan import Device, Settings, StagePlan
 
 
 def plan_command(cfg: DictConfig) -> None:
@@ -40,7 +40,7 @@ def plan_command(cfg: DictConfig) -> None:
     stages = [stage.name for stage in parse(cfg)]
     lengths = {name: _pair(name, value) for name, value in _per_stage(cfg, "lengths", stages).items()}
     samples = {name: _samples(name, value) for name, value in _per_stage(cfg, "samples", stages).items()}
-    from vlmlab.plan import Settings, as_json, plan  # from here on torch
+    from vlmlab.plan.plan import Settings, as_json, plan  # from here on torch
 
     settings = Settings(
         device=_device(cfg),
@@ -99,7 +99,7 @@ def _samples(name: str, value: Any) -> int:
 def _device(cfg: DictConfig) -> Device:
     from dataclasses import replace
 
-    from vlmlab.plan import DEVICES
+    from vlmlab.plan.plan import DEVICES
 
     if cfg.device not in DEVICES:
         known = ", ".join(DEVICES)

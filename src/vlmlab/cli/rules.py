@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError
 from vlmlab.contracts.errors import UserError
-from vlmlab.data.place import is_id, is_there
+from vlmlab.data.readers.place import is_id, is_there
 from vlmlab.recipe.stage import parse
 from vlmlab.runs.config import leaves
 from vlmlab.runs.environment import package_folder
@@ -40,28 +41,9 @@ BASELINES = ("shuffled", "no_image")
 BUILT = ("encoder", "cache", "connector", "lm", "mask", "fusion", "adapter", "objective")
 """Groups whose choice is one class: the keys of its file are the constructor's."""
 
-SIGLIP = "vlmlab.objective.siglip.Siglip"
-CLIP = "vlmlab.objective.clip.Clip"
-QUERY_TEXT = "vlmlab.objective.query_text.QueryTextAlignment"
-PATCH_TEXT = "vlmlab.objective.patch_text_contrast.PatchTextContrast"
-ASVR = "vlmlab.objective.asvr.SemanticReconstruction"
-PAIRED = (SIGLIP, CLIP)
-"""Objectives on the pairs of embeddings that only ``ContrastiveModule`` makes."""
-
-BESIDE_LM = (QUERY_TEXT, PATCH_TEXT)
-"""Objectives that do not reach the LM's layers."""
-
-SHOWS_PROMPT = ("prefix_lm", "visual_keys_open", "bidir_all_images")
-"""Masks under which a word of the prompt depends on later ones: directly, or through an image behind them."""
-
-PATCH = "vlmlab.encoder.patch.PatchEncoder"
-MULTI = "vlmlab.encoder.multi.MultiEncoder"
-NO_CACHE = "vlmlab.cache.none.NoCache"
-MMA = "vlmlab.adapter.mma.MmaAdapter"
-SOFT_PROMPT = "vlmlab.adapter.soft_prompt.SoftPromptAdapter"
 TOWERS = ("lm", "encoder")
-LANGUAGE = ("vlmlab.recipe.alignment.AlignmentModule", "vlmlab.recipe.instruction.InstructionTuningModule")
-CONTRASTIVE = "vlmlab.recipe.contrastive.ContrastiveModule"
+LANGUAGE = ("vlmlab.engine.alignment.AlignmentModule", "vlmlab.engine.instruction.InstructionTuningModule")
+CONTRASTIVE = "vlmlab.engine.contrastive.ContrastiveModule"
 PATH_KEYS = ("path", "path_558k", "path_118k", "test_path", "file", "folder", "images", "image_folder", "root")
 """Keys of a data source that name something on disk; those that begin with path may name a data set of the hub."""
 
@@ -192,10 +174,12 @@ def features_to_keep(cfg: Config, choices: Choices) -> str | None:
     cache, strategy = f"cache={choices.get('cache')}", _at(cfg, "trainer.strategy")
     if not _keeps(cfg):
         return None
-    if declared(str(_at(cfg, "fusion._target_")), "reads") == "nothing":
+    if _blind(cfg):
         return f"{cache} keeps what an encoder sees and fusion={choices.get('fusion')} has none; choose cache=none"
-    if _at(cfg, "encoder._target_") == PATCH:
-        return f"{cache} keeps what a tower computes and encoder=patch has no tower; choose cache=none"
+    tower = _class(cfg.get("encoder"))
+    if declared(tower, "has_tower") is False:
+        chosen = _chosen("encoder", tower)
+        return f"{cache} keeps what a tower computes and encoder={chosen} has no tower; choose cache=none"
     if strategy is not None and strategy not in WHOLE:
         return (
             f"{cache} asks the encoder on one rank at a time and trainer.strategy={strategy} splits it over ranks; "
@@ -223,14 +207,21 @@ def foreign_keys(cfg: Config, choices: Choices) -> str | None:
         own = OmegaConf.load(file)
         if not isinstance(own, DictConfig) or node.get("_target_") != own.get("_target_"):
             continue
+        known = {*own, *_filled(own)}
         for key in node:
-            if key not in own and not any(name.startswith(f"{group}.{key}") for name in given):
+            if key not in known and not any(name.startswith(f"{group}.{key}") for name in given):
                 setter = "recipe" if choices.get("preset") in (None, "none") else "preset"
                 return (
                     f"{group}.{key} is no key of {group}={choices[group]} and {setter}={choices.get(setter)} sets it; "
                     f"add ~{group}.{key} to the command, or leave {group} to the {setter}"
                 )
     return None
+
+
+def _filled(file: DictConfig) -> set[str]:
+    """The keys that a choice's own defaults list fills from other groups, as in ``/memory_mask@sees: before``."""
+    entries = (entry for entry in file.get("defaults") or () if isinstance(entry, Mapping))
+    return {str(group).rpartition("@")[2].partition(".")[0] for entry in entries for group in entry}
 
 
 def possible_seed(cfg: Config, choices: Choices) -> str | None:
@@ -251,57 +242,50 @@ def ranks_need_a_process_tree(cfg: Config, choices: Choices) -> str | None:
 
 
 def leaking_mask(cfg: Config, choices: Choices) -> str | None:
-    """``visual_rows_open`` shows later answers to visual rows: a negative control, nothing to train with."""
+    """A mask that says of itself that it shows later answers is a negative control, nothing to train with."""
     stages = _stages(cfg)
     masks = [("mask", cfg.get("mask")), *((f"recipe.stages.{n}.mask", s.get("mask")) for n, s in stages)]
     for key, mask in masks:
-        target = str(mask.get("_target_", "")) if isinstance(mask, Mapping) else str(mask or "")
-        if ".visual_rows_open." in f".{target}." or (key == "mask" and choices.get("mask") == "visual_rows_open"):
-            return f"{key}=visual_rows_open leaks later answers and is a control for tests only; choose mask=bidir"
+        target = _class(mask)
+        if declared(target, "leaks") is True:
+            chosen = _chosen("mask", target)
+            return f"{key}={chosen} leaks later answers and is a control for tests only; choose mask=bidir"
     return None
 
 
 def prompt_learnt_in_the_open(cfg: Config, choices: Choices) -> str | None:
     """``prompt: text`` learns every word of the prompt, which some masks show to the words before it."""
     for name, stage in _stages(cfg):
-        mask = stage.get("mask") or cfg.get("mask")
-        target = str(mask.get("_target_", "")) if isinstance(mask, Mapping) else ""
-        open_to_text = [choice for choice in SHOWS_PROMPT if target.startswith(f"vlmlab.mask.{choice}.")]
-        if stage.get("prompt") == "text" and open_to_text:
+        target = _class(stage.get("mask") or cfg.get("mask"))
+        if stage.get("prompt") == "text" and declared(target, "shows_prompt") is True:
+            chosen = _chosen("mask", target)
             return (
-                f"recipe.stages.{name}.prompt=text learns the words of the prompt, which mask={open_to_text[0]} shows "
-                f"to the words that predict them; set recipe.stages.{name}.prompt=chat, or choose mask=bidir"
+                f"recipe.stages.{name}.prompt=text learns the words of the prompt, which mask={chosen} shows to the "
+                f"words that predict them; set recipe.stages.{name}.prompt=chat, or choose mask=bidir"
             )
     return None
 
 
 def instruction_is_learnt(cfg: Config, choices: Choices) -> str | None:
-    """A connector that reads the user's words shows all of them to each, also where ``prompt: text`` learns them."""
-    reading = _reading(cfg, choices)
+    """What reads the user's words shows all of them to each, also where ``prompt: text`` learns them."""
+    reading = _reading(cfg)
+    mixing = any(declared(target, "reads_text") is True for target in _classes(cfg.get("fusion")))
     for name, stage in _stages(cfg):
-        if reading is not None and stage.get("prompt") == "text":
+        learns = f"recipe.stages.{name}.prompt=text learns the words of the prompt, which"
+        if stage.get("prompt") == "text" and reading is not None:
             return (
-                f"recipe.stages.{name}.prompt=text learns the words of the prompt, which the connector reads "
-                f"({reading}=true); set recipe.stages.{name}.prompt=chat, or {reading}=false"
+                f"{learns} the connector reads ({reading}=true); set recipe.stages.{name}.prompt=chat, or "
+                f"{reading}=false"
             )
+        if stage.get("prompt") == "text" and mixing:
+            return f"{learns} fusion={choices.get('fusion')} reads; set recipe.stages.{name}.prompt=chat"
     return None
 
 
-def instruction_has_a_place(cfg: Config, choices: Choices) -> str | None:
-    """What the user says to an image is found by the image's place in the sequence."""
-    reading = _reading(cfg, choices)
-    if reading is None or declared(str(_at(cfg, "fusion._target_")), "in_sequence") is not False:
-        return None
-    return (
-        f"{reading}=true reads the turn an image stands in and fusion={choices.get('fusion')} gives images no place in "
-        f"the sequence; set {reading}=false, or choose fusion=concat"
-    )
-
-
 def pairs_need_two_towers(cfg: Config, choices: Choices) -> str | None:
-    """The objectives siglip and clip compare pooled images with texts, which only ``ContrastiveModule`` makes."""
+    """Some objectives compare pooled images with texts, which only ``ContrastiveModule`` makes."""
     for name, stage in _stages(cfg):
-        paired = [target for target in _objectives(cfg, stage) if target in PAIRED]
+        paired = _declaring("pairs", cfg, stage)
         if stage.get("module") in LANGUAGE and paired:
             return (
                 f"recipe.stages.{name} trains the LM's words and {_called(paired[0], cfg, choices)} wants pairs of an "
@@ -311,14 +295,19 @@ def pairs_need_two_towers(cfg: Config, choices: Choices) -> str | None:
 
 
 def images_to_learn_from(cfg: Config, choices: Choices) -> str | None:
-    """Some objectives read what the connector or the encoder gives."""
+    """Some objectives read what the connector or the encoder gives, or visual tokens in the LM's sequence."""
+    fusion, blind = f"fusion={choices.get('fusion')}", _blind(cfg)
     for name, stage in _stages(cfg):
-        for target in _objectives(cfg, stage) if choices.get("fusion") == "none" else ():
-            if target in (QUERY_TEXT, ASVR):
-                return (
-                    f"recipe.stages.{name} has {_called(target, cfg, choices)}, which reads images, and fusion=none "
-                    "leaves them out; use objective=lm, or fusion=concat"
-                )
+        for target in _declaring("reads_images", cfg, stage) if blind else ():
+            return (
+                f"recipe.stages.{name} has {_called(target, cfg, choices)}, which reads images, and {fusion} leaves "
+                "them out; use objective=lm, or fusion=concat"
+            )
+        for target in _declaring("reads_sequence", cfg, stage) if not blind and _in_sequence(cfg) is False else ():
+            return (
+                f"recipe.stages.{name} has {_called(target, cfg, choices)}, which reads visual tokens in the LM's "
+                f"sequence, and {fusion} puts none there; use objective=lm, or fusion=concat"
+            )
     return None
 
 
@@ -332,11 +321,11 @@ def queries_meet_texts(cfg: Config, choices: Choices) -> str | None:
     if able and (connector.get("text") is True or connector.get("instruction") is True):
         return None
     for name, stage in _stages(cfg):
-        if QUERY_TEXT in _objectives(cfg, stage):
+        for objective in _declaring("reads_text_side", cfg, stage):
             key = "text" if "text" in connector else "instruction"
             remedy = f"set connector.{key}=true" if able else "use connector=qformer connector.text=true"
             return (
-                f"recipe.stages.{name} has {_called(QUERY_TEXT, cfg, choices)}, which compares queries with texts, and "
+                f"recipe.stages.{name} has {_called(objective, cfg, choices)}, which compares queries with texts, and "
                 f"connector={choices.get('connector')} has no text side; {remedy}, or connector=instruct_qformer"
             )
     return None
@@ -347,7 +336,7 @@ def objectives_with_weights(cfg: Config, choices: Choices) -> str | None:
     for name, stage in _stages(cfg):
         train = stage.get("train") or {}
         for target in _objectives(cfg, stage):
-            if train.get("objective") is None and offers(str(target), "attach"):
+            if train.get("objective") is None and offers(target, "attach"):
                 plus = "" if "objective" in train else "+"
                 return (
                     f"recipe.stages.{name} has {_called(target, cfg, choices)}, which has weights of its own, and "
@@ -360,7 +349,7 @@ def loss_for_the_lm(cfg: Config, choices: Choices) -> str | None:
     """A stage that trains the LM has an objective that reaches it."""
     for name, stage in _stages(cfg):
         rate, targets = (stage.get("train") or {}).get("lm"), _objectives(cfg, stage)
-        if rate is not None and targets and all(target in BESIDE_LM for target in targets):
+        if rate is not None and targets and all(declared(target, "reaches_lm") is False for target in targets):
             called = " and ".join(_called(target, cfg, choices) for target in targets)
             return (
                 f"recipe.stages.{name}.train.lm={rate} trains the LM, whose layers get no gradient from {called}; put "
@@ -380,39 +369,43 @@ def towers_to_adapt(cfg: Config, choices: Choices) -> str | None:
         wrong = [part for part in (parts if isinstance(parts, list) else [parts]) if part not in TOWERS]
         if wrong or not isinstance(parts, list):
             return f"{where}={parts}, which is no list of towers; set adapter.parts to [lm], [encoder] or both"
-        if adapter.get("_target_") == SOFT_PROMPT and parts != ["lm"]:
-            return f"{where}={parts} and adapter=soft_prompt is read by the LM alone; set adapter.parts=[lm]"
-        if "encoder" in parts and choices.get("fusion") == "none":
-            return f"{where}={parts} and fusion=none leaves no encoder; set adapter.parts=[lm]"
+        kind = _class(adapter)
+        if declared(kind, "lm_only") is True and parts != ["lm"]:
+            chosen = _chosen("adapter", kind)
+            return f"{where}={parts} and adapter={chosen} is read by the LM alone; set adapter.parts=[lm]"
+        if "encoder" in parts and _blind(cfg):
+            return f"{where}={parts} and fusion={choices.get('fusion')} leaves no encoder; set adapter.parts=[lm]"
     return None
 
 
 def nothing_to_adapt(cfg: Config, choices: Choices) -> str | None:
     """Raw patches have no layer that an adapter could wrap, and some adapters want one transformers tower."""
+    tower = _class(cfg.get("encoder"))
     for name, stage in _stages(cfg):
         adapter = stage.get("adapter", cfg.get("adapter"))
         if not isinstance(adapter, Mapping) or "encoder" not in (adapter.get("parts") or ()):
             continue
         where = f"the adapter of recipe.stages.{name} names encoder in its parts"
-        if _at(cfg, "encoder._target_") == PATCH and _at(cfg, "encoder.features") is None:
+        if declared(tower, "has_tower") is False and _at(cfg, "encoder.features") is None:
             return (
-                f"{where} and encoder=patch has no layer to adapt; take encoder out of adapter.parts, or give "
-                "encoder.features a width"
+                f"{where} and encoder={_chosen('encoder', tower)} has no layer to adapt; take encoder out of "
+                "adapter.parts, or give encoder.features a width"
             )
-        if adapter.get("_target_") == MMA and _at(cfg, "encoder._target_") in (PATCH, MULTI):
-            return f"{where} and adapter=mma wants a single tower there; set adapter.parts=[lm], or use adapter=lora"
+        kind = _class(adapter)
+        if declared(kind, "one_tower") is True and declared(tower, "one_tower") is False:
+            wants = f"adapter={_chosen('adapter', kind)} wants a single tower there"
+            return f"{where} and {wants}; set adapter.parts=[lm], or use adapter=lora"
     return None
 
 
 def layers_hold_the_adapter(cfg: Config, choices: Choices) -> str | None:
     """A range of layers trains what is in them; the words of a soft prompt stand before the first."""
     for name, stage in _stages(cfg):
-        adapter = stage.get("adapter", cfg.get("adapter"))
-        target = adapter.get("_target_") if isinstance(adapter, Mapping) else None
-        if target == SOFT_PROMPT and (stage.get("layers") or {}).get("lm") is not None:
+        kind = _class(stage.get("adapter", cfg.get("adapter")))
+        if declared(kind, "in_layers") is False and (stage.get("layers") or {}).get("lm") is not None:
             return (
-                f"recipe.stages.{name}.layers.lm chooses layers and adapter=soft_prompt has no weights in them; set "
-                f"recipe.stages.{name}.layers=null, or use adapter=lora"
+                f"recipe.stages.{name}.layers.lm chooses layers and adapter={_chosen('adapter', kind)} has no weights "
+                f"in them; set recipe.stages.{name}.layers=null, or use adapter=lora"
             )
     return None
 
@@ -423,9 +416,9 @@ def contrastive_towers(cfg: Config, choices: Choices) -> str | None:
     if not names:
         return None
     where = f"recipe.stages.{names[0]} is a ContrastiveModule and wants"
-    if choices.get("fusion") == "none":
-        return f"{where} images, which fusion=none leaves out; use fusion=concat"
-    if _at(cfg, "encoder._target_") in (PATCH, MULTI):
+    if _blind(cfg):
+        return f"{where} images, which fusion={choices.get('fusion')} leaves out; use fusion=concat"
+    if declared(_class(cfg.get("encoder")), "one_tower") is False:
         return f"{where} one tower that pools; use encoder=scratch, embedded or hf with encoder.layers=null"
     if _at(cfg, "encoder.layers") is not None:
         return f"{where} the pooled output behind the last layer; set encoder.layers=null"
@@ -447,16 +440,18 @@ def files_exist(cfg: Config, choices: Choices) -> str | None:
 def something_to_train(cfg: Config, choices: Choices) -> str | None:
     """Without vision (fusion=none) only the LM can learn; stages that train the vision side alone are skipped."""
     learns = any((stage.get("train") or {}).get("lm") is not None for _, stage in _stages(cfg))
-    if choices.get("fusion") == "none" and not learns:
-        return "fusion=none leaves only the LM and no stage of the recipe trains lm; choose another fusion or recipe"
+    if _blind(cfg) and not learns:
+        only = f"fusion={choices.get('fusion')} leaves only the LM"
+        return f"{only} and no stage of the recipe trains lm; choose another fusion or recipe"
     trains = {
         part for _, stage in _stages(cfg) for part, rate in (stage.get("train") or {}).items() if rate is not None
     }
     weighted = _at(cfg, "encoder.features") is not None or _at(cfg, "encoder.newline")
-    if trains == {"encoder"} and _at(cfg, "encoder._target_") == PATCH and not weighted:
+    tower = _class(cfg.get("encoder"))
+    if trains == {"encoder"} and declared(tower, "has_tower") is False and not weighted:
         return (
-            "encoder=patch has no weights and the recipe trains nothing but the encoder; set encoder.features to a "
-            "width, or choose another recipe"
+            f"encoder={_chosen('encoder', tower)} has no weights and the recipe trains nothing but the encoder; set "
+            "encoder.features to a width, or choose another recipe"
         )
     return None
 
@@ -465,7 +460,7 @@ def contrastive_counts(cfg: Config, choices: Choices) -> str | None:
     """A contrastive loss compares the samples of one micro-batch, so that accumulation changes the loss."""
     for name, stage in _stages(cfg):
         for target in _objectives(cfg, stage) if int(stage.get("accumulate") or 1) > 1 else ():
-            if declared(str(target), "per_micro_batch") is True:
+            if declared(target, "per_micro_batch") is True:
                 return (
                     f"recipe.stages.{name}.accumulate={stage['accumulate']} changes {_called(target, cfg, choices)}, "
                     f"which compares the samples of one micro-batch; set recipe.stages.{name}.accumulate=1"
@@ -502,7 +497,6 @@ STAGE_RULES: tuple[Rule, ...] = (
     loss_for_the_lm,
     prompt_learnt_in_the_open,
     instruction_is_learnt,
-    instruction_has_a_place,
     towers_to_adapt,
     nothing_to_adapt,
     layers_hold_the_adapter,
@@ -529,38 +523,75 @@ def _stages(cfg: Config) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _keeps(cfg: Config) -> bool:
     """Whether features are kept on disk."""
-    return _at(cfg, "cache._target_") not in (None, NO_CACHE)
+    target = _class(cfg.get("cache"))
+    return target != "" and declared(target, "keeps") is not False
 
 
 def _count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _objectives(cfg: Config, stage: Mapping[str, Any]) -> list[Any]:
+def _class(node: Any) -> str:
+    """The class that a part of the configuration describes; empty where it describes none."""
+    return str(node.get("_target_") or "") if isinstance(node, Mapping) else ""
+
+
+def _classes(node: Any) -> list[str]:
+    """The classes in a part of the configuration, however deep."""
+    described = node if isinstance(node, Mapping) else {}
+    return [str(value) for key, value in leaves(described) if key.rpartition(".")[2] == "_target_"]
+
+
+def _objectives(cfg: Config, stage: Mapping[str, Any]) -> list[str]:
     """The classes of a stage's objectives."""
-    objective = stage.get("objective") or cfg.get("objective")
-    described = objective if isinstance(objective, Mapping) else {}
-    return [value for key, value in leaves(described) if key.rpartition(".")[2] == "_target_"]
+    return _classes(stage.get("objective") or cfg.get("objective"))
 
 
-def _called(target: Any, cfg: Config, choices: Choices) -> str:
+def _declaring(name: str, cfg: Config, stage: Mapping[str, Any]) -> list[str]:
+    """Those of a stage's objectives that declare something of themselves."""
+    return [target for target in _objectives(cfg, stage) if declared(target, name) is True]
+
+
+def _blind(cfg: Config) -> bool:
+    """Whether the fusion reads no vision."""
+    return declared(_class(cfg.get("fusion")), "reads") == "nothing"
+
+
+def _in_sequence(cfg: Config) -> bool | None:
+    """Whether the fusion, or one of several, puts visual tokens into the sequence; None where a class is not ours."""
+    targets = _classes(cfg.get("fusion"))
+    said = {declared(target, "in_sequence") for target in targets}
+    if True in said:
+        return True
+    return False if False in said and all(_source(target) for target in targets) else None
+
+
+def _called(target: str, cfg: Config, choices: Choices) -> str:
     """An objective as it is chosen on the command line."""
     if _at(cfg, "objective._target_") == target and choices.get("objective"):
         return f"objective={choices['objective']}"
-    return "objective=blip2" if target == QUERY_TEXT else f"objective={str(target).split('.')[-2]}"
+    return f"objective={_chosen('objective', target)}"
 
 
-def _reading(cfg: Config, choices: Choices) -> str | None:
+def _chosen(group: str, target: str) -> str:
+    """The first file of a group that chooses a class; the class itself where none does."""
+    files = sorted((conf_folder() / group).glob("*.yaml"))
+    return next((file.stem for file in files if OmegaConf.select(OmegaConf.load(file), "_target_") == target), target)
+
+
+def _reading(cfg: Config) -> str | None:
     """The key by which a connector reads the user's words; None where none does, or nothing reads its tokens."""
     connector = cfg.get("connector")
-    if declared(str(_at(cfg, "fusion._target_")), "reads") == "nothing" or not isinstance(connector, Mapping):
+    if _blind(cfg) or not isinstance(connector, Mapping):
         return None
     keys = (key for key, value in leaves(connector, "connector.") if value is True)
     return next((key for key in keys if key.rpartition(".")[2] == "instruction"), None)
 
 
 def declared(target: str, name: str) -> Any:
-    """What a class of this package assigns to an attribute, read from its source, since importing it imports torch.
+    """What a class of this package, or one of ours that it inherits from, assigns to an attribute in its body.
+
+    It is read from the source, since importing the class imports torch.
 
     Args:
         target: dotted path of the class.
@@ -569,11 +600,12 @@ def declared(target: str, name: str) -> Any:
     Returns:
         The constant; None where the class is not ours or says nothing of the kind.
     """
-    found = _source(target)
-    for line in found[1].body if found else ():
-        named = [getattr(t, "id", None) for t in line.targets] if isinstance(line, ast.Assign) else []
-        if isinstance(line, ast.Assign) and name in named and isinstance(line.value, ast.Constant):
-            return line.value.value
+    for kind in _lineage(target):
+        for line in kind.body:
+            targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
+            value = getattr(line, "value", None)
+            if isinstance(value, ast.Constant) and name in [getattr(t, "id", None) for t in targets]:
+                return value.value
     return None
 
 
@@ -584,12 +616,18 @@ def offers(target: str, method: str) -> bool | None:
         target: dotted path of the class.
         method: its name.
     """
+    if _source(target) is None:
+        return None
+    return any(isinstance(line, ast.FunctionDef) and line.name == method for k in _lineage(target) for line in k.body)
+
+
+def _lineage(target: str) -> Iterator[ast.ClassDef]:
+    """A class of this package and those of ours that it inherits from, itself first."""
     found = _source(target)
     if found is None:
-        return None
+        return
     module, kind = found
-    if any(isinstance(line, ast.FunctionDef) and line.name == method for line in kind.body):
-        return True
+    yield kind
     here = target.rpartition(".")[0]
     origin = {
         alias.asname or alias.name: f"{node.module}.{alias.name}"
@@ -597,10 +635,12 @@ def offers(target: str, method: str) -> bool | None:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    bases = [origin.get(base.id, f"{here}.{base.id}") for base in kind.bases if isinstance(base, ast.Name)]
-    return any(offers(base, method) for base in bases)
+    for base in kind.bases:
+        if isinstance(base, ast.Name):
+            yield from _lineage(origin.get(base.id, f"{here}.{base.id}"))
 
 
+@cache
 def _source(target: str) -> tuple[ast.Module, ast.ClassDef] | None:
     """The parsed file of a class of this package, and the class in it."""
     module, _, name = target.rpartition(".")

@@ -100,7 +100,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     try:
         return train(cfg, folder)
     except OutOfMemory as error:
-        from vlmlab.remedies import remedies
+        from vlmlab.plan.remedies import remedies
 
         raise UserError(f"{error}; {remedies(cfg, error)}") from error
     except Exception as error:

@@ -46,6 +46,8 @@ class Encoder(nn.Module, ABC):
         pooled_width: of the pooled feature, where there is one.
         preprocess: the geometry that the collator brings images into.
         source: sha256 of the weights it was loaded from; None if they are new.
+        has_tower: whether layers compute its features, which are worth keeping on disk and can hold an adapter.
+        one_tower: whether it is a single transformers tower.
     """
 
     tower: nn.Module
@@ -53,6 +55,8 @@ class Encoder(nn.Module, ABC):
     pooled_width: int
     preprocess: Geometry
     source: str | None
+    has_tower: ClassVar[bool] = True
+    one_tower: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -99,7 +103,13 @@ class TextTower(nn.Module, ABC):
 
 
 class FeatureCache(ABC):
-    """Stands between pixels and an encoder and may know an image already: ``(encoder, (I, 3, H, W)) -> Visual``."""
+    """Stands between pixels and an encoder and may know an image already: ``(encoder, (I, 3, H, W)) -> Visual``.
+
+    Attributes:
+        keeps: whether it keeps features at all.
+    """
+
+    keeps: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, encoder: Encoder, pixels: Tensor) -> Visual:
@@ -177,7 +187,11 @@ class QueryText(Protocol):
 
 
 class Mask(Protocol):
-    """Who may look at whom: ``(layout, q) -> (B, Q, S)`` bool for the query positions ``q (Q,)``; never of labels."""
+    """Who may look at whom: ``(layout, q) -> (B, Q, S)`` bool for the query positions ``q (Q,)``; never of labels.
+
+    A class may declare, as constants of its body: `shows_prompt`, under it a word of the prompt depends on later ones,
+    so that no stage can learn the prompt; `leaks`, it breaks the leak rule on purpose and nothing can be trained.
+    """
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
         """Who may look at whom."""
@@ -257,7 +271,7 @@ class Fusion(nn.Module, ABC):
         """Whether its weight of this name has no gradient before the first update."""
         return name.endswith(self.waiting)
 
-    def undecayed(self) -> Sequence[nn.Parameter]:
+    def undecayed(self) -> Sequence[Tensor]:
         """Matrices that weight decay would pull away from where they start, and which therefore have none."""
         return ()
 
@@ -323,6 +337,11 @@ class Objective(Protocol):
 
     An objective with weights of its own is an ``nn.Module`` and has ``attach(model)``, which makes them. They are the
     model's part "objective" during the stage, trained at ``train.objective``, and dropped when the next stage begins.
+
+    A class may declare what it needs, as constants of its body: `pairs`, the pairs of embeddings that
+    ``ContrastiveModule`` makes; `reads_images`, images; `reads_sequence`, visual tokens in the LM's sequence;
+    `reads_text_side`, a connector's text side (``QueryText``); and `reaches_lm`, False where its gradient does not
+    reach the LM's layers.
     """
 
     weight: float
@@ -342,6 +361,9 @@ class Adapter(ABC):
         lr: learning rate wherever a stage trains such a part; None takes the stage's.
         prompt_tokens: positions it wants before every sample; the collator writes the ids -1, -2, ... there.
         alone: whether it changes the tower's own weights, so that no second adapter can share them.
+        lm_only: whether the LM alone can have it.
+        one_tower: whether it wraps an encoder only where that is a single transformers tower.
+        in_layers: whether its weights lie in the tower's layers.
     """
 
     parts: tuple[str, ...]
@@ -349,6 +371,9 @@ class Adapter(ABC):
     lr: float | None = None
     prompt_tokens: int = 0
     alone: bool = False
+    lm_only: ClassVar[bool] = False
+    one_tower: ClassVar[bool] = False
+    in_layers: ClassVar[bool] = True
 
     @abstractmethod
     def wrap(self, part: Any) -> Any:

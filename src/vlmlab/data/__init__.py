@@ -1,1 +1,1 @@
-"""Where samples come from and how they become batches: the embedded world, readers of real files, chat, collation."""
+"""How samples become batches: the embedded world, readers of real files, mixing, order, chat, collation."""

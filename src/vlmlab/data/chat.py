@@ -38,7 +38,6 @@ PICTURE = (8, 8)
 """Some picture, for whoever asks how many tokens one has: all are brought to the encoder's one size."""
 
 
-
 @dataclass(frozen=True)
 class Encoded:
     """One sample as tokens; all lists have one entry per token.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vlmlab.encoder.text import TransformersTextTower, open_text_tower
 from vlmlab.encoder.tower import TowerEncoder, open_tower, sides
-from vlmlab.towers import embedded
+from vlmlab.towers.source import embedded
 
 
 class EmbeddedEncoder(TowerEncoder):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vlmlab.blueprint import Architecture
 from vlmlab.encoder.text import TransformersTextTower, open_text_tower
 from vlmlab.encoder.tower import TowerEncoder, open_tower, sides
+from vlmlab.towers.blueprint import Architecture
 
 
 class HfEncoder(TowerEncoder):
@@ -23,7 +23,7 @@ class HfEncoder(TowerEncoder):
             preprocessor file says. At another size than it was trained on, its positions are interpolated.
         square: pad images to squares in the mean colour first, as LLaVA-1.5 does, so that no margin is cut off.
         gradient_checkpointing: recompute the activations of layers that train in the backward pass.
-        architecture: what the config.json of a hub id says; read only on the meta device (``vlmlab.blueprint``).
+        architecture: what the config.json of a hub id says; read only on the meta device (``vlmlab.towers.blueprint``).
 
     Raises:
         UserError: the path is neither a folder nor reachable, the family is unknown, or a layer does not exist.

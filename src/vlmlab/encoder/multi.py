@@ -40,6 +40,8 @@ class MultiEncoder(Encoder):
         UserError: no encoder, an unknown `combine`, or grids, widths or pooled outputs that do not fit.
     """
 
+    one_tower = False
+
     def __init__(
         self,
         encoders: Sequence[Encoder],

@@ -32,6 +32,9 @@ class PatchEncoder(Encoder):
         UserError: the image does not divide into patches, or a pooled output is asked for.
     """
 
+    has_tower = False
+    one_tower = False
+
     def __init__(
         self,
         image_size: int | Sequence[int] = 64,

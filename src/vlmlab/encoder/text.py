@@ -20,11 +20,11 @@ from transformers import (
     SiglipTextModel,
 )
 
-from vlmlab.blueprint import Architecture, read_config, read_tokenizer, weightless
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import TextTower
 from vlmlab.encoder.tower import autocast, load_tower
-from vlmlab.towers import resolve, tower_hash
+from vlmlab.towers.blueprint import Architecture, read_config, read_tokenizer, weightless
+from vlmlab.towers.source import resolve, tower_hash
 
 FAMILIES: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
     CLIPTextConfig: CLIPTextModel,
@@ -108,8 +108,8 @@ def open_text_tower(
 ) -> TransformersTextTower:
     """The text tower of a two-tower checkpoint, or of a folder that holds it alone, by local folder or hub id.
 
-    On the meta device (``vlmlab.blueprint``) it has no values and no hash, and where its tokenizer is not at hand the
-    embedded one.
+    On the meta device (``vlmlab.towers.blueprint``) it has no values and no hash, and where its tokenizer is not at
+    hand the embedded one.
 
     Raises:
         UserError: no text tower, no tokenizer or not all weights there; names ``encoder.path``.

@@ -20,12 +20,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from vlmlab.blueprint import Architecture, read_config, weightless
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder
 from vlmlab.contracts.tensors import Visual
 from vlmlab.encoder.preprocess import Preprocess, read_preprocess
-from vlmlab.towers import quiet, resolve, tower_hash
+from vlmlab.towers.blueprint import Architecture, read_config, weightless
+from vlmlab.towers.source import quiet, resolve, tower_hash
 
 BEHIND_FINAL: dict[type[nn.Module], tuple[str, ...]] = {
     SiglipVisionModel: ("head",),
@@ -133,7 +133,7 @@ def open_tower(
 ) -> tuple[PreTrainedModel, Preprocess, str | None]:
     """A tower, its preprocessing and the hash of its weights, from a local folder or a hub id.
 
-    On the meta device (``vlmlab.blueprint``) it has no values and no hash.
+    On the meta device (``vlmlab.towers.blueprint``) it has no values and no hash.
     """
     if weightless():
         return *_empty_tower(path, dtype, architecture), None

@@ -17,7 +17,7 @@ from vlmlab.data.skipped import Replaced, note
 from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled, image_names
 from vlmlab.evaluate.metrics.rows import Row, write_rows
 from vlmlab.evaluate.metrics.scoring import predictions_file, score_predictions
-from vlmlab.model import VLM, build_cache, build_collator
+from vlmlab.model.vlm import VLM, build_cache, build_collator
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -145,9 +145,9 @@ def evaluate(folder: Path, cfg: DictConfig) -> dict[str, Any]:
         UserError: the run is not finished, or a benchmark's name is unknown.
     """
     from vlmlab.analyse.table import final_table
+    from vlmlab.engine.restore import load_trained
     from vlmlab.runs.files import write_json
     from vlmlab.runs.folder import RunFolder
-    from vlmlab.train.run import load_trained
 
     run = RunFolder(folder)
     result = run.result()

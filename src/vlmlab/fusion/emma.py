@@ -73,6 +73,6 @@ class InstructionMixing(Fusion):
         mixed = self.mix(together.mT).mT  # (I, N, Dv)
         return Visual(list(mixed.split(widths, -1)), visual.pooled, visual.hw)
 
-    def undecayed(self) -> Sequence[nn.Parameter]:
+    def undecayed(self) -> Sequence[Tensor]:
         """A, whose identity block decay would shrink."""
-        return (self.mix.weight,)
+        return [self.mix.weight]

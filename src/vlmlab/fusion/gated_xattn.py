@@ -90,7 +90,7 @@ class GatedCrossAttention(Fusion):
         tokens = memory_tokens(seen, *self.model_tokens, like)  # (I, M, D)
         if self.places is not None:
             tokens = tokens + self.places.to(tokens.dtype)
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for k, block in enumerate(self.blocks):
             assert isinstance(block, CrossBlock)
             tensors[f"keys.{k}"], tensors[f"values.{k}"] = block.attention.memory(tokens)
@@ -175,9 +175,13 @@ class FeedForward(nn.Module):
         return self.down(inner)
 
 
+def _layer(width: int) -> nn.Module:
+    return nn.LayerNorm(width)
+
+
 def _rms(width: int) -> nn.Module:
     return nn.RMSNorm(width, eps=1e-6)
 
 
-NORMS = {"layer": nn.LayerNorm, "rms": _rms}
+NORMS = {"layer": _layer, "rms": _rms}
 GATES = ("scalar", "vector")

@@ -112,7 +112,7 @@ class LaViFusion(Fusion):
         visual = self.project(F.layer_norm(tokens, tokens.shape[-1:]))  # (I, M, c)
         if self.places is not None:
             visual = visual + self.places.to(visual.dtype)
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for block in self.norms:
             assert isinstance(block, InfusedNorm)
             tensors |= {f"{name}.{block.index}": tensor for name, tensor in block.inner.memory(visual).items()}

@@ -77,6 +77,6 @@ class SeveralFusion(Fusion):
         found = self.parts[part]
         return isinstance(found, Fusion) and found.waits(own)
 
-    def undecayed(self) -> Sequence[nn.Parameter]:
+    def undecayed(self) -> Sequence[Tensor]:
         """Those of all parts."""
         return [parameter for part in self._each() for parameter in part.undecayed()]

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from vlmlab.blueprint import Architecture, read_config, read_tokenizer, weightless
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Mask
 from vlmlab.contracts.tensors import Kind, Layout
 from vlmlab.data.chat import token_id
 from vlmlab.lm.inside import Inside, generating_inside
 from vlmlab.lm.masking import IMPLEMENTATION, generating, plainly_causal, within
-from vlmlab.towers import quiet, resolve, tower_hash
+from vlmlab.towers.blueprint import Architecture, read_config, read_tokenizer, weightless
+from vlmlab.towers.source import quiet, resolve, tower_hash
 
 LOGIT_RULES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Config keys by which a family changes its logits after the head; only those a test has covered may be used."""
@@ -139,7 +139,7 @@ def open_lm(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None, bool]:
     """An LM, a tokenizer, the hash of the weights, and whether the tokenizer is its own; from a folder or a hub id.
 
-    On the meta device (``vlmlab.blueprint``) the LM has no values and no hash.
+    On the meta device (``vlmlab.towers.blueprint``) the LM has no values and no hash.
     """
     number = getattr(torch, dtype)
     if weightless():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vlmlab.lm.causal import CausalLanguageModel, open_lm
-from vlmlab.towers import embedded
+from vlmlab.towers.source import embedded
 
 
 class EmbeddedLanguageModel(CausalLanguageModel):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vlmlab.blueprint import Architecture
 from vlmlab.lm.causal import CausalLanguageModel, open_lm
+from vlmlab.towers.blueprint import Architecture
 
 
 class HfLanguageModel(CausalLanguageModel):
@@ -15,7 +15,7 @@ class HfLanguageModel(CausalLanguageModel):
         image_token: the placeholder; added behind the vocabulary where the tokenizer lacks it.
         gradient_checkpointing: recompute activations in the backward pass.
         chat_template: Jinja text for a tokenizer without one, as base models have them; null: the tokenizer's own.
-        architecture: what the config.json of a hub id says; read only on the meta device (``vlmlab.blueprint``).
+        architecture: what the config.json of a hub id says; read only on the meta device (``vlmlab.towers.blueprint``).
 
     Raises:
         UserError: the path is neither a folder nor reachable, the tokenizer has no chat template or end token,

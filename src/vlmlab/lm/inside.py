@@ -135,7 +135,8 @@ def _ports_of(layer: nn.Module, known: dict[str, str], family: str) -> LayerPort
     except AttributeError as error:
         raise UserError(f"lm: a layer of this {family} is not built as that family's are ({error}).") from error
     ports = LayerPorts(layer, known)
-    layer.__class__ = _with_ports(layer, PortedLayer)
+    kind: Any = type(layer)
+    layer.__class__ = _with_ports(kind, PortedLayer)
     layer.ports = ports  # type: ignore[assignment]
     return ports
 
@@ -153,15 +154,9 @@ def _standing(layer: nn.Module, path: str) -> list[nn.Module]:
     return [module, *copies]
 
 
-def _with_ports(module: nn.Module, ported: type) -> Any:
-    """The subclass with ports of a layer's or a module's class."""
-    kind: Any = type(module)
-    return _subclass(kind, ported)
-
-
 @cache
-def _subclass(kind: type, ported: type) -> type:
-    """One for all instances of a kind, so that one graph serves them."""
+def _with_ports(kind: Any, ported: Any) -> type[Any]:
+    """A subclass of a layer's or a module's class that has ports; one for all instances, so that one graph serves."""
     return type(f"Ported{kind.__name__}", (ported, kind), {"__module__": __name__})
 
 
@@ -210,7 +205,8 @@ class LayerPorts:
         site = self.sites.setdefault(where, Site(self))
         for module in _standing(self.layer, self.paths[where]):
             if not isinstance(module, Ported):
-                module.__class__ = _with_ports(module, PortedLinear if where.startswith("linear") else PortedNorm)
+                kind: Any = type(module)
+                module.__class__ = _with_ports(kind, PortedLinear if where.startswith("linear") else PortedNorm)
                 module.site = site  # type: ignore[assignment]
         site.blocks.append((key, block))
 
@@ -403,10 +399,7 @@ def token_places(model: VisionLanguageModel, wanted: bool | str, width: int) -> 
             "fusion.positions=true needs visual tokens that stand in a grid and this connector's do not; set "
             "fusion.positions=auto, or use connector=mlp, linear, pool or none."
         )
-    if grid is None:
-        return None
-    rows, columns = grid
-    return places_2d(rows, columns, width)
+    return None if grid is None else places_2d(grid[0], grid[1], width)
 
 
 def chosen_layers(depth: int, every: int, layers: Sequence[int] | None) -> list[int]:

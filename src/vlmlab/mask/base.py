@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
+from vlmlab.contracts.parts import Mask
 from vlmlab.contracts.tensors import Kind, Layout, Role
-
-
-class Mask(Protocol):
-    """Who may look at whom: ``(layout, q) -> (B, Q, S)`` bool for the query positions ``q (Q,)``."""
-
-    def __call__(self, layout: Layout, q: Tensor) -> Tensor:
-        """Who may look at whom."""
-        ...
 
 
 def pair(field: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:

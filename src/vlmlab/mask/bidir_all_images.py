@@ -6,6 +6,8 @@ opens nothing to text. With one image it equals ``bidir``.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from vlmlab.contracts.tensors import Layout
@@ -13,7 +15,13 @@ from vlmlab.mask.base import ground, not_later, pair, same_era
 
 
 class BidirectionalAllImages:
-    """allowed(i, j) = j <= i, or both visual (with no answer token between them)."""
+    """allowed(i, j) = j <= i, or both visual (with no answer token between them).
+
+    Attributes:
+        shows_prompt: a word of the prompt depends on later ones, through an image behind them.
+    """
+
+    shows_prompt: ClassVar[bool] = True
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
         """(B, Q, S) for the query positions ``q (Q,)``."""

@@ -7,6 +7,8 @@ Where a prompt is learnt too (``prompt: text``) this mask would show it: the rul
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from vlmlab.contracts.tensors import Layout, Role
@@ -14,7 +16,13 @@ from vlmlab.mask.base import ground, not_later, pair, same_era
 
 
 class PrefixLM:
-    """allowed(i, j) = j <= i, or neither has role answer (with no answer token between them)."""
+    """allowed(i, j) = j <= i, or neither has role answer (with no answer token between them).
+
+    Attributes:
+        shows_prompt: a word of the prompt depends on later ones, directly.
+    """
+
+    shows_prompt: ClassVar[bool] = True
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
         """(B, Q, S) for the query positions ``q (Q,)``."""

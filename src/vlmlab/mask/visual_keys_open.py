@@ -6,6 +6,8 @@ differs from ``bidir`` where text stands before an image, which a chat template'
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from vlmlab.contracts.tensors import Layout
@@ -13,7 +15,13 @@ from vlmlab.mask.base import ground, not_later, pair, same_era
 
 
 class VisualKeysOpen:
-    """allowed(i, j) = j <= i, or j visual (with no answer token between them)."""
+    """allowed(i, j) = j <= i, or j visual (with no answer token between them).
+
+    Attributes:
+        shows_prompt: a word of the prompt depends on later ones, through an image.
+    """
+
+    shows_prompt: ClassVar[bool] = True
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
         """(B, Q, S) for the query positions ``q (Q,)``."""

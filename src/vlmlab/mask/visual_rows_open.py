@@ -20,9 +20,11 @@ class VisualRowsOpen:
 
     Attributes:
         leaks: an answer's logits depend on that answer.
+        shows_prompt: a word of the prompt depends on later ones.
     """
 
     leaks: ClassVar[bool] = True
+    shows_prompt: ClassVar[bool] = True
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
         """(B, Q, S) for the query positions ``q (Q,)``."""

@@ -31,6 +31,8 @@ class SemanticReconstruction(nn.Module):
     """
 
     per_micro_batch = False
+    reads_images = True
+    reads_sequence = True
 
     def __init__(
         self, weight: float = 1.0, codes: int = 64, hidden: int | None = None, shift: int = 0, iterations: int = 20

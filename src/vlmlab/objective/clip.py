@@ -24,6 +24,7 @@ class Clip:
     """
 
     per_micro_batch = True
+    pairs = True
 
     def __init__(self, weight: float = 1.0, largest: float = 100.0, smoothing: float = 0.0) -> None:
         self.weight = weight

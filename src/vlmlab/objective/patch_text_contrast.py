@@ -24,6 +24,8 @@ class PatchTextContrast:
     """
 
     per_micro_batch = True
+    reads_sequence = True
+    reaches_lm = False
 
     def __init__(self, weight: float = 1.0, temperature: float = 0.07) -> None:
         self.weight = weight

@@ -36,6 +36,9 @@ class QueryTextAlignment(nn.Module):
     """
 
     per_micro_batch = True
+    reads_images = True
+    reads_text_side = True
+    reaches_lm = False
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ class Siglip:
     """
 
     per_micro_batch = True
+    pairs = True
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight

@@ -1,4 +1,4 @@
-"""What trains, how fast, on which data: stages in order, and the LightningModules that run them.
+"""What a recipe says: what trains, how fast, on which data, in stages in order.
 
-``vlmlab.recipe.stage`` never imports torch, so that a wrong recipe is refused in an instant.
+Never imports torch, so that a wrong recipe is refused in an instant.
 """

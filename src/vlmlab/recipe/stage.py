@@ -32,7 +32,7 @@ class Stage:
     Attributes:
         index: place in the recipe, from 0.
         name: its key in ``recipe.stages``.
-        module: dotted path of a ``vlmlab.recipe.base.StageModule`` class.
+        module: dotted path of a ``vlmlab.engine.stage.StageModule`` class.
         train: learning rate of every part that trains; all others are frozen.
         data: key of ``data.train``.
         prompt: "plain" (image, then caption), "chat" (the LM's template) or "text" (the template, every word
@@ -170,7 +170,7 @@ def _module(value: Any, where: str) -> str:
     path = value.get("_target_") if isinstance(value, Mapping) else value
     if not isinstance(path, str) or "." not in path:
         raise UserError(
-            f"{where}.module={path} is no class; give its dotted path, as in vlmlab.recipe.alignment.AlignmentModule."
+            f"{where}.module={path} is no class; give its dotted path, as in vlmlab.engine.alignment.AlignmentModule."
         )
     return path
 

@@ -12,8 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import vlmlab
-
 PACKAGES = (
     "torch",
     "lightning",
@@ -31,7 +29,7 @@ PACKAGES = (
 
 def package_folder() -> Path:
     """The folder of the vlmlab package."""
-    return Path(next(iter(vlmlab.__path__))).resolve()
+    return Path(__file__).resolve().parents[1]
 
 
 def fingerprint(folder: Path) -> str:

@@ -1,1 +1,1 @@
-"""How a run trains: stages through Lightning, checkpoints, resuming, proofs, cost. Importing this loads no torch."""
+"""The run from top to bottom: stages through Lightning, checkpoints, resuming, records. Imports no torch by itself."""

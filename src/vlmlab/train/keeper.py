@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from vlmlab.contracts.errors import OutOfMemory
-from vlmlab.recipe.base import StageModule
-from vlmlab.recipe.shards import scattered
-from vlmlab.train import rng
+from vlmlab.engine import rng
+from vlmlab.engine.shards import scattered
+from vlmlab.engine.stage import StageModule
+from vlmlab.engine.weights import Trainee
 from vlmlab.train.resume import content_of, save_last
 from vlmlab.train.signals import Interrupted, Signals
-from vlmlab.train.weights import Trainee
 
 LEAST_SHARE = 10
 """Saving never takes more than about one part in this many of the time."""

@@ -14,13 +14,13 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from vlmlab.engine.precision import Precision
+from vlmlab.engine.stage import StageModule
+from vlmlab.engine.weights import Trainee
 from vlmlab.mask.base import causal_on_text
 from vlmlab.mask.causal import Causal
-from vlmlab.recipe.base import StageModule
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.folder import RunFolder
-from vlmlab.train.precision import Precision
-from vlmlab.train.weights import Trainee
 
 LOG_EVERY = 10
 LINE_EVERY = 0.1

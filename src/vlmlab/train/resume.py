@@ -12,9 +12,9 @@ import torch
 from torch.optim import Optimizer
 
 from vlmlab.contracts.errors import CheckpointError
-from vlmlab.recipe.shards import gathered
+from vlmlab.engine.shards import gathered
+from vlmlab.engine.weights import Trainee, check_names, put, replace_durably
 from vlmlab.recipe.stage import Stage
-from vlmlab.train.weights import Trainee, check_names, put, replace_durably
 
 FORMAT = 1
 """Version of ``last.ckpt``."""

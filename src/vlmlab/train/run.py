@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -28,25 +28,23 @@ from vlmlab.contracts.sample import SampleSource
 from vlmlab.data.module import Window, Windows, step_loader
 from vlmlab.data.sampler import Order
 from vlmlab.data.skipped import Replaced
-from vlmlab.model import build_cache
-from vlmlab.recipe.base import NonFinite, StageModule, no_room
-from vlmlab.recipe.layers import check_layers, compiled
-from vlmlab.recipe.shards import gathered
+from vlmlab.engine import cost, proof
+from vlmlab.engine.layers import check_layers, compiled
+from vlmlab.engine.precision import Precision, choose, on_gpu
+from vlmlab.engine.restore import Builder, enter, module_class, new_trainee, weights_file
+from vlmlab.engine.shards import FSDP2, gathered
+from vlmlab.engine.stage import NonFinite, StageModule, no_room
+from vlmlab.engine.weights import Trainee, build_objectives, mixed_in, plain_key
+from vlmlab.model.vlm import build_cache
 from vlmlab.recipe.stage import Stage, check_divides, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
-from vlmlab.train import cost, proof, rng
 from vlmlab.train.keeper import Keeper
-from vlmlab.train.precision import Precision, choose
 from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, stage_table, wandb_logger
 from vlmlab.train.resume import load_last
 from vlmlab.train.signals import Interrupted, Signals
 from vlmlab.train.skips import Skips
-from vlmlab.train.weights import Trainee, build_objectives, mixed_in, plain_key
 
-Builder = Callable[[DictConfig], nn.Module]
-FSDP2 = "fsdp2"
-"""The strategy by which ranks share weights; ours, by Lightning's ``ModelParallelStrategy``."""
 Evaluate = Callable[[nn.Module, DictConfig, Path], dict[str, Any]]
 
 
@@ -148,7 +146,7 @@ class Run:
 
     def weights(self, stage: Stage) -> Path:
         """Where a finished stage's weights are."""
-        return self.folder.path / "stages" / f"{stage.index}_{stage.name}" / "model.safetensors"
+        return weights_file(self.folder.path, stage)
 
 
 def _train(run: Run) -> dict[str, Any] | None:
@@ -176,10 +174,9 @@ def _train(run: Run) -> dict[str, Any] | None:
             if kinds[later.index].build is build:
                 check_layers(_trainee(run, build).model, later)
         ready = ready and run.weights(stage).is_file()
-        rng.seed_all(cfg.seed, stage.name, "enter")
         if not ready and build in run.finished:  # weights of the stages before, under their own adapters' names
             run.trainees[build].load(run.finished.pop(build))
-        run.trainees[build].enter(stage)
+        enter(run.trainees[build], cfg, stage)
         if ready:
             run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name} is finished already")
             run.finished[build] = run.weights(stage)
@@ -203,8 +200,7 @@ def _train(run: Run) -> dict[str, Any] | None:
 
 def _trainee(run: Run, build: Builder) -> Trainee:
     if build not in run.trainees:
-        rng.seed_all(run.cfg.seed)
-        run.trainees[build] = Trainee(build(run.cfg))
+        run.trainees[build] = new_trainee(run.cfg, build)
     return run.trainees[build]
 
 
@@ -255,8 +251,7 @@ def _assembled(run: Run, stage: Stage, kind: type[StageModule]) -> Trainee:
     for past in parse(run.cfg)[: stage.index + 1]:
         if module_class(past).build is kind.build:
             trainee = _trainee(run, kind.build)
-            rng.seed_all(run.cfg.seed, past.name, "enter")
-            trainee.enter(past)
+            enter(trainee, run.cfg, past)
     trainee.take(tensors)
     return trainee
 
@@ -459,60 +454,10 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
     return run.folder.finish(metrics, costs)
 
 
-# -- building -------------------------------------------------------------------------------------------------------
-
-
-def module_class(stage: Stage) -> type[StageModule]:
-    """The LightningModule class of a stage.
-
-    Raises:
-        UserError: there is no such class, or it is none of a stage's.
-    """
-    try:
-        found = get_class(stage.module)
-    except Exception as error:
-        remedy = "give the dotted path of a StageModule"
-        raise UserError(f"{stage.key('module')}={stage.module} cannot be imported ({error}); {remedy}.") from error
-    if not issubclass(found, StageModule):
-        raise UserError(f"{stage.key('module')}={stage.module} is no StageModule; see vlmlab.recipe.base.")
-    return found
-
-
 def _benchmarks(model: nn.Module, cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from vlmlab.evaluate.run import evaluate_model
 
     return evaluate_model(model, cfg, folder)  # type: ignore[arg-type]  # the last stage's model is a VLM
-
-
-def load_trained(cfg: DictConfig, path: Path) -> nn.Module:
-    """The model of a finished run, as after its last stage, in evaluation mode.
-
-    Args:
-        cfg: the run's configuration.
-        path: the run folder.
-
-    Raises:
-        CheckpointError: a stage's file is missing or does not fit.
-    """
-    run = Run(cfg, RunFolder(path), _benchmarks)
-    stages = parse(cfg)
-    for stage in stages:
-        build: Builder = module_class(stage).build
-        trainee = _trainee(run, build)
-        rng.seed_all(cfg.seed, stage.name, "enter")
-        if not run.weights(stage).is_file():
-            raise CheckpointError(f"{run.weights(stage)} is missing; finish the run first by starting it again.")
-        trainee.enter(stage)
-        run.finished[build] = run.weights(stage)
-    trainee = run.trainees[build]
-    trainee.load(run.finished[build])
-    trainee.model.requires_grad_(False)
-    return trainee.model.eval()
-
-
-def on_gpu(cfg: DictConfig) -> bool:
-    """Whether the run computes on a GPU."""
-    return cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 @contextlib.contextmanager

@@ -95,7 +95,7 @@ def test_training_answers_follow_the_targets(trained):
 
 def test_fit_reproduces_the_stored_weights_roughly():
     """Starting from the targets, the fit moves in the direction of what is stored: rare answers gain."""
-    from vlmlab.data.world.balance import fit
+    from vlmlab.data.world.fitting import fit
 
     weights = fit(scenes=300, rounds=2)
     assert weights["count"]["color", "5"] > 3 * weights["count"]["color", "1"]

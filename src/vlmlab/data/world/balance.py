@@ -1,7 +1,7 @@
 """How often every class of question is asked, so that the question alone does not tell the answer.
 
 ``TARGETS`` are the shares wanted within a kind; ``WEIGHTS`` the factors by which a scene chooses among the classes it
-offers, fitted once by ``fit`` so that training samples reach those shares.
+offers, fitted once by ``fitting.fit`` so that training samples reach those shares.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ _FITTED: Mapping[str, Mapping[str, tuple[float, ...]]] = {
     "position": {"row": (1.0,) * 4, "column": (1.0,) * 4},
     "two_hop": {"color": (13.6, 1.0, 7.23), "shape": (13.6, 1.27, 6.93), "size": (7.81,), "texture": (7.81,)},
 }
-"""What ``fit`` found, in the order of a template's keys; classes that a symmetry of the world exchanges share one."""
+"""What ``fitting`` found, in the order of a template's keys; classes that a symmetry of the world swaps share one."""
 
 WEIGHTS: Mapping[str, Mapping[Key, float]] = {
     kind: {
@@ -112,32 +112,3 @@ WEIGHTS: Mapping[str, Mapping[Key, float]] = {
     }
     for kind, templates in ANSWERS.items()
 }
-
-
-def fit(scenes: int = 8000, rounds: int = 20) -> dict[str, dict[Key, float]]:
-    """Fit ``WEIGHTS`` to ``TARGETS`` on conversations about training scenes, by repeated proportional correction.
-
-    Args:
-        scenes: scenes per round; every round looks at new ones.
-        rounds: corrections, each of half the remaining error in logarithms.
-    """
-    from collections import Counter
-
-    from vlmlab.data.world.questions import KINDS, dialogue
-    from vlmlab.data.world.scene import sample_scene
-    from vlmlab.data.world.stream import Stream
-
-    weights = {kind: dict(classes) for kind, classes in TARGETS.items()}
-    for step in range(rounds):
-        found: Counter[tuple[str, Key]] = Counter()
-        for index in range(scenes):
-            scene = sample_scene("train", index + step * scenes, seed=1)
-            for question in dialogue(scene, Stream(scene.id, "fit"), KINDS, weights):
-                found[question.kind, (question.template, question.key)] += 1
-        for kind, classes in weights.items():
-            total = sum(found[kind, key] for key in classes)
-            for key in classes:
-                classes[key] *= (TARGETS[kind][key] * total / max(found[kind, key], 1)) ** 0.5
-            scale = sum(classes.values())
-            weights[kind] = {key: value / scale for key, value in classes.items()}
-    return weights

@@ -1,0 +1,1 @@
+"""Readers of real files: conversations, questions, captions, in JSON, parquet and tar."""

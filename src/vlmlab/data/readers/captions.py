@@ -1,0 +1,67 @@
+"""What all readers of captioned images share: one image with its captions, and samples made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vlmlab.contracts.sample import Sample, Turn
+from vlmlab.data.images import ImageFolder
+from vlmlab.data.readers.split import subset
+
+
+@dataclass(frozen=True, slots=True)
+class Captioned:
+    """One image and its captions, each with its id, in the file's order.
+
+    Attributes:
+        id: of the image.
+        image: its file name.
+        captions: (id, text) of each.
+        split: the file's word for its split; "" where it has none.
+    """
+
+    id: str
+    image: str
+    captions: tuple[tuple[str, str], ...]
+    split: str = ""
+
+
+class CaptionSamples:
+    """Captioned images as samples; pixels are read when a sample is asked for.
+
+    Args:
+        found: the images.
+        folder: where their files are.
+        prompt: the caption instruction.
+        all_references: one sample per image with all its captions as references instead of one per caption.
+        size: only so many samples, chosen by seed; None for all.
+        seed: of that choice.
+    """
+
+    def __init__(
+        self,
+        found: Sequence[Captioned],
+        folder: ImageFolder,
+        prompt: str,
+        all_references: bool,
+        size: int | None,
+        seed: int,
+    ) -> None:
+        self._folder, self._prompt = folder, prompt
+        items = [(c.id, c.image, tuple(text for _, text in c.captions)) for c in found]
+        if not all_references:
+            items = [(id_, c.image, (text,)) for c in found for id_, text in c.captions]
+        self._items = [items[i] for i in subset([name for name, _, _ in items], size, seed)]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Sample:
+        name, image, texts = self._items[index]
+        turn = Turn(self._prompt, texts[0], "caption", texts if len(texts) > 1 else ())
+        return Sample(name, (self._folder.load(image),), (turn,), image_ids=(image,))
+
+    def label(self, index: int) -> str:
+        """The id of a sample, without loading it."""
+        return self._items[index][0]

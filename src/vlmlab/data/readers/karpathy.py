@@ -1,0 +1,173 @@
+"""Captions with the Karpathy split: dataset_coco.json and dataset_flickr30k.json, and Flickr30k's tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vlmlab.contracts.errors import DataError
+from vlmlab.data.images import ImageFolder
+from vlmlab.data.readers.captions import Captioned, CaptionSamples
+from vlmlab.data.readers.place import find_files
+from vlmlab.data.readers.records import Row, read_each, read_text
+from vlmlab.data.readers.sieve import Sieve, verified
+from vlmlab.data.readers.split import check_split, named_split, split_of
+
+SUFFIXES = (".json", ".csv", ".token")
+RESTVAL = "restval"
+"""COCO's validation images beyond the 5,000 of val and 5,000 of test (Karpathy and Fei-Fei, arXiv 1412.2306); papers
+train on them."""
+
+
+class KarpathyCaptions(CaptionSamples):
+    """Captions as samples; the file is read and checked at once, pixels when a sample is asked for.
+
+    Args:
+        path: dataset_coco.json or dataset_flickr30k.json (`images[]` with filename, perhaps filepath, split and
+            sentences[] with raw); or a table of Flickr30k: flickr_annotations_30k.csv (raw, sentids, split, filename),
+            results.csv (image_name| comment_number| comment) or results_20130124.token, the last two without a split.
+        images: the image folder; for COCO the one that holds train2014 and val2014.
+        split: train, val, test, or null for every image.
+        restval: whether COCO's "restval" images are part of train; false: they are left out.
+        all_references: one sample per image with all its captions as references (benchmark) instead of one per
+            caption (training).
+        prompt: the caption instruction.
+        size: only so many samples, chosen by seed; null for all.
+        seed: of the choice of `size`.
+        split_seed: of the split by image, where the file has none.
+        val_fraction, test_fraction: shares of the images, likewise.
+        max_bad_fraction: share of the images that may be unusable and are left out; 0: the first is an error.
+        verify: decode all images at once, to leave out the broken ones (for sets that are scored).
+
+    Attributes:
+        skipped: the images that were left out.
+
+    Raises:
+        DataError: the file, the folder or a row cannot be used, or the split is empty.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        images: str,
+        split: str | None = None,
+        restval: bool = True,
+        all_references: bool = False,
+        prompt: str = "Describe the picture briefly.",
+        size: int | None = None,
+        seed: int = 0,
+        split_seed: int = 0,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.1,
+        max_bad_fraction: float = 0.0,
+        verify: bool = False,
+    ) -> None:
+        check_split(split, val_fraction, test_fraction)
+        folder = ImageFolder(images)
+        fractions = (val_fraction, test_fraction)
+        sieve = Sieve(max_bad_fraction)
+        found: list[Captioned] = []
+        for file in find_files(path, SUFFIXES):
+            found += sieve.keep(sieve.rows(_rows(file)), lambda row: parse_captioned(row, folder))
+        sieve.finish(path)
+        kept = [c for c in found if split is None or _split(c, restval, fractions, split_seed) == split]
+        if not kept:
+            raise DataError(f"{path} has no image for the split '{split}' ({len(found)} in all); give the whole file")
+        if verify:
+            kept = verified(kept, sieve, lambda c: folder.load(c.image), lambda c: c.id)
+        self.skipped = sieve.finish(path)
+        super().__init__(kept, folder, prompt, all_references, size, seed)
+
+
+def parse_captioned(row: Row, folder: ImageFolder) -> Captioned:
+    """One image, checked; raises DataError (file, row, key, remedy) where it cannot be used."""
+    name = row.text(row.get("filename"), "filename")
+    if row.data.get("filepath"):
+        name = f"{row.text(row.data['filepath'], 'filepath').rstrip('/')}/{name}"
+    reason = folder.check(name)
+    if reason:
+        raise row.error(f"image '{name}' {reason}", "correct the row, or set data.images to the images' folder")
+    sentences = row.get("sentences")
+    if not isinstance(sentences, list) or not sentences:
+        raise row.error("'sentences' is not a list of captions", "fill it in or remove the row")
+    captions = []
+    for number, sentence in enumerate(sentences):
+        if not isinstance(sentence, dict):
+            raise row.error(f"sentence {number + 1} is no object", "repair or remove the row")
+        id_ = sentence.get("sentid")
+        text = row.untagged(sentence.get("raw"), f"raw of sentence {number + 1}")
+        captions.append((f"{name}#{number}" if id_ is None else str(id_), text))
+    id_ = next((row.data[key] for key in ("cocoid", "imgid", "img_id") if row.data.get(key) is not None), name)
+    return Captioned(str(id_), name, tuple(captions), str(row.data.get("split") or "").strip().lower())
+
+
+def _split(item: Captioned, restval: bool, fractions: tuple[float, float], seed: int) -> str | None:
+    if not item.split:
+        return split_of(item.image, *fractions, seed)
+    if item.split == RESTVAL:
+        return "train" if restval else None
+    return named_split(item.split)
+
+
+def _rows(file: Path) -> Iterator[Row | DataError]:
+    """The images of a file, all in the form of dataset_coco.json."""
+    if file.suffix.lower() == ".json":
+        return read_each(file, ("images",))
+    return _tabled(file)
+
+
+def _tabled(file: Path) -> Iterator[Row | DataError]:
+    text = read_text(file)
+    if file.suffix.lower() == ".token":
+        lines = (line.partition("\t") for line in text.splitlines() if line.strip())
+        return _grouped(file, ((number, name, words) for number, (name, _, words) in enumerate(lines, 1)))
+    lines_of_text = io.StringIO(text, newline="")
+    if "|" in text.partition("\n")[0]:  # quotes are words there
+        table = csv.DictReader(lines_of_text, delimiter="|", quoting=csv.QUOTE_NONE)
+    else:
+        table = csv.DictReader(lines_of_text)
+    header = [(name or "").strip() for name in table.fieldnames or ()]
+    table.fieldnames = header
+    try:
+        cells = list(enumerate(table, 1))
+    except csv.Error as error:
+        raise DataError(f"Data file {file} is no table of comma-separated values ({error}); repair it") from None
+    if {"raw", "filename"} <= set(header):
+        return (_annotated(Row(file, number, dict(line))) for number, line in cells)
+    if {"image_name", "comment"} <= set(header):
+        return _grouped(file, ((n, (r["image_name"] or "").strip(), r["comment"] or "") for n, r in cells))
+    raise DataError(
+        f"Data file {file} has the columns {', '.join(header) or 'none'}; it needs raw and filename, or image_name and "
+        "comment"
+    )
+
+
+def _annotated(row: Row) -> Row | DataError:
+    """A row of flickr_annotations_30k.csv, whose lists are JSON inside a cell."""
+    try:
+        raw, ids = json.loads(row.data["raw"]), json.loads(row.data.get("sentids") or "[]")
+    except (TypeError, ValueError):
+        return row.error("'raw' or 'sentids' is no JSON list", "repair or remove the row")
+    if not isinstance(raw, list) or not isinstance(ids, list):
+        return row.error("'raw' or 'sentids' is no JSON list", "repair or remove the row")
+    sentences = [{"raw": text, "sentid": ids[n] if n < len(ids) else None} for n, text in enumerate(raw)]
+    return Row(row.file, row.number, {**row.data, "sentences": sentences})
+
+
+def _grouped(file: Path, lines: Iterator[tuple[int, str, str]]) -> Iterator[Row | DataError]:
+    """One row per image out of one line per caption; a caption that is missing makes its line a bad row."""
+    by_image: dict[str, tuple[int, list[dict[str, Any]]]] = {}
+    bad: list[Row | DataError] = []
+    for number, name, words in lines:
+        image = name.partition("#")[0].strip()
+        if not image or not words.strip():
+            row = Row(file, number, {}, "line")
+            bad.append(row.error("has no image name or no caption", "repair or remove the line"))
+            continue
+        by_image.setdefault(image, (number, []))[1].append({"raw": words})
+    rows = (Row(file, n, {"filename": image, "sentences": made}) for image, (n, made) in by_image.items())
+    return iter([*bad, *rows])

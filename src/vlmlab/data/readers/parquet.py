@@ -1,0 +1,426 @@
+"""Parquet shards as the hub keeps image data sets: rows with an image struct {bytes, path} beside columns of text."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import json
+import os
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmlab.contracts.errors import DataError, UserError
+from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
+from vlmlab.data.images import ImageFolder, decode_image
+from vlmlab.data.readers.llava import TURN_KEYS, LlavaFormat, parse_turns
+from vlmlab.data.readers.place import find_files, split_files
+from vlmlab.data.readers.records import Row, describe
+from vlmlab.data.readers.sieve import Sieve, verified
+from vlmlab.data.readers.split import check_split, split_of, subset
+from vlmlab.data.readers.tar import write_shard
+from vlmlab.data.readers.vqa import Question, VqaFormat, choose_rows, conversations, unique_questions
+
+SUFFIXES = (".parquet",)
+IMAGE_KEYS = ("image", "images")
+_OPEN = 32
+_GROUPS = 2
+"""Files and decoded row groups that a process keeps; a shuffled order comes back to neither soon."""
+
+
+def _arrow() -> Any:
+    try:
+        return importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise UserError(
+            "Parquet files need the package pyarrow, which is not installed; run pip install 'vlmlab[parquet]'."
+        ) from error
+
+
+class ParquetRows:
+    """Random access to the rows of parquet files; one row group is read for a row, so that nothing is held or copied.
+
+    Args:
+        files: the shards, in order.
+
+    Attributes:
+        columns: names of the first file's columns; all files must have them.
+
+    Raises:
+        DataError: a file is damaged or has other columns than the first.
+        UserError: pyarrow is not installed.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = list(files)
+        self.columns: list[str] = []
+        self._first: list[int] = []  # the number of every row group's first row
+        self._groups: list[tuple[int, int]] = []  # its file and place there
+        self._before: list[int] = []  # rows in the files before each file
+        self._size = 0
+        self._pid = 0
+        for number, file in enumerate(self.files):
+            self._add(number, file)
+        names = [file.stem for file in self.files]
+        clash = len(set(names)) < len(names)
+        self._names = ["-".join(file.with_suffix("").parts[-2:]) for file in self.files] if clash else names
+
+    def _add(self, number: int, file: Path) -> None:
+        try:
+            facts = _arrow().ParquetFile(file)
+            groups = [facts.metadata.row_group(g).num_rows for g in range(facts.metadata.num_row_groups)]
+        except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"Data file {file} is no readable parquet file ({reason}); download it again") from None
+        columns = list(facts.schema_arrow.names)
+        self.columns = self.columns or columns
+        if missing := [name for name in self.columns if name not in columns]:
+            raise DataError(
+                f"Data file {file} lacks the column '{missing[0]}' of {self.files[0]}; give shards of one data set"
+            )
+        self._before.append(self._size)
+        for group, rows in enumerate(groups):
+            if rows:
+                self._first.append(self._size)
+                self._groups.append((number, group))
+                self._size += rows
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Row:
+        """One row with all its columns; its number counts from 1 within its file."""
+        place = bisect_right(self._first, index) - 1
+        data = self._table(place).slice(index - self._first[place], 1).to_pylist()[0]
+        return Row(*self.at(index), data)
+
+    def at(self, index: int) -> tuple[Path, int]:
+        """File and number there, from 1, of a row."""
+        number, _ = self._groups[bisect_right(self._first, index) - 1]
+        return self.files[number], index - self._before[number] + 1
+
+    def label(self, index: int) -> str:
+        """Shard and number of a row: unique, and enough to find it again."""
+        number, _ = self._groups[bisect_right(self._first, index) - 1]
+        return f"{self._names[number]}-{index - self._before[number] + 1}"
+
+    def read(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """These columns of all rows, in order; a part of a struct is named by a dot (image.path)."""
+        for number, group in self._groups:
+            yield from self._file(number).read_row_group(group, columns=list(columns), use_threads=False).to_pylist()
+
+    def has(self, column: str) -> bool:
+        """Whether the files have this column or, named by a dot, this part of a struct."""
+        return column in self.columns or any(
+            self._file(0).schema.column(i).path == column for i in range(len(self._file(0).schema))
+        )
+
+    def _table(self, place: int) -> Any:
+        """A row group, decoded; the last few are kept."""
+        self._fresh_process()
+        if place not in self._tables:
+            number, group = self._groups[place]
+            self._tables[place] = self._file(number).read_row_group(group, use_threads=False)
+            if len(self._tables) > _GROUPS:
+                self._tables.popitem(last=False)
+        return self._tables[place]
+
+    def _file(self, number: int) -> Any:
+        self._fresh_process()
+        if number not in self._open:
+            self._open[number] = _arrow().ParquetFile(self.files[number], memory_map=True)
+            if len(self._open) > _OPEN:
+                self._open.popitem(last=False)
+        return self._open[number]
+
+    def _fresh_process(self) -> None:
+        """A worker opens its own files."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._open: OrderedDict[int, Any] = OrderedDict()
+            self._tables: OrderedDict[int, Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_tables")} | {"_pid": 0}
+
+
+def pictures(row: Row, keys: Sequence[str]) -> list[tuple[str | None, bytes | None]]:
+    """Path and bytes of every image of a row, taken out of it; raises DataError where the column holds no image."""
+    given = [key for key in keys if row.data.get(key) is not None]
+    value = row.data[given[0]] if given else []
+    for key in keys:
+        row.data.pop(key, None)
+    found: list[tuple[str | None, bytes | None]] = []
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(entry, bytes):
+            found.append((None, entry))
+        elif isinstance(entry, dict) and {"bytes", "path"} & entry.keys():
+            found.append((entry.get("path"), entry.get("bytes")))
+        else:
+            raise row.error(f"'{given[0]}' is {describe(entry)} instead of an image", "repair or remove the row")
+    return found
+
+
+def open_picture(row: Row, picture: tuple[str | None, bytes | None], folder: ImageFolder | None) -> Image:
+    """One image: its bytes, or the file its path names inside the image folder."""
+    path, data = picture
+    if data is not None:
+        if not data:
+            raise row.error("its image is empty", "repair or remove the row")
+        try:
+            return decode_image(io.BytesIO(data), path or "of the row")
+        except DataError as error:
+            raise DataError(f"{row.file}, {row.unit} {row.number}: {error}") from None
+    if not path:
+        raise row.error("its image has neither bytes nor a path", "repair or remove the row")
+    if folder is None:
+        raise row.error(f"its image is only the path '{path}'", "set data.images to the folder of the images")
+    reason = folder.check(path)
+    if reason:
+        raise row.error(f"image '{path}' {reason}", "correct the row, or set data.images to the images' folder")
+    return folder.load(path)
+
+
+def to_tar(path: str, folder: Path, rows: int = 2000) -> list[Path]:
+    """Rewrite conversations in parquet as indexed tar shards (`vlmlab.data.readers.tar.TarShards`), images as they are.
+
+    A shuffled order reads a whole row group for every row of a parquet file, and one row of a tar; worth it for sets
+    that are read more than once from slow disks.
+
+    Args:
+        path: as of `LlavaParquet`.
+        folder: where the shards go; made if it is not there.
+        rows: rows of one shard.
+
+    Raises:
+        DataError: a row's image has no bytes.
+    """
+    source = ParquetRows(find_files(path, SUFFIXES))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def members(first: int) -> Iterator[tuple[str, bytes]]:
+        for index in range(first, min(first + rows, len(source))):
+            row = source[index]
+            for number, (_, data) in enumerate(pictures(row, IMAGE_KEYS)):
+                if data is None:
+                    raise row.error("its image has no bytes", "give a set with the images inside")
+                yield f"{index:09d}.{number}.jpg", data  # readers go by the content, not by the name
+            yield f"{index:09d}.json", json.dumps(row.data, ensure_ascii=False).encode()
+
+    starts = range(0, len(source), rows)
+    return [write_shard(folder / f"train-{n:05d}.tar", members(start)) for n, start in enumerate(starts)]
+
+
+class LlavaParquet:
+    """Conversations with their images inside, as in LLaVA-ReCap and LLaVA-NeXT-Data; rows are read when asked for.
+
+    A row has `conversations` (from/value, or the other forms of `LlavaJson`) and `image` or `images`: a struct
+    {bytes, path}, a list of them, or null for a text. Opening costs the shards' footers alone (and the ids, for a
+    split), whatever the size; a bad row shows when it is read.
+
+    Args:
+        path: a shard, a folder or a glob of shards, or an id of the hub.
+        images: the image folder, for rows that have only paths; null: such rows cannot be used.
+        split: train or val, or null for every row: by the files' names, otherwise by a hash of the row's id.
+        size: only so many samples, chosen by seed; null for all.
+        seed: of the choice of `size`.
+        split_seed: of the split; apart from `seed`, so that runs with other seeds share their held-out rows.
+        val_fraction: share of the ids that is held out.
+        tags, prepend_images: see `vlmlab.data.readers.llava.LlavaFormat`.
+        max_bad_fraction, verify: with `verify` all rows are read and decoded at once, and up to that share of bad ones
+            is left out (for sets that are scored); 0: the first is an error.
+
+    Attributes:
+        skipped: the rows that were left out at construction.
+
+    Raises:
+        DataError: a shard cannot be used, or the split is empty.
+        UserError: pyarrow is not installed.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        images: str | None = None,
+        split: str | None = None,
+        size: int | None = None,
+        seed: int = 0,
+        split_seed: int = 0,
+        val_fraction: float = 0.005,
+        tags: Sequence[str] = (IMAGE_TAG,),
+        prepend_images: bool = False,
+        max_bad_fraction: float = 0.0,
+        verify: bool = False,
+    ) -> None:
+        check_split(split, val_fraction, 0.0)
+        _arrow()
+        files, shares = split_files(find_files(path, SUFFIXES), split, val_fraction, 0.0)
+        self._rows = ParquetRows(files)
+        if not any(key in self._rows.columns for key in TURN_KEYS):
+            columns = ", ".join(self._rows.columns)
+            raise DataError(f"{path} has no column '{TURN_KEYS[0]}' (columns: {columns}); choose the data=... it is of")
+        self._form = LlavaFormat(tuple(tags), prepend_images)
+        self._folder = ImageFolder(images) if images is not None else None
+        self._index: Sequence[int] | NDArray[np.int64] = range(len(self._rows))
+        if shares is not None:
+            keep = [split_of(name, *shares, split_seed) == split for name in self._ids()]
+            self._index = np.flatnonzero(np.array(keep, dtype=bool))
+        if not len(self._index):
+            remedy = "raise data.val_fraction, or give more rows"
+            raise DataError(f"{path} has no row for the split '{split}' ({len(self._rows)} in all); {remedy}")
+        if size is not None:
+            labels = [self._rows.label(int(i)) for i in self._index]
+            self._index = np.array([self._index[i] for i in subset(labels, size, seed)])
+        sieve = Sieve(max_bad_fraction)
+        if verify:
+            sieve.seen = len(self._index)
+            self._index = verified([int(i) for i in self._index], sieve, self._sample, self._rows.label)
+        self.skipped = sieve.finish(path)
+
+    def _ids(self) -> Iterator[str]:
+        """What a row is split by: conversations about one image mostly share its number as id."""
+        if not self._rows.has("id"):
+            return (self._rows.label(i) for i in range(len(self._rows)))
+        values = self._rows.read(["id"])
+        return (self._rows.label(i) if r["id"] is None else str(r["id"]) for i, r in enumerate(values))
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._sample(int(self._index[index]))
+
+    def label(self, index: int) -> str:
+        """The id of a sample, without loading it: shard and row, since the rows' own ids are not unique."""
+        return self._rows.label(int(self._index[index]))
+
+    def _sample(self, place: int) -> Sample:
+        row, name = self._rows[place], self._rows.label(place)
+        found = pictures(row, IMAGE_KEYS)
+        record = parse_turns(row, self._form, len(found))
+        images = tuple(open_picture(row, one, self._folder) for one in found)
+        return Sample(name, images, record.turns, record.system, tuple(f"{name}#{k}" for k in range(len(found))))
+
+
+class VqaParquet:
+    """Questions with their images inside, as the hub keeps PathVQA, VQA-RAD and SLAKE.
+
+    The text of all rows is read and checked at once, an image when its question is asked for.
+
+    Args:
+        path: a shard, a folder or a glob of shards, or an id of the hub; files named after a split are that split.
+        split: train, val, test, or null for every row; a split without files is taken out of train by image.
+        multi_turn: the questions of one image as one conversation (training) instead of one sample each (benchmark).
+        max_turns: most questions in one conversation; more are dealt evenly over several.
+        size: only so many samples, chosen by seed; null for all.
+        seed: of the questions' order inside a conversation and of the choice of `size`.
+        split_seed: of the split by image; apart from `seed`, so that runs with other seeds share their test split.
+        val_fraction, test_fraction: shares of the images where there are no files for a split.
+        where: keep only rows whose column has one of these values, such as {q_lang: [en]}.
+        image_key: column of the image.
+        question_key, id_key, answer_key, answers_key, kind_keys, suffix: see `vqa.VqaFormat`.
+        max_bad_fraction: share of the rows that may be unusable and are left out; 0: the first is an error.
+        verify: decode all images at once, to leave out questions about broken ones (for sets that are scored).
+
+    Attributes:
+        skipped: the rows that were left out.
+
+    Raises:
+        DataError: a shard or a row cannot be used, or the split is empty.
+        UserError: pyarrow is not installed.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        split: str | None = None,
+        multi_turn: bool = True,
+        max_turns: int = 8,
+        size: int | None = None,
+        seed: int = 0,
+        split_seed: int = 0,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.1,
+        where: Mapping[str, Sequence[Any]] | None = None,
+        image_key: str = "image",
+        question_key: str = "question",
+        id_key: str | None = None,
+        answer_key: str = "answer",
+        answers_key: str = "answers",
+        kind_keys: Sequence[str] = ("answer_type", "question_type"),
+        suffix: str = "",
+        max_bad_fraction: float = 0.0,
+        verify: bool = False,
+    ) -> None:
+        check_split(split, val_fraction, test_fraction)
+        _arrow()
+        files, shares = split_files(find_files(path, SUFFIXES), split, val_fraction, test_fraction)
+        self._rows, self._key = ParquetRows(files), image_key
+        self._check_columns(path, question_key)
+        form = VqaFormat(image_key, question_key, id_key, answer_key, answers_key, tuple(kind_keys), suffix)
+        sieve = Sieve(max_bad_fraction)
+        rows = self._texts()
+        rows = [row for row in rows if all(row.data.get(k, v[0]) in v for k, v in (where or {}).items())]
+        rows = choose_rows(rows, image_key, split if shares is not None else None, (), shares or (0.0, 0.0), split_seed)
+        asked = unique_questions(rows, form, None, sieve)
+        sieve.finish(path)
+        self._place = {question.id: int(row.data["_place"]) for row, question in asked}
+        questions = [question for _, question in asked]
+        if verify:
+            questions = verified(
+                questions, sieve, lambda q: self._picture(self._place[q.id]), lambda q: q.id, lambda q: q.image
+            )
+        self.skipped = sieve.finish(path)
+        groups = conversations(questions, max_turns, seed) if multi_turn else [(q.id, (q,)) for q in questions]
+        self._groups: list[tuple[str, tuple[Question, ...]]]
+        self._groups = [groups[i] for i in subset([name for name, _ in groups], size, seed)]
+
+    def _check_columns(self, path: str, question_key: str) -> None:
+        for key in (self._key, question_key):
+            if key not in self._rows.columns:
+                columns = ", ".join(self._rows.columns)
+                raise DataError(f"{path} has no column '{key}' (columns: {columns}); set its name, or another data=...")
+
+    def _texts(self) -> list[Row]:
+        """Every row without its pixels; under the image's key stands what tells its image from others."""
+        others = [name for name in self._rows.columns if name != self._key]
+        rows = []
+        for place, (data, name) in enumerate(zip(self._rows.read(others), self._image_names(), strict=True)):
+            file, number = self._rows.at(place)
+            rows.append(Row(file, number, {**data, self._key: name, "_place": place}))
+        return rows
+
+    def _image_names(self) -> Iterator[str]:
+        """The images' paths where they tell them apart, otherwise a hash of their bytes."""
+        if self._rows.has(f"{self._key}.path"):
+            paths = [(r[self._key] or {}).get("path") for r in self._rows.read([f"{self._key}.path"])]
+            if all(paths) and len(set(paths)) > 1:
+                return iter([str(path) for path in paths])
+        values = (row[self._key] for row in self._rows.read([self._key]))
+        images = (value.get("bytes") if isinstance(value, dict) else value for value in values)
+        return (hashlib.sha256(data).hexdigest()[:16] if data else "" for data in images)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, index: int) -> Sample:
+        name, questions = self._groups[index]
+        turns = tuple(Turn(q.prompt, q.answer, q.kind, q.references) for q in questions)
+        return Sample(name, (self._picture(self._place[questions[0].id]),), turns, image_ids=(questions[0].image,))
+
+    def label(self, index: int) -> str:
+        """The id of a sample, without loading it."""
+        return self._groups[index][0]
+
+    def _picture(self, place: int) -> Image:
+        row = self._rows[place]
+        found = pictures(row, (self._key,))
+        if len(found) != 1:
+            raise row.error(f"has {len(found)} images where one is needed", "repair or remove the row")
+        return open_picture(row, found[0], None)

@@ -1,0 +1,307 @@
+"""Visual question answering from a JSON file of image, question and answer, with or without a split of its own."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.sample import Sample, Turn
+from vlmlab.data.images import ImageFolder
+from vlmlab.data.readers.place import find_files, split_files
+from vlmlab.data.readers.records import Row, read_each
+from vlmlab.data.readers.sieve import Sieve, verified
+from vlmlab.data.readers.split import check_split, named_split, split_of, subset, unit_hash
+
+SUFFIXES = (".json", ".jsonl", ".ndjson")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One row of the file, checked: what a Turn and its Sample are made of."""
+
+    id: str
+    image: str
+    prompt: str
+    answer: str
+    references: tuple[str, ...]
+    kind: str
+
+
+@dataclass(frozen=True)
+class VqaFormat:
+    """Which key of a row means what.
+
+    Attributes:
+        image_key, question_key, id_key: keys of the image's name, the question and the id (null: rows are numbered);
+            of a list of keys the first that a row has counts.
+        answer_key: key of the one answer (text or number).
+        answers_key: key of the list of human answers (texts, or objects with `answer` as in VQA v2). Where a row has
+            both, `answer_key` is learnt and the list is what predictions are compared with; where it has the list
+            alone, the most frequent of them (the first among equals) is learnt.
+        kind_keys: the first of these that a row has names the kind of question under which it is scored; where it has
+            none the answer decides: yes_no, number or other.
+        suffix: words after every question, such as "Answer the question using a single word or phrase.".
+    """
+
+    image_key: str | Sequence[str] = "image"
+    question_key: str = "question"
+    id_key: str | Sequence[str] | None = "question_id"
+    answer_key: str = "answer"
+    answers_key: str = "answers"
+    kind_keys: tuple[str, ...] = ("answer_type", "question_type")
+    suffix: str = ""
+
+
+def parse_question(row: Row, form: VqaFormat, folder: ImageFolder | None) -> Question:
+    """One row, checked; raises DataError (file, row, key, remedy) where it cannot be used.
+
+    Without a folder the image comes with the row, and what stands under its key only tells it from others.
+    """
+    key = first_key(row, form.image_key)
+    image = row.text(row.get(key), key)
+    reason = folder.check(image) if folder is not None else None
+    if reason:
+        raise row.error(f"image '{image}' {reason}", "correct the row, or set data.images to the images' folder")
+    question = row.untagged(row.get(form.question_key), form.question_key)
+    answer, references = _answers(row, form)
+    id_ = f"{row.file.stem}-{row.number}"
+    if form.id_key is not None:
+        key = first_key(row, form.id_key)
+        id_ = _word(row, row.get(key), key)
+    prompt = f"{question}\n{form.suffix}" if form.suffix else question
+    return Question(id_, image, prompt, answer, references, _kind(row, form, answer))
+
+
+def first_key(row: Row, keys: str | Sequence[str]) -> str:
+    """The first of the keys that the row has; the first of all where it has none."""
+    if isinstance(keys, str):
+        return keys
+    return next((key for key in keys if key in row.data), keys[0])
+
+
+def _word(row: Row, value: object, key: str) -> str:
+    """Text or a number as text; some files mix the two."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    return row.untagged(value, key)
+
+
+def _answers(row: Row, form: VqaFormat) -> tuple[str, tuple[str, ...]]:
+    """The answer to learn and all human answers, duplicates kept because VQA accuracy counts them."""
+    one, many = row.data.get(form.answer_key), row.data.get(form.answers_key)
+    if many is None:
+        return _word(row, row.get(form.answer_key), form.answer_key), ()
+    if not isinstance(many, list) or not many:
+        problem = f"'{form.answers_key}' is not a list of answers"
+        raise row.error(problem, f"use '{form.answer_key}' for a single answer")
+    plain = (entry.get("answer") if isinstance(entry, dict) else entry for entry in many)
+    texts = tuple(_word(row, entry, form.answers_key) for entry in plain)
+    learnt = Counter(texts).most_common(1)[0][0] if one is None else _word(row, one, form.answer_key)
+    return learnt, texts
+
+
+def _kind(row: Row, form: VqaFormat, answer: str) -> str:
+    key = next((key for key in form.kind_keys if row.data.get(key) is not None), None)
+    if key is None:
+        return answer_kind(answer)
+    kind = re.sub(r"\W+", "_", row.text(row.data[key], key).lower()).strip("_")
+    if not kind:
+        raise row.error(f"'{key}' holds no letter or digit", "name the kind of question, or remove the key")
+    return kind
+
+
+def answer_kind(answer: str) -> str:
+    """yes_no, number or other, as in VQA v2, from the answer alone."""
+    word = answer.strip().rstrip(".").lower()
+    if word in ("yes", "no"):
+        return "yes_no"
+    return "number" if re.fullmatch(r"[-+]?\d+([.,]\d+)?", word) else "other"
+
+
+def choose_rows(
+    rows: list[Row],
+    image_key: str | Sequence[str],
+    split: str | None,
+    split_keys: Sequence[str],
+    fractions: tuple[float, float],
+    seed: int,
+    words: Mapping[str, Sequence[str]] | None = None,
+) -> list[Row]:
+    """The rows of a split: by the first of `split_keys` the file has, otherwise by a hash of the image's name.
+
+    A file that names train and test but no val gets its val out of its train, by image.
+
+    Args:
+        rows: all rows of the file.
+        image_key: key of the image's name.
+        split: train, val, test, or None for all rows.
+        split_keys: keys that may hold the split's name.
+        fractions: shares of val and test where the file has no word on it.
+        seed: of the hash.
+        words: a file's own words for a split, beside the usual ones.
+
+    Raises:
+        DataError: a row without the split's name, or with an unknown one; a split without rows.
+    """
+    if split is None:
+        return rows
+    val, test = fractions
+    own = {word.strip().lower(): name for name, many in (words or {}).items() for word in many}
+    key = next((key for key in split_keys if any(key in row.data for row in rows)), None)
+    names = [str(row.data.get(first_key(row, image_key))) for row in rows]
+    if key is None:
+        named = [split_of(name, val, test, seed) for name in names]
+    else:
+        named = [_named(row, key, own) for row in rows]
+        if "val" not in named:
+            hashed = (split_of(name, val, 0.0, seed) for name in names)
+            named = [h if n == "train" else n for n, h in zip(named, hashed, strict=True)]
+    chosen = [row for row, name in zip(rows, named, strict=True) if name == split]
+    if not chosen:
+        counts = ", ".join(f"{name} {n}" for name, n in sorted(Counter(named).items()))
+        remedy = "set data.test_path, raise the split's fraction, or split by image with data.split_keys=[]"
+        file = rows[0].file if rows else "without usable rows"
+        raise DataError(f"Data file {file} has no rows for the split '{split}' ({counts}); {remedy}")
+    return chosen
+
+
+def _named(row: Row, key: str, words: Mapping[str, str]) -> str:
+    value = row.text(row.get(key), key)
+    found = words.get(value.strip().lower()) or named_split(value)
+    if found is None:
+        raise row.error(f"'{key}' is '{value}', no known split", "use train, val or test, or set data.split_keys=[]")
+    return found
+
+
+class VqaJson:
+    """Questions about images as samples; records are read and checked at once, pixels when a sample is asked for.
+
+    The file is a JSON list, JSON lines, or an object with the list under `questions` or `data`. Image names are
+    relative to `images`. Without `test_path`, train, val and test come out of `path`: by the first of `split_keys` its
+    rows have, otherwise by a hash of the image's name, so that no image is in two splits. With `test_path`, the whole
+    of that file is the test split and `path` gives train and val.
+
+    Args:
+        path: the JSON file; or a folder or glob of them, or an id of the hub. Files named after a split (train.json,
+            validate.json) are that split.
+        images: the image folder; null is the folder of the (first) file itself.
+        split: train, val, test, or null for every row of `path`.
+        test_path: a file that is the test split.
+        multi_turn: the questions of one image as one conversation (training) instead of one sample each (benchmark).
+        max_turns: most questions in one conversation; more are dealt evenly over several.
+        size: only so many samples, chosen by seed; null for all.
+        seed: of the questions' order inside a conversation and of the choice of `size`.
+        split_seed: of the split by image; apart from `seed`, so that runs with other seeds share their test split.
+        val_fraction, test_fraction: shares of the images where the file has no split of its own.
+        split_keys: keys that may hold the split's name; empty: always split by image.
+        split_words: a file's own words for a split, such as {test: [test_freeform, test_para]}.
+        where: keep only rows whose key has one of these values, such as {q_lang: [en]}; rows without the key stay.
+        image_key, question_key, id_key, answer_key, answers_key, kind_keys, suffix: see `VqaFormat`.
+        max_bad_fraction: share of the rows that may be unusable and are left out; 0: the first is an error.
+        verify: decode all images at once, to leave out questions about broken ones (for sets that are scored).
+
+    Attributes:
+        skipped: the rows that were left out.
+
+    Raises:
+        DataError: the file, the folder or a row cannot be used, or the split is empty.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        images: str | None = None,
+        split: str | None = None,
+        test_path: str | None = None,
+        multi_turn: bool = True,
+        max_turns: int = 8,
+        size: int | None = None,
+        seed: int = 0,
+        split_seed: int = 0,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.1,
+        split_keys: Sequence[str] = ("official_split", "split"),
+        split_words: Mapping[str, Sequence[str]] | None = None,
+        where: Mapping[str, Sequence[Any]] | None = None,
+        image_key: str | Sequence[str] = "image",
+        question_key: str = "question",
+        id_key: str | Sequence[str] | None = "question_id",
+        answer_key: str = "answer",
+        answers_key: str = "answers",
+        kind_keys: Sequence[str] = ("answer_type", "question_type"),
+        suffix: str = "",
+        max_bad_fraction: float = 0.0,
+        verify: bool = False,
+    ) -> None:
+        check_split(split, val_fraction, test_fraction)
+        form = VqaFormat(image_key, question_key, id_key, answer_key, answers_key, tuple(kind_keys), suffix)
+        separate = test_path is not None and split == "test"
+        source = test_path if test_path is not None and separate else path
+        found = find_files(source, SUFFIXES)
+        test = 0.0 if test_path is not None else test_fraction
+        files, shares = split_files(found, None if separate else split, val_fraction, test)
+        self._folder = ImageFolder(images if images is not None else found[0].parent)
+        sieve = Sieve(max_bad_fraction)
+        rows = [row for file in files for row in sieve.rows(read_each(file, ("questions", "data")))]
+        rows = [row for row in rows if all(row.data.get(k, v[0]) in v for k, v in (where or {}).items())]
+        named = split if shares is not None else None
+        keys = tuple(split_keys)
+        rows = choose_rows(rows, image_key, named, keys, shares or (0.0, 0.0), split_seed, split_words)
+        questions = [question for _, question in unique_questions(rows, form, self._folder, sieve)]
+        sieve.finish(source)
+        if verify:
+            questions = verified(
+                questions, sieve, lambda q: self._folder.load(q.image), lambda q: q.id, lambda q: q.image
+            )
+        self.skipped = sieve.finish(source)
+        groups = conversations(questions, max_turns, seed) if multi_turn else [(q.id, (q,)) for q in questions]
+        self._groups = [groups[i] for i in subset([name for name, _ in groups], size, seed)]
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, index: int) -> Sample:
+        name, questions = self._groups[index]
+        image = questions[0].image
+        turns = tuple(Turn(q.prompt, q.answer, q.kind, q.references) for q in questions)
+        return Sample(name, (self._folder.load(image),), turns, image_ids=(image,))
+
+    def label(self, index: int) -> str:
+        """The id of a sample, without loading it."""
+        return self._groups[index][0]
+
+
+def unique_questions(
+    rows: Sequence[Row], form: VqaFormat, folder: ImageFolder | None, sieve: Sieve
+) -> list[tuple[Row, Question]]:
+    """The usable rows; an id that stands there twice makes the second row unusable."""
+    first: dict[str, int] = {}
+
+    def parse(row: Row) -> tuple[Row, Question]:
+        question = parse_question(row, form, folder)
+        before = first.setdefault(question.id, row.number)
+        if before != row.number:
+            problem = f"id '{question.id}' is that of {row.unit} {before} too"
+            raise row.error(problem, "make the ids unique, or set data.id_key=null to number the rows")
+        return row, question
+
+    return sieve.keep(rows, parse)
+
+
+def conversations(questions: list[Question], max_turns: int, seed: int) -> list[tuple[str, tuple[Question, ...]]]:
+    """The questions of each image, shuffled by seed and dealt evenly over as few conversations as `max_turns` lets."""
+    if max_turns < 1:
+        raise DataError(f"max_turns={max_turns} leaves no question in a conversation; use 1 or more")
+    by_image: dict[str, list[Question]] = {}
+    for question in questions:
+        by_image.setdefault(question.image, []).append(question)
+    made = []
+    for image, group in by_image.items():
+        shuffled = sorted(group, key=lambda q: unit_hash(q.id, seed))
+        parts = -(-len(shuffled) // max_turns)
+        made += [(f"{image}#{part}", tuple(shuffled[part::parts])) for part in range(parts)]
+    return made

@@ -1,0 +1,77 @@
+"""The models of a recipe: which module runs a stage, its model as it is made, and the model of a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from hydra.utils import get_class
+from omegaconf import DictConfig
+from torch import nn
+
+from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.engine import rng
+from vlmlab.engine.stage import StageModule
+from vlmlab.engine.weights import Trainee
+from vlmlab.recipe.stage import Stage, parse
+
+Builder = Callable[[DictConfig], nn.Module]
+"""Makes the model of a stage's kind; stages of the same builder train the same model."""
+
+
+def module_class(stage: Stage) -> type[StageModule]:
+    """The LightningModule class of a stage.
+
+    Raises:
+        UserError: there is no such class, or it is none of a stage's.
+    """
+    try:
+        found = get_class(stage.module)
+    except Exception as error:
+        remedy = "give the dotted path of a StageModule"
+        raise UserError(f"{stage.key('module')}={stage.module} cannot be imported ({error}); {remedy}.") from error
+    if not issubclass(found, StageModule):
+        raise UserError(f"{stage.key('module')}={stage.module} is no StageModule; see {StageModule.__module__}.")
+    return found
+
+
+def new_trainee(cfg: DictConfig, build: Builder) -> Trainee:
+    """A model before its first stage: the same weights for the same configuration."""
+    rng.seed_all(cfg.seed)
+    return Trainee(build(cfg))
+
+
+def enter(trainee: Trainee, cfg: DictConfig, stage: Stage) -> None:
+    """Let a stage begin: what it adds to the model starts with the same weights whatever was done before."""
+    rng.seed_all(cfg.seed, stage.name, "enter")
+    trainee.enter(stage)
+
+
+def weights_file(folder: Path, stage: Stage) -> Path:
+    """Where a finished stage's weights are in a run folder."""
+    return folder / "stages" / f"{stage.index}_{stage.name}" / "model.safetensors"
+
+
+def load_trained(cfg: DictConfig, path: Path) -> nn.Module:
+    """The model of a finished run, as after its last stage, in evaluation mode.
+
+    Args:
+        cfg: the run's configuration.
+        path: the run folder.
+
+    Raises:
+        CheckpointError: a stage's file is missing or does not fit.
+    """
+    trainees: dict[Builder, Trainee] = {}
+    for stage in parse(cfg):
+        build: Builder = module_class(stage).build
+        if build not in trainees:
+            trainees[build] = new_trainee(cfg, build)
+        trainee = trainees[build]
+        file = weights_file(path, stage)
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; finish the run first by starting it again.")
+        enter(trainee, cfg, stage)
+    trainee.load(file)
+    trainee.model.requires_grad_(False)
+    return trainee.model.eval()

@@ -1,0 +1,356 @@
+"""The model of a recipe as its stages go by: what is frozen, what was ever trained, and the file that keeps it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.contracts.parts import Objective
+from vlmlab.engine.layers import chosen
+from vlmlab.engine.shards import shard
+from vlmlab.engine.stage import check_objectives
+from vlmlab.recipe.stage import Stage
+from vlmlab.runs.files import share
+
+FORMAT = 1
+"""Version of ``model.safetensors``'s metadata."""
+
+COMPOSITION = ("encoder", "connector", "fusion", "lm")
+BASE = ".base"
+
+
+class Trainee:
+    """A model on its way through the stages.
+
+    Args:
+        model: a ``VLM`` or ``DualEncoder``.
+
+    Attributes:
+        rates: learning rate of every part that trains in the stage entered last.
+        adapted: parts that its adapter wraps.
+        objectives: the losses of that stage, by name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.rates: dict[str, float] = {}
+        self.adapted: tuple[str, ...] = ()
+        self.objectives: dict[str, Objective] = {}
+        self._ever: dict[int, nn.Parameter] = {}  # by identity: an adapter renames the weights it wraps
+
+    # -- stages --------------------------------------------------------------------------------------------------
+
+    def enter(self, stage: Stage) -> None:
+        """Set mask and adapter, then freeze everything but what this stage trains (which becomes fp32)."""
+        model: Any = self.model
+        if stage.mask:
+            model.set_mask(instantiate(stage.mask))
+        self.objectives = build_objectives(stage)
+        self._set_objectives(stage)
+        adapter = instantiate(stage.adapter) if stage.adapter else None
+        self.adapted = tuple(getattr(adapter, "parts", ()))
+        if self.adapted:
+            model.set_adapter(adapter)
+        self.rates = dict(stage.train)
+        if (own := getattr(adapter, "lr", None)) is not None:
+            self.rates |= {part: float(own) for part in self.adapted if part in stage.train}
+        model.requires_grad_(False)
+        for part, named in model.parts().items():
+            if part in self.rates:
+                self._thaw(part, named, stage)
+        _set_modes(model)
+
+    def _thaw(self, part: str, named: list[tuple[str, nn.Parameter]], stage: Stage) -> None:
+        """Let a part train, or the layers of it that the stage names.
+
+        Raises:
+            UserError: these layers hold nothing of it, as with an adapter that is not in the layers.
+        """
+        inside = chosen(self.model, stage, part)
+        trained = [parameter for _, parameter in named if inside is None or id(parameter) in inside]
+        if named and not trained:
+            raise UserError(f"{stage.key('layers')}.{part} names layers without any weight to train; leave it out.")
+        for parameter in trained:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+            self._ever[id(parameter)] = parameter
+
+    def _set_objectives(self, stage: Stage) -> None:
+        """Make the weights that objectives have of their own a part of the model, for this stage.
+
+        Raises:
+            UserError: there are some and the stage gives them no learning rate.
+        """
+        model: Any = self.model
+        own = {name: objective for name, objective in self.objectives.items() if isinstance(objective, nn.Module)}
+        if own and "objective" not in stage.train:
+            raise UserError(
+                f"{stage.key('objective')} has weights of its own ({', '.join(own)}) and {stage.key('train')} gives "
+                "them no learning rate; add train.objective."
+            )
+        if own or len(getattr(model, "objectives", ())):
+            model.set_objectives(own)
+
+    def shard(self, half: bool, mesh: DeviceMesh) -> None:
+        """Cut the towers' weights into shards (``vlmlab.engine.shards``); what was ever trained stays so."""
+        ever = [name for name, parameter in self.model.named_parameters() if id(parameter) in self._ever]
+        shard(self.model, mesh, half)
+        cut = dict(self.model.named_parameters())
+        self._ever = {id(cut[name]): cut[name] for name in ever}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the present stage trains, by name."""
+        parts: Mapping[str, list[tuple[str, nn.Parameter]]] = self.model.parts()  # type: ignore[operator]
+        return {n: p for part, named in parts.items() if part in self.rates for n, p in named if p.requires_grad}
+
+    def live(self) -> dict[str, Tensor]:
+        """What the present stage may change: trained weights and the buffers of modules that hold any."""
+        return {**self.trained(), **{n: b for n, b, owned in self._buffers() if any(p.requires_grad for p in owned)}}
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Everything else: must be the same bits after the stage."""
+        live = self.live()
+        everything = [*self.model.named_parameters(), *((n, b) for n, b, _ in self._buffers())]
+        return {name: tensor for name, tensor in everything if name not in live}
+
+    def ever_trained(self) -> int:
+        """Number of weights that any stage so far trained."""
+        return sum(parameter.numel() for parameter in self._ever.values())
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor, list[nn.Parameter]]]:
+        """Every buffer a state dict has, with the parameters of the smallest module around it that has any."""
+        persistent = self.model.state_dict(keep_vars=True)
+        for name, buffer in self.model.named_buffers():
+            if name not in persistent:
+                continue
+            path = name.split(".")[:-1]
+            owned: list[nn.Parameter] = []
+            while not owned:
+                owned = list(self.model.get_submodule(".".join(path)).parameters())
+                if not path:
+                    break
+                path = path[:-1]
+            yield name, buffer, owned
+
+    # -- the file ------------------------------------------------------------------------------------------------
+
+    def kept(self) -> dict[str, Tensor]:
+        """Every tensor that differs from the source towers: ever trained, or of a part that has no source."""
+        sources = self._sources()
+        parts: Mapping[str, list[tuple[str, nn.Parameter]]] = self.model.parts()  # type: ignore[operator]
+        found: dict[str, Tensor] = {}
+        fresh: set[int] = set()
+        for part, named in parts.items():
+            from_source = part.removesuffix(BASE) in sources and (part.endswith(BASE) or part + BASE not in parts)
+            for name, parameter in named:
+                if not from_source or id(parameter) in self._ever:
+                    found[name] = parameter.detach()
+                    fresh.add(id(parameter))
+        for name, buffer, owned in self._buffers():
+            if any(id(p) in fresh for p in owned):
+                found[name] = buffer.detach()
+        return found
+
+    def save(self, path: Path, stage: Stage, cfg: DictConfig) -> None:
+        """Write ``kept()`` at once and durably; the same bytes for the same weights."""
+        facts = {
+            "format": FORMAT,
+            "stage": stage.name,
+            "sources": self._sources(),
+            "composition": {key: plain_key(cfg, key) for key in COMPOSITION},
+        }
+        tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in sorted(self.kept().items())}
+        new = path.with_name(f".{path.name}.new")
+        # one key only: safetensors writes several in random order
+        save_file(tensors, str(new), metadata={"vlmlab": json.dumps(facts, sort_keys=True, default=str)})
+        share(new)
+        replace_durably(new, path)
+
+    def load(self, path: Path) -> None:
+        """Read what ``save`` wrote for this composition and these stages; nothing more and nothing less.
+
+        Raises:
+            CheckpointError: unreadable, other source towers, or a missing, unexpected or differently shaped tensor.
+        """
+        self.take(self._read(path))
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Have these values, by name."""
+        named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        for name, tensor in tensors.items():
+            named[name].data = tensor.to(named[name].device)
+
+    def mix(self, path: Path, share: float) -> None:
+        """Set the weights to share x these + (1 - share) x another run's (SPHINX, arXiv 2311.07575).
+
+        At 0 and 1 it is exactly either of the two. Tensors of whole numbers are this model's unless the share is 0.
+
+        Raises:
+            CheckpointError: as for ``load``.
+        """
+        named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        for name, other in self._read(path).items():
+            mine = named[name].data
+            if mine.is_floating_point():
+                mixed = torch.lerp(other.to(mine.device).double(), mine.double(), share).to(mine.dtype)
+            else:
+                mixed = mine if share else other.to(mine.device)
+            named[name].data = mixed
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        """The tensors of a file that fits this model."""
+        facts = read_facts(path)
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        self._check_sources(path, facts.get("sources", {}))
+        _check_tensors(path, self.kept(), tensors)
+        return tensors
+
+    def _sources(self) -> dict[str, str]:
+        return dict(self.model.sourced())  # type: ignore[operator]
+
+    def _check_sources(self, path: Path, saved: Mapping[str, str]) -> None:
+        now = self._sources()
+        for part in sorted({*saved, *now}):
+            if saved.get(part) != now.get(part):
+                raise CheckpointError(
+                    f"{path} was trained on another {part} (sha256 {str(saved.get(part))[:12]}, here "
+                    f"{str(now.get(part))[:12]}); load the tower it was trained on, or train again with fresh=true."
+                )
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a stage's file says about itself.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another format.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            facts: dict[str, Any] = json.loads((file.metadata() or {}).get("vlmlab", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); delete it to train that stage again.") from error
+    if facts.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {facts.get('format')} and this code reads {FORMAT}; train again.")
+    return facts
+
+
+def mixed_in(stage: Stage, cfg: DictConfig) -> Path | None:
+    """The file that a stage's ``mix`` names, of the same composition; None without one.
+
+    Raises:
+        UserError: there is no such run or stage.
+        CheckpointError: it cannot be read, or is of another composition.
+    """
+    if stage.mix is None:
+        return None
+    run, name, key = Path(stage.mix["run"]).expanduser(), stage.mix["stage"], stage.key("mix")
+    files = sorted((run / "stages").glob("*/model.safetensors"))
+    path = next((file for file in files if file.parent.name.partition("_")[2] == name), None)
+    if path is None:
+        there = ", ".join(file.parent.name.partition("_")[2] for file in files) or "none"
+        raise UserError(f"{key}: {run} has no finished stage {name} (there: {there}); set {key}.run and {key}.stage.")
+    saved = read_facts(path).get("composition", {})
+    for part in COMPOSITION:
+        if saved.get(part) != json.loads(json.dumps(plain_key(cfg, part), default=str)):
+            raise CheckpointError(f"{key}: {path} has another {part}; mix runs of the same composition only.")
+    return path
+
+
+def build_objectives(stage: Stage) -> dict[str, Objective]:
+    """The objectives of a stage by name; a single configuration is called ``objective``.
+
+    Raises:
+        UserError: there is none, one is no configuration of an objective, or does not go with the stage.
+    """
+    where = stage.key("objective")
+    config = {"objective": stage.objective} if "_target_" in stage.objective else stage.objective
+    objectives: dict[str, Objective] = {}
+    for name, value in config.items():
+        if value is None:  # left out, written down
+            continue
+        key = where if config is not stage.objective else f"{where}.{name}"
+        if not isinstance(value, Mapping) or not isinstance(value.get("_target_"), str):
+            raise UserError(f"{key}={value} is no objective; give it _target_, as the files of conf/objective do.")
+        built = instantiate(value)
+        if not callable(built) or not all(hasattr(built, needed) for needed in ("weight", "per_micro_batch")):
+            raise UserError(
+                f"{key}._target_={value['_target_']} is no objective; it has to be callable and to have weight and "
+                "per_micro_batch, see vlmlab.contracts.parts.Objective."
+            )
+        objectives[str(name)] = built
+    if not objectives:
+        raise UserError(f"{where} is empty; give one with _target_, or a mapping of several.")
+    check_objectives(stage, objectives)
+    return objectives
+
+
+def replace_durably(new: Path, path: Path) -> None:
+    """Move a finished file into its place after it is on the disk."""
+    with new.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(new, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def check_names(path: Path, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Refuse a file with other tensors than expected.
+
+    Raises:
+        CheckpointError: naming the first few that are missing or too many.
+    """
+    for what, names in (("lacks", expected.keys() - found.keys()), ("also has", found.keys() - expected.keys())):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise CheckpointError(f"{path} {what} {shown}; load it with the composition it was trained with.")
+
+
+def _check_tensors(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    check_names(path, expected, found)
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} is {tuple(tensor.shape)} and the model's is {tuple(expected[name].shape)}; "
+                "load it with the composition it was trained with."
+            )
+
+
+def plain_key(cfg: DictConfig, key: str) -> Any:
+    """The value of a key without OmegaConf's types."""
+    node = OmegaConf.select(cfg, key)
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def _set_modes(module: nn.Module) -> None:
+    """Training mode for modules with a weight that trains, evaluation mode (no dropout) for wholly frozen ones."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        module.eval()
+        return
+    module.training = True
+    for child in module.children():
+        _set_modes(child)
+
+
+@torch.no_grad()
+def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the model's own, by name."""
+    named: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, tensor in tensors.items():
+        named[name].copy_(tensor)

@@ -1,0 +1,408 @@
+"""What a stage's model will see of its data, token by token, and what is wrong with the data.
+
+The model is built without its weights: its tokenizer, its tower's geometry, the number of its visual tokens and its
+adapter's soft prompts are all that is asked of it, by the collator that trains.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from vlmlab.analyse.report import SHOWN_SIDE, png_base64
+from vlmlab.contracts.errors import DataError, UserError
+from vlmlab.contracts.sample import IMAGE_TAG, Sample, SampleSource
+from vlmlab.contracts.tensors import Batch, Kind, Role
+from vlmlab.data.chat import PICTURE, Encoded
+from vlmlab.data.collate import Collator
+from vlmlab.engine.restore import module_class
+from vlmlab.engine.weights import Trainee
+from vlmlab.recipe.stage import Stage
+from vlmlab.runs.files import write_atomic
+
+TEMPLATE = "inspection.html.jinja"
+MARKUP = re.compile(r"</?[a-zA-Z][^<>]*>")
+FLAT = 3.0
+"""An image this many times as long as it is wide loses most of its detail in a square."""
+
+MOST_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token as it is shown, or a run of visual tokens, soft prompts or padding.
+
+    Attributes:
+        role: system, user, answer, image or pad.
+        text: what stands there.
+        supervised: whether it is learnt.
+        title: its id, or what the run is.
+    """
+
+    role: str
+    text: str
+    supervised: bool = False
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One sample inside its row.
+
+    Attributes:
+        name: its id, with its place in the data.
+        images: PNGs in base64 of what the tower takes, and their sizes before.
+        large: whether they are shown smoothly.
+        pieces: its tokens.
+        counts: tokens, supervised tokens, images, visual tokens.
+    """
+
+    name: str
+    images: list[tuple[str, str]]
+    large: bool
+    pieces: list[Piece]
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a micro-batch: its samples, and how much padding follows them."""
+
+    samples: list[Shown]
+    padding: int
+
+
+@dataclass
+class Inspection:
+    """Everything the page says.
+
+    Attributes:
+        title: the stage.
+        facts: of the stage, in (name, value) pairs.
+        rows: of its first micro-batches.
+        problems: what is wrong -> the samples it is wrong with.
+        broken: the samples that training cannot use -> why.
+        checked: samples that were looked through.
+    """
+
+    title: str
+    facts: list[tuple[str, str]]
+    rows: list[Row] = field(default_factory=list)
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    checked: int = 0
+
+
+def inspect_stage(cfg: DictConfig, stage: Stage, n: int = 16, check: int = 200) -> Inspection:
+    """Look at the first `n` samples of a stage, and through `check` of them for what is wrong.
+
+    Args:
+        cfg: the composed configuration.
+        stage: one of its stages.
+        n: samples that are shown.
+        check: samples that are looked through, spread over the whole data.
+
+    Raises:
+        UserError: the data cannot be opened, or the composition cannot be built.
+    """
+    source: SampleSource = instantiate(cfg.data.train[stage.data])
+    if not len(source):
+        raise DataError(f"{stage.key('data')}={stage.data} has no samples; check data.train.{stage.data}.")
+    collate, notes = _collator(cfg, stage)
+    size = len(source)
+    found = Inspection(f"{stage.name}: {stage.data}", _facts(cfg, stage, collate, size))
+    found.problems = {note: [] for note in notes}
+    found.broken = {one.id: one.reason for one in getattr(source, "skipped", ())}  # rows the reader has left out
+    spread = {round(k * (size - 1) / max(1, check - 1)) for k in range(check)} if check < size else set(range(size))
+    first = range(min(n, size))
+    good = _looked_through(found, source, collate, sorted({*first, *spread}))
+    shown = [(index, good[index]) for index in first if index in good]
+    micro = max(1, stage.batch_size // (stage.accumulate * _devices(cfg)))
+    for start in range(0, len(shown), micro):
+        found.rows += _rows(shown[start : start + micro], collate)
+    return found
+
+
+def _collator(cfg: DictConfig, stage: Stage) -> tuple[Collator, list[str]]:
+    """The collator of the stage's model, and in what it may differ from the one that will train."""
+    kind = module_class(stage)
+    with torch.device("meta"):
+        model: Any = kind.build(cfg)
+        Trainee(model).enter(stage)  # its adapter may put soft prompts before every sample
+    notes = []
+    if not getattr(model.lm, "own_tokenizer", True):
+        notes.append(f"lm.path={cfg.lm.path} has no tokenizer here: the tokens shown are those of the embedded one")
+    path = OmegaConf.select(cfg, "encoder.path")
+    if isinstance(path, str) and model.encoder is not None and not Path(path).expanduser().is_dir():
+        notes.append(f"encoder.path={path} is no folder here: images are squeezed to the size of its architecture")
+    collate = kind.collator(cfg, model, stage.prompt or kind.prompt)
+    if not isinstance(collate, Collator):
+        raise UserError(f"{stage.key('module')}={stage.module} reads no prompts: there are none to show.")
+    return collate, notes
+
+
+def _devices(cfg: DictConfig) -> int:
+    devices = OmegaConf.select(cfg, "trainer.devices")
+    return devices if isinstance(devices, int) and devices > 0 else 1
+
+
+def _facts(cfg: DictConfig, stage: Stage, collate: Collator, size: int) -> list[tuple[str, str]]:
+    micro = stage.batch_size // (stage.accumulate * _devices(cfg))
+    packed = "" if collate.pack_length is None else f", packed into rows of at most {collate.pack_length} tokens"
+    return [
+        ("data", f"data.train.{stage.data}, {size:,} samples"),
+        ("prompt", str(collate.encoder.prompt)),
+        ("micro-batch", f"{micro} samples{packed}"),
+        ("visual tokens", f"{collate.encoder.tokens_of(PICTURE)} an image"),
+        ("longest sample", f"{collate.encoder.max_length} tokens"),
+        ("tokenizer", Path(str(collate.encoder.tokenizer.name_or_path)).name),
+    ]
+
+
+# -- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+def _looked_through(
+    found: Inspection, source: SampleSource, collate: Collator, indices: Sequence[int]
+) -> dict[int, Sample]:
+    """The samples that can be used; what is wrong with all others, and the lengths, are noted."""
+    good: dict[int, Sample] = {}
+    encoded: list[Encoded] = []
+    seen: dict[Any, str] = {}
+    for index in indices:
+        name = f"#{index}"
+        try:
+            sample = source[index]
+            name = f"#{index} {sample.id}"
+            encoded.append(collate.encoder.train(sample))
+            if collate.resize is not None:
+                for image in sample.images:
+                    collate.resize(image)
+        except DataError as error:
+            found.broken[name] = str(error)
+            continue
+        good[index] = sample
+        for problem in _problems(sample, encoded[-1], collate, seen, name):
+            found.problems.setdefault(problem, []).append(name)
+    found.checked = len(indices)
+    if encoded:
+        found.facts += _lengths(encoded)
+    return good
+
+
+def _lengths(encoded: Sequence[Encoded]) -> list[tuple[str, str]]:
+    tokens = [len(e.ids) for e in encoded]
+    learnt = [sum(label >= 0 for label in e.labels) for e in encoded]
+    return [
+        ("tokens", f"{min(tokens)} to {max(tokens)}, median {median(tokens):g}"),
+        ("supervised", f"{min(learnt)} to {max(learnt)}, median {median(learnt):g}"),
+    ]
+
+
+def _problems(sample: Sample, encoded: Encoded, collate: Collator, seen: dict[Any, str], name: str) -> Iterator[str]:
+    """What training accepts and its user may not have meant."""
+    for check in (_of_turns, _of_text, _of_images):
+        yield from check(sample, collate)
+    unknown = collate.encoder.tokenizer.unk_token_id
+    if unknown is not None and unknown in encoded.ids:
+        yield "words that the tokenizer does not know"
+    content = (sample.turns, tuple(image.tobytes() for image in sample.images))
+    for what, key in (("the id of another sample", sample.id), ("the same as another sample", hash(content))):
+        if seen.setdefault((what, key), name) != name:
+            yield what
+
+
+def _of_turns(sample: Sample, collate: Collator) -> Iterator[str]:
+    if any(not turn.answer.strip() for turn in sample.turns):
+        yield "a turn without an answer: nothing is learnt from it"
+    if collate.encoder.prompt == "plain":
+        if len(sample.turns) > 1:
+            yield "more than one turn: the plain prompt is the first answer alone"
+        if not sample.images:
+            yield "no image: with the plain prompt nothing is before the answer"
+    elif len(sample.turns) != len({turn.prompt for turn in sample.turns}):
+        yield "the same question twice in one conversation"
+
+
+def _of_text(sample: Sample, collate: Collator) -> Iterator[str]:
+    texts = [sample.system, *(text for turn in sample.turns for text in (turn.prompt, turn.answer))]
+    if any("\N{REPLACEMENT CHARACTER}" in text for text in texts):
+        yield "replacement characters: the text was read in a wrong encoding once"
+    if any(unicodedata.category(c) == "Cc" and c not in "\n\t" for text in texts for c in text):
+        yield "control characters in the text"
+    if any(MARKUP.search(text.replace(IMAGE_TAG, "")) for text in texts):
+        yield "markup in the text (<...>)"
+    if any(IMAGE_TAG in turn.answer for turn in sample.turns):
+        yield f"{IMAGE_TAG} in an answer: it is learnt as text"
+
+
+def _of_images(sample: Sample, collate: Collator) -> Iterator[str]:
+    for image in sample.images:
+        height, width = image.shape[:2]
+        if max(height, width) > FLAT * min(height, width):
+            yield f"an image more than {FLAT:g} times as long as wide: it is squeezed, or most of it is cut off"
+        if int(image.min()) == int(image.max()):
+            yield "an image of one colour"
+    if sample.images and collate.resize is None:
+        yield "images, and this composition reads none"
+
+
+# -- what the model sees ---------------------------------------------------------------------------------------------
+
+
+def _rows(samples: Sequence[tuple[int, Sample]], collate: Collator) -> list[Row]:
+    """One micro-batch as the collator builds it, row by row."""
+    batch = collate([replace(sample, id=str(k)) for k, (_, sample) in enumerate(samples)])
+    piece = _piece_maker(collate)
+    pictures = iter(batch.pixels)
+    rows = []
+    for r, names in enumerate(batch.sample_ids):
+        shown = []
+        for segment, number in enumerate(names):
+            index, sample = samples[int(number)]
+            count = len(sample.images) if collate.resize is not None else 0
+            pngs = [_picture(next(pictures), image.shape) for image in sample.images[:count]]
+            shown.append(_shown(batch, r, segment, f"#{index} {sample.id}", pngs, piece))
+        rows.append(Row(shown, int((~batch.layout.valid[r]).sum())))
+    return rows
+
+
+def _picture(pixels: torch.Tensor, before: Sequence[int]) -> tuple[str, str]:
+    """(3, H, W) uint8 as a PNG in base64, and its sizes."""
+    height, width = pixels.shape[1:]
+    return png_base64(pixels.permute(1, 2, 0).numpy()), f"{before[1]} x {before[0]}, here {width} x {height}"
+
+
+def _shown(
+    batch: Batch, r: int, segment: int, name: str, images: list[tuple[str, str]], piece: Callable[..., Piece]
+) -> Shown:
+    layout = batch.layout
+    here = (layout.segment[r] == segment).nonzero()[:, 0]
+    visual = layout.kind[r, here] == Kind.VISUAL
+    labels = batch.labels[r, here] != -100
+    pieces = list(_pieces(batch, r, here.tolist(), piece))
+    counts = {
+        "tokens": len(here),
+        "supervised": int(labels.sum()),
+        "images": len(images),
+        "visual tokens": int(visual.sum()),
+    }
+    return Shown(name, images, min(batch.pixels.shape[2:]) >= SHOWN_SIDE, pieces, counts)
+
+
+def _pieces(batch: Batch, r: int, places: Sequence[int], piece: Callable[..., Piece]) -> Iterator[Piece]:
+    """Every token; an image's visual tokens and the soft prompts as one piece each."""
+    layout = batch.layout
+    first = min((int(layout.image[r, p]) for p in places if layout.image[r, p] >= 0), default=0)
+    k = 0
+    while k < len(places):
+        p, image, token = places[k], int(layout.image[r, places[k]]), int(batch.input_ids[r, places[k]])
+        length = 1
+        if image >= 0 or token < 0:
+            same = layout.image[r] == image if image >= 0 else batch.input_ids[r] < 0
+            while k + length < len(places) and bool(same[places[k + length]]):
+                length += 1
+            name = f"image {image - first + 1}" if image >= 0 else "soft prompt"
+            yield Piece("image" if image >= 0 else "system", f"{name} \N{MULTIPLICATION SIGN} {length}", False, name)
+        else:
+            yield piece(token, Role(int(layout.role[r, p])).name.lower(), bool(batch.labels[r, p] != -100))
+        k += length
+
+
+def _piece_maker(collate: Collator) -> Callable[[int, str, bool], Piece]:
+    tokenizer: Any = collate.encoder.tokenizer
+
+    def make(token: int, role: str, supervised: bool) -> Piece:
+        text = str(tokenizer.decode([token]))
+        written = str(tokenizer.convert_ids_to_tokens(token))
+        if "\N{REPLACEMENT CHARACTER}" in text:  # a part of a character
+            text = written
+        elif written.startswith("\N{LOWER ONE EIGHTH BLOCK}") and not text.startswith(" "):
+            text = " " + text  # SentencePiece drops the blank of a token that stands alone
+        return Piece(role, visible(text), supervised, f"{token}")
+
+    return make
+
+
+def visible(text: str) -> str:
+    """The text with every control character but the line's end as a picture of itself: a terminal obeys some."""
+    return "".join(
+        chr(0x2400 + ord(c)) if ord(c) < 32 and c != "\n"
+        else "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf") and c != "\n" else c
+        for c in text
+    )  # fmt: skip
+
+
+# -- showing it ------------------------------------------------------------------------------------------------------
+
+
+def write_page(found: Inspection, path: Path) -> Path:
+    """Write one self-contained HTML page: no script, no outside resource, every text escaped by the template engine."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("vlmlab.inspect", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template(TEMPLATE).render(
+        title=visible(found.title), found=found, problems=list(_named(found)), broken=list(found.broken.items())
+    )
+    if not path.parent.is_dir():
+        raise UserError(f"out={path}: there is no folder {path.parent}; make it, or give another place.")
+    write_atomic(path, page)
+    return path
+
+
+def _named(found: Inspection) -> Iterator[tuple[str, str]]:
+    """What is wrong, and with which samples."""
+    for problem, names in found.problems.items():
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        yield problem, f"{len(names)} of {found.checked}: {', '.join(names[:MOST_NAMED])}{more}" if names else ""
+
+
+STYLES = {"system": "dim", "user": "blue", "answer": "green", "image": "magenta", "pad": "dim"}
+
+
+def say(found: Inspection) -> None:
+    """The same for a terminal: colours where it has them, and the roles in words."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
+    console.print(Text(visible(found.title), style="bold"))
+    width = max(len(name) for name, _ in found.facts)
+    for name, value in found.facts:
+        console.print(Text(f"  {name:<{width}}  {visible(value)}"))
+    for r, row in enumerate(found.rows):
+        for shown in row.samples:
+            counts = ", ".join(f"{number} {what}" for what, number in shown.counts.items())
+            console.print(Text(f"\nrow {r + 1}  {visible(shown.name)}  ({counts})", style="bold"))
+            console.print(_line(shown.pieces, Text()))
+        if row.padding:
+            console.print(Text(f"[pad] {row.padding} positions", style=STYLES["pad"]))
+    console.print(Text(f"\nlooked through {found.checked} samples", style="bold"))
+    for name, why in found.broken.items():
+        console.print(Text(f"  broken  {visible(name)}: {visible(why)}", style="red"))
+    for problem, where in _named(found):
+        console.print(Text(f"  note    {visible(problem)}{f' ({visible(where)})' if where else ''}", style="yellow"))
+    if not found.broken and not found.problems:
+        console.print(Text("  nothing is wrong with them", style="green"))
+
+
+def _line(pieces: Sequence[Piece], line: Any) -> Any:
+    """The tokens one after the other; where the role changes, its name stands, starred where it is supervised."""
+    before: tuple[str, bool] | None = None
+    for piece in pieces:
+        if (piece.role, piece.supervised) != before:
+            before = (piece.role, piece.supervised)
+            line.append(f"[{piece.role}{'*' if piece.supervised else ''}] ", style="reverse " + STYLES[piece.role])
+        line.append(piece.text, style=STYLES[piece.role] + (" underline" if piece.supervised else ""))
+    return line

@@ -1,0 +1,420 @@
+"""What a recipe needs before it runs: parameters, tokens, FLOPs, memory and hours of every stage, without a weight.
+
+The model is built on the meta device, and ``plan.simulation`` sends micro-batches of the stage's lengths through it:
+rows of mean samples for the FLOPs, one row and three rows of the longest samples for the activations, which grow
+linearly with the micro-batch. The peak of a stage is weights + gradients + optimizer state (+ DDP's buckets) + the
+larger of activations and the optimizer's temporaries. With one micro-batch a step, gradients are not there yet at the
+peak of the activations, so that the plan is somewhat too large; with accumulation they are. Under fsdp2 a device has
+its shares of the towers, and whole for a while: what is outside their layers, and two layers with one's gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.sample import Sample, SampleSource, Turn
+from vlmlab.contracts.tensors import Batch
+from vlmlab.data.chat import ANSWER, IGNORE, PICTURE, USER, ChatEncoder, Encoded
+from vlmlab.data.collate import Collator
+from vlmlab.encoder.multi import MultiEncoder
+from vlmlab.encoder.scratch import ScratchEncoder
+from vlmlab.encoder.tower import TowerEncoder
+from vlmlab.engine.layers import tower_layers
+from vlmlab.engine.optim import hidden_matrices
+from vlmlab.engine.restore import module_class
+from vlmlab.engine.shards import replicated
+from vlmlab.engine.weights import Trainee
+from vlmlab.lm.causal import CausalLanguageModel
+from vlmlab.lm.scratch import ScratchLanguageModel
+from vlmlab.plan.simulation import Pass, Simulator
+from vlmlab.recipe.stage import Stage, parse
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU: bytes that torch can allocate, and dense FLOP/s in 16 bit (tensor cores) and in fp32 (without TF32)."""
+
+    name: str
+    memory: float
+    flops: float
+    flops_fp32: float
+
+
+GIB = 2.0**30
+# FLOP/s: the makers' data sheets, dense (their "with sparsity" numbers halved), with fp32 accumulation.
+# Bytes: torch.cuda.get_device_properties().total_memory, somewhat less than the size in the name.
+DEVICES = {
+    # NVIDIA A100 Tensor Core GPU data sheet (2021): BF16 312, FP32 19.5 TFLOPS; 80 GB SXM
+    "a100": Device("NVIDIA A100 80GB", 79.1 * GIB, 312e12, 19.5e12),
+    "a100_40gb": Device("NVIDIA A100 40GB", 39.4 * GIB, 312e12, 19.5e12),
+    # NVIDIA H100 Tensor Core GPU data sheet (2023), SXM: BF16 1979 with sparsity, FP32 67; 80 GB
+    "h100": Device("NVIDIA H100 SXM 80GB", 79.1 * GIB, 989.4e12, 67e12),
+    # NVIDIA H200 Tensor Core GPU data sheet (2024), SXM: as the H100; 141 GB
+    "h200": Device("NVIDIA H200 SXM 141GB", 139.7 * GIB, 989.4e12, 67e12),
+    # NVIDIA HGX B200 data sheet (2024), one of eight: BF16 4500 with sparsity, FP32 75; 180 GB
+    "b200": Device("NVIDIA B200 180GB", 178.0 * GIB, 2250e12, 75e12),
+    # NVIDIA L40S data sheet (2023): BF16 362 dense, FP32 91.6; 48 GB
+    "l40s": Device("NVIDIA L40S 48GB", 44.4 * GIB, 362e12, 91.6e12),
+    # NVIDIA Ada GPU Architecture white paper (2022), table 2: BF16 165.2 with FP32 accumulation, FP32 82.6; 24 GB
+    "rtx4090": Device("NVIDIA RTX 4090 24GB", 23.5 * GIB, 165.2e12, 82.6e12),
+    # NVIDIA RTX 6000 Ada data sheet (2022): tensor 1457 FP8 with sparsity = BF16 364 dense, FP32 91.1; 48 GB
+    "rtx6000ada": Device("NVIDIA RTX 6000 Ada 48GB", 47.4 * GIB, 364e12, 91.1e12),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A sample as far as its cost goes: images, text tokens before its answer, and tokens of its answer."""
+
+    images: int
+    asked: int
+    answered: int
+
+
+Known: TypeAlias = dict[Any, Pass]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage; bytes and FLOPs are of one device, counts of samples over all.
+
+    Attributes:
+        name: of the stage.
+        parameters: part -> (all, trained).
+        visual_tokens: of one image in the LM's sequence.
+        length, longest: tokens of a sample, mean and longest; `supervised` of them are learnt on average.
+        measured: where the lengths come from.
+        own_tokenizer: whether they are in tokens of the LM; otherwise the embedded LM's tokenizer stood in for its own.
+        forward, training: FLOPs of a sample of mean length.
+        weights, gradients, optimizer, buckets, temporaries: bytes.
+        micro_batch: samples of the recipe's micro-batch on one device, and activations its bytes of longest samples.
+        activations_base, activations_sample: bytes for m longest samples are about base + m x sample.
+        peak: bytes of all.
+        fits: largest micro-batch that fits the device, 0 for none; accumulate: what the recipe then needs.
+        samples, steps, hours: of the stage.
+        file, checkpoint: bytes of model.safetensors after it and of last.ckpt in it.
+    """
+
+    name: str
+    parameters: dict[str, tuple[int, int]]
+    visual_tokens: int
+    length: float
+    longest: int
+    supervised: float
+    measured: str
+    own_tokenizer: bool
+    forward: float
+    training: float
+    weights: int
+    gradients: int
+    optimizer: int
+    buckets: int
+    temporaries: int
+    micro_batch: int
+    activations: int
+    activations_base: int
+    activations_sample: int
+    peak: int
+    fits: int
+    accumulate: int
+    samples: int
+    steps: int
+    hours: float
+    file: int
+    checkpoint: int
+
+    def peak_of(self, micro_batch: int) -> int:
+        """Bytes with another micro-batch."""
+        held = self.weights + self.gradients + self.optimizer + self.buckets
+        return held + max(self.activations_base + self.activations_sample * micro_batch, self.temporaries)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a plan is made for; see ``conf/plan.yaml``. `sharded`: ``trainer.strategy=fsdp2``."""
+
+    device: Device
+    devices: int = 1
+    sharded: bool = False
+    mfu: float = 0.4
+    headroom: float = 0.08
+    sample: int = 64
+    lengths: Mapping[str, Sequence[int]] | None = None
+    samples: Mapping[str, int] | None = None
+
+
+def plan(cfg: DictConfig, settings: Settings, only: Collection[str] | None = None) -> list[StagePlan]:
+    """The plan of every stage that trains something, or of `only` these.
+
+    Raises:
+        UserError: the composition cannot be built, its data cannot be read, or it decides on values that are not there.
+    """
+    trainees: dict[Any, Trainee] = {}
+    known: Known = {}  # stages that train the same on samples of the same shape go through the model once
+    found = []
+    for stage in parse(cfg):
+        kind = module_class(stage)
+        with torch.device("meta"):
+            if kind.build not in trainees:
+                trainees[kind.build] = Trainee(_as_if_loaded(kind.build(cfg)))
+            trainees[kind.build].enter(stage)
+        if trainees[kind.build].trained() and stage.steps and (only is None or stage.name in only):
+            found.append(_stage(cfg, stage, trainees[kind.build], settings, known))
+    return found
+
+
+def _as_if_loaded(model: nn.Module) -> nn.Module:
+    """Marks the towers that a run would load, so that its files are taken to leave their frozen weights out."""
+    towers: list[Any] = [getattr(model, "encoder", None), getattr(model, "lm", None)]
+    for tower in towers:
+        loaded = isinstance(tower, (TowerEncoder, CausalLanguageModel, MultiEncoder))
+        if loaded and not isinstance(tower, (ScratchEncoder, ScratchLanguageModel)):
+            tower.source = "planned"
+    return model
+
+
+def _stage(cfg: DictConfig, stage: Stage, trainee: Trainee, settings: Settings, known: Known) -> StagePlan:
+    kind, model = module_class(stage), cast(Any, trainee.model)
+    collate = kind.collator(cfg, model, stage.prompt or kind.prompt)
+    if not isinstance(collate, Collator):
+        raise UserError(f"{stage.key('module')}={stage.module} reads no prompts: there is no length to plan by.")
+    shapes, measured = _shapes(cfg, stage, collate, settings)
+    half = half_precision(cfg)
+    static = _static(trainee, stage, settings, half)
+    cost = _cost(stage, trainee, collate, shapes, half, known)
+    micro = max(1, stage.batch_size // (stage.accumulate * settings.devices))
+    if settings.sharded and half:
+        cost = replace(cost, base=max(0.0, cost.base - _copies(trainee)))
+    held = sum(static[name] for name in ("weights", "gradients", "optimizer", "buckets"))
+    activations = int(cost.base + cost.slope * micro)
+    room = settings.device.memory * (1 - settings.headroom) - held
+    fits = max(0, int((room - cost.base) // cost.slope)) if room > static["temporaries"] else 0
+    steps = stage.steps
+    if settings.samples and stage.name in settings.samples:
+        steps = math.ceil(settings.samples[stage.name] / stage.batch_size)
+    samples = steps * stage.batch_size
+    speed = settings.devices * settings.mfu * (settings.device.flops if half else settings.device.flops_fp32)
+    lengths = [_length(shape, collate) for shape in shapes]
+    return StagePlan(
+        name=stage.name,
+        parameters=_parameters(trainee),
+        visual_tokens=model.tokens_per_image,
+        length=fmean(lengths),
+        longest=max(lengths),
+        supervised=fmean(s.answered for s in shapes),
+        measured=measured,
+        own_tokenizer=stage.name in (settings.lengths or ()) or getattr(model.lm, "own_tokenizer", True),
+        forward=cost.forward,
+        training=cost.training,
+        **static,
+        micro_batch=micro,
+        activations=activations,
+        activations_base=int(cost.base),
+        activations_sample=int(cost.slope),
+        peak=held + max(activations, static["temporaries"]),
+        fits=fits,
+        accumulate=_accumulate(stage, settings.devices, fits),
+        samples=samples,
+        steps=steps,
+        hours=samples * cost.training / speed / 3600,
+        file=_bytes(trainee.kept().values()),
+        checkpoint=static["optimizer"] + _bytes(trainee.live().values()),
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of a mean sample, and bytes of activations: about base + slope x longest samples of a micro-batch."""
+
+    forward: float
+    training: float
+    base: float
+    slope: float
+
+
+def _cost(stage: Stage, trainee: Trainee, collate: Collator, shapes: Sequence[Shape], half: bool, known: Known) -> Cost:
+    """Passes of a row of mean samples, and of one row and of three rows of longest ones; a packed row is about full."""
+    what = str((sorted(trainee.trained()), stage.mask, stage.objective, stage.adapter, collate.prompt_tokens))
+    simulate = Simulator(trainee, half)
+
+    def run(shape: Shape, count: int) -> Pass:
+        key = (trainee, what, shape, count)
+        if key not in known:
+            known[key] = simulate(_batch(collate, [shape] * count))
+        return known[key]
+
+    mean, longest = _mean(shapes), max(shapes, key=lambda s: _length(s, collate))
+    alone, row = (_per_row(shape, collate) for shape in (mean, longest))
+    one = run(mean, alone)
+    few, more = run(longest, row).peak, run(longest, 3 * row).peak
+    slope = (more - few) / (2 * row)
+    return Cost(one.forward / alone, one.total / alone, max(0.0, few - slope * row), slope)
+
+
+def _per_row(shape: Shape, collate: Collator) -> int:
+    """Samples of one shape in a row."""
+    return 1 if collate.pack_length is None else max(1, collate.pack_length // max(1, _length(shape, collate)))
+
+
+def _parameters(trainee: Trainee) -> dict[str, tuple[int, int]]:
+    """Part -> all weights, and those that train."""
+    parts: Mapping[str, list[tuple[str, nn.Parameter]]] = trainee.model.parts()  # type: ignore[operator]
+    trained = trainee.trained()
+    return {
+        part: (sum(p.numel() for _, p in named), sum(p.numel() for name, p in named if name in trained))
+        for part, named in parts.items()
+    }
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _accumulate(stage: Stage, devices: int, fits: int) -> int:
+    """The fewest micro-batches a step that fit; 0 where not even single samples do."""
+    shares = [k for k in range(1, stage.batch_size + 1) if stage.batch_size % (k * devices) == 0]
+    return next((k for k in shares if stage.batch_size // (k * devices) <= fits), 0)
+
+
+def half_precision(cfg: DictConfig) -> bool:
+    """Whether a run on a GPU computes in 16 bit: ``precision=auto`` does."""
+    return str(cfg.precision.name) != "fp32"
+
+
+def _static(trainee: Trainee, stage: Stage, settings: Settings, half: bool) -> dict[str, int]:
+    """Bytes that are there all the time: weights and buffers, gradients, optimizer state, DDP's buckets."""
+    model = trainee.model
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    trained = list(trainee.trained().values())
+    hidden = hidden_matrices(model) if stage.optimizer == "muon" else set()
+    if settings.sharded:
+        moments = {id(p): 4 if id(p) in hidden else 8 for p in trained}
+        return _shared(model, list(tensors.values()), moments, settings.devices, half)
+    numbers = sum(p.numel() for p in trained)
+    return {
+        "weights": _bytes(tensors.values()),
+        "gradients": 4 * numbers,
+        # AdamW keeps two moments, Muon one
+        "optimizer": sum(p.numel() * (4 if id(p) in hidden else 8) for p in trained),
+        "buckets": 4 * numbers if settings.devices > 1 else 0,
+        # AdamW on all tensors of a group at once computes one new tensor each; 16-bit copies live until the step ends
+        "temporaries": (6 if half else 4) * numbers,
+    }
+
+
+def _shared(model: Any, tensors: list[Tensor], moments: dict[int, int], ranks: int, half: bool) -> dict[str, int]:
+    """The same of one of several ranks under fsdp2: its shares, and what is whole while it computes.
+
+    `moments`: bytes of the optimizer's state for each number of a trained tensor, by the tensor's identity.
+    """
+    alone = {id(t) for t in replicated(model)} | {id(b) for b in model.buffers()}
+    inside = [[p for p in layer.parameters() if id(p) not in alone] for layer in tower_layers(model)]
+    largest = max(inside, key=_bytes, default=[])
+    in_layers = {id(p) for layer in inside for p in layer}
+    outside = [t for t in tensors if id(t) not in alone and id(t) not in in_layers]
+    trained = [t for t in tensors if id(t) in moments]
+
+    def share(found: Iterable[Tensor], each: Callable[[Tensor], int]) -> int:
+        sizes = ((t.numel() * each(t), id(t) in alone) for t in found)
+        return int(sum(size if whole else size / ranks for size, whole in sizes))
+
+    def computed(found: Iterable[Tensor]) -> int:
+        return sum(t.numel() * (2 if half else t.element_size()) for t in found)
+
+    return {
+        # the next layer's weights come beforehand
+        "weights": share(tensors, Tensor.element_size) + computed(outside) + 2 * computed(largest),
+        "gradients": share(trained, lambda t: 4) + computed(t for t in (*outside, *largest) if id(t) in moments),
+        "optimizer": share(trained, lambda t: moments[id(t)]),
+        "buckets": 4 * sum(t.numel() for t in trained if id(t) in alone),
+        "temporaries": share(trained, lambda t: 6 if half else 4),
+    }
+
+
+def _copies(trainee: Trainee) -> int:
+    """Bytes of the 16-bit copies of matrices in layers, which autocast keeps and fsdp2 does not make."""
+    alone, trained = {id(p) for p in replicated(trainee.model)}, trainee.trained().values()
+    inside = {id(p) for layer in tower_layers(trainee.model) for p in layer.parameters()} - alone
+    return sum(2 * p.numel() for p in trained if p.ndim > 1 and id(p) in inside)
+
+
+# -- lengths ---------------------------------------------------------------------------------------------------------
+
+
+def _shapes(cfg: DictConfig, stage: Stage, collate: Collator, settings: Settings) -> tuple[list[Shape], str]:
+    """Shapes of the stage's samples: as stated, or measured on some of them spread over the data."""
+    if settings.lengths and stage.name in settings.lengths:
+        asked, answered = settings.lengths[stage.name]
+        return [Shape(1, int(asked), int(answered))], "stated"
+    source: SampleSource = instantiate(cfg.data.train[stage.data])
+    size = len(source)
+    if not size:
+        raise UserError(f"{stage.key('data')}={stage.data} has no samples; check data.train.{stage.data}.")
+    count = min(settings.sample, size)
+    shapes = []
+    for k in range(count):
+        sample = source[k * size // count]
+        encoded = collate.encoder.train(sample)
+        learnt = sum(label != IGNORE for label in encoded.labels)
+        visual = sum(image >= 0 for image in encoded.image)
+        images = len(sample.images) if collate.resize is not None else 0
+        shapes.append(Shape(images, len(encoded.ids) - visual - learnt, learnt))
+    return shapes, f"{count} of {size:,} samples of data.train.{stage.data}"
+
+
+def _mean(shapes: Sequence[Shape]) -> Shape:
+    """The sample of mean length; its share of text-only samples is rounded to one image or none."""
+    values = [round(fmean(getattr(s, name) for s in shapes)) for name in ("images", "asked", "answered")]
+    return Shape(values[0], values[1], max(1, values[2]))
+
+
+def _length(shape: Shape, collate: Collator) -> int:
+    """Tokens of a sample in the LM's sequence."""
+    visual = shape.images * collate.encoder.tokens_of(PICTURE)
+    return visual + shape.asked + shape.answered + collate.prompt_tokens
+
+
+class _Stated:
+    """Stands where a ``ChatEncoder`` does and gives samples of stated shapes: images, user, answer."""
+
+    def __init__(self, encoder: ChatEncoder, shapes: Sequence[Shape]) -> None:
+        self.encoder, self.shapes = encoder, shapes
+
+    def train(self, sample: Sample) -> Encoded:
+        shape, per = self.shapes[int(sample.id)], self.encoder.tokens_of(PICTURE)
+        word = next(t for t in range(self.encoder.image_id + 2) if t != self.encoder.image_id)
+        image = [k for k in range(shape.images) for _ in range(per)]
+        text = shape.asked + shape.answered
+        first = 0 if image or shape.asked else 1  # nothing predicts the first token
+        return Encoded(
+            ids=[self.encoder.image_id] * len(image) + [word] * text,
+            labels=[IGNORE] * (len(image) + shape.asked + first) + [word] * (shape.answered - first),
+            roles=[USER] * (len(image) + shape.asked) + [ANSWER] * shape.answered,
+            image=image + [-1] * text,
+            places=[k * per for k in range(shape.images)],
+            turns=[0] * shape.images,
+        )
+
+
+def _batch(collate: Collator, shapes: Sequence[Shape]) -> Batch:
+    """A micro-batch of these shapes, from the collator itself."""
+    stated: Any = _Stated(collate.encoder, shapes)
+    grey = np.zeros((8, 8, 3), np.uint8)
+    samples = [Sample(str(k), (grey,) * shape.images, (Turn("", ""),)) for k, shape in enumerate(shapes)]
+    return replace(collate, encoder=stated)(samples)
+
+
+def as_json(plans: Sequence[StagePlan], settings: Settings) -> dict[str, Any]:
+    """Everything as plain values."""
+    return {"settings": asdict(settings), "stages": [asdict(stage) for stage in plans]}

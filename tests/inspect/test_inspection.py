@@ -1,0 +1,153 @@
+"""``vlmlab inspect``: the page shows what the collator gives the model, names what is wrong, and runs no caption."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hydra.errors import InstantiationException
+from PIL import Image as Pillow
+from tests import tiny
+from tests.test_conf import composed
+
+from vlmlab.cli.verb import arguments
+from vlmlab.contracts.errors import UserError
+from vlmlab.engine.restore import module_class
+from vlmlab.inspect.inspection import Inspection, inspect_stage, say, visible, write_page
+from vlmlab.recipe.stage import parse
+
+EVIL = '<script>alert("x")</script> <img src=x onerror=alert(1)> & \'q\' "q" \x1b[31m red'
+
+
+def rows(folder: Path, *answers: str) -> str:
+    (folder / "images").mkdir()
+    for k, _ in enumerate(answers):
+        Pillow.fromarray(tiny.picture(k, (40 + k, 50))).save(folder / "images" / f"{k}.png")
+    records = [{"question_id": k, "image": f"{k}.png", "question": EVIL, "answer": a} for k, a in enumerate(answers)]
+    (folder / "train.json").write_text(json.dumps(records))
+    return str(folder / "train.json")
+
+
+def inspected(path: str, *overrides: str, stage: str = "instruction_tune", n: int = 16, check: int = 50) -> Inspection:
+    data = ("data=vqa", f"data.path={path}", f"data.images={Path(path).parent / 'images'}")
+    shares = ("data.val_fraction=0", "data.test_fraction=0")
+    cfg = composed(*data, *shares, *overrides)
+    return inspect_stage(cfg, next(s for s in parse(cfg) if s.name == stage), n, check)
+
+
+class Page(HTMLParser):
+    """Elements of a page, and the text inside those of a class."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: dict[str, list[str]] = {}
+        self._open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("img", "meta"):
+            self._open.append(str(dict(attrs).get("class", "")))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.words.setdefault(self._open[-1], []).append(data)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Inspection:
+    return inspected(rows(tmp_path_factory.mktemp("vqa"), EVIL, "yes", "no " * 900), "budget=test")
+
+
+def test_a_caption_cannot_inject_markup(found: Inspection, tmp_path: Path) -> None:
+    text = write_page(found, tmp_path / "page.html").read_text()
+    page = Page(text)
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "iframe", "object", "link", "b onload"})
+    assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert all(str(a["src"]).startswith("data:image/png;base64,") for tag, a in page.tags if tag == "img")
+    learnt = "".join(page.words["t answer learnt"])
+    assert visible(EVIL) + "<|im_end|>" in learnt and "<script>" in learnt and "\x1b" not in text
+
+
+def test_every_token_has_the_role_and_label_of_the_collator(found: Inspection, tmp_path: Path) -> None:
+    assert [row.padding for row in found.rows] == [0]  # two short samples, packed into one row
+    assert [shown.counts["visual tokens"] for shown in found.rows[0].samples] == [16, 16]
+    for shown in found.rows[0].samples:
+        learnt = [piece for piece in shown.pieces if piece.supervised]
+        assert len(learnt) == shown.counts["supervised"] and {piece.role for piece in learnt} == {"answer"}
+        runs = sum(1 for piece in shown.pieces if piece.role == "image")
+        assert len(shown.pieces) - runs + 16 == shown.counts["tokens"] and runs == 1
+    assert "".join(p.text for p in found.rows[0].samples[1].pieces if p.supervised) == "yes<|im_end|>"
+
+
+def test_the_picture_is_what_the_tower_takes(found: Inspection) -> None:
+    cfg = composed()
+    model: Any = module_class(parse(cfg)[0]).build(cfg)
+    png, words = found.rows[0].samples[0].images[0]
+    with Pillow.open(io.BytesIO(base64.b64decode(png))) as image:
+        shown = np.asarray(image)
+    assert np.array_equal(shown.transpose(2, 0, 1), model.encoder.preprocess(tiny.picture(0, (40, 50))))
+    assert words == f"50 x 40, here {shown.shape[1]} x {shown.shape[0]}"
+
+
+def test_what_is_wrong_is_named(found: Inspection, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (why,) = found.broken.values()
+    assert "over max_length=1024" in why and found.checked == 3
+    assert {p for p in found.problems if "markup" in p or "control" in p} == {
+        "markup in the text (<...>)", "control characters in the text",
+    }  # fmt: skip
+    say(found)
+    out = capsys.readouterr().out
+    assert "broken" in out and "[answer*]" in out and "image 1 \N{MULTIPLICATION SIGN} 16" in out
+    assert "\x1b[31m red" not in out
+    with pytest.raises(UserError, match="there is no folder"):
+        write_page(found, tmp_path / "none" / "page.html")
+
+
+def test_another_stage_has_its_own_prompt_and_data(tmp_path: Path) -> None:
+    path = rows(tmp_path, "yes")
+    found = inspected(path, "collate.pack_length=null", stage="coarse_align", n=3, check=0)
+    assert ("prompt", "plain") in found.facts and len(found.rows) == 3
+    assert max(row.padding for row in found.rows) > 0 == min(row.padding for row in found.rows)
+    first = found.rows[0].samples[0].pieces
+    assert first[0].role == "image" and {piece.role for piece in first[1:]} == {"answer"}
+
+
+def test_soft_prompts_are_shown(tmp_path: Path) -> None:
+    found = inspected(rows(tmp_path, "yes"), "adapter=soft_prompt", "data.caption_size=3")
+    assert re.fullmatch(r"soft prompt × \d+", found.rows[0].samples[0].pieces[0].text)
+
+
+def test_what_is_odd_is_named(tmp_path: Path) -> None:
+    path = rows(tmp_path, "yes", "yes")
+    flat = np.zeros((20, 90, 3), np.uint8)
+    Pillow.fromarray(flat).save(tmp_path / "images" / "1.png")
+    records = json.loads(Path(path).read_text())
+    records[1] |= {"question": "is it \ufffd", "image": "1.png"}
+    Path(path).write_text(json.dumps([*records, records[1] | {"question_id": 7, "image": "missing.png"}]))
+    with pytest.raises(InstantiationException, match=r"missing\.png"):
+        inspected(path)
+    Path(path).write_text(json.dumps(records))
+    problems = " ".join(inspected(path).problems)
+    for word in ("one colour", "3 times as long as wide", "replacement characters"):
+        assert word in problems
+
+
+def test_the_words_for_hydra() -> None:
+    words = ["data=vqa", "n=3", "--cfg", "+stage=x", "data.n=4"]
+    own = {"n": 16, "stage": None}
+    assert arguments("inspect", words, own) == [
+        "--cfg", "hydra/help=inspect", "hydra.run.dir=.",
+        "++n=16", "++stage=null", "data=vqa", "++n=3", "++stage=x", "data.n=4",
+    ]  # fmt: skip
