@@ -516,8 +516,6 @@ def full_forwards(model: PreTrainedModel, ids: Tensor, inside: Inside, steps: in
 @pytest.mark.parametrize("form", ["dynamic", "static", "none"])
 @torch.no_grad()
 def test_generation_equals_full_forwards(family: str, form: str) -> None:
-    if family == "phi3" and form == "static":
-        pytest.skip("covered by the others: Phi-3 has nothing of its own there")
     model = lm(family)
     ids, layout, inside = prompts()
     plain = model.generate(ids, attention_mask=layout.valid.long(), do_sample=False, max_new_tokens=6)[:, 7:]
