@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from vlmlab.contracts.errors import CheckpointError, UserError
-from vlmlab.contracts.parts import Objective
+from vlmlab.contracts.parts import Mask, Objective
 from vlmlab.engine.layers import chosen
 from vlmlab.engine.shards import shard
 from vlmlab.engine.stage import check_objectives
+from vlmlab.mask.leak import check_mask
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.files import share
+from vlmlab.runs.renamed import with_present_names
 
 FORMAT = 1
 """Version of ``model.safetensors``'s metadata."""
@@ -55,8 +57,8 @@ class Trainee:
     def enter(self, stage: Stage) -> None:
         """Set mask and adapter, then freeze everything but what this stage trains (which becomes fp32)."""
         model: Any = self.model
-        if stage.mask:
-            model.set_mask(instantiate(stage.mask))
+        if (mask := build_mask(stage)) is not None:
+            model.set_mask(mask)
         self.objectives = build_objectives(stage)
         self._set_objectives(stage)
         adapter = instantiate(stage.adapter) if stage.adapter else None
@@ -262,11 +264,24 @@ def mixed_in(stage: Stage, cfg: DictConfig) -> Path | None:
     if path is None:
         there = ", ".join(file.parent.name.partition("_")[2] for file in files) or "none"
         raise UserError(f"{key}: {run} has no finished stage {name} (there: {there}); set {key}.run and {key}.stage.")
-    saved = read_facts(path).get("composition", {})
+    saved = with_present_names(read_facts(path).get("composition", {}))
     for part in COMPOSITION:
         if saved.get(part) != json.loads(json.dumps(plain_key(cfg, part), default=str)):
             raise CheckpointError(f"{key}: {path} has another {part}; mix runs of the same composition only.")
     return path
+
+
+def build_mask(stage: Stage) -> Mask | None:
+    """The mask of a stage, None where it keeps the model's.
+
+    Raises:
+        UserError: it shows an answer to a position that must not know it.
+    """
+    if not stage.mask:
+        return None
+    mask: Mask = instantiate(stage.mask)
+    check_mask(mask, stage.key("mask"), prompt_learnt=stage.prompt == "text")
+    return mask
 
 
 def build_objectives(stage: Stage) -> dict[str, Objective]:

@@ -135,8 +135,7 @@ def _ports_of(layer: nn.Module, known: dict[str, str], family: str) -> LayerPort
     except AttributeError as error:
         raise UserError(f"lm: a layer of this {family} is not built as that family's are ({error}).") from error
     ports = LayerPorts(layer, known)
-    kind: Any = type(layer)
-    layer.__class__ = _with_ports(kind, PortedLayer)
+    layer.__class__ = _with_ports(layer, PortedLayer)
     layer.ports = ports  # type: ignore[assignment]
     return ports
 
@@ -154,9 +153,15 @@ def _standing(layer: nn.Module, path: str) -> list[nn.Module]:
     return [module, *copies]
 
 
+def _with_ports(module: nn.Module, ported: type) -> Any:
+    """The subclass with ports of a layer's or a module's class."""
+    kind: Any = type(module)
+    return _subclass(kind, ported)
+
+
 @cache
-def _with_ports(kind: Any, ported: Any) -> type[Any]:
-    """A subclass of a layer's or a module's class that has ports; one for all instances, so that one graph serves."""
+def _subclass(kind: type, ported: type) -> type:
+    """One for all instances of a kind, so that one graph serves them."""
     return type(f"Ported{kind.__name__}", (ported, kind), {"__module__": __name__})
 
 
@@ -205,8 +210,7 @@ class LayerPorts:
         site = self.sites.setdefault(where, Site(self))
         for module in _standing(self.layer, self.paths[where]):
             if not isinstance(module, Ported):
-                kind: Any = type(module)
-                module.__class__ = _with_ports(kind, PortedLinear if where.startswith("linear") else PortedNorm)
+                module.__class__ = _with_ports(module, PortedLinear if where.startswith("linear") else PortedNorm)
                 module.site = site  # type: ignore[assignment]
         site.blocks.append((key, block))
 

@@ -34,8 +34,8 @@ from vlmlab.engine.precision import Precision, choose, on_gpu
 from vlmlab.engine.restore import Builder, enter, module_class, new_trainee, weights_file
 from vlmlab.engine.shards import FSDP2, gathered
 from vlmlab.engine.stage import NonFinite, StageModule, no_room
-from vlmlab.engine.weights import Trainee, build_objectives, mixed_in, plain_key
-from vlmlab.model.vlm import build_cache
+from vlmlab.engine.weights import Trainee, build_mask, build_objectives, mixed_in, plain_key
+from vlmlab.model.build import build_cache
 from vlmlab.recipe.stage import Stage, check_divides, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
@@ -156,6 +156,7 @@ def _train(run: Run) -> dict[str, Any] | None:
     kinds = {stage.index: module_class(stage) for stage in stages}
     for stage in stages:
         build_objectives(stage)  # all mistakes come before the first step
+        build_mask(stage)
         if not run.weights(stage).is_file():
             mixed_in(stage, cfg)
     assert run.precision
