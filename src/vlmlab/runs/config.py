@@ -49,7 +49,7 @@ def leaves(config: Mapping[str, Any], prefix: str = "", deep: bool = False) -> I
     """Every ``(dotted key, value)`` of nested mappings; empty ones are values, and so are lists unless `deep`."""
     for key, value in config.items():
         name = f"{prefix}{key}"
-        inner: Any = dict(enumerate(value)) if deep and isinstance(value, list) else value
+        inner = {str(i): v for i, v in enumerate(value)} if deep and isinstance(value, list) else value
         if isinstance(inner, Mapping) and inner:
             yield from leaves(inner, name + ".", deep)
         else:
