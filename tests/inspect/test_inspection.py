@@ -129,6 +129,34 @@ def test_soft_prompts_are_shown(tmp_path: Path) -> None:
     assert re.fullmatch(r"soft prompt × \d+", found.rows[0].samples[0].pieces[0].text)
 
 
+@pytest.mark.parametrize("fusion", ["lavi", "gated_xattn"])
+def test_an_image_without_positions_is_shown_at_its_place(
+    fusion: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, size = rows(tmp_path, "yes", "no"), "data.caption_size=3"
+    found, beside = (inspected(path, f"fusion={kind}", size) for kind in (fusion, "concat"))
+    assert ("visual tokens", "0 an image: vision acts inside the LM") in found.facts
+    assert len(found.rows[0].samples) == 2  # packed
+    for shown, other in zip(found.rows[0].samples, beside.rows[0].samples, strict=True):
+        marks = [k for k, piece in enumerate(shown.pieces) if piece.role == "image"]
+        assert marks == [k for k, piece in enumerate(other.pieces) if piece.role == "image"] and len(marks) == 1
+        assert shown.pieces[marks[0]].text == "image 1 stands here"
+        assert shown.counts == other.counts | {"visual tokens": 0, "tokens": other.counts["tokens"] - 16}
+        assert [p for p in shown.pieces if p.role != "image"] == [p for p in other.pieces if p.role != "image"]
+        assert len(shown.images) == 1
+    say(found)
+    assert capsys.readouterr().out.count("[image] image 1 stands here") == 2
+    page = Page(write_page(found, tmp_path / "page.html").read_text())
+    assert page.words["t image"] == ["image", "image 1 stands here", "image 1 stands here"]  # the first is the legend
+
+
+def test_a_text_tower_and_a_model_without_images_are_named(tmp_path: Path) -> None:
+    path, size = rows(tmp_path, "yes"), "data.caption_size=3"
+    mixing, blind = (dict(inspected(path, f"fusion={kind}", size).facts) for kind in ("emma", "none"))
+    assert mixing["visual tokens"] == "16 an image" and "text tower" in mixing["instruction"]
+    assert blind["visual tokens"] == "no images are read" and "instruction" not in blind
+
+
 def test_what_is_odd_is_named(tmp_path: Path) -> None:
     path = rows(tmp_path, "yes", "yes")
     flat = np.zeros((20, 90, 3), np.uint8)

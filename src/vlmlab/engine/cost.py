@@ -27,15 +27,24 @@ def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_:
     return 2 * prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
 
 
-CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+def _convolution_backward(
+    grad: Shape, x: Shape, weight: Shape, *rest: Any, **__: Any
+) -> int:
+    """Each gradient costs what the convolution did; torch's formula takes grouped ones as if every channel met all."""
+    transposed, mask = rest[4], rest[7]
+    return 2 * x[0] * prod((x if transposed else grad)[2:]) * prod(weight) * sum(mask[:2])
+
+
+OWN: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten.convolution_backward: _convolution_backward,
 }
-"""The CPU's fused attention, which torch's table lacks, by the shapes of its arguments."""
+"""What torch's table lacks or has otherwise, by the shapes of arguments: the CPU's fused attention, grouped kernels."""
 
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    **{operator: shape_wrapper(formula) for operator, formula in CPU_ATTENTION.items()},
+    **{operator: shape_wrapper(formula) for operator, formula in OWN.items()},
 }
 """Floating-point operations of every operator that has any, by its arguments and ``out_val``."""
 
@@ -49,7 +58,7 @@ def sample_cost(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    counter = FlopCounterMode(display=False, custom_mapping=OWN)
     with torch.no_grad(), counter:
         model(batch)
     for module, training in modes.items():

@@ -177,7 +177,7 @@ class AttentionConditioner(Conditioner):
 
 
 class SummaryConditioner(Conditioner):
-    """u = W_x x * W_m v, v (I, c) what a subclass makes of V'."""
+    """u = W_x x * W_m v, v (I, c) what a subclass makes of V'; W_m v once per image, before the mean over images."""
 
     def __init__(self, c: int) -> None:
         super().__init__()
@@ -189,16 +189,16 @@ class SummaryConditioner(Conditioner):
         raise NotImplementedError
 
     def memory(self, visual: Tensor) -> dict[str, Tensor]:
-        """The vector v (I, c)."""
-        return {"summary": self.summary(visual)}
+        """W_m v (I, c)."""
+        return {"summary": self.by_image(self.summary(visual))}
 
     def forward(self, x: Tensor, memory: Memory, index: int) -> Tensor:
-        """(B, Q, c) -> (B, Q, c); v is the mean over the images that a position sees."""
+        """(B, Q, c) -> (B, Q, c); the mean over the images that a position sees, nothing where it sees none."""
         sees, images = seen_in_row(memory)  # (B, Q, J), (B, J)
         share = sees.to(x.dtype) / sees.sum(-1, keepdim=True).clamp(min=1)  # (B, Q, J)
         summary = memory.tensors[f"summary.{index}"]  # (I, c)
-        v = share @ summary[images] + 0.0 * summary.sum()  # (B, Q, c)
-        return self.by_text(x) * self.by_image(v)
+        told = share @ summary[images] + 0.0 * summary.sum()  # (B, Q, c)
+        return self.by_text(x) * told
 
 
 class MixerConditioner(SummaryConditioner):

@@ -39,7 +39,7 @@ MOST_NAMED = 8
 
 @dataclass(frozen=True)
 class Piece:
-    """One token as it is shown, or a run of visual tokens, soft prompts or padding.
+    """One token as it is shown, a run of visual tokens, soft prompts or padding, or the place of an image without any.
 
     Attributes:
         role: system, user, answer, image or pad.
@@ -157,12 +157,15 @@ def _devices(cfg: DictConfig) -> int:
 
 def _facts(cfg: DictConfig, stage: Stage, collate: Collator, size: int) -> list[tuple[str, str]]:
     micro = stage.batch_size // (stage.accumulate * _devices(cfg))
+    visual = collate.encoder.tokens_of(PICTURE)
+    none = "no images are read" if collate.resize is None else "0 an image: vision acts inside the LM"
     packed = "" if collate.pack_length is None else f", packed into rows of at most {collate.pack_length} tokens"
     return [
         ("data", f"data.train.{stage.data}, {size:,} samples"),
         ("prompt", str(collate.encoder.prompt)),
         ("micro-batch", f"{micro} samples{packed}"),
-        ("visual tokens", f"{collate.encoder.tokens_of(PICTURE)} an image"),
+        ("visual tokens", f"{visual} an image" if visual else none),
+        *([("instruction", "read by the encoder's text tower as well")] if collate.text is not None else []),
         ("longest sample", f"{collate.encoder.max_length} tokens"),
         ("tokenizer", Path(str(collate.encoder.tokenizer.name_or_path)).name),
     ]
@@ -300,11 +303,17 @@ def _shown(
 
 
 def _pieces(batch: Batch, r: int, places: Sequence[int], piece: Callable[..., Piece]) -> Iterator[Piece]:
-    """Every token; an image's visual tokens and the soft prompts as one piece each."""
+    """Every token; an image's visual tokens and the soft prompts as one piece each.
+
+    An image that takes no position is shown before the token that it stands before, or behind the last.
+    """
     layout = batch.layout
+    standing = _standing(batch, r, int(layout.segment[r, places[0]])) if places else []
     first = min((int(layout.image[r, p]) for p in places if layout.image[r, p] >= 0), default=0)
     k = 0
     while k < len(places):
+        while standing and standing[0][0] <= places[k]:
+            yield standing.pop(0)[1]
         p, image, token = places[k], int(layout.image[r, places[k]]), int(batch.input_ids[r, places[k]])
         length = 1
         if image >= 0 or token < 0:
@@ -316,6 +325,18 @@ def _pieces(batch: Batch, r: int, places: Sequence[int], piece: Callable[..., Pi
         else:
             yield piece(token, Role(int(layout.role[r, p])).name.lower(), bool(batch.labels[r, p] != -100))
         k += length
+    yield from (marker for _, marker in standing)
+
+
+def _standing(batch: Batch, r: int, segment: int) -> list[tuple[int, Piece]]:
+    """Place and marker of the images of a sample that take no position in the sequence."""
+    table = batch.images
+    own = ((table.row == r) & (table.segment == segment)).nonzero()[:, 0].tolist()
+    found = [(int(table.place[i]), k) for k, i in enumerate(own) if not int(table.tokens[i])]
+    return [
+        (place, Piece("image", f"image {k + 1} stands here", False, f"image {k + 1}: no position in the sequence"))
+        for place, k in sorted(found)
+    ]
 
 
 def _piece_maker(collate: Collator) -> Callable[[int, str, bool], Piece]:

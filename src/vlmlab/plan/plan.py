@@ -29,6 +29,7 @@ from vlmlab.data.chat import ANSWER, IGNORE, PICTURE, USER, ChatEncoder, Encoded
 from vlmlab.data.collate import Collator
 from vlmlab.encoder.multi import MultiEncoder
 from vlmlab.encoder.scratch import ScratchEncoder
+from vlmlab.encoder.text import TransformersTextTower
 from vlmlab.encoder.tower import TowerEncoder
 from vlmlab.engine.layers import tower_layers
 from vlmlab.engine.optim import hidden_matrices
@@ -176,9 +177,9 @@ def plan(cfg: DictConfig, settings: Settings, only: Collection[str] | None = Non
 
 def _as_if_loaded(model: nn.Module) -> nn.Module:
     """Marks the towers that a run would load, so that its files are taken to leave their frozen weights out."""
-    towers: list[Any] = [getattr(model, "encoder", None), getattr(model, "lm", None)]
+    towers: list[Any] = [getattr(model, part, None) for part in ("encoder", "lm", "text")]
     for tower in towers:
-        loaded = isinstance(tower, (TowerEncoder, CausalLanguageModel, MultiEncoder))
+        loaded = isinstance(tower, (TowerEncoder, CausalLanguageModel, MultiEncoder, TransformersTextTower))
         if loaded and not isinstance(tower, (ScratchEncoder, ScratchLanguageModel)):
             tower.source = "planned"
     return model

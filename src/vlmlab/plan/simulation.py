@@ -3,7 +3,7 @@
 A model of the meta device goes forward and backward with tensors that have shapes only (torch's ``FakeTensorMode``),
 under the precision, freezing, adapter, mask, objective and checkpointing of its stage. Two things are noted:
 
-- FLOPs: torch's own formulas (``torch.utils.flop_counter.flop_registry``), and ours for the CPU's attention: 2 per
+- FLOPs: torch's own formulas (``torch.utils.flop_counter.flop_registry``), and ours where it has none or another: 2 per
   multiply-add of every matrix product, convolution and attention, nothing for all else. An attention counts the whole
   S x S square, masked or not, and 5 products backward, since fused kernels compute the scores again. What frozen parts
   save and what checkpointing computes twice is counted as it happens.
@@ -128,7 +128,12 @@ def shapes_only(model: nn.Module, fake: FakeTensorMode, trained: Iterable[Tensor
 
 
 def _empty(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
-    """The same shape and type without values, on the CPU as far as operations can see."""
+    """The same shape and type without values, on the CPU as far as operations can see.
+
+    A flag is set: what a module does but once, before it sets it, is no part of a micro-batch.
+    """
+    if tensor.dtype == torch.bool and not tensor.ndim:
+        return torch.ones((), dtype=torch.bool, device="cpu")
     with fake:
         new = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
     return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
