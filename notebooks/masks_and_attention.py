@@ -31,7 +31,7 @@ from vlmlab.cli.conf import conf_folder
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.contracts.tensors import Kind, Layout, Role
 from vlmlab.data.world.sources import WorldInterleaved, WorldQuestions
-from vlmlab.model.vlm import build_collator, build_model
+from vlmlab.model.build import build_collator, build_model
 
 RUN = Path("../outputs/demo")  # python train.py name=demo
 

@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "vlmlab"
 FILES = sorted(PACKAGE.rglob("*.py"))
-CHOICES = ("encoder", "connector", "lm", "mask", "fusion", "objective", "adapter")
-"""Config groups whose choices are plug-ins of the folder of the same name."""
+CHOICES = ("encoder", "connector", "lm", "mask", "fusion", "objective", "adapter", "recipe")
+"""Config groups whose choices are plug-ins: of the folder of the same name, or of the engine for a recipe's stages."""
 RANKS = (
     {"contracts"},
     {"data", "recipe", "runs", "cache", "digest", "towers"},
@@ -90,8 +90,8 @@ def plugins() -> list[str]:
     found = set()
     for group in (*CHOICES, "memory_mask"):
         for path in (ROOT / "conf" / group).rglob("*.yaml"):
-            words = re.findall(r"_target_:\s*(vlmlab\.[\w.]+)\.\w+", path.read_text(encoding="utf-8"))
-            found |= {word for word in words if word.split(".")[1] in CHOICES}
+            words = re.findall(r"(?:_target_|module):\s*(vlmlab\.[\w.]+)\.\w+", path.read_text(encoding="utf-8"))
+            found |= {word for word in words if word.split(".")[1] in (*CHOICES, "engine")}
     return sorted(found)
 
 

@@ -45,7 +45,8 @@ from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.lm.scratch import train_tokenizer
 from vlmlab.mask.bidir import Bidirectional
-from vlmlab.model.vlm import VLM, build_collator
+from vlmlab.model.build import build_collator
+from vlmlab.model.vlm import VLM
 
 CONF = Path(__file__).parent.parent / "conf"
 SIZE, PATCH = 64, 16

@@ -139,7 +139,7 @@ def _by_request(
     model: Any, cfg: DictConfig, sources: Mapping[str, Any], said: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
     """The tasks' batches in turn on one model: the share of answers that are those of the adapter alone."""
-    from vlmlab.model.vlm import build_collator
+    from vlmlab.model.build import build_collator
 
     size, same, asked = 16, 0, 0
     for start in range(0, min(64, *(len(source) for source in sources.values())), size):
@@ -160,7 +160,7 @@ def _merging(model: Any, cfg: DictConfig, sources: Mapping[str, Any]) -> dict[st
     """
     import torch
 
-    from vlmlab.model.vlm import build_collator
+    from vlmlab.model.build import build_collator
 
     found = {}
     with torch.no_grad():
@@ -190,7 +190,7 @@ def measured(cfg: DictConfig, folder: Path, kind: str) -> dict[str, float]:
 
     from vlmlab.adapter.lora import LoraAdapter
     from vlmlab.engine.restore import load_trained
-    from vlmlab.model.vlm import build_model
+    from vlmlab.model.build import build_model
 
     torch.set_num_threads(1)
     with torch.device("meta"):  # libraries are in memory before anything is counted

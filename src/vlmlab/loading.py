@@ -24,7 +24,8 @@ from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
 from vlmlab.data.images import from_pillow, load_image
 from vlmlab.engine import rng
 from vlmlab.engine.restore import load_trained
-from vlmlab.model.vlm import VLM, build_collator
+from vlmlab.model.build import build_collator
+from vlmlab.model.vlm import VLM
 from vlmlab.runs.folder import RunFolder
 
 Picture: TypeAlias = "str | Path | Pillow.Image | Image"

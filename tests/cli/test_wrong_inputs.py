@@ -58,6 +58,9 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     ),
     f"{JOINT}objective=patch_text_contrast": (2, r"no gradient from objective=patch_text_contrast"),
     f"{JOINT}encoder=patch {STAGE}.module=vlmlab.engine.contrastive.ContrastiveModule": (2, r"wants one tower"),
+    f"{JOINT}{STAGE}.module=vlmlab.recipe.alignment.AlignmentModule": (
+        2, r"joint.module=.*AlignmentModule is now vlmlab.engine.alignment.AlignmentModule; write",
+    ),
     f"{JOINT}adapter=soft_prompt adapter.parts=[encoder]": (2, r"soft_prompt is read by the LM alone"),
     f"{JOINT}adapter=lora adapter.parts=[connector]": (2, r"no list of towers; set adapter.parts"),
     f"{JOINT}adapter=lora adapter.parts=lm": (2, r"no list of towers; set adapter.parts"),
@@ -254,7 +257,7 @@ def other_weights(folder: Path) -> None:
     from omegaconf import OmegaConf
     from safetensors.torch import save_file
 
-    from vlmlab.model.vlm import build_model
+    from vlmlab.model.build import build_model
 
     run = folder / "outputs" / "other_weights"
     model = build_model(OmegaConf.load(run / "config.yaml"))

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from vlmlab.connector.qformer import QFormerConnector
 from vlmlab.contracts.tensors import Batch, Kind, Role, Seen
 from vlmlab.fusion.concat import ConcatFusion
-from vlmlab.model.vlm import VLM, build_model
+from vlmlab.model.build import build_model
+from vlmlab.model.vlm import VLM
 
 READERS = ("instruct_qformer", "bliva", "two_token")
 WHERE = list(batches())
@@ -332,7 +333,7 @@ def test_the_lms_vocabulary_reaches_the_connector() -> None:
     assert cfg.connector.vocab_size is None, "the configuration stays as it was written"
     assert build_model(config(vocab_size=900)).connector.words.num_embeddings == 900
     several = OmegaConf.create({"parts": {"a": dict(cfg.connector), "b": {"side": 2}}, "vocab_size": 3})
-    from vlmlab.model.vlm import _with_vocabulary
+    from vlmlab.model.build import _with_vocabulary
 
     filled = _with_vocabulary(several, 77)
     assert filled.parts.a.vocab_size == 77 and filled.vocab_size == 3 and several.parts.a.vocab_size is None

@@ -13,7 +13,8 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.evaluate.gallery import side_by_side, write_gallery
 from vlmlab.evaluate.metrics.rows import read_rows
 from vlmlab.evaluate.run import evaluate_model, mean_loss
-from vlmlab.model.vlm import VLM, build_collator
+from vlmlab.model.build import build_collator
+from vlmlab.model.vlm import VLM
 
 
 class Source(list):  # type: ignore[type-arg]

@@ -31,7 +31,7 @@ from vlmlab.mask.leak import (
     shows_prompt,
 )
 from vlmlab.mask.memory.base import begun, of_sample
-from vlmlab.model.vlm import build_model
+from vlmlab.model.build import build_model
 
 MASKS, MEMORY = choices("mask"), choices("memory_mask")
 

@@ -34,7 +34,9 @@ from vlmlab.contracts.tensors import Seen
 from vlmlab.encoder.hf import HfEncoder
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.mask.causal import Causal
-from vlmlab.model.vlm import VLM, DualEncoder, build_dual_encoder, build_model
+from vlmlab.model.build import build_dual_encoder, build_model
+from vlmlab.model.dual import DualEncoder
+from vlmlab.model.vlm import VLM
 
 GROUPS = ("mask", "lm", "encoder", "connector", "fusion", "adapter", "objective")
 

@@ -9,7 +9,8 @@ import torch
 from tests.test_conf import composed
 
 from vlmlab.cli.rules import check
-from vlmlab.model.vlm import VLM, build_model
+from vlmlab.model.build import build_model
+from vlmlab.model.vlm import VLM
 from vlmlab.recipe.stage import parse
 from vlmlab.runs.config import plain
 

@@ -66,6 +66,23 @@ def test_plain_resolves_and_names_what_is_missing() -> None:
         plain(OmegaConf.create({"x": "${nothing}"}))
 
 
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (
+            {"recipe": {"stages": {"a": {"module": "vlmlab.recipe.alignment.AlignmentModule"}}}},
+            "recipe.stages.a.module",
+        ),
+        ({"b": [1, {"c": "vlmlab.recipe.alignment.AlignmentModule"}]}, "b.1.c"),
+    ],
+)
+def test_plain_says_how_a_class_that_has_moved_is_called_now(config: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError) as caught:
+        plain(OmegaConf.create(config))
+    now = "vlmlab.engine.alignment.AlignmentModule"
+    assert str(caught.value) == f"{key}=vlmlab.recipe.alignment.AlignmentModule is now {now}; write {key}={now}"
+
+
 def test_numbers_survive_the_run_folder_unchanged() -> None:
     import yaml
 

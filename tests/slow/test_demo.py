@@ -68,7 +68,7 @@ def test_radiology_runs_through_all_stages(name: str, tmp_path: Path, shared_dat
 
 def test_questions_in_parquet_run_through_all_stages(tmp_path: Path, shared_data: Path) -> None:
     """The form of PathVQA: shards that name their split, no kinds of questions but those that the answers tell."""
-    from tests.data.test_parquet import VQA, write
+    from tests.data.readers.test_parquet import VQA, write
 
     root = shared_data / "vqa_rad"
     rows = json.loads((root / "vqa.json").read_text(encoding="utf-8"))

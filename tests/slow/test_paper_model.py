@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 import vlmlab
-from tests.data.test_parquet import NEXT, RECAP, talk, write
+from tests.data.readers.test_parquet import NEXT, RECAP, talk, write
 from tests.slow.runs import ROOT
 from tests.tiny import HALF
 from vlmlab.lm.scratch import train_tokenizer

@@ -1,10 +1,12 @@
 """``mix``: a stage's weights become those of two runs in shares."""
 
+import json
+
 import pytest
 import torch
 from fake_lab import config, run
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.engine.restore import load_trained
@@ -63,6 +65,20 @@ def test_another_composition_is_refused(tmp_path, parents):
     OmegaConf.update(cfg, "connector", {"_target_": "other"}, force_add=True)
     with pytest.raises(CheckpointError, match="has another connector"):
         mixed_in(stage, cfg)
+
+
+def test_a_run_made_before_classes_moved_has_the_same_composition(tmp_path):
+    from vlmlab.engine.weights import COMPOSITION, FORMAT, mixed_in, plain_key
+
+    folder = tmp_path / "stages" / "1_tune"
+    folder.mkdir(parents=True)
+    cfg = config(recipe__stages__tune__mix={"run": str(tmp_path)})
+    OmegaConf.update(cfg, "connector", {"words": {"_target_": "vlmlab.data.readers.llava.LlavaJson"}}, force_add=True)
+    saved = {key: plain_key(cfg, key) for key in COMPOSITION}
+    saved["connector"] = {"words": {"_target_": "vlmlab.data.llava.LlavaJson"}}
+    facts = json.dumps({"format": FORMAT, "composition": saved})
+    save_file({"x": torch.zeros(1)}, folder / "model.safetensors", {"vlmlab": facts})
+    assert mixed_in(parse(cfg)[1], cfg) == folder / "model.safetensors"
 
 
 def test_another_stages_tensors_are_refused(tmp_path, parents):

@@ -33,7 +33,8 @@ from vlmlab.engine.restore import load_trained
 from vlmlab.engine.stage import StageModule
 from vlmlab.engine.weights import Trainee
 from vlmlab.export import export, export_model
-from vlmlab.model.vlm import VLM, build_model
+from vlmlab.model.build import build_model
+from vlmlab.model.vlm import VLM
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder

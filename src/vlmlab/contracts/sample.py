@@ -1,10 +1,10 @@
-"""What every data source yields: a Sample of images and turns. Free of torch and of any model."""
+"""What every data source yields, a Sample of images and turns, and what scores answers. Free of torch and any model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,19 @@ class SampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+
+class Metric(Protocol):
+    """What a metric is: rows of predictions in, named scores of the whole set out, over all ranks."""
+
+    def update(self, prediction: Any) -> None:
+        """Add one row (``vlmlab.evaluate.metrics.rows.Row``)."""
+
+    def predicted(self) -> dict[str, float]:
+        """The scores that depend on the predictions; all that a baseline needs."""
+
+    def compute(self) -> dict[str, float]:
+        """``predicted()`` and what describes the set: counts, chance levels, human ceilings."""
 
 
 def references(turn: Turn) -> Sequence[str]:

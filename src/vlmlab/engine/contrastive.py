@@ -21,13 +21,13 @@ class ContrastiveModule(StageModule):
     @staticmethod
     def build(cfg: DictConfig) -> nn.Module:
         """A ``DualEncoder``: a vision tower and a text tower."""
-        from vlmlab.model.vlm import build_dual_encoder
+        from vlmlab.model.build import build_dual_encoder
 
         return build_dual_encoder(cfg)
 
     @staticmethod
     def collator(cfg: DictConfig, model: nn.Module, prompt: str) -> Callable[[list[Sample]], Batch]:
         """Samples to a micro-batch with one image a row: pairs are never packed."""
-        from vlmlab.model.vlm import build_collator
+        from vlmlab.model.build import build_collator
 
         return replace(build_collator(cfg, model, prompt), pack_length=None)  # type: ignore[arg-type]

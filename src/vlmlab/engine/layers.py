@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 from vlmlab.contracts.errors import UserError
 from vlmlab.recipe.stage import LAYERED, Stage
 
+GRAPHS = 64
+"""Of one kind of layer; torch's own limit is 8."""
+
 Places = dict[int, tuple[int, int]]
 """Identity of a parameter -> the layer it stands in (-1: before the first) and the number of layers."""
 
@@ -41,12 +44,15 @@ def compiled(model: nn.Module) -> Iterator[None]:
     """While this is open the layers of all towers compute by ``torch.compile``, one graph for all of a kind and length.
 
     Only their ``forward`` is replaced, so that names of weights and what hangs on calls (shards, recomputation) stay.
+    Blocks inside the layers bring a few graphs for every number of images a row; beyond torch's limit layers would
+    quietly run uncompiled.
     """
     layers: list[Any] = list(tower_layers(model))
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=True)
     try:
-        yield
+        with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+            yield
     finally:
         for layer in layers:
             del layer.forward

@@ -103,14 +103,14 @@ class StageModule(L.LightningModule):
     @staticmethod
     def build(cfg: DictConfig) -> nn.Module:
         """The model this kind of stage trains."""
-        from vlmlab.model.vlm import build_model
+        from vlmlab.model.build import build_model
 
         return build_model(cfg)
 
     @staticmethod
     def collator(cfg: DictConfig, model: nn.Module, prompt: str) -> Callable[[list[Sample]], Batch]:
         """Samples to a micro-batch for this model."""
-        from vlmlab.model.vlm import build_collator
+        from vlmlab.model.build import build_collator
 
         return build_collator(cfg, model, prompt)  # type: ignore[arg-type]
 

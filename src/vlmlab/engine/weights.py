@@ -24,6 +24,7 @@ from vlmlab.engine.stage import check_objectives
 from vlmlab.mask.leak import check_mask
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.files import share
+from vlmlab.runs.renamed import with_present_names
 
 FORMAT = 1
 """Version of ``model.safetensors``'s metadata."""
@@ -263,7 +264,7 @@ def mixed_in(stage: Stage, cfg: DictConfig) -> Path | None:
     if path is None:
         there = ", ".join(file.parent.name.partition("_")[2] for file in files) or "none"
         raise UserError(f"{key}: {run} has no finished stage {name} (there: {there}); set {key}.run and {key}.stage.")
-    saved = read_facts(path).get("composition", {})
+    saved = with_present_names(read_facts(path).get("composition", {}))
     for part in COMPOSITION:
         if saved.get(part) != json.loads(json.dumps(plain_key(cfg, part), default=str)):
             raise CheckpointError(f"{key}: {path} has another {part}; mix runs of the same composition only.")

@@ -17,7 +17,8 @@ from vlmlab.data.skipped import Replaced, note
 from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled, image_names
 from vlmlab.evaluate.metrics.rows import Row, write_rows
 from vlmlab.evaluate.metrics.scoring import predictions_file, score_predictions
-from vlmlab.model.vlm import VLM, build_cache, build_collator
+from vlmlab.model.build import build_cache, build_collator
+from vlmlab.model.vlm import VLM
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

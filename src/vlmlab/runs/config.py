@@ -13,13 +13,14 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.runs.names import changes_result
+from vlmlab.runs.renamed import present_name
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """The configuration with every reference resolved, as dicts, lists, strings, numbers, booleans and None.
 
     Raises:
-        UserError: naming the key that is missing or refers to nothing.
+        UserError: naming the key that is missing, refers to nothing or names a class by a name it had before.
     """
     job = copy.deepcopy(cfg)  # Hydra's own node has missing values and is nobody's business
     OmegaConf.set_struct(job, False)
@@ -34,15 +35,23 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         raise UserError(f"{key} cannot be resolved: {first}; give it a value, as in {key}=...") from error
     assert isinstance(value, dict)
     config: dict[str, Any] = json.loads(json.dumps(value, default=str))
+    _refuse_old_names(config)
     return config
 
 
-def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every ``(dotted key, value)`` of nested mappings; lists and empty mappings are values."""
+def _refuse_old_names(config: Mapping[str, Any]) -> None:
+    for key, value in leaves(config, deep=True):
+        if isinstance(value, str) and (now := present_name(value)) != value:
+            raise UserError(f"{key}={value} is now {now}; write {key}={now}")
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "", deep: bool = False) -> Iterator[tuple[str, Any]]:
+    """Every ``(dotted key, value)`` of nested mappings; empty ones are values, and so are lists unless `deep`."""
     for key, value in config.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, name + ".")
+        inner = {str(i): v for i, v in enumerate(value)} if deep and isinstance(value, list) else value
+        if isinstance(inner, Mapping) and inner:
+            yield from leaves(inner, name + ".", deep)
         else:
             yield name, value
 

@@ -17,6 +17,7 @@ from vlmlab.runs.config import config_hash, differences
 from vlmlab.runs.environment import code_fingerprint, environment
 from vlmlab.runs.files import read_json, read_rows, write_atomic, write_json
 from vlmlab.runs.lock import FolderLock, is_locked
+from vlmlab.runs.renamed import with_present_names
 
 FORMAT = 1
 """Version of ``result.json``."""
@@ -125,7 +126,7 @@ class RunFolder:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def config(self) -> dict[str, Any] | None:
-        """The configuration this folder belongs to, or None where no run has begun.
+        """The configuration this folder belongs to, by present names, or None where no run has begun.
 
         Raises:
             UserError: the file is there and cannot be read.
@@ -139,7 +140,8 @@ class RunFolder:
             raise UserError(f"{file} is damaged ({error}); delete the folder or choose another name=...") from error
         if not isinstance(value, dict):
             raise UserError(f"{file} is no configuration; delete the folder or choose another name=...")
-        return value
+        config: dict[str, Any] = with_present_names(value)
+        return config
 
     def result(self) -> dict[str, Any] | None:
         """``result.json`` of a finished run, or None.

@@ -14,7 +14,8 @@ from torch import Tensor
 from vlmlab.contracts.sample import SampleSource
 from vlmlab.encoder.preprocess import Preprocess
 from vlmlab.engine.contrastive import ContrastiveModule
-from vlmlab.model.vlm import VLM, DualEncoder
+from vlmlab.model.dual import DualEncoder
+from vlmlab.model.vlm import VLM
 from vlmlab.towers.source import save_tower, tower_hash
 
 CARD = """# Embedded towers

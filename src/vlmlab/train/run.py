@@ -35,7 +35,7 @@ from vlmlab.engine.restore import Builder, enter, module_class, new_trainee, wei
 from vlmlab.engine.shards import FSDP2, gathered
 from vlmlab.engine.stage import NonFinite, StageModule, no_room
 from vlmlab.engine.weights import Trainee, build_mask, build_objectives, mixed_in, plain_key
-from vlmlab.model.vlm import build_cache
+from vlmlab.model.build import build_cache
 from vlmlab.recipe.stage import Stage, check_divides, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
+from vlmlab.contracts.sample import Metric
 from vlmlab.evaluate.metrics.rows import Row, read_rows
 
 BASELINES = ("shuffled", "no_image")
 """Evaluations of the same trained model beside the real one: with another sample's images, and with none."""
-
-
-class Metric(Protocol):
-    """What a metric is: rows in, named scores of the whole set out."""
-
-    def update(self, prediction: Row) -> None:
-        """Add one row."""
-
-    def predicted(self) -> dict[str, float]:
-        """The scores that depend on the predictions; all that a baseline needs."""
-
-    def compute(self) -> dict[str, float]:
-        """``predicted()`` and what describes the set: counts, chance levels, human ceilings."""
 
 
 def predictions_file(folder: Path, benchmark: str, baseline: str = "") -> Path:

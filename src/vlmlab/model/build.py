@@ -1,0 +1,87 @@
+"""From a configuration to a model and to what brings samples into its form."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from vlmlab.cache.none import NoCache
+from vlmlab.contracts.parts import FeatureCache
+from vlmlab.mask.leak import check_fusion, check_mask
+from vlmlab.model.dual import DualEncoder
+from vlmlab.model.vlm import VLM
+
+if TYPE_CHECKING:
+    from vlmlab.data.chat import Prompt
+    from vlmlab.data.collate import Collator
+
+
+def build_model(cfg: DictConfig) -> VLM:
+    """The composition that a configuration describes; towers are loaded, everything else is new."""
+    return VLM(**_instantiate_parts(cfg))
+
+
+def build_dual_encoder(cfg: DictConfig) -> DualEncoder:
+    """The same groups as an image encoder and a text encoder; the text encoder is ``text_tower`` where there is one."""
+    settings = cfg.get("dual_encoder") or {}
+    return DualEncoder(**_instantiate_parts(cfg, text=cfg.get("text_tower"), encoder={"pooled": True}), **settings)
+
+
+def _instantiate_parts(
+    cfg: DictConfig, text: DictConfig | None = None, encoder: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    lm = instantiate(cfg.lm if text is None else text)
+    fusion = instantiate(cfg.fusion)
+    mask = instantiate(cfg.mask)
+    check_mask(mask, "mask")
+    check_fusion(fusion)
+    if fusion.reads == "nothing":
+        return {"encoder": None, "connector": None, "fusion": fusion, "lm": lm, "mask": mask}
+    tower = instantiate(cfg.encoder, **(encoder or {}))
+    described = _with_vocabulary(cfg.connector, lm.model.get_input_embeddings().num_embeddings)
+    connector = instantiate(described, in_width=tower.width, out_width=lm.width)
+    paired = tower.text_tower() if fusion.reads_text else None
+    return {"encoder": tower, "connector": connector, "fusion": fusion, "lm": lm, "mask": mask, "text": paired}
+
+
+def _with_vocabulary(node: DictConfig, size: int) -> DictConfig:
+    """A connector's configuration, or that of several, with every null ``vocab_size`` filled (see contracts.parts)."""
+    out = node.copy()
+    for key in (key for key in node if not OmegaConf.is_missing(node, key)):
+        if key == "vocab_size" and node[key] is None:
+            out[key] = size
+        elif isinstance(node[key], DictConfig):
+            out[key] = _with_vocabulary(node[key], size)
+    return out
+
+
+def build_cache(cfg: DictConfig) -> FeatureCache:
+    """What stands before a frozen encoder; a configuration older than that key has none."""
+    return instantiate(cfg.cache) if cfg.get("cache") else NoCache()
+
+
+def build_collator(cfg: DictConfig, model: VLM, prompt: Prompt) -> Collator:
+    """Samples -> Batch for this model: its tokenizer, its tower's geometry, its number of visual tokens."""
+    from vlmlab.data.chat import ChatEncoder
+    from vlmlab.data.collate import Collator
+
+    tokenizer = model.lm.tokenizer
+    encoder = ChatEncoder(
+        tokenizer=tokenizer,
+        image_token=model.lm.image_token,
+        tokens_per_image=model.tokens_of,
+        prompt=prompt,
+        max_length=cfg.collate.max_length,
+    )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    resize = None if model.encoder is None else model.encoder.preprocess
+    return Collator(
+        encoder=encoder,
+        resize=resize,
+        pad_id=pad,
+        pack_length=cfg.collate.pack_length,
+        prompt_tokens=model.prompt_tokens,
+        text=None if model.text is None else model.text.tokenise,
+    )
