@@ -27,7 +27,7 @@ STAGE = "recipe.stages.joint"
 # Answered before torch is imported: line -> exit code, words.
 COMPOSITION: dict[str, tuple[int, str]] = {
     # unknown choices and misspelt keys
-    "train fusion=konkat": (2, r"fusion has no choice 'konkat' \(did you mean concat\?\): choose one of concat, .*none"),
+    "train fusion=konkat": (2, r"fusion has no choice 'konkat' \(did you mean concat\?\): choose one of .*none"),
     "train connector=qformer encoder=none": (2, r"encoder has no choice 'none'.*; without vision: fusion=none"),
     "train adapter=lorra": (2, r"adapter has no choice 'lorra' \(did you mean lora\?\)"),
     "train preset=lava": (2, r"preset has no choice 'lava' \(did you mean llava\?\)"),
