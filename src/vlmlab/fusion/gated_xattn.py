@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen
-from vlmlab.lm.inside import chosen_layers, look, memory_tokens, open_ports, token_places
+from vlmlab.lm.inside import check_words, chosen_layers, look, memory_tokens, open_ports, token_places
 
 
 class GatedCrossAttention(Fusion):
@@ -43,6 +44,11 @@ class GatedCrossAttention(Fusion):
     reads = "tokens"
     in_sequence = False
     starts_as = "text_only"
+    words: ClassVar[Mapping[str, Sequence[str]]] = {
+        "norm": ("layer", "rms"),
+        "mlp": ("gelu", "swiglu"),
+        "gate": ("scalar", "vector"),
+    }
 
     def __init__(
         self,
@@ -59,9 +65,7 @@ class GatedCrossAttention(Fusion):
         positions: bool | str = "auto",
     ) -> None:
         super().__init__()
-        for key, value, known in (("norm", norm, NORMS), ("mlp", mlp, ("gelu", "swiglu")), ("gate", gate, GATES)):
-            if value not in known:
-                raise UserError(f"fusion.{key}={value} is unknown; choose {' or '.join(known)}.")
+        check_words(self.words, norm=norm, mlp=mlp, gate=gate)
         self.sees = sees
         self.every, self.layers = every, layers
         self.shape = heads, head_width
@@ -184,4 +188,3 @@ def _rms(width: int) -> nn.Module:
 
 
 NORMS = {"layer": _layer, "rms": _rms}
-GATES = ("scalar", "vector")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen
-from vlmlab.lm.inside import chosen_layers, look, memory_tokens, open_ports, seen_in_row, token_places
+from vlmlab.lm.inside import check_words, chosen_layers, look, memory_tokens, open_ports, seen_in_row, token_places
 
 SUBLAYERS = {"both": ("norm.attention", "norm.mlp"), "attention": ("norm.attention",), "mlp": ("norm.mlp",)}
 
@@ -55,6 +56,10 @@ class LaViFusion(Fusion):
     reads = "tokens"
     in_sequence = False
     starts_as = "text_only"
+    words: ClassVar[Mapping[str, Sequence[str]]] = {
+        "sublayers": ("both", "attention", "mlp"),
+        "conditioner": ("attention", "mlp", "conv"),
+    }
 
     def __init__(
         self,
@@ -72,9 +77,7 @@ class LaViFusion(Fusion):
         positions: bool | str = "auto",
     ) -> None:
         super().__init__()
-        for key, value, known in (("sublayers", sublayers, SUBLAYERS), ("conditioner", conditioner, CONDITIONERS)):
-            if value not in known:
-                raise UserError(f"fusion.{key}={value} is unknown; choose {', '.join(known)}.")
+        check_words(self.words, sublayers=sublayers, conditioner=conditioner)
         if not scale and not shift:
             raise UserError(
                 "fusion.scale=false and fusion.shift=false leave vision no way in; set one of them to true."
