@@ -78,6 +78,18 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     "train recipe=frozen encoder=patch recipe.stages.encoder_only.train.connector=null": (
         2, r"encoder=patch has no weights and the recipe trains nothing but the encoder",
     ),
+    # fusions
+    "train fusion=lavi fusion.every=0": (2, r"fusion.every=0 leaves no layer; give a whole number of at least 1"),
+    "train fusion=gated_xattn fusion.every=two": (2, r"fusion.every=two leaves no layer"),
+    "train fusion=lavi fusion.sees=latest": (2, r"fusion.sees=latest is no memory mask; write memory_mask@fusion.sees="),
+    "train fusion=lavi fusion.conditioner=foo": (2, r"fusion.conditioner=foo is unknown; choose attention or mlp or"),
+    "train fusion=gated_xattn fusion.norm=batch": (2, r"fusion.norm=batch is unknown; choose layer or rms"),
+    "train fusion=emma encoder=dinov2_base": (2, r"text tower and encoder=dinov2_base has none; choose a CLIP or SigLIP"),
+    "train fusion=emma encoder=patch": (2, r"text tower and encoder=patch has none"),
+    "train memory_mask=latest": (2, r"latest has no place in this composition; choose fusion=gated_xattn or fusion=lavi"),
+    "train memory_mask@fusion.sees=latest": (2, r"no place in this composition.* write memory_mask@fusion.sees=latest"),
+    "train fusion=lavi memory_mask=latest": (2, r"not said where it belongs; write memory_mask@fusion.sees=latest"),
+    "train fusion=lavi memory_mask@fusion.sees=lates": (2, r"memory_mask has no choice 'lates' .did you mean latest"),
     # numbers
     "train seed=x": (2, r"seed=x is no seed"),
     "train budget.max_steps=ten": (2, r"budget.max_steps=ten leaves nothing"),
@@ -153,6 +165,16 @@ BUILDING: dict[str, tuple[int, str]] = {
     f"{JOINT}{STAGE}.module=no.such.Module": (1, r"joint.module=no.such.Module cannot be imported"),
     f"{JOINT}encoder.layers=[9]": (1, r"encoder.layers has 9, but the tower has 4 layers"),
     f"{JOINT}encoder=patch encoder.patch_size=15": (1, r"is no multiple of encoder.patch_size=15"),
+    f"{JOINT}encoder=scratch encoder.hidden_size=64 connector=none": (
+        1,
+        r"tokens are 64 wide and the LM is 128 wide.*use",
+    ),
+    f"{JOINT}fusion=gated_xattn fusion.layers=[9]": (
+        1,
+        r"fusion.layers=\[9\] names a layer that is not there; give some",
+    ),
+    f"{JOINT}fusion=lavi fusion.every=6": (1, r"fusion.every=6 leaves no layer of 5; give a number from 1 to 5"),
+    f"{JOINT}fusion=lavi lm=hf lm.path={{f}}/neox": (1, r"nothing can act inside .* the family gpt_neox; known are"),
     f"{JOINT}encoder=hf encoder.path={{f}}/nowhere": (
         1,
         r"encoder.path=.*nowhere is neither a local folder",
@@ -252,13 +274,20 @@ def test_nothing_heavy_was_imported_and_no_folder_is_left(asked: dict[str, Any],
 
 @pytest.fixture(scope="module")
 def other_weights(folder: Path) -> None:
-    """A finished run whose weights are those of a composition with another connector."""
+    """A finished run whose weights are those of a composition with another connector; and an LM of another family."""
+    import shutil
+
     import torch
     from omegaconf import OmegaConf
     from safetensors.torch import save_file
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     from vlmlab.model.build import build_model
+    from vlmlab.towers.source import embedded
 
+    shutil.copytree(embedded("lm"), folder / "neox", ignore=shutil.ignore_patterns("*.safetensors"))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=2048, **sizes)).save_pretrained(folder / "neox")
     run = folder / "outputs" / "other_weights"
     model = build_model(OmegaConf.load(run / "config.yaml"))
     facts = {"format": 1, "stage": "joint", "sources": model.sourced(), "composition": {}}

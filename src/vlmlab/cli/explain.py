@@ -13,6 +13,9 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+INSIDE = ("memory_mask",)
+"""Groups that no run has at the top: the files of other groups take a choice of them into one of their keys."""
+
 
 def explain(error: Exception, conf: Path, config_name: str, words: Sequence[str]) -> str | None:
     """What is wrong and what to write instead, or None for an error that is none of composition.
@@ -60,6 +63,8 @@ def _composition(error: ConfigCompositionException, conf: Path, config_name: str
         cause = error.__cause__
         return _first(error) + (f" ({_first(cause)})" if cause is not None else "")
     key = named.group(1)
+    if key in INSIDE:
+        return _inside(key, conf, config_name, words)
     if "not a ConfigGroup" in text or "already at" in text or "nvalid type" in text or key.startswith("hydra"):
         return _first(error)
     if isinstance(error.__cause__, OmegaConfBaseException) and "is not in struct" not in str(error.__cause__):
@@ -68,6 +73,21 @@ def _composition(error: ConfigCompositionException, conf: Path, config_name: str
     if key in known:
         return _first(error)
     return f"no key {key!r} in the configuration{_closest(key, known)}; see --cfg job, or add a new one by +{key}=..."
+
+
+def _inside(group: str, conf: Path, config_name: str, words: Sequence[str]) -> str:
+    """Where a group that stands inside other choices is chosen, in what the words make; or what has a place for it."""
+    word = next((word.lstrip("+~") for word in words if word.lstrip("+~").startswith(group)), group)
+    choice = word.partition("=")[2] or "..."
+    keys = [key for key in _known_keys(conf, config_name, words) if key.endswith(".sees")]
+    if keys:
+        return f"{word} is not said where it belongs; write {' '.join(f'{group}@{key}={choice}' for key in keys)}"
+    files = sorted(conf.glob("*/*.yaml"))
+    able = [f"{file.parent.name}={file.stem}" for file in files if f"/{group}@" in file.read_text(encoding="utf-8")]
+    return (
+        f"{word} has no place in this composition; choose {' or '.join(able)}, whose memory mask it is, and write "
+        f"{group}@fusion.sees={choice}"
+    )
 
 
 def _closest(word: str, known: list[str]) -> str:

@@ -7,6 +7,7 @@ configuration as plain values, ``choices`` the chosen file of every group (``{"f
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import shutil
 import sys
@@ -42,6 +43,9 @@ BUILT = ("encoder", "cache", "connector", "lm", "mask", "fusion", "adapter", "ob
 """Groups whose choice is one class: the keys of its file are the constructor's."""
 
 TOWERS = ("lm", "encoder")
+WORDLESS = ("dinov2",)
+"""Families of towers, as a config.json names them, that were trained without texts."""
+
 LANGUAGE = ("vlmlab.engine.alignment.AlignmentModule", "vlmlab.engine.instruction.InstructionTuningModule")
 CONTRASTIVE = "vlmlab.engine.contrastive.ContrastiveModule"
 PATH_KEYS = ("path", "path_558k", "path_118k", "test_path", "file", "folder", "images", "image_folder", "root")
@@ -251,6 +255,47 @@ def leaking_mask(cfg: Config, choices: Choices) -> str | None:
             chosen = _chosen("mask", target)
             return f"{key}={chosen} leaks later answers and is a control for tests only; choose mask=bidir"
     return None
+
+
+def possible_fusion(cfg: Config, choices: Choices) -> str | None:
+    """Keys of a fusion, or of several: words that its class knows, blocks at some layer, a memory mask."""
+    for where, node in _described(cfg.get("fusion"), "fusion"):
+        known = declared(_class(node), "words") or {}
+        for key, value in node.items():
+            name = f"{where}.{key}"
+            if key in known and value not in known[key]:
+                return f"{name}={value} is unknown; choose {' or '.join(known[key])}"
+            if key == "every" and not _count(value, 1):
+                return (
+                    f"{name}={value} leaves no layer; give a whole number of at least 1, 1 for a block at every layer"
+                )
+            if key == "sees" and not _class(value):
+                return f"{name}={value} is no memory mask; write memory_mask@{name}={value}"
+    return None
+
+
+def text_to_mix(cfg: Config, choices: Choices) -> str | None:
+    """A fusion that reads the user's words does so by the encoder's text tower."""
+    if not any(declared(target, "reads_text") is True for target in _classes(cfg.get("fusion"))):
+        return None
+    tower, family = _class(cfg.get("encoder")), str(_at(cfg, "encoder.architecture.model_type"))
+    if declared(tower, "has_text") is not False and family not in WORDLESS:
+        return None
+    return (
+        f"fusion={choices.get('fusion')} reads the user's words by the encoder's text tower and "
+        f"encoder={choices.get('encoder') or _chosen('encoder', tower)} has none; choose a CLIP or SigLIP encoder "
+        "(as encoder=clip_vit_l14_336), or fusion=concat"
+    )
+
+
+def _described(node: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every part of the configuration from `node` on that describes a class, with its key."""
+    if not isinstance(node, Mapping):
+        return
+    if _class(node):
+        yield where, node
+    for key, value in node.items():
+        yield from _described(value, f"{where}.{key}")
 
 
 def prompt_learnt_in_the_open(cfg: Config, choices: Choices) -> str | None:
@@ -483,6 +528,8 @@ RULES: tuple[Rule, ...] = (
     foreign_keys,
     ranks_need_a_process_tree,
     leaking_mask,
+    possible_fusion,
+    text_to_mix,
     files_exist,
 )
 """Checked before the recipe is parsed (``vlmlab.recipe.stage.parse`` has the rules of single stages)."""
@@ -598,14 +645,15 @@ def declared(target: str, name: str) -> Any:
         name: of the attribute.
 
     Returns:
-        The constant; None where the class is not ours or says nothing of the kind.
+        The constant, or a list or mapping of constants; None where the class is not ours or says nothing of the kind.
     """
     for kind in _lineage(target):
         for line in kind.body:
             targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
             value = getattr(line, "value", None)
-            if isinstance(value, ast.Constant) and name in [getattr(t, "id", None) for t in targets]:
-                return value.value
+            if value is not None and name in [getattr(t, "id", None) for t in targets]:
+                with contextlib.suppress(ValueError):  # computed
+                    return ast.literal_eval(value)
     return None
 
 

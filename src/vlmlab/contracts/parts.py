@@ -48,6 +48,7 @@ class Encoder(nn.Module, ABC):
         source: sha256 of the weights it was loaded from; None if they are new.
         has_tower: whether layers compute its features, which are worth keeping on disk and can hold an adapter.
         one_tower: whether it is a single transformers tower.
+        has_text: whether it can have a text tower; not every family of towers does.
     """
 
     tower: nn.Module
@@ -57,6 +58,7 @@ class Encoder(nn.Module, ABC):
     source: str | None
     has_tower: ClassVar[bool] = True
     one_tower: ClassVar[bool] = True
+    has_text: ClassVar[bool] = False
 
     @property
     @abstractmethod

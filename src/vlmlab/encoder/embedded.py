@@ -17,6 +17,8 @@ class EmbeddedEncoder(TowerEncoder):
         image_size: pixels per side, or [height, width], that images are brought to; null: its own.
     """
 
+    has_text = True
+
     def __init__(
         self,
         layers: Sequence[int] | None = None,

@@ -29,6 +29,8 @@ class HfEncoder(TowerEncoder):
         UserError: the path is neither a folder nor reachable, the family is unknown, or a layer does not exist.
     """
 
+    has_text = True
+
     def __init__(
         self,
         path: str,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen
 from vlmlab.fusion.base import check_counts
-from vlmlab.lm.inside import chosen_layers, look, memory_tokens, open_ports, token_places
+from vlmlab.lm.inside import check_words, chosen_layers, look, memory_tokens, open_ports, token_places
 
 
 class GatedCrossAttention(Fusion):
@@ -45,6 +46,11 @@ class GatedCrossAttention(Fusion):
     reads = "tokens"
     in_sequence = False
     starts_as = "text_only"
+    words: ClassVar[Mapping[str, Sequence[str]]] = {
+        "norm": ("layer", "rms"),
+        "mlp": ("gelu", "swiglu"),
+        "gate": ("scalar", "vector"),
+    }
 
     def __init__(
         self,
@@ -61,9 +67,7 @@ class GatedCrossAttention(Fusion):
         positions: bool | str = "auto",
     ) -> None:
         super().__init__()
-        for key, value, known in (("norm", norm, NORMS), ("mlp", mlp, ("gelu", "swiglu")), ("gate", gate, GATES)):
-            if value not in known:
-                raise UserError(f"fusion.{key}={value} is unknown; choose {' or '.join(known)}.")
+        check_words(self.words, norm=norm, mlp=mlp, gate=gate)
         check_counts(heads=heads, head_width=head_width)
         if hidden <= 0:
             raise UserError(f"fusion.hidden={hidden} is not possible; give the multiple of the LM's width, as 4.")
@@ -189,4 +193,3 @@ def _rms(width: int) -> nn.Module:
 
 
 NORMS = {"layer": _layer, "rms": _rms}
-GATES = ("scalar", "vector")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen
 from vlmlab.fusion.base import check_counts
-from vlmlab.lm.inside import chosen_layers, look, memory_tokens, open_ports, seen_in_row, token_places
+from vlmlab.lm.inside import check_words, chosen_layers, look, memory_tokens, open_ports, seen_in_row, token_places
 
 SUBLAYERS = {"both": ("norm.attention", "norm.mlp"), "attention": ("norm.attention",), "mlp": ("norm.mlp",)}
 
@@ -56,6 +57,10 @@ class LaViFusion(Fusion):
     reads = "tokens"
     in_sequence = False
     starts_as = "text_only"
+    words: ClassVar[Mapping[str, Sequence[str]]] = {
+        "sublayers": ("both", "attention", "mlp"),
+        "conditioner": ("attention", "mlp", "conv"),
+    }
 
     def __init__(
         self,
@@ -73,9 +78,7 @@ class LaViFusion(Fusion):
         positions: bool | str = "auto",
     ) -> None:
         super().__init__()
-        for key, value, known in (("sublayers", sublayers, SUBLAYERS), ("conditioner", conditioner, CONDITIONERS)):
-            if value not in known:
-                raise UserError(f"fusion.{key}={value} is unknown; choose {', '.join(known)}.")
+        check_words(self.words, sublayers=sublayers, conditioner=conditioner)
         if not scale and not shift:
             raise UserError(
                 "fusion.scale=false and fusion.shift=false leave vision no way in; set one of them to true."

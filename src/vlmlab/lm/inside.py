@@ -12,7 +12,7 @@ The weights of blocks belong to ``model.fusion``; a port holds a plain reference
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -404,6 +404,17 @@ def token_places(model: VisionLanguageModel, wanted: bool | str, width: int) -> 
             "fusion.positions=auto, or use connector=mlp, linear, pool or none."
         )
     return None if grid is None else places_2d(grid[0], grid[1], width)
+
+
+def check_words(known: Mapping[str, Sequence[str]], **given: str) -> None:
+    """Refuse what is none of a fusion's words.
+
+    Raises:
+        UserError: names the key and its words.
+    """
+    for key, value in given.items():
+        if value not in known[key]:
+            raise UserError(f"fusion.{key}={value} is unknown; choose {' or '.join(known[key])}.")
 
 
 def chosen_layers(depth: int, every: int, layers: Sequence[int] | None) -> list[int]:
