@@ -78,12 +78,12 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     # fusions
     "train fusion=lavi fusion.every=0": (2, r"fusion.every=0 leaves no layer; give a whole number of at least 1"),
     "train fusion=gated_xattn fusion.every=two": (2, r"fusion.every=two leaves no layer"),
-    "train fusion=lavi fusion.sees=latest": (2, r"fusion.sees=latest is no memory mask; write memory_mask@fusion.sees="),
+    "train fusion=lavi fusion.sees=latest": (2, r"fusion.sees=latest is no memory mask; write memory_mask@"),
     "train fusion=lavi fusion.conditioner=foo": (2, r"fusion.conditioner=foo is unknown; choose attention or mlp or"),
     "train fusion=gated_xattn fusion.norm=batch": (2, r"fusion.norm=batch is unknown; choose layer or rms"),
-    "train fusion=emma encoder=dinov2_base": (2, r"text tower and encoder=dinov2_base has none; choose a CLIP or SigLIP"),
+    "train fusion=emma encoder=dinov2_base": (2, r"text tower and encoder=dinov2_base has none; choose a CLIP"),
     "train fusion=emma encoder=patch": (2, r"text tower and encoder=patch has none"),
-    "train memory_mask=latest": (2, r"latest has no place in this composition; choose fusion=gated_xattn or fusion=lavi"),
+    "train memory_mask=latest": (2, r"latest has no place in this composition; choose .* or fusion=lavi"),
     "train memory_mask@fusion.sees=latest": (2, r"no place in this composition.* write memory_mask@fusion.sees=latest"),
     "train fusion=lavi memory_mask=latest": (2, r"not said where it belongs; write memory_mask@fusion.sees=latest"),
     "train fusion=lavi memory_mask@fusion.sees=lates": (2, r"memory_mask has no choice 'lates' .did you mean latest"),
@@ -162,8 +162,14 @@ BUILDING: dict[str, tuple[int, str]] = {
     f"{JOINT}{STAGE}.module=no.such.Module": (1, r"joint.module=no.such.Module cannot be imported"),
     f"{JOINT}encoder.layers=[9]": (1, r"encoder.layers has 9, but the tower has 4 layers"),
     f"{JOINT}encoder=patch encoder.patch_size=15": (1, r"is no multiple of encoder.patch_size=15"),
-    f"{JOINT}encoder=scratch encoder.hidden_size=64 connector=none": (1, r"tokens are 64 wide and the LM is 128 wide.*use"),
-    f"{JOINT}fusion=gated_xattn fusion.layers=[9]": (1, r"fusion.layers=\[9\] names a layer that is not there; give some"),
+    f"{JOINT}encoder=scratch encoder.hidden_size=64 connector=none": (
+        1,
+        r"tokens are 64 wide and the LM is 128 wide.*use",
+    ),
+    f"{JOINT}fusion=gated_xattn fusion.layers=[9]": (
+        1,
+        r"fusion.layers=\[9\] names a layer that is not there; give some",
+    ),
     f"{JOINT}fusion=lavi fusion.every=6": (1, r"fusion.every=6 leaves no layer of 5; give a number from 1 to 5"),
     f"{JOINT}fusion=lavi lm=hf lm.path={{f}}/neox": (1, r"nothing can act inside .* the family gpt_neox; known are"),
     f"{JOINT}encoder=hf encoder.path={{f}}/nowhere": (
@@ -271,7 +277,6 @@ def other_weights(folder: Path) -> None:
     import torch
     from omegaconf import OmegaConf
     from safetensors.torch import save_file
-
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     from vlmlab.model.vlm import build_model

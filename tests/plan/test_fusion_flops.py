@@ -125,7 +125,7 @@ def lavi_norm(z: Sizes, c: int, conditioner: str) -> Count:
 
 
 def gated_block(z: Sizes, inner: int, mlp: str) -> Count:
-    """arXiv 2204.14198, section 2.2: queries and outputs of text, keys and values once an image, feed-forward of 4 d."""
+    """arXiv 2204.14198, section 2.2: queries and outputs of text, keys and values of images, feed-forward of 4 d."""
     asks = matrix(TEXT, 2 * z.d * inner) + matrix(z.n, 2 * z.d * inner) + attention(TEXT, z.n, inner)
     return asks + matrix(TEXT, (3 if mlp == "swiglu" else 2) * z.d * 4 * z.d)
 
@@ -198,7 +198,12 @@ def stated(index: int, *overrides: str) -> Any:
 def test_the_parts_of_a_plan() -> None:
     """What a fusion adds stands under its own part; the text tower is as frozen and as little saved as the encoder."""
     found = {name: stated(0, f"fusion={name}") for name in ("concat", "lavi", "gated_xattn", "emma")}
-    assert {name: f.visual_tokens for name, f in found.items()} == {"concat": 16, "lavi": 0, "gated_xattn": 0, "emma": 16}
+    assert {name: f.visual_tokens for name, f in found.items()} == {
+        "concat": 16,
+        "lavi": 0,
+        "gated_xattn": 0,
+        "emma": 16,
+    }
     assert found["emma"].length == found["concat"].length == found["lavi"].length + 16
     for name, f in found.items():
         assert ("fusion" in f.parameters, "text" in f.parameters) == (name != "concat", name == "emma")

@@ -266,7 +266,9 @@ def possible_fusion(cfg: Config, choices: Choices) -> str | None:
             if key in known and value not in known[key]:
                 return f"{name}={value} is unknown; choose {' or '.join(known[key])}"
             if key == "every" and not _count(value, 1):
-                return f"{name}={value} leaves no layer; give a whole number of at least 1, 1 for a block at every layer"
+                return (
+                    f"{name}={value} leaves no layer; give a whole number of at least 1, 1 for a block at every layer"
+                )
             if key == "sees" and not _class(value):
                 return f"{name}={value} is no memory mask; write memory_mask@{name}={value}"
     return None

@@ -27,9 +27,7 @@ def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_:
     return 2 * prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
 
 
-def _convolution_backward(
-    grad: Shape, x: Shape, weight: Shape, *rest: Any, **__: Any
-) -> int:
+def _convolution_backward(grad: Shape, x: Shape, weight: Shape, *rest: Any, **__: Any) -> int:
     """Each gradient costs what the convolution did; torch's formula takes grouped ones as if every channel met all."""
     transposed, mask = rest[4], rest[7]
     return 2 * x[0] * prod((x if transposed else grad)[2:]) * prod(weight) * sum(mask[:2])
