@@ -101,7 +101,7 @@ def _known_keys(conf: Path, config_name: str, words: Sequence[str]) -> list[str]
     """The groups, and all keys under the choices that the words make, of a sweep the first."""
     groups = [folder.name for folder in conf.iterdir() if folder.is_dir()]
     pairs = [word.partition("=")[::2] for word in words]
-    chosen = [f"{group}={value.split(',')[0]}" for group, value in pairs if group in groups]
+    chosen = [f"{group}={value.split(',')[0]}" for group, value in pairs if group in groups and group not in INSIDE]
     return [*dict.fromkeys([*groups, *_composed(conf, config_name, chosen)])]
 
 
