@@ -15,16 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError
-from vlmlab.cli.rules import (
-    CONTRASTIVE,
-    LANGUAGE,
-    check,
-    choices_of,
-    compiler_at_hand,
-    declared,
-    features_to_keep,
-    offers,
-)
+from vlmlab.cli.rules import check, choices_of
+from vlmlab.cli.rules.declared import declared, offers
+from vlmlab.cli.rules.machine import compiler_at_hand
+from vlmlab.cli.rules.run import features_to_keep
+from vlmlab.cli.rules.stages import CONTRASTIVE, LANGUAGE
 from vlmlab.runs import names as names  # registers the resolvers
 from vlmlab.runs.config import leaves, plain
 

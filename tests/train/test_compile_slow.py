@@ -12,7 +12,7 @@ from processes import run_ranks
 from safetensors.torch import load_file
 from tests import tiny
 
-from vlmlab.cli.rules import compiler_at_hand
+from vlmlab.cli.rules.machine import compiler_at_hand
 from vlmlab.engine.restore import load_trained
 from vlmlab.runs.folder import RunFolder
 

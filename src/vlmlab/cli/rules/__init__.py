@@ -1,0 +1,128 @@
+"""Which combinations cannot work, and why: small functions in order, answered before torch is imported.
+
+To add a rule, write a function ``(cfg, choices) -> sentence or None`` beside those of its kind and list it in
+``RULES``. ``cfg`` is the resolved configuration as plain values, ``choices`` the chosen file of every group
+(``{"fusion": "none", ...}``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.conf import HydraConf
+from omegaconf import DictConfig
+
+from vlmlab.cli.entry import ConfigError
+from vlmlab.cli.rules.asking import Choices, Config, Rule
+from vlmlab.cli.rules.machine import (
+    compiler_at_hand,
+    fp16_needs_gpu,
+    known_precision,
+    possible_trainer,
+    ranks_need_a_process_tree,
+    shards_for_several,
+)
+from vlmlab.cli.rules.run import (
+    features_to_keep,
+    files_exist,
+    foreign_keys,
+    possible_budget,
+    possible_cache,
+    possible_name,
+    possible_seed,
+    possible_sizes,
+)
+from vlmlab.cli.rules.stages import (
+    contrastive_counts,
+    contrastive_towers,
+    images_to_learn_from,
+    layers_hold_the_adapter,
+    loss_for_the_lm,
+    nothing_to_adapt,
+    objectives_with_weights,
+    pairs_need_two_towers,
+    queries_meet_texts,
+    something_to_train,
+    towers_to_adapt,
+)
+from vlmlab.cli.rules.vision import (
+    instruction_is_learnt,
+    leaking_mask,
+    possible_fusion,
+    prompt_learnt_in_the_open,
+    text_to_mix,
+)
+from vlmlab.contracts.errors import UserError
+from vlmlab.recipe.stage import parse
+
+
+def check(cfg: DictConfig, config: Config, choices: Choices) -> None:
+    """Refuse a composition that breaks a rule.
+
+    Args:
+        cfg: the composed configuration.
+        config: the same as plain values.
+        choices: the chosen file of every group.
+
+    Raises:
+        ConfigError: the first broken rule's sentence.
+    """
+    for rule in RULES:
+        sentence = rule(config, choices)
+        if sentence is not None:
+            raise ConfigError(sentence)
+    try:
+        parse(cfg)
+    except UserError as error:
+        raise ConfigError(str(error)) from error
+    for late in STAGE_RULES:
+        sentence = late(config, choices)
+        if sentence is not None:
+            raise ConfigError(sentence)
+
+
+RULES: tuple[Rule, ...] = (
+    known_precision,
+    fp16_needs_gpu,
+    possible_seed,
+    possible_trainer,
+    shards_for_several,
+    compiler_at_hand,
+    possible_budget,
+    possible_sizes,
+    possible_cache,
+    features_to_keep,
+    possible_name,
+    foreign_keys,
+    ranks_need_a_process_tree,
+    leaking_mask,
+    possible_fusion,
+    text_to_mix,
+    files_exist,
+)
+"""Checked before the recipe is parsed (``vlmlab.recipe.stage.parse`` has the rules of single stages)."""
+
+STAGE_RULES: tuple[Rule, ...] = (
+    something_to_train,
+    contrastive_counts,
+    pairs_need_two_towers,
+    images_to_learn_from,
+    queries_meet_texts,
+    objectives_with_weights,
+    loss_for_the_lm,
+    prompt_learnt_in_the_open,
+    instruction_is_learnt,
+    towers_to_adapt,
+    nothing_to_adapt,
+    layers_hold_the_adapter,
+    contrastive_towers,
+)
+"""Checked after, on stages that are well-formed."""
+
+
+def choices_of(hydra_cfg: HydraConf) -> dict[str, Any]:
+    """The chosen file of every group, how Hydra was started (``_mode``: RUN or MULTIRUN) and with which overrides."""
+    return {str(key): value for key, value in hydra_cfg.runtime.choices.items()} | {
+        "_mode": getattr(hydra_cfg.mode, "name", None),
+        "_overrides": list(hydra_cfg.overrides.task),
+    }

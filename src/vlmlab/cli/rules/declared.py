@@ -1,0 +1,78 @@
+"""What a plug-in says of itself, read from its source, since importing it would import torch."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vlmlab.runs.environment import package_folder
+
+
+def declared(target: str, name: str) -> Any:
+    """What a class of this package, or one of ours that it inherits from, assigns to an attribute in its body.
+
+    It is read from the source, since importing the class imports torch.
+
+    Args:
+        target: dotted path of the class.
+        name: of the attribute.
+
+    Returns:
+        The constant, or a list or mapping of constants; None where the class is not ours or says nothing of the kind.
+    """
+    for kind in _lineage(target):
+        for line in kind.body:
+            targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
+            value = getattr(line, "value", None)
+            if value is not None and name in [getattr(t, "id", None) for t in targets]:
+                with contextlib.suppress(ValueError):  # computed
+                    return ast.literal_eval(value)
+    return None
+
+
+def offers(target: str, method: str) -> bool | None:
+    """Whether a class of this package, or one of ours that it inherits from, has a method; None for a foreign class.
+
+    Args:
+        target: dotted path of the class.
+        method: its name.
+    """
+    if source_of(target) is None:
+        return None
+    return any(isinstance(line, ast.FunctionDef) and line.name == method for k in _lineage(target) for line in k.body)
+
+
+def _lineage(target: str) -> Iterator[ast.ClassDef]:
+    """A class of this package and those of ours that it inherits from, itself first."""
+    found = source_of(target)
+    if found is None:
+        return
+    module, kind = found
+    yield kind
+    here = target.rpartition(".")[0]
+    origin = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in module.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    for base in kind.bases:
+        if isinstance(base, ast.Name):
+            yield from _lineage(origin.get(base.id, f"{here}.{base.id}"))
+
+
+@cache
+def source_of(target: str) -> tuple[ast.Module, ast.ClassDef] | None:
+    """The parsed file of a class of this package, and the class in it."""
+    module, _, name = target.rpartition(".")
+    package, *rest = module.split(".")
+    file = package_folder().joinpath(*rest).with_suffix(".py") if rest else Path()
+    if package != package_folder().name or not file.is_file():
+        return None
+    parsed = ast.parse(file.read_text(encoding="utf-8"))
+    found = (node for node in parsed.body if isinstance(node, ast.ClassDef) and node.name == name)
+    return next(((parsed, node) for node in found), None)

@@ -1,0 +1,200 @@
+"""What a stage asks of the composition: objectives, adapters, towers, and something to train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vlmlab.cli.rules.asking import (
+    Choices,
+    Config,
+    called,
+    choice_of,
+    class_of,
+    declaring,
+    each_stage,
+    in_the_sequence,
+    objectives_of,
+    sees_nothing,
+    value_at,
+)
+from vlmlab.cli.rules.declared import declared, offers
+
+TOWERS = ("lm", "encoder")
+
+LANGUAGE = ("vlmlab.engine.alignment.AlignmentModule", "vlmlab.engine.instruction.InstructionTuningModule")
+
+CONTRASTIVE = "vlmlab.engine.contrastive.ContrastiveModule"
+
+
+def pairs_need_two_towers(cfg: Config, choices: Choices) -> str | None:
+    """Some objectives compare pooled images with texts, which only ``ContrastiveModule`` makes."""
+    for name, stage in each_stage(cfg):
+        paired = declaring("pairs", cfg, stage)
+        if stage.get("module") in LANGUAGE and paired:
+            return (
+                f"recipe.stages.{name} trains the LM's words and {called(paired[0], cfg, choices)} wants pairs of an "
+                f"image and a text; use objective=lm, or set recipe.stages.{name}.module={CONTRASTIVE}"
+            )
+    return None
+
+
+def images_to_learn_from(cfg: Config, choices: Choices) -> str | None:
+    """Some objectives read what the connector or the encoder gives, or visual tokens in the LM's sequence."""
+    fusion, blind = f"fusion={choices.get('fusion')}", sees_nothing(cfg)
+    for name, stage in each_stage(cfg):
+        for target in declaring("reads_images", cfg, stage) if blind else ():
+            return (
+                f"recipe.stages.{name} has {called(target, cfg, choices)}, which reads images, and {fusion} leaves "
+                "them out; use objective=lm, or fusion=concat"
+            )
+        for target in declaring("reads_sequence", cfg, stage) if not blind and in_the_sequence(cfg) is False else ():
+            return (
+                f"recipe.stages.{name} has {called(target, cfg, choices)}, which reads visual tokens in the LM's "
+                f"sequence, and {fusion} puts none there; use objective=lm, or fusion=concat"
+            )
+    return None
+
+
+def queries_meet_texts(cfg: Config, choices: Choices) -> str | None:
+    """itc, itm and itg read a caption inside the connector, beside its queries."""
+    connector = cfg.get("connector")
+    target = str(value_at(cfg, "connector._target_"))
+    able = offers(target, "joint")
+    if not isinstance(connector, Mapping) or able is None:
+        return None
+    if able and (connector.get("text") is True or connector.get("instruction") is True):
+        return None
+    for name, stage in each_stage(cfg):
+        for objective in declaring("reads_text_side", cfg, stage):
+            key = "text" if "text" in connector else "instruction"
+            remedy = f"set connector.{key}=true" if able else "use connector=qformer connector.text=true"
+            return (
+                f"recipe.stages.{name} has {called(objective, cfg, choices)}, which compares queries with texts, and "
+                f"connector={choices.get('connector')} has no text side; {remedy}, or connector=instruct_qformer"
+            )
+    return None
+
+
+def objectives_with_weights(cfg: Config, choices: Choices) -> str | None:
+    """An objective with weights of its own has a learning rate; found before the stages without it are trained."""
+    for name, stage in each_stage(cfg):
+        train = stage.get("train") or {}
+        for target in objectives_of(cfg, stage):
+            if train.get("objective") is None and offers(target, "attach"):
+                plus = "" if "objective" in train else "+"
+                return (
+                    f"recipe.stages.{name} has {called(target, cfg, choices)}, which has weights of its own, and "
+                    f"gives them no learning rate; add {plus}recipe.stages.{name}.train.objective=1e-3"
+                )
+    return None
+
+
+def loss_for_the_lm(cfg: Config, choices: Choices) -> str | None:
+    """A stage that trains the LM has an objective that reaches it."""
+    for name, stage in each_stage(cfg):
+        rate, targets = (stage.get("train") or {}).get("lm"), objectives_of(cfg, stage)
+        if rate is not None and targets and all(declared(target, "reaches_lm") is False for target in targets):
+            objectives = " and ".join(called(target, cfg, choices) for target in targets)
+            return (
+                f"recipe.stages.{name}.train.lm={rate} trains the LM, whose layers get no gradient from {objectives}; put "
+                f"objective lm beside it (as conf/recipe/cg_vlm.yaml does), or set recipe.stages.{name}.train.lm=null"
+            )
+    return None
+
+
+def towers_to_adapt(cfg: Config, choices: Choices) -> str | None:
+    """``adapter.parts`` names towers that this composition has; found before the stages without adapter are trained."""
+    for name, stage in each_stage(cfg):
+        adapter = stage.get("adapter", cfg.get("adapter"))
+        parts = adapter.get("parts") if isinstance(adapter, Mapping) else None
+        if not isinstance(adapter, Mapping) or parts is None:
+            continue
+        where = f"the adapter of recipe.stages.{name} has parts"
+        wrong = [part for part in (parts if isinstance(parts, list) else [parts]) if part not in TOWERS]
+        if wrong or not isinstance(parts, list):
+            return f"{where}={parts}, which is no list of towers; set adapter.parts to [lm], [encoder] or both"
+        kind = class_of(adapter)
+        if declared(kind, "lm_only") is True and parts != ["lm"]:
+            chosen = choice_of("adapter", kind)
+            return f"{where}={parts} and adapter={chosen} is read by the LM alone; set adapter.parts=[lm]"
+        if "encoder" in parts and sees_nothing(cfg):
+            return f"{where}={parts} and fusion={choices.get('fusion')} leaves no encoder; set adapter.parts=[lm]"
+    return None
+
+
+def nothing_to_adapt(cfg: Config, choices: Choices) -> str | None:
+    """Raw patches have no layer that an adapter could wrap, and some adapters want one transformers tower."""
+    tower = class_of(cfg.get("encoder"))
+    for name, stage in each_stage(cfg):
+        adapter = stage.get("adapter", cfg.get("adapter"))
+        if not isinstance(adapter, Mapping) or "encoder" not in (adapter.get("parts") or ()):
+            continue
+        where = f"the adapter of recipe.stages.{name} names encoder in its parts"
+        if declared(tower, "has_tower") is False and value_at(cfg, "encoder.features") is None:
+            return (
+                f"{where} and encoder={choice_of('encoder', tower)} has no layer to adapt; take encoder out of "
+                "adapter.parts, or give encoder.features a width"
+            )
+        kind = class_of(adapter)
+        if declared(kind, "one_tower") is True and declared(tower, "one_tower") is False:
+            wants = f"adapter={choice_of('adapter', kind)} wants a single tower there"
+            return f"{where} and {wants}; set adapter.parts=[lm], or use adapter=lora"
+    return None
+
+
+def layers_hold_the_adapter(cfg: Config, choices: Choices) -> str | None:
+    """A range of layers trains what is in them; the words of a soft prompt stand before the first."""
+    for name, stage in each_stage(cfg):
+        kind = class_of(stage.get("adapter", cfg.get("adapter")))
+        if declared(kind, "in_layers") is False and (stage.get("layers") or {}).get("lm") is not None:
+            return (
+                f"recipe.stages.{name}.layers.lm chooses layers and adapter={choice_of('adapter', kind)} has no "
+                f"weights in them; set recipe.stages.{name}.layers=null, or use adapter=lora"
+            )
+    return None
+
+
+def contrastive_towers(cfg: Config, choices: Choices) -> str | None:
+    """``ContrastiveModule`` compares the pooled output of one tower with a text."""
+    names = [name for name, stage in each_stage(cfg) if stage.get("module") == CONTRASTIVE]
+    if not names:
+        return None
+    where = f"recipe.stages.{names[0]} is a ContrastiveModule and wants"
+    if sees_nothing(cfg):
+        return f"{where} images, which fusion={choices.get('fusion')} leaves out; use fusion=concat"
+    if declared(class_of(cfg.get("encoder")), "one_tower") is False:
+        return f"{where} one tower that pools; use encoder=scratch, embedded or hf with encoder.layers=null"
+    if value_at(cfg, "encoder.layers") is not None:
+        return f"{where} the pooled output behind the last layer; set encoder.layers=null"
+    return None
+
+
+def something_to_train(cfg: Config, choices: Choices) -> str | None:
+    """Without vision (fusion=none) only the LM can learn; stages that train the vision side alone are skipped."""
+    learns = any((stage.get("train") or {}).get("lm") is not None for _, stage in each_stage(cfg))
+    if sees_nothing(cfg) and not learns:
+        only = f"fusion={choices.get('fusion')} leaves only the LM"
+        return f"{only} and no stage of the recipe trains lm; choose another fusion or recipe"
+    trains = {
+        part for _, stage in each_stage(cfg) for part, rate in (stage.get("train") or {}).items() if rate is not None
+    }
+    weighted = value_at(cfg, "encoder.features") is not None or value_at(cfg, "encoder.newline")
+    tower = class_of(cfg.get("encoder"))
+    if trains == {"encoder"} and declared(tower, "has_tower") is False and not weighted:
+        return (
+            f"encoder={choice_of('encoder', tower)} has no weights and the recipe trains nothing but the encoder; set "
+            "encoder.features to a width, or choose another recipe"
+        )
+    return None
+
+
+def contrastive_counts(cfg: Config, choices: Choices) -> str | None:
+    """A contrastive loss compares the samples of one micro-batch, so that accumulation changes the loss."""
+    for name, stage in each_stage(cfg):
+        for target in objectives_of(cfg, stage) if int(stage.get("accumulate") or 1) > 1 else ():
+            if declared(target, "per_micro_batch") is True:
+                return (
+                    f"recipe.stages.{name}.accumulate={stage['accumulate']} changes {called(target, cfg, choices)}, "
+                    f"which compares the samples of one micro-batch; set recipe.stages.{name}.accumulate=1"
+                )
+    return None

@@ -1,0 +1,90 @@
+"""How vision may meet language: masks, fusions, and connectors that read the instruction."""
+
+from __future__ import annotations
+
+from vlmlab.cli.rules.asking import (
+    Choices,
+    Config,
+    choice_of,
+    class_of,
+    classes_in,
+    described,
+    each_stage,
+    is_count,
+    reading_key,
+    value_at,
+)
+from vlmlab.cli.rules.declared import declared
+
+WORDLESS = ("dinov2",)
+"""Families of towers, as a config.json names them, that were trained without texts."""
+
+
+def leaking_mask(cfg: Config, choices: Choices) -> str | None:
+    """A mask that says of itself that it shows later answers is a negative control, nothing to train with."""
+    stages = each_stage(cfg)
+    masks = [("mask", cfg.get("mask")), *((f"recipe.stages.{n}.mask", s.get("mask")) for n, s in stages)]
+    for key, mask in masks:
+        target = class_of(mask)
+        if declared(target, "leaks") is True:
+            chosen = choice_of("mask", target)
+            return f"{key}={chosen} leaks later answers and is a control for tests only; choose mask=bidir"
+    return None
+
+
+def possible_fusion(cfg: Config, choices: Choices) -> str | None:
+    """Keys of a fusion, or of several: words that its class knows, blocks at some layer, a memory mask."""
+    for where, node in described(cfg.get("fusion"), "fusion"):
+        known = declared(class_of(node), "words") or {}
+        for key, value in node.items():
+            name = f"{where}.{key}"
+            if key in known and value not in known[key]:
+                return f"{name}={value} is unknown; choose {' or '.join(known[key])}"
+            if key == "every" and not is_count(value, 1):
+                return f"{name}={value} leaves no layer; give a whole number of at least 1; 1 is every layer"
+            if key == "sees" and not class_of(value):
+                return f"{name}={value} is no memory mask; write memory_mask@{name}={value}"
+    return None
+
+
+def text_to_mix(cfg: Config, choices: Choices) -> str | None:
+    """A fusion that reads the user's words does so by the encoder's text tower."""
+    if not any(declared(target, "reads_text") is True for target in classes_in(cfg.get("fusion"))):
+        return None
+    tower, family = class_of(cfg.get("encoder")), str(value_at(cfg, "encoder.architecture.model_type"))
+    if declared(tower, "has_text") is not False and family not in WORDLESS:
+        return None
+    return (
+        f"fusion={choices.get('fusion')} reads the user's words by the encoder's text tower and "
+        f"encoder={choices.get('encoder') or choice_of('encoder', tower)} has none; choose a CLIP or SigLIP encoder "
+        "(as encoder=clip_vit_l14_336), or fusion=concat"
+    )
+
+
+def prompt_learnt_in_the_open(cfg: Config, choices: Choices) -> str | None:
+    """``prompt: text`` learns every word of the prompt, which some masks show to the words before it."""
+    for name, stage in each_stage(cfg):
+        target = class_of(stage.get("mask") or cfg.get("mask"))
+        if stage.get("prompt") == "text" and declared(target, "shows_prompt") is True:
+            chosen = choice_of("mask", target)
+            return (
+                f"recipe.stages.{name}.prompt=text learns the words of the prompt, which mask={chosen} shows to the "
+                f"words that predict them; set recipe.stages.{name}.prompt=chat, or choose mask=bidir"
+            )
+    return None
+
+
+def instruction_is_learnt(cfg: Config, choices: Choices) -> str | None:
+    """What reads the user's words shows all of them to each, also where ``prompt: text`` learns them."""
+    reading = reading_key(cfg)
+    mixing = any(declared(target, "reads_text") is True for target in classes_in(cfg.get("fusion")))
+    for name, stage in each_stage(cfg):
+        learns = f"recipe.stages.{name}.prompt=text learns the words of the prompt, which"
+        if stage.get("prompt") == "text" and reading is not None:
+            return (
+                f"{learns} the connector reads ({reading}=true); set recipe.stages.{name}.prompt=chat, or "
+                f"{reading}=false"
+            )
+        if stage.get("prompt") == "text" and mixing:
+            return f"{learns} fusion={choices.get('fusion')} reads; set recipe.stages.{name}.prompt=chat"
+    return None
