@@ -97,7 +97,8 @@ def loss_for_the_lm(cfg: Config, choices: Choices) -> str | None:
             objectives = " and ".join(called(target, cfg, choices) for target in targets)
             return (
                 f"recipe.stages.{name}.train.lm={rate} trains the LM, whose layers get no gradient from {objectives}; "
-                f"put objective lm beside it (as conf/recipe/cg_vlm.yaml does), or set recipe.stages.{name}.train.lm=null"
+                "put objective lm beside it (as conf/recipe/cg_vlm.yaml does), or set "
+                f"recipe.stages.{name}.train.lm=null"
             )
     return None
 
