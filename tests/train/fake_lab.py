@@ -23,6 +23,7 @@ from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.contracts.tensors import Batch, Images, Layout, Outputs, Seen
 from vlmlab.engine.alignment import AlignmentModule
 from vlmlab.engine.instruction import InstructionTuningModule
+from vlmlab.mask.causal import Causal
 
 WORDS, WIDTH, SIDE = 23, 8, 4
 
@@ -147,8 +148,8 @@ class FakeAdapter:
         self.parts, self.lr = ("connector",), lr
 
 
-class FakeMask:
-    """Nothing."""
+class FakeMask(Causal):
+    """One that the model does not read, but that a stage may have."""
 
 
 class FakeLoss:
