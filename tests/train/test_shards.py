@@ -17,6 +17,9 @@ from tests import tiny
 from torch import Tensor
 
 from vlmlab.data.sampler import Order
+from vlmlab.engine.shards import replicated, units
+from vlmlab.fusion.gated_xattn import GatedCrossAttention
+from vlmlab.mask.memory.latest import LatestImage
 from vlmlab.runs.folder import RunFolder
 
 FSDP2 = "trainer.strategy=fsdp2"
@@ -87,6 +90,38 @@ def test_a_rank_without_an_image_goes_along(tmp_path: Path) -> None:
     for name, tensor in whole.items():
         if NOISE not in name:
             torch.testing.assert_close(cut[name], tensor, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "fusion",
+    [pytest.param("lavi", marks=pytest.mark.slow), "gated_xattn", pytest.param("emma", marks=pytest.mark.slow)],
+)
+def test_blocks_inside_the_layers_are_cut_as_well(tmp_path: Path, fusion: str) -> None:
+    """Also where one rank has no image in a step, whose blocks then take part with nothing seen."""
+    stage = {"train": {**SLOWLY, "fusion": 5e-5}, "accumulate": 2}
+    towers = (f"fusion={fusion}", f"encoder.path={tiny.two_towers()}")
+
+    def rare(*overrides: str) -> DictConfig:
+        cfg = tower_lab.config(*towers, *overrides, **stage)
+        cfg.data.train.instruct.images = 9
+        return cfg
+
+    whole, cut = one(rare(), tmp_path / "one"), two(rare(FSDP2), tmp_path / "two")
+    assert cut.keys() == whole.keys() and any(name.startswith("fusion.") for name in cut)
+    assert not any(name.startswith("text.") for name in cut), "the text tower is loaded, not learnt"
+    for name, tensor in whole.items():
+        if NOISE not in name:
+            torch.testing.assert_close(cut[name], tensor, atol=1e-6, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+    found = [(row["loss"], row["tokens"]) for row in logged(tmp_path / "two")]
+    assert found == [pytest.approx((row["loss"], row["tokens"]), rel=1e-4) for row in logged(tmp_path / "one")]
+
+
+def test_a_block_at_a_port_is_no_longer_whole_on_every_rank() -> None:
+    model = tiny.vlm(fusion=GatedCrossAttention(LatestImage(), every=2, heads=2, head_width=6))
+    alone = {id(p) for p in replicated(model)}
+    inside = {id(p) for p in model.fusion.blocks.parameters()}
+    assert not alone & inside and {id(p) for p in model.connector.parameters()} <= alone
+    assert [unit for unit in units(model) if unit in set(model.fusion.modules())] == list(model.fusion.blocks)
 
 
 def test_a_blank_image_counts_nothing() -> None:

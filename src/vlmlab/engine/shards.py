@@ -1,10 +1,11 @@
 """FSDP2: the towers' weights, their gradients and optimizer states cut into shards, one of each on every rank.
 
-Every transformer layer of a tower is a unit whose whole weights exist only while it computes; what is outside the
-layers (embeddings, last norm, head) is one more, the root's, which is whole from the forward to the backward pass.
-Connector, fusion, pair head, objectives and adapters stay whole on every rank: they are small, and whether a
-micro-batch reaches them may depend on its data, so that ranks would not agree on what to exchange. Their gradients
-travel as without shards (``vlmlab.engine.stage``).
+Every transformer layer of a tower is a unit whose whole weights exist only while it computes, and so is every block
+that a fusion has put at a port of the LM's layers, also while its method ``memory`` makes what positions read of the
+images; what is outside the layers (embeddings, last norm, head) is one more, the root's, which is whole from the
+forward to the backward pass. Connector, what else a fusion has, pair head, objectives and adapters stay whole on every
+rank: they are small, and whether a micro-batch reaches them may depend on its data, so that ranks would not agree on
+what to exchange. Their gradients travel as without shards (``vlmlab.engine.stage``).
 
 What is saved, proved and compared is always whole: ``whole`` and ``gathered`` are called by all ranks together.
 """
@@ -18,13 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from vlmlab.engine.layers import tower_layers
+from vlmlab.lm.inside import blocks
 from vlmlab.recipe.stage import LAYERED
 
 FSDP2 = "fsdp2"
@@ -34,7 +36,7 @@ BASE = ".base"
 
 
 def shard(model: Any, mesh: DeviceMesh, half: bool) -> None:
-    """Cut the weights of the towers in place.
+    """Cut the weights of the towers, and of a fusion's blocks in them, in place.
 
     Args:
         model: a ``VLM`` or ``DualEncoder``; its weights become ``DTensor`` s.
@@ -45,8 +47,10 @@ def shard(model: Any, mesh: DeviceMesh, half: bool) -> None:
     if half:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": set(replicated(model))}
-    for layer in tower_layers(model):
-        fully_shard(layer, **options)
+    for unit in units(model):
+        fully_shard(unit, **options)
+        if hasattr(unit, "memory"):  # a block's, which the fusion calls besides its forward
+            register_fsdp_forward_method(unit, "memory")
     fully_shard(model, **options)
     for unit in model.modules():
         if isinstance(unit, FSDPModule):  # the losses are divided by counts over all ranks: gradients are summed
@@ -54,12 +58,27 @@ def shard(model: Any, mesh: DeviceMesh, half: bool) -> None:
             unit.set_force_sum_reduction_for_comms(True)
 
 
+def units(model: Any) -> list[nn.Module]:
+    """What is whole only while it computes: the towers' layers, and the blocks that a fusion has put into them."""
+    return [*tower_layers(model), *fusion_blocks(model)]
+
+
+def fusion_blocks(model: Any) -> list[nn.Module]:
+    """The blocks at the ports of the LM's layers whose weights are the fusion's."""
+    fusion, lm = getattr(model, "fusion", None), getattr(model, "lm", None)
+    if fusion is None or lm is None:
+        return []
+    own = set(fusion.modules())
+    return [block for block in blocks(lm.model) if block in own]
+
+
 def replicated(model: Any) -> Iterator[nn.Parameter]:
-    """Every weight that is no tower's own: of other parts, and of adapters."""
+    """Every weight that is neither a tower's own nor of a fusion's block: of other parts, and of adapters."""
+    cut = {id(parameter) for block in fusion_blocks(model) for parameter in block.parameters()}
     parts: dict[str, list[tuple[str, nn.Parameter]]] = model.parts()
     for part, named in parts.items():
         if part.removesuffix(BASE) not in LAYERED or part + BASE in parts:
-            yield from (parameter for _, parameter in named)
+            yield from (parameter for _, parameter in named if id(parameter) not in cut)
 
 
 def is_shard(tensor: Tensor) -> bool:

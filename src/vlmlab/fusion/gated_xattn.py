@@ -102,7 +102,7 @@ class GatedCrossAttention(Fusion):
         tensors: dict[str, Tensor] = {}
         for k, block in enumerate(self.blocks):
             assert isinstance(block, CrossBlock)
-            tensors[f"keys.{k}"], tensors[f"values.{k}"] = block.attention.memory(tokens)
+            tensors[f"keys.{k}"], tensors[f"values.{k}"] = block.memory(tokens)
         q = torch.arange(batch.input_ids.shape[1], device=like.device)
         sees = self.sees(batch.layout, batch.images, q)
         return Memory(tensors, sees, batch.images.slots(len(batch.input_ids)))
@@ -136,6 +136,10 @@ class CrossBlock(nn.Module):
         self.mlp_norm = NORMS[norm](width)
         self.mlp = FeedForward(width, int(hidden * width), mlp)
         self.mlp_gate = nn.Parameter(torch.zeros(1 if gate == "scalar" else width))
+
+    def memory(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(I, M, Dt) -> keys and values (I, M, H, dh)."""
+        return self.attention.memory(tokens)
 
     def forward(self, states: Tensor, *, layout: Layout, memory: Memory) -> Tensor:
         """(B, Q, D) states before the layer -> (B, Q, D)."""

@@ -118,7 +118,7 @@ class LaViFusion(Fusion):
         tensors: dict[str, Tensor] = {}
         for block in self.norms:
             assert isinstance(block, InfusedNorm)
-            tensors |= {f"{name}.{block.index}": tensor for name, tensor in block.inner.memory(visual).items()}
+            tensors |= {f"{name}.{block.index}": tensor for name, tensor in block.memory(visual).items()}
         q = torch.arange(batch.input_ids.shape[1], device=visual.device)
         sees = self.sees(batch.layout, batch.images, q)
         return Memory(tensors, sees, batch.images.slots(len(batch.input_ids)))
@@ -140,6 +140,11 @@ class InfusedNorm(nn.Module):
         self.head = nn.Linear(c, d * (scale + shift))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+    def memory(self, visual: Tensor) -> dict[str, Tensor]:
+        """V' (I, M, c) -> what positions read of it, by name, each (I, ...)."""
+        found: dict[str, Tensor] = self.inner.memory(visual)
+        return found
 
     def forward(self, states: Tensor, normed: Tensor, out: Tensor, *, layout: Layout, memory: Memory) -> Tensor:
         """The norm's output (B, Q, D) with the deltas of those positions that see an image."""

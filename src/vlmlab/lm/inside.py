@@ -126,6 +126,13 @@ def has_ports(model: PreTrainedModel) -> bool:
     return any(isinstance(layer, PortedLayer) for layer in layers)
 
 
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules among what fusions have put at the ports, each once, from the first layer to the last."""
+    layers: Any = getattr(model.base_model, "layers", ())
+    found = (block for layer in layers if isinstance(layer, PortedLayer) for block in layer.ports.blocks())
+    return list({id(block): block for block in found if isinstance(block, nn.Module)}.values())
+
+
 def _ports_of(layer: nn.Module, known: dict[str, str], family: str) -> LayerPorts:
     if isinstance(layer, PortedLayer):
         return layer.ports
@@ -213,6 +220,11 @@ class LayerPorts:
                 module.__class__ = _with_ports(module, PortedLinear if where.startswith("linear") else PortedNorm)
                 module.site = site  # type: ignore[assignment]
         site.blocks.append((key, block))
+
+    def blocks(self) -> Iterator[Block]:
+        """All blocks that stand at the ports."""
+        for found in (self.before, *(site.blocks for site in self.sites.values()), self.after):
+            yield from (block for _, block in found)
 
     def acting(self, blocks: list[tuple[str, Block]]) -> Iterator[tuple[Block, Layout, Memory]]:
         """The blocks that have a memory in this call."""
@@ -435,4 +447,6 @@ def chosen_layers(depth: int, every: int, layers: Sequence[int] | None) -> list[
 
 def memory_tokens(seen: Seen, count: int, width: int, like: Tensor) -> Tensor:
     """(I, M, D) the connector's tokens; (0, M, D) of `like`'s kind where the batch has no image."""
-    return like.new_zeros(0, count, width) if seen.tokens is None else seen.tokens
+    if seen.tokens is None:  # not new_zeros, which would make a shard of a shard
+        return torch.zeros(0, count, width, dtype=like.dtype, device=like.device)
+    return seen.tokens

@@ -34,7 +34,7 @@ from vlmlab.encoder.tower import TowerEncoder
 from vlmlab.engine.layers import tower_layers
 from vlmlab.engine.optim import hidden_matrices
 from vlmlab.engine.restore import module_class
-from vlmlab.engine.shards import replicated
+from vlmlab.engine.shards import replicated, units
 from vlmlab.engine.weights import Trainee
 from vlmlab.lm.causal import CausalLanguageModel
 from vlmlab.lm.scratch import ScratchLanguageModel
@@ -320,10 +320,10 @@ def _shared(model: Any, tensors: list[Tensor], moments: dict[int, int], ranks: i
     `moments`: bytes of the optimizer's state for each number of a trained tensor, by the tensor's identity.
     """
     alone = {id(t) for t in replicated(model)} | {id(b) for b in model.buffers()}
-    inside = [[p for p in layer.parameters() if id(p) not in alone] for layer in tower_layers(model)]
+    inside = [[p for p in unit.parameters() if id(p) not in alone] for unit in units(model)]
     largest = max(inside, key=_bytes, default=[])
-    in_layers = {id(p) for layer in inside for p in layer}
-    outside = [t for t in tensors if id(t) not in alone and id(t) not in in_layers]
+    in_units = {id(p) for unit in inside for p in unit}
+    outside = [t for t in tensors if id(t) not in alone and id(t) not in in_units]
     trained = [t for t in tensors if id(t) in moments]
 
     def share(found: Iterable[Tensor], each: Callable[[Tensor], int]) -> int:
@@ -334,7 +334,7 @@ def _shared(model: Any, tensors: list[Tensor], moments: dict[int, int], ranks: i
         return sum(t.numel() * (2 if half else t.element_size()) for t in found)
 
     return {
-        # the next layer's weights come beforehand
+        # the next unit's weights come beforehand
         "weights": share(tensors, Tensor.element_size) + computed(outside) + 2 * computed(largest),
         "gradients": share(trained, lambda t: 4) + computed(t for t in (*outside, *largest) if id(t) in moments),
         "optimizer": share(trained, lambda t: moments[id(t)]),
