@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import tower_lab
 from fake_lab import config, run
 
 from vlmlab.contracts.errors import UserError
@@ -102,3 +103,11 @@ def test_weights_decay_only_in_matrices_and_rates_follow_parts():
         ("connector", 0.1): {True}, ("connector", 0.0): {False}, ("lm", 0.1): {True}, ("lm", 0.0): {False},
     }  # fmt: skip
     assert not trainee.model.encoder.training and trainee.model.lm.training
+
+
+def test_a_fusion_that_nothing_trains_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"recipe.stages.joint.train: the fusion has .* add \+recipe.stages.joint.train.f"
+    ):
+        run(tower_lab.config("fusion=lavi"), tmp_path)
+    assert not (tmp_path / "stages").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +269,24 @@ def mixed_in(stage: Stage, cfg: DictConfig) -> Path | None:
         if saved.get(part) != json.loads(json.dumps(plain_key(cfg, part), default=str)):
             raise CheckpointError(f"{key}: {path} has another {part}; mix runs of the same composition only.")
     return path
+
+
+def check_fusion_learns(model: Any, stages: Sequence[Stage]) -> None:
+    """Refuse a recipe that leaves a fusion as it starts, by which vision has no say in most of them.
+
+    Args:
+        model: a ``VLM`` or ``DualEncoder``.
+        stages: all that train it.
+
+    Raises:
+        UserError: the fusion has weights and no stage trains them.
+    """
+    size = sum(parameter.numel() for _, parameter in model.parts().get("fusion", ()))
+    if size and not any("fusion" in stage.train for stage in stages):
+        raise UserError(
+            f"{stages[-1].key('train')}: the fusion has {size:,} weights and no stage trains them, so that it would "
+            f"stay as it starts; add +{stages[-1].key('train')}.fusion=1e-3."
+        )
 
 
 def build_mask(stage: Stage) -> Mask | None:

@@ -34,7 +34,7 @@ from vlmlab.engine.precision import Precision, choose, on_gpu
 from vlmlab.engine.restore import Builder, enter, module_class, new_trainee, weights_file
 from vlmlab.engine.shards import FSDP2, gathered
 from vlmlab.engine.stage import NonFinite, StageModule, no_room
-from vlmlab.engine.weights import Trainee, build_mask, build_objectives, mixed_in, plain_key
+from vlmlab.engine.weights import Trainee, build_mask, build_objectives, check_fusion_learns, mixed_in, plain_key
 from vlmlab.model.build import build_cache
 from vlmlab.recipe.stage import Stage, check_divides, parse
 from vlmlab.runs.files import read_json, write_json
@@ -171,8 +171,11 @@ def _train(run: Run) -> dict[str, Any] | None:
     for stage in stages:
         run.stage, run.step = stage, 0
         build: Builder = kinds[stage.index].build
-        for later in stages[stage.index :]:
-            if kinds[later.index].build is build:
+        own = [other for other in stages if kinds[other.index].build is build]
+        if OmegaConf.select(cfg, "debug.steps") is None:  # which leaves the later stages out
+            check_fusion_learns(_trainee(run, build).model, own)
+        for later in own:
+            if later.index >= stage.index:
                 check_layers(_trainee(run, build).model, later)
         ready = ready and run.weights(stage).is_file()
         if not ready and build in run.finished:  # weights of the stages before, under their own adapters' names
