@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from vlmlab.adapter.lora import LoraAdapter
+from vlmlab.cache.disk import DiskCache
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample
 from vlmlab.contracts.tensors import Batch, Layout, Role, Seen
@@ -361,6 +362,20 @@ def test_its_layers_compile_as_the_plain_ones_do(name: str) -> None:
         counts.append(counter.frame_count)
     layers = len(model.lm.model.base_model.layers)
     assert counts[0] <= layers and counts[1] <= layers
+
+
+@pytest.mark.parametrize("name", SEEING)
+@torch.no_grad()
+def test_kept_features_give_the_same_answers(name: str, tmp_path: Path) -> None:
+    model = stirred(name)
+    model.encoder.requires_grad_(False)
+    batch = collator(model, pack_length=1000)(SAMPLES)
+    want, counts = model(batch).logits, []
+    for _ in range(2):
+        with DiskCache(str(tmp_path)).serving(model, lambda _: None) as used:
+            assert tiny.worst(model(batch).logits, want) < 1e-4
+        counts.append((used["cache"]["hits"], used["cache"]["misses"]))
+    assert counts == [(0, 7), (7, 0)]
 
 
 # -- concat ------------------------------------------------------------------------------------------------------------

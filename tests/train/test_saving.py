@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from tests.adapter.test_kinds import LM_LOSS, MERGE, SAMPLES, configured
 from tests.test_conf import composed
-from tests.tiny import CONF, choices, clip, collator, dinov2, picture, qwen2, siglip, worst
+from tests.tiny import CONF, choices, clip, collator, dinov2, picture, qwen2, siglip, two_towers, worst
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -46,21 +47,32 @@ ADAPTERS = [path.stem for path in choices("adapter")]
 TURNS = {(connector, ADAPTERS[i % len(ADAPTERS)]) for i, connector in enumerate(CONNECTORS)}
 FAST = TURNS | {("mlp", adapter) for adapter in ADAPTERS}
 PAIRS = [
-    pytest.param(*pair, id="-".join(pair), marks=[] if pair in FAST else pytest.mark.slow)
+    pytest.param(*pair, "concat", id="-".join(pair), marks=[] if pair in FAST else pytest.mark.slow)
     for pair in itertools.product(CONNECTORS, ADAPTERS)
+] + [
+    pytest.param("mlp", "none" if name != "lavi" else "lora", name, id=name)
+    for name in (path.stem for path in choices("fusion"))
+    if name not in ("concat", "none")
 ]
 SIGLIP = {"_target_": "vlmlab.encoder.hf.HfEncoder", "layers": [-2]}
 
 
-def composition(connector: str = "mlp", encoder: dict[str, Any] | None = None) -> DictConfig:
-    """Tiny towers of transformers around a connector as it ships."""
+@cache
+def chosen_fusion(name: str) -> DictConfig:
+    """As Hydra composes it, its memory mask filled in."""
+    node: DictConfig = composed(f"fusion={name}").fusion
+    return node
+
+
+def composition(connector: str = "mlp", encoder: dict[str, Any] | None = None, fusion: str = "concat") -> DictConfig:
+    """Tiny towers of transformers around a connector and a fusion as they ship."""
     return OmegaConf.create(
         {
             "encoder": encoder or SIGLIP | {"path": str(siglip())},
             "connector": OmegaConf.load(CONF / "connector" / f"{connector}.yaml"),
             "lm": {"_target_": "vlmlab.lm.hf.HfLanguageModel", "path": str(qwen2())},
             "mask": OmegaConf.load(CONF / "mask" / "bidir.yaml"),
-            "fusion": OmegaConf.load(CONF / "fusion" / "concat.yaml"),
+            "fusion": chosen_fusion(fusion),
         }
     )
 
@@ -69,7 +81,7 @@ def stage_of(adapter: str) -> Stage:
     """A stage that trains everything, the towers by their adapter where there is one."""
     path = CONF / "adapter" / f"{adapter}.yaml"
     config = OmegaConf.to_container(OmegaConf.load(path)) if adapter == "none" else configured(path)
-    rates = dict.fromkeys(("encoder", "connector", "lm"), 1e-2)
+    rates = dict.fromkeys(("encoder", "connector", "fusion", "lm"), 1e-2)
     return Stage(
         index=0, name="s", module="x.X", train=rates, data="d", objective=LM_LOSS, steps=3, batch_size=1,
         adapter=config,
@@ -106,9 +118,10 @@ def logits(model: VLM, batch: Batch) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize(("connector", "adapter"), PAIRS)
-def test_saved_loaded_resumed_and_exported(connector: str, adapter: str, tmp_path: Path) -> None:
-    cfg, stage = composition(connector), stage_of(adapter)
+@pytest.mark.parametrize(("connector", "adapter", "fusion"), PAIRS)
+def test_saved_loaded_resumed_and_exported(connector: str, adapter: str, fusion: str, tmp_path: Path) -> None:
+    cfg = composition(connector, SIGLIP | {"path": str(two_towers() if fusion == "emma" else siglip())}, fusion)
+    stage = stage_of(adapter)
     first, optimizer = fresh(cfg, stage, seed=1)
     batch = collator(first.model, pack_length=90)(SAMPLES)
     for number in range(2):
@@ -135,6 +148,9 @@ def test_saved_loaded_resumed_and_exported(connector: str, adapter: str, tmp_pat
     trained = logits(first.model, batch)
     assert worst(trained, after_two) > 1e-4
 
+    assert not any(name.startswith("text.") for name in ends), "the text tower is another's, and stays there"
+    if first.model.text is not None:  # the exported vision tower stands alone
+        return
     _exported_equals(first.model, cfg, stage, batch, trained, tmp_path / "out")
     assert (tmp_path / "out" / "adapter.safetensors").exists() == (adapter not in MERGE | {"none"})
 
@@ -147,6 +163,8 @@ def _exported_equals(model: VLM, cfg: DictConfig, stage: Stage, batch: Batch, wa
     again = build_model(moved)
     if again.connector.state_dict():
         again.connector.load_state_dict(load_file(folder / "connector.safetensors"))
+    if again.fusion.state_dict():
+        again.fusion.load_state_dict(load_file(folder / "fusion.safetensors"))
     if (folder / "adapter.safetensors").exists():
         assert worst(logits(again, plain_batch(again)), logits(model, plain_batch(model))) == 0
         load_adapter(again, instantiate(stage.adapter), folder / "adapter.safetensors")
