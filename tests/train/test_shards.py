@@ -93,11 +93,16 @@ def test_a_rank_without_an_image_goes_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "fusion",
-    [pytest.param("lavi", marks=pytest.mark.slow), "gated_xattn", pytest.param("emma", marks=pytest.mark.slow)],
+    ("fusion", "strategy"),
+    [
+        ("gated_xattn", FSDP2),
+        ("lavi", "trainer.strategy=auto"),
+        pytest.param("lavi", FSDP2, marks=pytest.mark.slow),
+        pytest.param("emma", FSDP2, marks=pytest.mark.slow),
+    ],
 )
-def test_blocks_inside_the_layers_are_cut_as_well(tmp_path: Path, fusion: str) -> None:
-    """Also where one rank has no image in a step, whose blocks then take part with nothing seen."""
+def test_blocks_inside_the_layers_learn_the_same_on_two_ranks(tmp_path: Path, fusion: str, strategy: str) -> None:
+    """Cut into shards too; and where one rank has no image in a step, its blocks take part with nothing seen."""
     stage = {"train": {**SLOWLY, "fusion": 5e-5}, "accumulate": 2}
     towers = (f"fusion={fusion}", f"encoder.path={tiny.two_towers()}")
 
@@ -106,7 +111,7 @@ def test_blocks_inside_the_layers_are_cut_as_well(tmp_path: Path, fusion: str) -
         cfg.data.train.instruct.images = 9
         return cfg
 
-    whole, cut = one(rare(), tmp_path / "one"), two(rare(FSDP2), tmp_path / "two")
+    whole, cut = one(rare(), tmp_path / "one"), two(rare(strategy), tmp_path / "two")
     assert cut.keys() == whole.keys() and any(name.startswith("fusion.") for name in cut)
     assert not any(name.startswith("text.") for name in cut), "the text tower is loaded, not learnt"
     for name, tensor in whole.items():
