@@ -199,7 +199,7 @@ def test_what_cannot_be_is_said() -> None:
         lavi(every=9)
     with pytest.raises(UserError, match=r"fusion.layers=\[4\] names a layer that is not there"):
         lavi(layers=[4])
-    with pytest.raises(UserError, match=r"fusion.conditioner=mix is unknown; choose attention, mlp, conv"):
+    with pytest.raises(UserError, match=r"fusion.conditioner=mix is unknown; choose attention or mlp or conv"):
         lavi(conditioner="mix")
     with pytest.raises(UserError, match=r"leave vision no way in"):
         lavi(scale=False, shift=False)

@@ -42,7 +42,7 @@ class HfEncoder(TowerEncoder):
         gradient_checkpointing: bool = False,
         architecture: Architecture | None = None,
     ) -> None:
-        self.path, self.dtype, self.architecture = path, dtype, architecture
+        self._opened = path, dtype, architecture  # private: where it came from is not what it sees
         tower, preprocess, source = open_tower(path, dtype, architecture)
         if image_size is not None:
             preprocess = preprocess.at(*sides(image_size))
@@ -50,4 +50,4 @@ class HfEncoder(TowerEncoder):
 
     def text_tower(self) -> TransformersTextTower:
         """The text half of the same checkpoint, a module of its own: none of it is the encoder's."""
-        return open_text_tower(self.path, self.dtype, self.architecture)
+        return open_text_tower(*self._opened)

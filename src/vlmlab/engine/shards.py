@@ -65,11 +65,11 @@ def units(model: Any) -> list[nn.Module]:
 
 def fusion_blocks(model: Any) -> list[nn.Module]:
     """The blocks at the ports of the LM's layers whose weights are the fusion's."""
-    fusion, lm = getattr(model, "fusion", None), getattr(model, "lm", None)
+    fusion, lm = getattr(model, "fusion", None), getattr(getattr(model, "lm", None), "model", None)
     if fusion is None or lm is None:
         return []
     own = set(fusion.modules())
-    return [block for block in blocks(lm.model) if block in own]
+    return [block for block in blocks(lm) if block in own]
 
 
 def replicated(model: Any) -> Iterator[nn.Parameter]:
