@@ -344,7 +344,7 @@ def test_a_copy_stands_alone(name: str) -> None:
         assert not torch.equal(twin(batch).logits, before)
 
 
-@pytest.mark.parametrize("name", SEEING)
+@pytest.mark.parametrize("name", [n if n == "lavi" else pytest.param(n, marks=pytest.mark.slow) for n in SEEING])
 def test_its_layers_compile_as_the_plain_ones_do(name: str) -> None:
     """No graph break, and a graph for each kind of layer."""
     model, plain = stirred(name), stirred("concat")
