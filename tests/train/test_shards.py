@@ -117,8 +117,8 @@ def test_blocks_inside_the_layers_learn_the_same_on_two_ranks(tmp_path: Path, fu
     for name, tensor in whole.items():
         if NOISE not in name:
             torch.testing.assert_close(cut[name], tensor, atol=1e-6, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
-    found = [(row["loss"], row["tokens"]) for row in logged(tmp_path / "two")]
-    assert found == [pytest.approx((row["loss"], row["tokens"]), rel=1e-4) for row in logged(tmp_path / "one")]
+    # the norms too: Adam would hide a gradient that is off by a factor
+    assert logged(tmp_path / "two") == [pytest.approx(row, rel=1e-4) for row in logged(tmp_path / "one")]
 
 
 def test_a_block_at_a_port_is_no_longer_whole_on_every_rank() -> None:
