@@ -30,21 +30,15 @@ A module that stands higher than its folder is named with it."""
 RANK = {name: place for place, names in enumerate(RANKS) for name in names}
 
 
-def imports(path: Path, for_types: bool = True) -> Iterator[str]:
-    """The modules that a file imports, wherever in the file, and all that it takes from them.
-
-    Args:
-        path: the file.
-        for_types: whether ``if TYPE_CHECKING:`` counts.
-    """
+def imports(path: Path) -> Iterator[str]:
+    """The modules that a file imports, wherever in the file, and all that it takes from them."""
     ahead: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     for node in ahead:
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
         elif isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
-        skip = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not for_types
-        ahead.extend(() if skip else ast.iter_child_nodes(node))
+        ahead.extend(ast.iter_child_nodes(node))
 
 
 def modules() -> dict[str, Path]:
@@ -54,8 +48,8 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """The package's modules that a file imports, anywhere but for the type checker's sake."""
-    taken = modules().keys() & set(imports(path, for_types=False))
+    """The package's modules that a file imports, anywhere, also for the type checker's sake alone."""
+    taken = modules().keys() & set(imports(path))
     folders = {name for name in taken if any(other.startswith(name + ".") for other in taken)}
     return taken - folders  # ``from vlmlab.engine import rng`` takes the module, the folder is only passed through
 

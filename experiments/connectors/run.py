@@ -22,7 +22,8 @@ from hydra import compose, initialize_config_dir  # noqa: E402
 from vlmlab.analyse.figure import draw  # noqa: E402
 from vlmlab.analyse.results import read_sweep  # noqa: E402
 from vlmlab.analyse.stats import FEWEST_PAIRS, paired_difference  # noqa: E402
-from vlmlab.analyse.sweep import Combination, combinations, short_names  # noqa: E402
+from vlmlab.analyse.combination import Combination  # noqa: E402
+from vlmlab.analyse.sweep import combinations, short_names  # noqa: E402
 from vlmlab.recipe.stage import parse  # noqa: E402
 from vlmlab.runs import names as names  # noqa: E402  # registers the resolvers
 

@@ -28,7 +28,8 @@ from omegaconf import OmegaConf  # noqa: E402
 
 from vlmlab.analyse.results import RunRecord, read_sweep  # noqa: E402
 from vlmlab.analyse.stats import FEWEST_PAIRS, Interval, mean_interval  # noqa: E402
-from vlmlab.analyse.sweep import Combination, combinations  # noqa: E402
+from vlmlab.analyse.combination import Combination  # noqa: E402
+from vlmlab.analyse.sweep import combinations  # noqa: E402
 from vlmlab.evaluate.metrics.rows import Row, read_rows  # noqa: E402
 from vlmlab.evaluate.metrics.scoring import BASELINES, predictions_file  # noqa: E402
 from vlmlab.evaluate.metrics.vqa import VqaAccuracy, normalise  # noqa: E402

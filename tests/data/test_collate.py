@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from tests.fusion.test_fusions import stirred
 from tests.tiny import (
     ADJACENT,
     ONE_TURN,
@@ -233,3 +236,20 @@ def test_what_the_user_says_goes_to_the_text_tower() -> None:
     batch = replace(own(500), text=text)([TWO_IMAGES, TEXT_ONLY, SECOND_TURN])
     assert told == ["see what", "and how", "what"] and batch.asked is not None and batch.asked.shape == (3, 4)
     assert replace(own(), text=text)([TEXT_ONLY]).asked is None
+
+
+@pytest.mark.parametrize("fusion", ["concat", "lavi", "emma"])
+def test_processes_that_read_data_take_no_model_along(fusion: str) -> None:
+    """Where they are started afresh, as on macOS, a collator travels to them by pickle."""
+
+    class Strict(pickle.Pickler):
+        def persistent_id(self, item: object) -> None:
+            assert not isinstance(item, (torch.nn.Module, torch.Tensor)), type(item)
+
+    model = stirred(fusion)
+    make = collator(model)
+    stream = io.BytesIO()
+    Strict(stream).dump(make)
+    ours, theirs = make([TWO_IMAGES]), pickle.loads(stream.getvalue())([TWO_IMAGES])
+    assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.images.place, theirs.images.place)
+    assert (ours.asked is None) == (fusion != "emma") and (ours.asked is None or torch.equal(ours.asked, theirs.asked))

@@ -12,8 +12,8 @@ from tests.tiny import ADJACENT, ONE_TURN, TEXT_ONLY, TWO_IMAGES, collator
 from torch import nn
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.fusion.base import places_2d
 from vlmlab.fusion.gated_xattn import CrossBlock, GatedCrossAttention
-from vlmlab.lm.inside import places_2d
 from vlmlab.mask.memory.latest import LatestImage
 from vlmlab.model.vlm import VLM
 

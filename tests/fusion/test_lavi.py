@@ -18,8 +18,8 @@ from vlmlab.connector.qformer import QFormerConnector
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Memory
 from vlmlab.encoder.hf import HfEncoder
+from vlmlab.fusion.base import places_2d
 from vlmlab.fusion.lavi import InfusedNorm, LaViFusion
-from vlmlab.lm.inside import places_2d
 from vlmlab.mask.memory.before import ImagesBefore
 from vlmlab.model.vlm import VLM
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vlmlab.analyse.combination import Combination
 from vlmlab.analyse.results import FIRST, MetricKey
-
-if TYPE_CHECKING:
-    from vlmlab.analyse.sweep import Combination
 
 MOST_PANELS = 6
 BAR, INK, SHUFFLED, CHANCE, HUMAN = "#4C78A8", "#222222", "#E45756", "#777777", "#54A24B"

@@ -6,65 +6,17 @@ import csv
 import io
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from vlmlab.analyse.combination import SEED, Combination
 from vlmlab.analyse.results import FIRST, MetricKey, RunRecord, read_sweep
-from vlmlab.analyse.stats import Interval, mean_interval, paired_difference
+from vlmlab.analyse.stats import paired_difference
 from vlmlab.analyse.table import BESIDE, HUMAN
 from vlmlab.analyse.text import WIDTH, plain_table, short_number
 from vlmlab.runs.files import write_atomic
 
-SEED = "seed"
 COST_FIRST = ("params", "trainable", "visual_tokens", "seconds")
 SHOWN_FAILURES = 20
-
-
-@dataclass(frozen=True)
-class Combination:
-    """The runs that differ in nothing but the seed.
-
-    Attributes:
-        values: value of every swept key as on the command line; ``-`` where the cell does not set it.
-        records: all cells of this combination.
-    """
-
-    values: dict[str, str]
-    records: list[RunRecord]
-
-    @property
-    def finished(self) -> list[RunRecord]:
-        """The cells that have a result."""
-        return [record for record in self.records if record.done]
-
-    @property
-    def label(self) -> str:
-        """The values, for a figure."""
-        return ", ".join(self.values.values()) or "all"
-
-    @property
-    def state(self) -> str:
-        """``done``, or how many of the cells are in which state; ``*`` marks results made by other code."""
-        mark = "*" if any(record.stale for record in self.records) else ""
-        states = [record.state for record in self.records]
-        if set(states) == {"done"}:
-            return f"done{mark}"
-        return ", ".join(f"{states.count(name)} {name}{mark if name == 'done' else ''}" for name in sorted(set(states)))
-
-    def interval(self, metric: str) -> Interval | None:
-        """Mean and interval of a metric over the finished cells that have it."""
-        values = [record.metrics[metric] for record in self.finished if metric in record.metrics]
-        return mean_interval(values) if values else None
-
-    def cost(self, name: str) -> float | None:
-        """Mean of a cost over the finished cells."""
-        values = [record.cost[name] for record in self.finished if name in record.cost]
-        return mean_interval(values).mean if values else None
-
-    def by_seed(self, metric: str) -> dict[str, float]:
-        """Seed to score."""
-        scored = [record for record in self.finished if metric in record.metrics]
-        return {record.overrides.get(SEED, "0"): record.metrics[metric] for record in scored}
 
 
 def combinations(records: Sequence[RunRecord]) -> list[Combination]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from vlmlab.contracts import errors
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Visual
+
+check_counts = partial(errors.check_counts, "connector")
+"""Keys that must be whole numbers of at least 1."""
 
 
 def as_grid(visual: Visual) -> Tensor:
@@ -29,17 +35,6 @@ def windows(grid: Tensor, height: int, width: int) -> Tensor:
     """(I, R, C, Dv) -> (I, R / height, C / width, height * width, Dv), row by row inside a window too."""
     split = grid.unflatten(1, (-1, height)).unflatten(3, (-1, width))  # (I, R / h, h, C / w, w, Dv)
     return split.transpose(2, 3).flatten(3, 4)  # (I, R / h, C / w, h * w, Dv)
-
-
-def check_counts(**counts: int) -> None:
-    """Keys that must be whole numbers of at least 1.
-
-    Raises:
-        UserError: one of them is not.
-    """
-    for key, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"connector.{key}={value} is not possible; give a whole number of at least 1.")
 
 
 def check_heads(heads: int, width: int, what: str) -> None:

@@ -45,3 +45,14 @@ class OutOfMemory(UserError):
 
 class CheckpointError(UserError):
     """Saved weights do not fit the composition that wants to load them."""
+
+
+def check_counts(group: str, /, **counts: int) -> None:
+    """Keys of a config group that must be whole numbers of at least 1.
+
+    Raises:
+        UserError: one of them is not.
+    """
+    for key, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{group}.{key}={value} is not possible; give a whole number of at least 1.")

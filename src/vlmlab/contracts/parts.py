@@ -88,16 +88,15 @@ class TextTower(nn.Module, ABC):
     Attributes:
         width: of a state.
         context: T, the same for every text: longer texts are cut off, shorter ones padded.
+        tokenise: texts -> (I, T) ids, -1 behind the last token. A function by itself and no method, since processes
+            that read data take it along, and should not take the weights.
         source: sha256 of the weights it was loaded from; None if they are new.
     """
 
     width: int
     context: int
+    tokenise: Callable[[Sequence[str]], Tensor]
     source: str | None
-
-    @abstractmethod
-    def tokenise(self, texts: Sequence[str]) -> Tensor:
-        """(I, T) ids, -1 behind the last token."""
 
     @abstractmethod
     def forward(self, ids: Tensor) -> Tensor:

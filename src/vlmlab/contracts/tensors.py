@@ -48,6 +48,19 @@ class Layout:
     role: Tensor
     position: Tensor
 
+    @staticmethod
+    def of_text(valid: Tensor) -> Layout:
+        """The layout of right-padded text of role user, one sample a row; (B, S) bool says what is no padding."""
+        none = torch.full_like(valid, -1, dtype=torch.long)
+        return Layout(
+            kind=torch.where(valid, int(Kind.TEXT), int(Kind.PAD)),
+            image=none,
+            tile=none,
+            segment=torch.where(valid, 0, -1),
+            role=torch.full_like(none, int(Role.USER)),
+            position=torch.arange(valid.shape[1], device=valid.device).expand_as(none),
+        )
+
     @property
     def visual(self) -> Tensor:
         """(B, S) bool: the positions that hold visual tokens."""

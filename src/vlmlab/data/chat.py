@@ -106,7 +106,7 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.image_token = image_token
         self.image_id = token_id(tokenizer, image_token)
-        self.tokens_of: TokenCount = tokens_per_image if callable(tokens_per_image) else lambda _: tokens_per_image
+        self.tokens_per_image = tokens_per_image
         self.prompt = prompt
         self.max_length = max_length
         self.template = FIXED_DAY + tokenizer.get_chat_template()
@@ -140,6 +140,10 @@ class ChatEncoder:
         if not encoded.ids:
             raise DataError(f"Sample {sample.id} has nothing to continue: plain prompts are images; use prompt=chat.")
         return encoded
+
+    def tokens_of(self, picture: tuple[int, int]) -> int:
+        """Visual tokens in the sequence of a picture of so many rows and columns of pixels."""
+        return self.tokens_per_image if isinstance(self.tokens_per_image, int) else self.tokens_per_image(picture)
 
     # -- rendering -----------------------------------------------------------------------------------------------
 
@@ -264,7 +268,8 @@ class ChatEncoder:
 
     def _tokenise(self, sample: Sample, text: str, answers: Sequence[Span], start: int, supervise: bool) -> Encoded:
         """Token ids of the text with a role and a label for each, by character offsets."""
-        text, answers, start, holes = self._without_holes(sample, text, answers, start)
+        counts = self._counts(sample)
+        text, answers, start, holes = self._without_holes(sample, counts, text, answers, start)
         tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(tokens["input_ids"]), tokens["offset_mapping"]
         if len(ids) > self.max_length:
@@ -280,7 +285,7 @@ class ChatEncoder:
             if current is not None and left >= current[0] and right > current[0]:
                 roles[index] = ANSWER
                 labels[index] = ids[index] if supervise and index else IGNORE  # nothing predicts the first token
-        image = self._images(ids, self._counts(sample))
+        image = self._images(ids, counts)
         places = [
             image.index(k)
             if hole is None
@@ -290,7 +295,7 @@ class ChatEncoder:
         return Encoded(ids, labels, roles, image, places, self._turns(sample))
 
     def _without_holes(
-        self, sample: Sample, text: str, answers: Sequence[Span], start: int
+        self, sample: Sample, counts: Sequence[int], text: str, answers: Sequence[Span], start: int
     ) -> tuple[str, list[Span], int, list[int | None]]:
         """The rendered text without the placeholders of images that have no token; spans and offsets moved along.
 
@@ -300,7 +305,7 @@ class ChatEncoder:
         Raises:
             UserError: the template printed another number of placeholders than it was given.
         """
-        counts, width = self._counts(sample), len(self.image_token)
+        width = len(self.image_token)
         found = [match.start() for match in re.finditer(re.escape(self.image_token), text)]
         if len(found) != sum(max(count, 1) for count in counts):
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class TransformersTextTower(TextTower):
         self.source = source
         self.width = int(tower.config.hidden_size)
         self.context = int(tower.config.max_position_embeddings)
+        self.tokenise = partial(tokenised, tokenizer, context=self.context)
         own = tokenizer.pad_token_id
         self.pad = int(tower.config.pad_token_id if own is None else own)
         _cut(tower, layer)
@@ -76,10 +78,6 @@ class TransformersTextTower(TextTower):
         """Never in training mode: it is frozen, and dropout would change what it says."""
         super().train(False)
         return self
-
-    def tokenise(self, texts: Sequence[str]) -> Tensor:
-        """(I, T) ids with the family's own tokens of beginning and end, cut off at T, -1 behind the last."""
-        return tokenised(self.tokenizer, texts, self.context)
 
     @torch.no_grad()
     def forward(self, ids: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from vlmlab.cache.none import NoCache
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder, FeatureCache, Geometry, NamedParameters
 from vlmlab.contracts.sample import Sample
-from vlmlab.contracts.tensors import Batch, Images, Kind, Layout, Outputs, Pairing, Role
+from vlmlab.contracts.tensors import Batch, Images, Layout, Outputs, Pairing
 from vlmlab.encoder.text import tokenised
 from vlmlab.engine.stage import StageModule
 from vlmlab.towers.source import embedded
@@ -84,10 +85,7 @@ class ScratchTextTower(nn.Module):
             pad_token_id=self.pad,
         )
         self.model = SiglipTextModel(config)
-
-    def tokenise(self, texts: Sequence[str]) -> Tensor:
-        """(I, T) ids, -1 behind the last."""
-        return tokenised(self.tokenizer, texts, self.context)
+        self.tokenise = partial(tokenised, self.tokenizer, context=self.context)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(I, T) -> (I, E), the pooled output."""
@@ -178,24 +176,11 @@ class PairCollator:
             pixels=torch.stack([torch.from_numpy(self.resize(sample.images[0])) for sample in samples]),
             input_ids=ids,
             labels=torch.full_like(ids, -100),
-            layout=_text_layout(asked >= 0),
+            layout=Layout.of_text(asked >= 0),
             images=_one_a_row(samples),
             sample_ids=[[sample.id] for sample in samples],
             asked=asked,
         )
-
-
-def _text_layout(valid: Tensor) -> Layout:
-    """The layout of right-padded text, (I, T) bool."""
-    none = torch.full_like(valid, -1, dtype=torch.long)
-    return Layout(
-        kind=torch.where(valid, int(Kind.TEXT), int(Kind.PAD)),
-        image=none,
-        tile=none,
-        segment=torch.where(valid, 0, -1),
-        role=torch.full_like(none, int(Role.USER)),
-        position=torch.arange(valid.shape[1]).expand_as(none),
-    )
 
 
 def _one_a_row(samples: Sequence[Sample]) -> Images:

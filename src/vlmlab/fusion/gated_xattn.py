@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen
-from vlmlab.fusion.base import check_counts
-from vlmlab.lm.inside import check_words, chosen_layers, look, memory_tokens, open_ports, token_places
+from vlmlab.fusion.base import check_counts, check_words, chosen_layers, memory_tokens, token_places
+from vlmlab.lm.inside import look, open_ports
 
 
 class GatedCrossAttention(Fusion):

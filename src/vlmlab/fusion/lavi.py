@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -12,8 +13,8 @@ from torch.nn import functional as F
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen
-from vlmlab.fusion.base import check_counts
-from vlmlab.lm.inside import check_words, chosen_layers, look, memory_tokens, open_ports, seen_in_row, token_places
+from vlmlab.fusion.base import check_counts, check_words, chosen_layers, memory_tokens, token_places
+from vlmlab.lm.inside import look, open_ports, seen_in_row
 
 SUBLAYERS = {"both": ("norm.attention", "norm.mlp"), "attention": ("norm.attention",), "mlp": ("norm.mlp",)}
 
@@ -143,8 +144,7 @@ class InfusedNorm(nn.Module):
 
     def memory(self, visual: Tensor) -> dict[str, Tensor]:
         """V' (I, M, c) -> what positions read of it, by name, each (I, ...)."""
-        found: dict[str, Tensor] = self.inner.memory(visual)
-        return found
+        return self.inner.memory(visual)
 
     def forward(self, states: Tensor, normed: Tensor, out: Tensor, *, layout: Layout, memory: Memory) -> Tensor:
         """The norm's output (B, Q, D) with the deltas of those positions that see an image."""
@@ -155,12 +155,16 @@ class InfusedNorm(nn.Module):
         return out + delta[..., -out.shape[-1] :] if self.shift else out
 
 
-class Conditioner(nn.Module):
+class Conditioner(nn.Module, ABC):
     """What makes u (B, Q, c) of x (B, Q, c) and of the images."""
 
+    @abstractmethod
     def memory(self, visual: Tensor) -> dict[str, Tensor]:
         """V' (I, M, c) -> what positions read of it, by name, each (I, ...)."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def forward(self, x: Tensor, memory: Memory, index: int) -> Tensor:
+        """(B, Q, c) -> (B, Q, c)."""
 
 
 class AttentionConditioner(Conditioner):
@@ -192,9 +196,9 @@ class SummaryConditioner(Conditioner):
         self.by_text = nn.Linear(c, c)
         self.by_image = nn.Linear(c, c)
 
+    @abstractmethod
     def summary(self, visual: Tensor) -> Tensor:
         """(I, M, c) -> (I, c)."""
-        raise NotImplementedError
 
     def memory(self, visual: Tensor) -> dict[str, Tensor]:
         """W_m v (I, c)."""

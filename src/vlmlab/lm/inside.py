@@ -12,7 +12,7 @@ The weights of blocks belong to ``model.fusion``; a port holds a plain reference
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,8 +26,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.parts import VisionLanguageModel
-from vlmlab.contracts.tensors import Layout, Memory, Seen
+from vlmlab.contracts.tensors import Layout, Memory
 
 Block = Callable[..., Tensor]
 
@@ -381,72 +380,3 @@ def seen_in_row(memory: Memory) -> tuple[Tensor, Tensor]:
     index = memory.slots.clamp(min=0)
     sees = memory.sees.gather(2, index[:, None].expand(-1, memory.sees.shape[1], -1))
     return sees & (memory.slots >= 0)[:, None], index
-
-
-def places_2d(rows: int, columns: int, width: int) -> Tensor:
-    """(rows * columns, width): sine and cosine of the row in one half, of the column in the other, row by row.
-
-    Frequencies as in "Attention Is All You Need" (arXiv 1706.03762, section 3.5); what does not divide by 4 is zero.
-    """
-    quarter = width // 4
-    frequency = 10000.0 ** (-torch.arange(quarter) / max(quarter, 1))  # (W / 4,)
-    row, column = torch.arange(rows)[:, None] * frequency, torch.arange(columns)[:, None] * frequency
-    r = torch.cat([row.sin(), row.cos()], -1)[:, None].expand(-1, columns, -1)  # (R, C, W / 2)
-    c = torch.cat([column.sin(), column.cos()], -1)[None].expand(rows, -1, -1)
-    return F.pad(torch.cat([r, c], -1).flatten(0, 1), (0, width - 4 * quarter))
-
-
-def token_places(model: VisionLanguageModel, wanted: bool | str, width: int) -> Tensor | None:
-    """(M, width) 2-D places of the connector's tokens, or None.
-
-    Args:
-        model: the model.
-        wanted: true, false, or "auto": where the tokens stand in a grid.
-        width: of the vectors that they are added to.
-
-    Raises:
-        UserError: `wanted` is true and the tokens stand in no grid, or it is something else.
-    """
-    if wanted not in (True, False, "auto"):
-        raise UserError(f"fusion.positions={wanted} is unknown; choose auto, true or false.")
-    grid = None if wanted is False else model.connector.grid(model.encoder.hw)
-    if wanted is True and grid is None:
-        raise UserError(
-            "fusion.positions=true needs visual tokens that stand in a grid and this connector's do not; set "
-            "fusion.positions=auto, or use connector=mlp, linear, pool or none."
-        )
-    return None if grid is None else places_2d(grid[0], grid[1], width)
-
-
-def check_words(known: Mapping[str, Sequence[str]], **given: str) -> None:
-    """Refuse what is none of a fusion's words.
-
-    Raises:
-        UserError: names the key and its words.
-    """
-    for key, value in given.items():
-        if value not in known[key]:
-            raise UserError(f"fusion.{key}={value} is unknown; choose {' or '.join(known[key])}.")
-
-
-def chosen_layers(depth: int, every: int, layers: Sequence[int] | None) -> list[int]:
-    """Which of `depth` layers get a block: the last of every group of `every`, or those listed.
-
-    Raises:
-        UserError: a layer that does not exist, or no layer at all.
-    """
-    if layers is None:
-        found = list(range(every - 1, depth, every)) if every > 0 else []
-        if not found:
-            raise UserError(f"fusion.every={every} leaves no layer of {depth}; give a number from 1 to {depth}.")
-        return found
-    if not layers or any(not -depth <= layer < depth for layer in layers):
-        raise UserError(f"fusion.layers={list(layers)} names a layer that is not there; give some of 0 to {depth - 1}.")
-    return sorted({layer % depth for layer in layers})
-
-
-def memory_tokens(seen: Seen, count: int, width: int, like: Tensor) -> Tensor:
-    """(I, M, D) the connector's tokens; (0, M, D) of `like`'s kind where the batch has no image."""
-    if seen.tokens is None:  # not new_zeros, which would make a shard of a shard
-        return torch.zeros(0, count, width, dtype=like.dtype, device=like.device)
-    return seen.tokens

@@ -71,7 +71,7 @@ def build_collator(cfg: DictConfig, model: VLM, prompt: Prompt) -> Collator:
     encoder = ChatEncoder(
         tokenizer=tokenizer,
         image_token=model.lm.image_token,
-        tokens_per_image=model.tokens_of,
+        tokens_per_image=model.tokens_per_image,  # one number: every picture is brought to the encoder's size
         prompt=prompt,
         max_length=cfg.collate.max_length,
     )

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Connector, Encoder, Fusion, Mask, NamedParameters, TextTower
-from vlmlab.contracts.tensors import Batch, Kind, Layout, Outputs, Pairing, Role
+from vlmlab.contracts.tensors import Batch, Layout, Outputs, Pairing
 from vlmlab.lm.causal import CausalLanguageModel
 from vlmlab.mask.causal import Causal
 from vlmlab.model.parts import named
@@ -85,7 +85,7 @@ class DualEncoder(VLM):
         steps = torch.arange(longest, device=length.device)
         index = (answer.long().argmax(1, keepdim=True) + steps).clamp(max=answer.shape[1] - 1)  # (B, L)
         valid = steps < length[:, None]
-        layout = _text_layout(valid)
+        layout = Layout.of_text(valid)
         states = self.lm.states(self.lm.embed(batch.input_ids.gather(1, index)), layout, Causal())  # (B, L, D)
         return states[torch.arange(len(length), device=length.device), length - 1]
 
@@ -112,16 +112,3 @@ class PairHead(nn.Module):
             log_scale=self.log_scale,
             bias=self.bias,
         )
-
-
-def _text_layout(valid: Tensor) -> Layout:
-    """The layout of right-padded text, (B, L) bool -> Layout."""
-    none = torch.full_like(valid, -1, dtype=torch.long)
-    return Layout(
-        kind=torch.where(valid, int(Kind.TEXT), int(Kind.PAD)),
-        image=none,
-        tile=none,
-        segment=torch.where(valid, 0, -1),
-        role=torch.full_like(none, int(Role.USER)),
-        position=torch.arange(valid.shape[1], device=valid.device).expand_as(none),
-    )

@@ -57,10 +57,6 @@ class VLM(Parts):
             return 0
         return self.fusion.tokens_per_image(self.connector.tokens_per_image(self.encoder.hw))
 
-    def tokens_of(self, picture: tuple[int, int]) -> int:
-        """Positions that a picture of so many rows and columns of pixels takes in the LM's sequence."""
-        return self.tokens_per_image  # every picture is brought to the encoder's one size
-
     @property
     def token_width(self) -> int:
         """Width of the connector's tokens: the LM's, where the connector does not say otherwise."""
@@ -77,11 +73,7 @@ class VLM(Parts):
 
     def _asked(self, batch: Batch) -> Tensor | None:
         """(I, T, Dt) what the user says to each image, as the encoder's text tower reads it."""
-        if self.text is None or batch.asked is None:
-            return None
-        with torch.no_grad():
-            states: Tensor = self.text(batch.asked)
-        return states
+        return None if self.text is None or batch.asked is None else self.text(batch.asked)
 
     def embed(self, batch: Batch, seen: Seen | None = None) -> Tensor:
         """(B, S, D) embeddings with vision fused in; without `seen` the model looks first."""

@@ -31,7 +31,6 @@ from vlmlab.encoder.multi import MultiEncoder
 from vlmlab.encoder.scratch import ScratchEncoder
 from vlmlab.encoder.text import TransformersTextTower
 from vlmlab.encoder.tower import TowerEncoder
-from vlmlab.engine.layers import tower_layers
 from vlmlab.engine.optim import hidden_matrices
 from vlmlab.engine.restore import module_class
 from vlmlab.engine.shards import replicated, units
@@ -344,9 +343,9 @@ def _shared(model: Any, tensors: list[Tensor], moments: dict[int, int], ranks: i
 
 
 def _copies(trainee: Trainee) -> int:
-    """Bytes of the 16-bit copies of matrices in layers, which autocast keeps and fsdp2 does not make."""
+    """Bytes of the 16-bit copies of matrices in layers and blocks, which autocast keeps and fsdp2 does not make."""
     alone, trained = {id(p) for p in replicated(trainee.model)}, trainee.trained().values()
-    inside = {id(p) for layer in tower_layers(trainee.model) for p in layer.parameters()} - alone
+    inside = {id(p) for unit in units(trainee.model) for p in unit.parameters()} - alone
     return sum(2 * p.numel() for p in trained if p.ndim > 1 and id(p) in inside)
 
 

@@ -171,11 +171,11 @@ def _train(run: Run) -> dict[str, Any] | None:
     for stage in stages:
         run.stage, run.step = stage, 0
         build: Builder = kinds[stage.index].build
-        own = [other for other in stages if kinds[other.index].build is build]
-        if OmegaConf.select(cfg, "debug.steps") is None:  # which leaves the later stages out
+        if build not in run.trainees and OmegaConf.select(cfg, "debug.steps") is None:  # which leaves out later stages
+            own = [other for other in stages if kinds[other.index].build is build]
             check_fusion_learns(_trainee(run, build).model, own)
-        for later in own:
-            if later.index >= stage.index:
+        for later in stages[stage.index :]:
+            if kinds[later.index].build is build:
                 check_layers(_trainee(run, build).model, later)
         ready = ready and run.weights(stage).is_file()
         if not ready and build in run.finished:  # weights of the stages before, under their own adapters' names

@@ -5,7 +5,8 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from vlmlab.data.world.draw import CELL, GRID, NOISE, SIDE, bounds, render
+from vlmlab.data.world.draw import CELL, GRID, SIDE, bounds
+from vlmlab.data.world.render import NOISE, render
 from vlmlab.data.world.scene import COLORS, SHAPES, Object, Scene, sample_scene
 
 GOLDEN = {

@@ -136,7 +136,7 @@ def test_kinds_can_be_chosen():
 
 
 def test_the_picture_of_a_question_is_the_scene_it_names():
-    from vlmlab.data.world.draw import render
+    from vlmlab.data.world.render import render
 
     for sample in list(SOURCES["single"])[:30]:
         split, index = sample.image_ids[0].split("/")[1:]

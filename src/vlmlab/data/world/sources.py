@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, Turn
 from vlmlab.data.world.captions import loose_caption
-from vlmlab.data.world.draw import render
 from vlmlab.data.world.loose import render_loose, sample_loose
 from vlmlab.data.world.questions import View, check_kinds, dialogue, draw_class, single
+from vlmlab.data.world.render import render
 from vlmlab.data.world.scene import Scene, check_split, sample_scene, scene_id
 from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.text import (
