@@ -28,6 +28,7 @@ from vlmlab.encoder.hf import HfEncoder
 from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.fusion.none import NoFusion
 from vlmlab.lm.hf import HfLanguageModel
+from vlmlab.lm.inside import PortedLayer
 from vlmlab.mask.bidir import Bidirectional
 from vlmlab.model.vlm import VLM
 
@@ -355,7 +356,8 @@ def test_its_layers_compile_as_the_plain_ones_do(name: str) -> None:
         torch._dynamo.reset()
         counter = CompileCounter()
         for layer in each.lm.model.base_model.layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True, backend=counter, fullgraph=True)
+            place = "compute" if isinstance(layer, PortedLayer) else "forward"
+            setattr(layer, place, torch.compile(getattr(layer, place), dynamic=True, backend=counter, fullgraph=True))
         got = each(batch).logits
         got.sum().backward()
         assert tiny.worst(got, want) < 1e-4

@@ -32,7 +32,7 @@ def test_a_block_is_the_loop() -> None:
     assert isinstance(part, CrossBlock) and seen.tokens is not None
     media = seen.tokens + places_2d(4, 4, 32)
     states = torch.randn(*batch.input_ids.shape, 32, generator=torch.Generator().manual_seed(0))
-    got = part(states, layout=batch.layout, memory=model.fusion.memory(seen, batch))
+    got = part(states, layout=batch.layout, memory=model.fusion.memories(seen, batch)["fusion.1"])
     images, layout, counted = batch.images, batch.layout, set()
     for t in range(0, got.shape[1], 2):
         before = [k for k in range(5)
@@ -87,8 +87,8 @@ def test_places_tell_equal_tokens_apart() -> None:
         seen = model.see(batch)
         assert seen.tokens is not None
         seen.tokens[:] = seen.tokens[:, :1]
-        memory = model.fusion.memory(seen, batch).tensors
-        for name in ("keys.0", "values.0"):
+        memory = model.fusion.memories(seen, batch)["fusion.0"].tensors
+        for name in ("keys", "values"):
             assert (len(memory[name][0].unique(dim=0)) == 16) is positions
 
 

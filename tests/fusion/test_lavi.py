@@ -105,7 +105,7 @@ def test_the_deltas_are_the_loop(conditioner: str) -> None:
         )
         for tokens in seen.tokens
     ]
-    memory: Memory = fusion.memory(seen, batch)
+    memory: Memory = fusion.memories(seen, batch)["fusion.1"]
     generator = torch.Generator().manual_seed(0)
     states, normed, out = torch.randn(3, *batch.input_ids.shape, 32, generator=generator)
     got = part(states, normed, out, layout=batch.layout, memory=memory)
@@ -164,7 +164,7 @@ def test_scale_or_shift_alone() -> None:
         tiny.spread(model.fusion, seed=5)
         assert block(model, 0).head.out_features == wide
         batch = collator(model)([ONE_TURN])
-        memory = model.fusion.memory(model.see(batch), batch)
+        memory = model.fusion.memories(model.see(batch), batch)["fusion.0"]
         zero = torch.zeros(*batch.input_ids.shape, 32)
         moved = block(model, 0)(zero, zero, zero, layout=batch.layout, memory=memory)
         assert bool(moved.any()) == ("scale" in keys or not keys), "a scale moves nothing where nothing is"
@@ -178,7 +178,7 @@ def test_places_tell_equal_tokens_apart() -> None:
         seen = model.see(batch)
         assert seen.tokens is not None
         seen.tokens[:] = seen.tokens[:, :1]
-        keys = model.fusion.memory(seen, batch).tensors["keys.0"]
+        keys = model.fusion.memories(seen, batch)["fusion.0"].tensors["keys"]
         assert (len(keys[0].unique(dim=0)) == 16) is positions
 
 

@@ -47,7 +47,7 @@ from vlmlab.adapter.base import merge, switch
 from vlmlab.adapter.ln_tuning import LnTuningAdapter
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Images, Layout, Memory
-from vlmlab.lm.inside import FAMILIES, Inside, generating_inside, has_ports, look, normalised, open_ports
+from vlmlab.lm.inside import FAMILIES, Inside, PortedLayer, generating_inside, has_ports, look, normalised, open_ports
 
 D, DEPTH, WORDS, N = 16, 4, 50, 3
 HEADS, DH = 2, 8
@@ -427,7 +427,8 @@ def test_compiled_layers_have_no_more_graphs_than_plain_ones() -> None:
         model.zero_grad()
         counter = CompileCounter()
         for layer in model.base_model.layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True, backend=counter, fullgraph=True)
+            place = "compute" if isinstance(layer, PortedLayer) else "forward"
+            setattr(layer, place, torch.compile(getattr(layer, place), dynamic=True, backend=counter, fullgraph=True))
         got = states(model, arguments, inside)
         got.sum().backward()
         assert worst(got, want) < 1e-5

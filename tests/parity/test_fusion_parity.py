@@ -39,7 +39,7 @@ def test_gated_cross_attention_is_idefics(gate: str, qk_norm: bool) -> None:
         vision_config={"embed_dim": MEDIA}, use_resampler=False, attn_implementation="sdpa",
     )  # fmt: skip
     theirs = tiny.spread(IdeficsGatedCrossAttentionLayer(config, layer_idx=0), seed=2, scale=0.3)
-    ours = CrossBlock(0, WIDTH, MEDIA, HEADS, WIDTH // HEADS, 1.5, "rms", "swiglu", gate, qk_norm).eval()
+    ours = CrossBlock(WIDTH, MEDIA, HEADS, WIDTH // HEADS, 1.5, "rms", "swiglu", gate, qk_norm).eval()
     for name, other in NAMES.items():
         if qk_norm or ("q_norm" not in name and "k_norm" not in name):
             ours.get_submodule(name).weight.copy_(theirs.get_submodule(other).weight)
@@ -53,7 +53,7 @@ def test_gated_cross_attention_is_idefics(gate: str, qk_norm: bool) -> None:
     sees[0, 1:4, 0] = sees[0, 4:, 1] = sees[1, 2:, 2] = True  # the first positions see nothing
     slots = torch.tensor([[0, 1], [2, -1]])
     keys, values = ours.attention.memory(media)
-    got = ours(states, layout=None, memory=Memory({"keys.0": keys, "values.0": values}, sees, slots))  # type: ignore[arg-type]
+    got = ours(states, layout=None, memory=Memory({"keys": keys, "values": values}, sees, slots))  # type: ignore[arg-type]
 
     rows = torch.stack([media[[0, 1]].flatten(0, 1), torch.cat([media[2], torch.zeros(5, MEDIA)])])  # (2, 10, MEDIA)
     allowed = torch.stack([sees[0][:, [0, 1]], torch.stack([sees[1][:, 2], torch.zeros(7, dtype=torch.bool)], 1)])

@@ -260,11 +260,11 @@ class Fusion(nn.Module, ABC):
         return embeds
 
     def memory(self, seen: Seen, batch: Batch) -> Memory | None:
-        """What the blocks at the ports read; None where there are none."""
+        """What all blocks at the ports read, put there with this fusion's key; None where there are none."""
         return None
 
     def memories(self, seen: Seen, batch: Batch) -> dict[str, Memory]:
-        """The memory under this fusion's key, of several under each one's own."""
+        """By key what blocks read: ``memory`` under this fusion's key, or each block's own under that and a number."""
         memory = self.memory(seen, batch)
         return {} if memory is None else {self.key: memory}
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.lm.inside import PortedLayer
 from vlmlab.recipe.stage import LAYERED, Stage
 
 GRAPHS = 64
@@ -48,14 +49,15 @@ def compiled(model: nn.Module) -> Iterator[None]:
     quietly run uncompiled.
     """
     layers: list[Any] = list(tower_layers(model))
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+    places = ["compute" if isinstance(layer, PortedLayer) else "forward" for layer in layers]
+    for layer, place in zip(layers, places, strict=True):
+        setattr(layer, place, torch.compile(getattr(layer, place), dynamic=True))
     try:
         with torch._dynamo.config.patch(recompile_limit=GRAPHS):
             yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, place in zip(layers, places, strict=True):
+            delattr(layer, place)
 
 
 def places(part: nn.Module) -> Places:

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from vlmlab.contracts import errors
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.parts import VisionLanguageModel
-from vlmlab.contracts.tensors import Seen
+from vlmlab.contracts.parts import MemoryMask, VisionLanguageModel
+from vlmlab.contracts.tensors import Batch, Seen
 
 
 def check_counts(**counts: int | None) -> None:
@@ -90,3 +90,9 @@ def memory_tokens(seen: Seen, count: int, width: int, like: Tensor) -> Tensor:
     if seen.tokens is None:  # not new_zeros, which would make a shard of a shard
         return torch.zeros(0, count, width, dtype=like.dtype, device=like.device)
     return seen.tokens
+
+
+def sight(sees: MemoryMask, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Which images the positions of a batch see, (B, S, I), and the images of every row, (B, J)."""
+    q = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+    return sees(batch.layout, batch.images, q), batch.images.slots(len(batch.input_ids))

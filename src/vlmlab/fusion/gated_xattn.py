@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen
-from vlmlab.fusion.base import check_counts, check_words, chosen_layers, memory_tokens, token_places
+from vlmlab.fusion.base import check_counts, check_words, chosen_layers, memory_tokens, sight, token_places
 from vlmlab.lm.inside import look, open_ports
 
 
@@ -88,24 +88,20 @@ class GatedCrossAttention(Fusion):
             raise UserError(f"fusion.heads={heads} does not divide the LM's width {width}; set fusion.head_width.")
         each = head_width or width // heads
         chosen = chosen_layers(len(ports), self.every, self.layers)
-        self.blocks = nn.ModuleList(CrossBlock(k, width, tokens, heads, each, *self.kinds) for k in range(len(chosen)))
-        for layer, block in zip(chosen, self.blocks, strict=True):
-            ports[layer].put("before", block, self.key)
+        self.blocks = nn.ModuleList(CrossBlock(width, tokens, heads, each, *self.kinds) for _ in chosen)
+        for k, (layer, block) in enumerate(zip(chosen, self.blocks, strict=True)):
+            ports[layer].put("before", block, f"{self.key}.{k}")
         self.model_tokens = model.connector.tokens_per_image(model.encoder.hw), tokens
 
-    def memory(self, seen: Seen, batch: Batch) -> Memory:
-        """Keys and values of every block."""
+    def memories(self, seen: Seen, batch: Batch) -> dict[str, Memory]:
+        """Keys and values of every block, once per image."""
         like = next(self.parameters())
         tokens = memory_tokens(seen, *self.model_tokens, like)  # (I, M, D)
         if self.places is not None:
             tokens = tokens + self.places.to(tokens.dtype)
-        tensors: dict[str, Tensor] = {}
-        for k, block in enumerate(self.blocks):
-            assert isinstance(block, CrossBlock)
-            tensors[f"keys.{k}"], tensors[f"values.{k}"] = block.memory(tokens)
-        q = torch.arange(batch.input_ids.shape[1], device=like.device)
-        sees = self.sees(batch.layout, batch.images, q)
-        return Memory(tensors, sees, batch.images.slots(len(batch.input_ids)))
+        sees, slots = sight(self.sees, batch)
+        made = ((k, block.memory(tokens)) for k, block in enumerate(self.blocks) if isinstance(block, CrossBlock))
+        return {f"{self.key}.{k}": Memory(tensors, sees, slots) for k, tensors in made}
 
     def waits(self, name: str) -> bool:
         """All but the gates."""
@@ -117,7 +113,6 @@ class CrossBlock(nn.Module):
 
     def __init__(
         self,
-        index: int,
         width: int,
         tokens: int,
         heads: int,
@@ -129,7 +124,6 @@ class CrossBlock(nn.Module):
         qk_norm: bool,
     ) -> None:
         super().__init__()
-        self.index = index
         self.attention_norm = NORMS[norm](width)
         self.attention = CrossAttention(width, tokens, heads, head_width, qk_norm)
         self.attention_gate = nn.Parameter(torch.zeros(1 if gate == "scalar" else width))
@@ -137,14 +131,14 @@ class CrossBlock(nn.Module):
         self.mlp = FeedForward(width, int(hidden * width), mlp)
         self.mlp_gate = nn.Parameter(torch.zeros(1 if gate == "scalar" else width))
 
-    def memory(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def memory(self, tokens: Tensor) -> dict[str, Tensor]:
         """(I, M, Dt) -> keys and values (I, M, H, dh)."""
-        return self.attention.memory(tokens)
+        keys, values = self.attention.memory(tokens)
+        return {"keys": keys, "values": values}
 
     def forward(self, states: Tensor, *, layout: Layout, memory: Memory) -> Tensor:
         """(B, Q, D) states before the layer -> (B, Q, D)."""
-        keys, values = memory.tensors[f"keys.{self.index}"], memory.tensors[f"values.{self.index}"]
-        told = self.attention(self.attention_norm(states), keys, values, memory)
+        told = self.attention(self.attention_norm(states), memory.tensors["keys"], memory.tensors["values"], memory)
         states = states + self.attention_gate.tanh() * told
         return states + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(states))
 

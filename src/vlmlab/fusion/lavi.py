@@ -6,14 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen
-from vlmlab.fusion.base import check_counts, check_words, chosen_layers, memory_tokens, token_places
+from vlmlab.fusion.base import check_counts, check_words, chosen_layers, memory_tokens, sight, token_places
 from vlmlab.lm.inside import look, open_ports, seen_in_row
 
 SUBLAYERS = {"both": ("norm.attention", "norm.mlp"), "attention": ("norm.attention",), "mlp": ("norm.mlp",)}
@@ -106,23 +105,19 @@ class LaViFusion(Fusion):
         for layer in chosen_layers(len(ports), self.every, self.layers):
             for where in SUBLAYERS[self.sublayers]:
                 inner = CONDITIONERS[self.conditioner](c, heads, count, grid, self.hidden, self.kernel)
-                block = InfusedNorm(len(self.norms), d, c, inner, self.scale, self.shift)
-                ports[layer].put(where, block, self.key)
+                block = InfusedNorm(d, c, inner, self.scale, self.shift)
+                ports[layer].put(where, block, f"{self.key}.{len(self.norms)}")
                 self.norms.append(block)
 
-    def memory(self, seen: Seen, batch: Batch) -> Memory:
-        """What every conditioner makes of V', once per image."""
+    def memories(self, seen: Seen, batch: Batch) -> dict[str, Memory]:
+        """What every conditioner makes of V', once per image, for its own norm."""
         tokens = memory_tokens(seen, *self.model_tokens, self.project.weight)  # (I, M, Dt)
         visual = self.project(F.layer_norm(tokens, tokens.shape[-1:]))  # (I, M, c)
         if self.places is not None:
             visual = visual + self.places.to(visual.dtype)
-        tensors: dict[str, Tensor] = {}
-        for block in self.norms:
-            assert isinstance(block, InfusedNorm)
-            tensors |= {f"{name}.{block.index}": tensor for name, tensor in block.memory(visual).items()}
-        q = torch.arange(batch.input_ids.shape[1], device=visual.device)
-        sees = self.sees(batch.layout, batch.images, q)
-        return Memory(tensors, sees, batch.images.slots(len(batch.input_ids)))
+        sees, slots = sight(self.sees, batch)
+        made = ((k, block.memory(visual)) for k, block in enumerate(self.norms) if isinstance(block, InfusedNorm))
+        return {f"{self.key}.{k}": Memory(tensors, sees, slots) for k, tensors in made}
 
     def waits(self, name: str) -> bool:
         """All but W_out."""
@@ -132,9 +127,8 @@ class LaViFusion(Fusion):
 class InfusedNorm(nn.Module):
     """A block at a norm: the deltas of its scale and shift for every position."""
 
-    def __init__(self, index: int, d: int, c: int, inner: Conditioner, scale: bool, shift: bool) -> None:
+    def __init__(self, d: int, c: int, inner: Conditioner, scale: bool, shift: bool) -> None:
         super().__init__()
-        self.index = index
         self.scale, self.shift = scale, shift
         self.enter = nn.Linear(d, c)
         self.inner = inner
@@ -148,7 +142,7 @@ class InfusedNorm(nn.Module):
 
     def forward(self, states: Tensor, normed: Tensor, out: Tensor, *, layout: Layout, memory: Memory) -> Tensor:
         """The norm's output (B, Q, D) with the deltas of those positions that see an image."""
-        u = self.inner(self.enter(normed), memory, self.index)  # (B, Q, c)
+        u = self.inner(self.enter(normed), memory)  # (B, Q, c)
         delta = self.head(F.silu(u)).masked_fill(~memory.sees.any(-1, keepdim=True), 0.0)  # (B, Q, D or 2 D)
         if self.scale:
             out = out + delta[..., : out.shape[-1]] * normed
@@ -163,7 +157,7 @@ class Conditioner(nn.Module, ABC):
         """V' (I, M, c) -> what positions read of it, by name, each (I, ...)."""
 
     @abstractmethod
-    def forward(self, x: Tensor, memory: Memory, index: int) -> Tensor:
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """(B, Q, c) -> (B, Q, c)."""
 
 
@@ -182,10 +176,10 @@ class AttentionConditioner(Conditioner):
         parts = {"keys": self.k, "values": self.v}
         return {name: part(visual).unflatten(-1, (self.heads, -1)) for name, part in parts.items()}
 
-    def forward(self, x: Tensor, memory: Memory, index: int) -> Tensor:
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """(B, Q, c) -> (B, Q, c)."""
         q = self.q(x).unflatten(-1, (self.heads, -1))
-        return x + self.out(look(q, memory.tensors[f"keys.{index}"], memory.tensors[f"values.{index}"], memory))
+        return x + self.out(look(q, memory.tensors["keys"], memory.tensors["values"], memory))
 
 
 class SummaryConditioner(Conditioner):
@@ -204,11 +198,11 @@ class SummaryConditioner(Conditioner):
         """W_m v (I, c)."""
         return {"summary": self.by_image(self.summary(visual))}
 
-    def forward(self, x: Tensor, memory: Memory, index: int) -> Tensor:
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """(B, Q, c) -> (B, Q, c); the mean over the images that a position sees, nothing where it sees none."""
         sees, images = seen_in_row(memory)  # (B, Q, J), (B, J)
         share = sees.to(x.dtype) / sees.sum(-1, keepdim=True).clamp(min=1)  # (B, Q, J)
-        summary = memory.tensors[f"summary.{index}"]  # (I, c)
+        summary = memory.tensors["summary"]  # (I, c)
         told = share @ summary[images] + 0.0 * summary.sum()  # (B, Q, c)
         return self.by_text(x) * told
 

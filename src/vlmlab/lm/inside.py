@@ -37,7 +37,7 @@ class Inside:
 
     Attributes:
         layout: (B, Q) what these positions are.
-        memories: by a fusion's key, what its blocks read; `sees` is (B, Q, I).
+        memories: what blocks read, by the key that they were put with; `sees` is (B, Q, I).
         with_image: (B, Q) bool: positions whose packed sample has an image.
     """
 
@@ -49,17 +49,22 @@ class Inside:
         """For some positions (Q,) of the rows; those behind the last are generated: text of the row's last sample."""
         last = self.layout.kind.shape[1] - 1
         known = positions.clamp(max=last)
-        return Inside(
-            self.layout.extended(int(positions[-1]) + 1).at(positions),
-            {key: replace(m, sees=m.sees[:, known]) for key, m in self.memories.items()},
-            self.with_image[:, known],
-        )
+        layout = self.layout.extended(int(positions[-1]) + 1).at(positions)
+        return Inside(layout, self._seeing(lambda t: t[:, known], lambda t: t), self.with_image[:, known])
 
     def repeated(self, times: int) -> Inside:
         """Every row `times` times in a row, as beams and several answers to one prompt stand."""
         rows = torch.arange(len(self.with_image), device=self.with_image.device).repeat_interleave(times)
-        memories = {key: replace(m, sees=m.sees[rows], slots=m.slots[rows]) for key, m in self.memories.items()}
+        memories = self._seeing(lambda t: t[rows], lambda t: t[rows])
         return Inside(self.layout.select(rows), memories, self.with_image[rows])
+
+    def _seeing(self, sees: Callable[[Tensor], Tensor], slots: Callable[[Tensor], Tensor]) -> dict[str, Memory]:
+        """The memories with other `sees` and `slots`, made once for all blocks that share them."""
+        once: dict[int, Tensor] = {}
+        for memory in self.memories.values():
+            if id(memory.sees) not in once:
+                once |= {id(memory.sees): sees(memory.sees), id(memory.slots): slots(memory.slots)}
+        return {k: replace(m, sees=once[id(m.sees)], slots=once[id(m.slots)]) for k, m in self.memories.items()}
 
 
 # -- the families ------------------------------------------------------------------------------------------------------
@@ -171,6 +176,21 @@ def _subclass(kind: type, ported: type) -> type:
     return type(f"Ported{kind.__name__}", (ported, kind), {"__module__": __name__})
 
 
+@dataclass(frozen=True)
+class Lent:
+    """What a layer lends to what is in it, while it computes.
+
+    Attributes:
+        layout: (B, Q) what its positions are.
+        with_image: (B, Q) bool: positions whose packed sample has an image.
+        memories: port -> what each block there reads, in their order; None where this batch has nothing for it.
+    """
+
+    layout: Layout
+    with_image: Tensor
+    memories: dict[str, list[Memory | None]]
+
+
 class LayerPorts:
     """The ports of one layer.
 
@@ -178,16 +198,14 @@ class LayerPorts:
         layer: the decoder layer.
         paths: port -> the norm or linear map that it is at.
         sites: port -> what stands there.
-        now: what the layer was given, while it computes.
+        now: what the layer lends, while it computes.
     """
 
     def __init__(self, layer: nn.Module, paths: dict[str, str]) -> None:
         self.layer = layer
         self.paths = paths
-        self.sites: dict[str, Site] = {}
-        self.now: Inside | None = None
-        self.before: list[tuple[str, Block]] = []
-        self.after: list[tuple[str, Block]] = []
+        self.sites = {where: Site(self, where) for where in ("before", "after")}
+        self.now: Lent | None = None
 
     def put(self, where: str, block: Block, key: str) -> None:
         """Let a block act at a port, after those that are there.
@@ -202,54 +220,66 @@ class LayerPorts:
         Args:
             where: name of the port.
             block: of the fusion, which keeps its weights.
-            key: the fusion's; the block is passed over where the batch has no memory of that key.
+            key: of the memory that it reads; the block is passed over where the batch has none of that key.
 
         Raises:
             UserError: the family has no such port.
         """
-        if where in ("before", "after"):
-            (self.before if where == "before" else self.after).append((key, block))
-            return
-        if where not in self.paths:
+        if where in self.paths:
+            site = self.sites.setdefault(where, Site(self, where))
+            for module in _standing(self.layer, self.paths[where]):
+                if not isinstance(module, Ported):
+                    module.__class__ = _with_ports(module, PortedLinear if where.startswith("linear") else PortedNorm)
+                    module.site = site  # type: ignore[assignment]
+        elif where not in self.sites:
             names = ", ".join(["before", "after", *self.paths])
             raise UserError(f"lm: this family has no port {where}; choose from {names}.")
-        site = self.sites.setdefault(where, Site(self))
-        for module in _standing(self.layer, self.paths[where]):
-            if not isinstance(module, Ported):
-                module.__class__ = _with_ports(module, PortedLinear if where.startswith("linear") else PortedNorm)
-                module.site = site  # type: ignore[assignment]
-        site.blocks.append((key, block))
+        self.sites[where].blocks.append((key, block))
 
     def blocks(self) -> Iterator[Block]:
         """All blocks that stand at the ports."""
-        for found in (self.before, *(site.blocks for site in self.sites.values()), self.after):
-            yield from (block for _, block in found)
+        return (block for site in self.sites.values() for _, block in site.blocks)
 
-    def acting(self, blocks: list[tuple[str, Block]]) -> Iterator[tuple[Block, Layout, Memory]]:
-        """The blocks that have a memory in this call."""
-        if self.now is not None:
-            for key, block in blocks:
-                if key in self.now.memories:
-                    yield block, self.now.layout, self.now.memories[key]
+    def lent(self, inside: Inside | None) -> Lent | None:
+        """What of this call is for this layer's blocks.
+
+        Every layer finds its memories by other keys. So this is done before what is compiled, which gets them by place
+        and is one graph for all layers.
+        """
+        if inside is None:
+            return None
+        found = {where: [inside.memories.get(key) for key, _ in site.blocks] for where, site in self.sites.items()}
+        return Lent(inside.layout, inside.with_image, found)
 
 
 class Site:
-    """The blocks at a norm or a linear map.
+    """The blocks at one port.
 
     An adapter may copy the module that it stands at; the copy belongs to the same layer and has the same blocks.
     """
 
-    def __init__(self, ports: LayerPorts) -> None:
+    def __init__(self, ports: LayerPorts, where: str) -> None:
         self.ports = ports
+        self.where = where
         self.blocks: list[tuple[str, Block]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
         if id(self.ports.layer) not in memo:  # that module alone is being copied, not the layer
             return self
         twin = memo[id(self)] = Site.__new__(Site)
+        twin.where = self.where
         twin.ports = copy.deepcopy(self.ports, memo)
         twin.blocks = copy.deepcopy(self.blocks, memo)
         return twin
+
+    def change(self, out: Tensor, *given: Tensor) -> Tensor:
+        """What a layer, norm or linear map gave, as the blocks that have a memory in this call change it."""
+        now = self.ports.now
+        if now is not None:
+            for (_, block), memory in zip(self.blocks, now.memories[self.where], strict=True):
+                if memory is not None:
+                    out = block(*given, out, layout=now.layout, memory=memory)
+        return out
 
 
 class PortedLayer(nn.Module):
@@ -259,17 +289,18 @@ class PortedLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, inside: Inside | None = None, **kwargs: Any) -> Any:
         """The layer's own, with its blocks."""
+        return self.compute(hidden_states, *args, lent=self.ports.lent(inside), **kwargs)
+
+    def compute(self, hidden_states: Tensor, *args: Any, lent: Lent | None, **kwargs: Any) -> Any:
+        """The same for what it lends; what ``torch.compile`` is to be given."""
         ports = self.ports
-        ports.now = inside
+        ports.now = lent
         try:  # recomputation leaves by an exception as soon as it has what it needs
-            for block, layout, memory in ports.acting(ports.before):
-                hidden_states = block(hidden_states, layout=layout, memory=memory)
+            hidden_states = ports.sites["before"].change(hidden_states)
             out = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-            for block, layout, memory in ports.acting(ports.after):
-                out = block(out, layout=layout, memory=memory)
+            return ports.sites["after"].change(out)
         finally:
             ports.now = None
-        return out
 
 
 class Ported(nn.Module):
@@ -284,13 +315,7 @@ class PortedNorm(Ported):
     def forward(self, states: Tensor) -> Tensor:
         """The norm's own output, as its blocks change it."""
         out: Tensor = super().forward(states)  # type: ignore[misc]
-        site = self.site
-        if site.ports.now is None:
-            return out
-        normed = normalised(self, states)
-        for block, layout, memory in site.ports.acting(site.blocks):
-            out = block(states, normed, out, layout=layout, memory=memory)
-        return out
+        return out if self.site.ports.now is None else self.site.change(out, states, normalised(self, states))
 
 
 class PortedLinear(Ported):
@@ -299,9 +324,7 @@ class PortedLinear(Ported):
     def forward(self, x: Tensor) -> Tensor:
         """The map's own output, as its blocks change it."""
         out: Tensor = super().forward(x)  # type: ignore[misc]
-        for block, layout, memory in self.site.ports.acting(self.site.blocks):
-            out = block(x, out, layout=layout, memory=memory)
-        return out
+        return self.site.change(out, x)
 
 
 def normalised(norm: nn.Module, states: Tensor) -> Tensor:
