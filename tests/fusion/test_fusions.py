@@ -93,6 +93,7 @@ def test_declarations(name: str) -> None:
     assert len(batch.images) == (0 if fusion.reads == "nothing" else 7)
     names = {name for name, _ in model.lm.named_parameters()}
     assert names == {name for name, _ in HfLanguageModel(str(tiny.qwen2())).named_parameters()}
+    assert fusion.has_weights == bool(list(fusion.parameters()))
     assert {id(p) for p in fusion.undecayed()} <= {id(p) for p in fusion.parameters()}
 
 

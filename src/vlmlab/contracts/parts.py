@@ -222,6 +222,7 @@ class Fusion(nn.Module, ABC):
         in_sequence: whether visual tokens take positions in the LM's sequence.
         starts_as: what the composition equals before its first update.
         reads_text: whether it reads what the user says through the encoder's paired text tower.
+        has_weights: whether it has any of its own.
         waiting: ends of the names of its weights that have no gradient before the first update, since what they are
             multiplied by is zero; all others have one, and from the second step on all have.
         key: names its memory, and its blocks, among those of several fusions.
@@ -231,6 +232,7 @@ class Fusion(nn.Module, ABC):
     in_sequence: bool
     starts_as: str
     reads_text: bool = False
+    has_weights: ClassVar[bool] = True
     waiting: tuple[str, ...] = ()
     key: str = "fusion"
 

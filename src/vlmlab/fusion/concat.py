@@ -15,6 +15,7 @@ class ConcatFusion(Fusion):
     reads = "tokens"
     in_sequence = True
     starts_as = "concat"
+    has_weights = False
 
     def tokens_per_image(self, tokens: int) -> int:
         """All of the connector's tokens enter the sequence."""

@@ -11,3 +11,4 @@ class NoFusion(Fusion):
     reads = "nothing"
     in_sequence = False
     starts_as = "text_only"
+    has_weights = False

@@ -10,6 +10,7 @@ from vlmlab.cli.rules.asking import (
     called,
     choice_of,
     class_of,
+    classes_in,
     declaring,
     each_stage,
     in_the_sequence,
@@ -181,6 +182,8 @@ def something_to_train(cfg: Config, choices: Choices) -> str | None:
     }
     weighted = value_at(cfg, "encoder.features") is not None or value_at(cfg, "encoder.newline")
     tower = class_of(cfg.get("encoder"))
+    if all(declared(target, "has_weights") is False for target in classes_in(cfg.get("fusion"))):
+        trains -= {"fusion"}
     if trains == {"encoder"} and declared(tower, "has_tower") is False and not weighted:
         return (
             f"encoder={choice_of('encoder', tower)} has no weights and the recipe trains nothing but the encoder; set "
