@@ -398,3 +398,10 @@ def test_a_method_is_found_in_the_text_where_the_class_has_it() -> None:
             assert offers(target, method) is hasattr(get_class(target), method), target
     assert offers("somebody.elses.Class", "attach") is None and offers("vlmlab.no.such.Class", "attach") is None
     assert declared("somebody.elses.Class", "leaks") is None and declared("vlmlab.no.such.Class", "leaks") is None
+
+
+def test_the_keys_of_a_foreign_fusion_mean_what_it_says() -> None:
+    ours = {"_target_": "vlmlab.fusion.lavi.LaViFusion", "every": 0}
+    assert "fusion.every=0 leaves no layer" in refused({"fusion": ours})
+    cfg = changed({"fusion": ours | {"_target_": "somebody.else.Fusion", "sees": "all"}}, None)
+    check(cfg, plain(cfg), CHOICES)

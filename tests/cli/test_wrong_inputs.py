@@ -81,7 +81,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     # fusions
     "train fusion=lavi fusion.every=0": (2, r"fusion.every=0 leaves no layer; give a whole number of at least 1"),
     "train fusion=gated_xattn fusion.every=two": (2, r"fusion.every=two leaves no layer"),
-    "train fusion=lavi fusion.sees=latest": (2, r"fusion.sees=latest is no memory mask; write memory_mask@fusion."),
+    "train fusion=lavi fusion.sees=latest": (2, r"fusion.sees=latest is not a memory mask; write memory_mask@fusion."),
     "train fusion=lavi fusion.conditioner=foo": (2, r"fusion.conditioner=foo is unknown; choose attention or mlp or"),
     "train fusion=gated_xattn fusion.norm=batch": (2, r"fusion.norm=batch is unknown; choose layer or rms"),
     "train fusion=emma encoder=dinov2_base": (2, r"text tower and encoder=dinov2_base has none; choose a CLIP"),

@@ -184,10 +184,10 @@ def test_places_tell_equal_tokens_apart() -> None:
 
 def test_what_cannot_be_is_said() -> None:
     reader = QFormerConnector(32, 32, queries=4, layers=1, heads=2)
-    with pytest.raises(UserError, match=r"positions=true needs visual tokens that stand in a grid"):
+    with pytest.raises(UserError, match=r"positions=true needs visual tokens that form a grid"):
         lavi(connector=reader, positions=True)
     lavi(connector=reader)  # auto
-    with pytest.raises(UserError, match=r"conditioner=conv needs visual tokens that stand in a grid"):
+    with pytest.raises(UserError, match=r"conditioner=conv needs visual tokens that form a grid"):
         lavi(connector=reader, conditioner="conv")
     with pytest.raises(UserError, match=r"fusion.heads=5 does not divide fusion.width=12"):
         lavi(heads=5)

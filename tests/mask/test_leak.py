@@ -390,7 +390,7 @@ def test_the_memory_masks_of_a_fusion_are_found_wherever_they_are() -> None:
     with pytest.raises(UserError, match=r"^fusion\.parts\.b\.sees=.*AllOfRow leaks"):
         check_fusion(SeveralFusion({"a": sound, "b": Looking(AllOfRow())}))
     with pytest.raises(
-        UserError, match=r"^fusion\.sees=latest is no memory mask; write memory_mask@fusion\.sees=latest$"
+        UserError, match=r"^fusion\.sees=latest is not a memory mask; write memory_mask@fusion\.sees=latest$"
     ):
         check_fusion(Looking("latest"))
 

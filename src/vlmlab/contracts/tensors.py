@@ -50,7 +50,7 @@ class Layout:
 
     @staticmethod
     def of_text(valid: Tensor) -> Layout:
-        """The layout of right-padded text of role user, one sample a row; (B, S) bool says what is no padding."""
+        """The layout of right-padded text of role user, one sample a row; (B, S) bool marks the real tokens."""
         none = torch.full_like(valid, -1, dtype=torch.long)
         return Layout(
             kind=torch.where(valid, int(Kind.TEXT), int(Kind.PAD)),

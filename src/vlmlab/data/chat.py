@@ -35,7 +35,7 @@ TokenCount: TypeAlias = Callable[[tuple[int, int]], int]
 """Rows and columns of a picture's pixels -> its visual tokens in the sequence."""
 
 PICTURE = (8, 8)
-"""Some picture, for whoever asks how many tokens one has: all are brought to the encoder's one size."""
+"""Size of some picture, to ask how many tokens one has: all are resized to the encoder's one size."""
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,7 @@ class StageModule(L.LightningModule):
 
     def _loss(self, batch: Batch, in_step: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch's part of the step's loss, and of every objective's value."""
-        outputs = self.model(batch, in_step=True) if in_step else self.model(batch)
+        outputs = self.model(batch, in_step=in_step)
         total: Tensor | None = None
         values: dict[str, Tensor] = {}
         for name, objective in self.objectives.items():

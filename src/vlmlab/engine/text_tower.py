@@ -115,8 +115,8 @@ class PairedTowers(nn.Module):
         self.pair = nn.ParameterDict({"log_scale": torch.tensor(scale).log(), "bias": torch.tensor(bias)})
         self.cache: FeatureCache = NoCache()
 
-    def forward(self, batch: Batch) -> Outputs:
-        """The pair of embeddings, of unit length; no logits.
+    def forward(self, batch: Batch, in_step: bool = False) -> Outputs:
+        """The pair of embeddings, of unit length; no logits. Every batch has images, so that ranks are always in step.
 
         Raises:
             UserError: the vision tower has no pooled output, or the batch no texts.

@@ -41,18 +41,18 @@ def token_places(model: VisionLanguageModel, wanted: bool | str, width: int) -> 
 
     Args:
         model: the model.
-        wanted: true, false, or "auto": where the tokens stand in a grid.
+        wanted: true, false, or "auto": where the tokens form a grid.
         width: of the vectors that they are added to.
 
     Raises:
-        UserError: `wanted` is true and the tokens stand in no grid, or it is something else.
+        UserError: `wanted` is true and the tokens form no grid, or it is something else.
     """
     if wanted not in (True, False, "auto"):
         raise UserError(f"fusion.positions={wanted} is unknown; choose auto, true or false.")
     grid = None if wanted is False else model.connector.grid(model.encoder.hw)
     if wanted is True and grid is None:
         raise UserError(
-            "fusion.positions=true needs visual tokens that stand in a grid and this connector's do not; set "
+            "fusion.positions=true needs visual tokens that form a grid and this connector's do not; set "
             "fusion.positions=auto, or use connector=mlp, linear, pool or none."
         )
     return None if grid is None else places_2d(grid[0], grid[1], width)

@@ -35,7 +35,7 @@ class GatedCrossAttention(Fusion):
         mlp: "gelu" (Flamingo: two linear maps) or "swiglu" (IDEFICS: three).
         gate: "scalar", one a and b a block, or "vector", one a channel.
         qk_norm: RMS norm of queries and keys within each head (IDEFICS with perceiver).
-        positions: add the 2-D place of a visual token to it: "auto" where they stand in a grid, true, or false. This is
+        positions: add the 2-D place of a visual token to it: "auto" where they form a grid, true, or false. This is
             ours: nothing else tells places apart that the encoder's features do not.
 
     Raises:

@@ -46,7 +46,7 @@ class LaViFusion(Fusion):
         heads: of the attention; null is c // 64, at least one.
         hidden: of the Mixer's layer along the tokens; null is their number.
         kernel: side of ConvMixer's window.
-        positions: add the 2-D place of a visual token to V': "auto" where they stand in a grid, true, or false. This is
+        positions: add the 2-D place of a visual token to V': "auto" where they form a grid, true, or false. This is
             ours: nothing else tells places apart that the encoder's features do not.
 
     Raises:
@@ -236,7 +236,7 @@ class ConvConditioner(SummaryConditioner):
         super().__init__(c)
         if grid is None:
             raise UserError(
-                "fusion.conditioner=conv needs visual tokens that stand in a grid and this connector's do not; use "
+                "fusion.conditioner=conv needs visual tokens that form a grid and this connector's do not; use "
                 "fusion.conditioner=attention, or connector=mlp, linear, pool or none."
             )
         self.grid = grid

@@ -62,7 +62,7 @@ def check_mask(mask: Mask, key: str, prompt_learnt: bool = False) -> None:
         prompt_learnt: whether it is for a stage that learns the prompt's words too (``prompt: text``).
 
     Raises:
-        UserError: it breaks the rule, or is no pure function of layout and positions with one (B, Q, S) bool result.
+        UserError: it breaks the rule, or is not a pure function of layout and positions with one (B, Q, S) bool result.
     """
     who = _Named(key, mask, "mask=bidir")
     with torch.device("cpu"):  # a model may be built on another one
@@ -83,7 +83,7 @@ def check_memory_mask(mask: MemoryMask, key: str) -> None:
         key: where it was chosen, for the sentence.
 
     Raises:
-        UserError: it breaks the rule, or is no pure function of its arguments with one (B, Q, I) bool result.
+        UserError: it breaks the rule, or is not a pure function of its arguments with one (B, Q, I) bool result.
     """
     who = _Named(key, mask, "the memory mask before")
     with torch.device("cpu"):
@@ -96,13 +96,13 @@ def check_fusion(fusion: Fusion, key: str = "fusion") -> None:
     """Put the memory masks of a fusion, and of those inside it, to the rule: what they hold as `sees`.
 
     Raises:
-        UserError: one breaks the rule, or is no memory mask.
+        UserError: one breaks the rule, or is not a memory mask.
     """
     for name, part in fusion.named_modules():
         sees = getattr(part, "sees", None) if isinstance(part, Fusion) else None
         where = ".".join([key, *([name] if name else []), "sees"])
         if sees is not None and not callable(sees):
-            raise UserError(f"{where}={sees} is no memory mask; write memory_mask@{where}={sees}")
+            raise UserError(f"{where}={sees} is not a memory mask; write memory_mask@{where}={sees}")
         if sees is not None:
             check_memory_mask(sees, where)
 

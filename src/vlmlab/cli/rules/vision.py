@@ -14,7 +14,7 @@ from vlmlab.cli.rules.asking import (
     reading_key,
     value_at,
 )
-from vlmlab.cli.rules.declared import declared
+from vlmlab.cli.rules.declared import declared, source_of
 
 WORDLESS = ("dinov2",)
 """Families of towers, as a config.json names them, that were trained without texts."""
@@ -35,6 +35,8 @@ def leaking_mask(cfg: Config, choices: Choices) -> str | None:
 def possible_fusion(cfg: Config, choices: Choices) -> str | None:
     """Keys of a fusion, or of several: words that its class knows, blocks at some layer, a memory mask."""
     for where, node in described(cfg.get("fusion"), "fusion"):
+        if source_of(class_of(node)) is None:  # a key of a foreign class may mean anything
+            continue
         known = declared(class_of(node), "words") or {}
         for key, value in node.items():
             name = f"{where}.{key}"
@@ -43,7 +45,7 @@ def possible_fusion(cfg: Config, choices: Choices) -> str | None:
             if key == "every" and not is_count(value, 1):
                 return f"{name}={value} leaves no layer; give a whole number of at least 1; 1 is every layer"
             if key == "sees" and not class_of(value):
-                return f"{name}={value} is no memory mask; write memory_mask@{name}={value}"
+                return f"{name}={value} is not a memory mask; write memory_mask@{name}={value}"
     return None
 
 
