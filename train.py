@@ -8,7 +8,7 @@
 What happens, in order, and where to read it:
 
     conf/train.yaml           composes the configuration from one file per choice
-    vlmlab/cli/rules.py       refuses combinations that cannot work, before torch is imported
+    vlmlab/cli/rules/         refuses combinations that cannot work, before torch is imported
     vlmlab/runs/folder.py     finished, resumed or new: decides by the run's folder, outputs/<name>
     vlmlab/train/run.py       builds the model and trains the recipe's stages, then scores the benchmarks
 """

@@ -54,7 +54,7 @@ def test_a_batch_has_one_image_and_one_text_a_row(cfg: DictConfig) -> None:
         read = model.lm.tokenizer.decode(row[row >= 0])
         assert read and sample.turns[0].answer.startswith(read)
     two = replace(some[0], images=some[0].images * 2)
-    with pytest.raises(UserError, match=f"one image and one text a sample, unlike {two.id}"):
+    with pytest.raises(UserError, match=f"one text for each image, unlike {two.id}"):
         TextTowerModule.collator(cfg, model, "plain")([two])
 
 
@@ -113,6 +113,6 @@ def test_retrieval_counts_right_ones(
     with torch.no_grad():
         pooled = encoder(pixels).pooled
     assert pooled is not None
-    monkeypatch.setattr("vlmlab.towers.text_export._pooled", lambda *_: pooled.roll(turned, 0))
+    monkeypatch.setattr("vlmlab.towers.text_export.pooled_texts", lambda *_: pooled.roll(turned, 0))
     found = retrieval(encoder, home, pairs)
     assert found["at_1"] == at_1 and (found["above"] == 1.0) == (at_1 == 1.0)

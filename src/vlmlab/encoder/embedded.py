@@ -1,4 +1,4 @@
-"""``embedded``: the tiny SigLIP tower that ships with the package, trained on the embedded world."""
+"""``embedded``, ``embedded_siglip``: the tiny SigLIP towers that ship with the package, made on its own world."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from vlmlab.towers.source import embedded
 
 
 class EmbeddedEncoder(TowerEncoder):
-    """The shipped vision tower, loaded through the same code as any real one.
+    """A shipped vision tower, loaded through the same code as any real one.
 
     Args:
+        pair: "demo" was taught what is in each cell of the world, so that it answers fast and decides beforehand what
+            connects best; "testbed" saw whole captions alone.
         layers, pooled, gradient_checkpointing: see ``TowerEncoder``.
         image_size: pixels per side, or [height, width], that images are brought to; null: its own.
     """
@@ -25,12 +27,14 @@ class EmbeddedEncoder(TowerEncoder):
         pooled: bool = False,
         image_size: int | Sequence[int] | None = None,
         gradient_checkpointing: bool = False,
+        pair: str = "demo",
     ) -> None:
-        tower, preprocess, source = open_tower(str(embedded("vision")), "float32")
+        tower, preprocess, source = open_tower(str(embedded("vision", pair)), "float32")
         if image_size is not None:
             preprocess = preprocess.at(*sides(image_size))
         super().__init__(tower, preprocess, layers, pooled, source, gradient_checkpointing)
+        self.pair = pair
 
     def text_tower(self) -> TransformersTextTower:
-        """The shipped text tower, trained against the shipped vision tower as that is."""
-        return open_text_tower(str(embedded("text")), "float32")
+        """The text tower that was trained with the vision tower, or for it as it is."""
+        return open_text_tower(str(embedded("text", self.pair)), "float32")

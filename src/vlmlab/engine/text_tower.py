@@ -1,4 +1,4 @@
-"""``TextTowerModule``: a SigLIP text tower learns to read what a frozen vision tower sees."""
+"""``TextTowerModule``: a SigLIP text tower learns to read what a vision tower sees, which is frozen or learns too."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerFast, SiglipTextConfig, SiglipTextMo
 from vlmlab.cache.none import NoCache
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder, FeatureCache, Geometry, NamedParameters
-from vlmlab.contracts.sample import Sample
+from vlmlab.contracts.sample import Sample, SampleSource
 from vlmlab.contracts.tensors import Batch, Images, Layout, Outputs, Pairing
 from vlmlab.encoder.text import tokenised
 from vlmlab.engine.stage import StageModule
+from vlmlab.lm.scratch import texts_of, train_tokenizer
 from vlmlab.towers.source import embedded
 
 
@@ -36,7 +37,7 @@ class TextTowerModule(StageModule):
 
     @staticmethod
     def collator(cfg: DictConfig, model: nn.Module, prompt: str) -> Callable[[list[Sample]], Batch]:
-        """Samples of one image and one answer to a micro-batch."""
+        """Samples of as many images as turns to a micro-batch."""
         assert isinstance(model, PairedTowers)
         return PairCollator(model.encoder.preprocess, model.lm.tokenise, model.lm.pad)
 
@@ -44,13 +45,15 @@ class TextTowerModule(StageModule):
 class ScratchTextTower(nn.Module):
     """A SigLIP text tower with random weights (arXiv 2303.15343 for the family; sizes are ours), to be trained.
 
-    Its tokenizer is the embedded LM's, whose words are those of the embedded world.
+    Its tokenizer is trained on some text, or the embedded LM's, whose words are those of the embedded world.
 
     Args:
         projection_size: width of the pooled output: of the vision tower's own, with which it is compared.
         max_position_embeddings: length of its context.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: as in ``SiglipTextConfig``.
-        initializer_range: standard deviation of the initial word embeddings.
+        text: the data set whose prompts and answers its tokenizer is trained on; null: the embedded LM's tokenizer.
+        tokenizer_samples: how many of its samples.
+        vocab_size: upper bound of that tokenizer's vocabulary.
     """
 
     def __init__(
@@ -61,11 +64,16 @@ class ScratchTextTower(nn.Module):
         intermediate_size: int,
         num_hidden_layers: int,
         num_attention_heads: int,
+        text: SampleSource | None = None,
+        tokenizer_samples: int = 4000,
+        vocab_size: int = 512,
     ) -> None:
         super().__init__()
+        learnt = None if text is None else train_tokenizer(texts_of(text, tokenizer_samples), vocab_size)
         # by its file: AutoTokenizer would put the rules of Qwen2 in place of its own
+        read: Any = {"tokenizer_file": str(embedded("lm") / "tokenizer.json")}
         self.tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(embedded("lm") / "tokenizer.json"),
+            **(read if learnt is None else {"tokenizer_object": learnt.backend_tokenizer}),
             eos_token="<|im_end|>",
             pad_token="<|endoftext|>",
             padding_side="right",
@@ -151,7 +159,9 @@ class PairedTowers(nn.Module):
 
 
 class PairCollator:
-    """Samples of one image and one turn -> a batch whose text is the turn's answer in the text tower's tokens.
+    """Samples whose turns each tell one of their images -> a batch with a row a pair.
+
+    A row's text is the turn's answer in the text tower's tokens.
 
     Args:
         resize: the vision tower's geometry.
@@ -163,29 +173,34 @@ class PairCollator:
         self.resize, self.tokenise, self.pad = resize, tokenise, pad
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        """One row a pair.
+        """One row a pair: the first image of a sample with its first turn, the second with the second.
 
         Raises:
-            UserError: a sample has not one image and one turn.
+            UserError: a sample has no images, or not as many as turns.
         """
-        if bad := next((s for s in samples if len(s.images) != 1 or len(s.turns) != 1), None):
-            raise UserError(f"TextTowerModule wants one image and one text a sample, unlike {bad.id}; use other data.")
-        asked = self.tokenise([sample.turns[0].answer for sample in samples])
+        if bad := next((s for s in samples if not s.images or len(s.images) != len(s.turns)), None):
+            raise UserError(f"TextTowerModule wants one text for each image, unlike {bad.id}; use other data.")
+        images = [image for sample in samples for image in sample.images]
+        names = [name for sample in samples for name in _names(sample)]
+        asked = self.tokenise([turn.answer for sample in samples for turn in sample.turns])
         ids = torch.where(asked < 0, self.pad, asked)
         return Batch(
-            pixels=torch.stack([torch.from_numpy(self.resize(sample.images[0])) for sample in samples]),
+            pixels=torch.stack([torch.from_numpy(self.resize(image)) for image in images]),
             input_ids=ids,
             labels=torch.full_like(ids, -100),
             layout=Layout.of_text(asked >= 0),
-            images=_one_a_row(samples),
-            sample_ids=[[sample.id] for sample in samples],
+            images=_one_a_row([image.shape[:2] for image in images], names),
+            sample_ids=[[sample.id] for sample in samples for _ in sample.images],
             asked=asked,
         )
 
 
-def _one_a_row(samples: Sequence[Sample]) -> Images:
+def _names(sample: Sample) -> Sequence[str]:
+    """Of its images; where they have none, the sample's own."""
+    return sample.image_ids or [sample.id] * len(sample.images)
+
+
+def _one_a_row(sides: Sequence[tuple[int, ...]], names: list[str]) -> Images:
     """The images, each before the first token of its own row, where none takes a position."""
-    rows, none = torch.arange(len(samples)), torch.zeros(len(samples), dtype=torch.long)
-    hw = torch.tensor([sample.images[0].shape[:2] for sample in samples])
-    names = [sample.image_ids[0] if sample.image_ids else sample.id for sample in samples]
-    return Images(rows, none, none, none, none, none, hw, none, names)
+    rows, none = torch.arange(len(sides)), torch.zeros(len(sides), dtype=torch.long)
+    return Images(rows, none, none, none, none, none, torch.tensor(sides), none, names)

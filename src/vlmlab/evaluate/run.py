@@ -17,6 +17,7 @@ from vlmlab.data.skipped import Replaced, note
 from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled, image_names
 from vlmlab.evaluate.metrics.rows import Row, write_rows
 from vlmlab.evaluate.metrics.scoring import predictions_file, score_predictions
+from vlmlab.evaluate.probe import address, probes, shipped
 from vlmlab.model.build import build_cache, build_collator
 from vlmlab.model.vlm import VLM
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 BASELINES: dict[str, Callable[[SampleSource], SampleSource]] = {"shuffled": Shuffled, "no_image": NoImage}
+PROBE = "probe"
 Progress = Callable[[str], None]
 
 
@@ -52,8 +54,11 @@ def evaluate_model(model: VLM, cfg: DictConfig, folder: Path, say: Progress = pr
             rows = answer(model, cfg, str(name), shown, benchmark.max_new_tokens)
             write_rows(predictions_file(folder, str(name), baseline), rows)
             say(f"{name}{' ' + baseline if baseline else ''}: {len(rows)} answers")
+        if (rows := _probed(model, cfg, str(name), source)) is not None:
+            write_rows(predictions_file(folder, str(name), PROBE), rows)
+            say(f"{name} {PROBE}: {len(rows)} answers")
         metrics = [instantiate(metric, _partial_=True) for metric in benchmark.metrics]
-        scores.update(score_predictions(folder, str(name), metrics, list(cfg.evaluation.baselines)))
+        scores.update(score_predictions(folder, str(name), metrics, [*cfg.evaluation.baselines, PROBE]))
     return {**scores, **held_out_losses(model, cfg, say, folder)}
 
 
@@ -66,6 +71,24 @@ def answer(model: VLM, cfg: DictConfig, name: str, source: SampleSource, max_new
         texts = model.generate(collator.ask(samples).to(device), max_new_tokens)
         rows += [_row(name, sample, text) for sample, text in zip(samples, texts, strict=True)]
     return rows
+
+
+def _probed(model: VLM, cfg: DictConfig, name: str, source: SampleSource) -> list[Row] | None:
+    """What the towers answer through a map that was fitted and not trained, see ``evaluate.probe``.
+
+    ``evaluation.probe``: "auto" takes what is known of the shipped towers, true computes it, false leaves it out. Of
+    several maps the one under which the right answers are likeliest.
+    """
+    asked, benchmark = cfg.evaluation.get("probe", "auto"), cfg.data.benchmarks[name]
+    if asked is False:
+        return None
+    if asked is True:
+        probed = probes(cfg, model)
+        best = min(probed, key=lambda probe: mean_loss(probe, cfg, source), default=None)
+        return None if best is None else answer(best, cfg, name, source, benchmark.max_new_tokens)
+    known = shipped().get(address(cfg, model, benchmark) or "", {})
+    samples = [source[index] for index in range(len(source))] if known else []
+    return [_row(name, sample, known[sample.id]) for sample in samples] or None
 
 
 def held_out_losses(model: VLM, cfg: DictConfig, say: Progress = print, folder: Path | None = None) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""``embedded``: the tiny Qwen2 that ships with the package, trained on text about the embedded world."""
+"""``embedded`` and ``embedded_text``: the tiny Qwen2s that ship with the package, trained on text about its world."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from vlmlab.towers.source import embedded
 
 
 class EmbeddedLanguageModel(CausalLanguageModel):
-    """The shipped LM, loaded through the same code as any real one.
+    """A shipped LM, loaded through the same code as any real one.
 
     Args:
         gradient_checkpointing: see ``CausalLanguageModel``.
+        pair: "demo" has also read scenes as a picture's tokens give them, a cell a position; "testbed" only sentences.
     """
 
-    def __init__(self, gradient_checkpointing: bool = False) -> None:
-        model, tokenizer, source, own = open_lm(str(embedded("lm")), "float32")
+    def __init__(self, gradient_checkpointing: bool = False, pair: str = "demo") -> None:
+        model, tokenizer, source, own = open_lm(str(embedded("lm", pair)), "float32")
         super().__init__(
             model, tokenizer, source=source, own_tokenizer=own, gradient_checkpointing=gradient_checkpointing
         )

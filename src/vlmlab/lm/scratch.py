@@ -60,7 +60,7 @@ class ScratchLanguageModel(CausalLanguageModel):
         rope_theta: float = 1e6,
         fused: Sequence[str] | None = None,
     ) -> None:
-        tokenizer = train_tokenizer(_texts(text, tokenizer_samples), vocab_size)
+        tokenizer = train_tokenizer(texts_of(text, tokenizer_samples), vocab_size)
         config = Qwen2Config(
             vocab_size=len(tokenizer),
             hidden_size=hidden_size,
@@ -101,8 +101,8 @@ def _pieces(tokenizer: PreTrainedTokenizerFast, word: str) -> list[int]:
     return ids
 
 
-def _texts(source: SampleSource, count: int) -> Iterator[str]:
-    """What the tokenizer will meet: prompts, answers, and the role words of the template."""
+def texts_of(source: SampleSource, count: int) -> Iterator[str]:
+    """What a tokenizer will meet: prompts, answers, and the role words of the template."""
     for index in range(min(count, len(source))):
         for turn in source[index].turns:
             yield from ("system", "user", turn.prompt, "assistant", turn.answer)

@@ -16,6 +16,7 @@ from vlmlab.encoder.preprocess import Preprocess
 from vlmlab.engine.contrastive import ContrastiveModule
 from vlmlab.model.dual import DualEncoder
 from vlmlab.model.vlm import VLM
+from vlmlab.towers.card import facts
 from vlmlab.towers.source import save_tower, tower_hash
 
 CARD = """# Embedded towers
@@ -96,18 +97,60 @@ class ExportTowers:
         return float((nearest == torch.arange(len(nearest), device=nearest.device)).float().mean())
 
 
+LANGUAGE_CARD = """## The language model
+
+`lm` is a Qwen2 that has read scenes told in words, in sentences, and questions about them; it has seen no image, and
+no stage listed all cells or gave a cell one position. Generated data, no third-party data or weights.
+
+| | |
+|---|---|
+| command | `python train.py recipe=embedded_text seed={seed}` |
+| steps x batch | {steps} |
+| seconds of training | {seconds:.0f}, {threads} CPU thread(s) |
+| parameters | {parameters:,} |
+| sha256 of lm | `{lm_hash}` |
+
+| metric | value |
+|---|---|
+{metrics}
+"""
+
+
+class ExportLanguageModel:
+    """Saves a language model and its tokenizer, in float16, with its part of the model card.
+
+    Args:
+        stage: name of the stage whose model it is.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def __call__(
+        self,
+        models: Mapping[str, VLM],
+        cfg: DictConfig,
+        folder: Path,
+        costs: Mapping[str, Any],
+        metrics: Mapping[str, float],
+    ) -> dict[str, float]:
+        """Write ``<folder>/towers/lm`` with a card; there is nothing more to score."""
+        model, home = models[self.stage], folder / "towers" / "lm"
+        _save(model.lm.model, home)
+        model.lm.plain_tokenizer.save_pretrained(home)
+        told = facts(cfg, costs, metrics)
+        card = LANGUAGE_CARD.format(**told, parameters=_stored(home), lm_hash=tower_hash(home))
+        (folder / "towers" / "README.md").write_text(card, encoding="utf-8")
+        return {}
+
+
 def _card(cfg: DictConfig, costs: Mapping[str, Any], metrics: Mapping[str, float], vision: Path, lm: Path) -> str:
-    stages = cfg.recipe.stages
     return CARD.format(
-        seed=cfg.seed,
-        steps=", ".join(f"{name} {stage.steps} x {stage.batch_size}" for name, stage in stages.items()),
-        seconds=costs["seconds"],
-        threads=cfg.trainer.threads,
+        **facts(cfg, costs, metrics),
         vision=_stored(vision),
         lm=_stored(lm),
         vision_hash=tower_hash(vision),
         lm_hash=tower_hash(lm),
-        metrics="\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
     )
 
 

@@ -17,16 +17,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def embedded(name: str) -> Path:
+RECIPES = {
+    "demo": {"vision": "embedded_towers", "lm": "embedded_towers", "text": "embedded_text_tower"},
+    "testbed": {"vision": "embedded_siglip", "lm": "embedded_text", "text": "embedded_siglip"},
+}
+"""The shipped towers, by pair and name, and the recipe that makes each."""
+
+
+def embedded(name: str, pair: str = "demo") -> Path:
     """The folder of a shipped tower, "vision", "text" or "lm".
 
     Raises:
-        UserError: the package was installed without its towers.
+        UserError: no such pair, or the package was installed without its towers.
     """
-    folder = Path(str(files("vlmlab"))) / "embedded" / name
+    if pair not in RECIPES:
+        raise UserError(f"There is no shipped pair {pair!r} of towers; set pair to one of: {', '.join(RECIPES)}.")
+    home = Path(str(files("vlmlab"))) / "embedded"
+    folder = home / name if pair == "demo" else home / pair / name
     if not (folder / "config.json").is_file():
-        recipe = "embedded_text_tower" if name == "text" else "embedded_towers"
-        remedy = f"reinstall vlmlab, or rebuild it by `python train.py recipe={recipe}`"
+        remedy = f"reinstall vlmlab, or rebuild it by `python train.py recipe={RECIPES[pair][name]}`"
         raise UserError(f"{folder} is missing; {remedy}.")
     return folder
 

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, SiglipTextModel
 from vlmlab.contracts.parts import Encoder
 from vlmlab.contracts.sample import SampleSource
 from vlmlab.encoder.text import tokenised
-from vlmlab.engine.text_tower import PairedTowers
+from vlmlab.engine.text_tower import PairedTowers, ScratchTextTower
+from vlmlab.towers.card import facts
 from vlmlab.towers.source import quiet, save_tower, tower_hash
 
 CARD = """## The text tower
@@ -75,11 +76,7 @@ class ExportTextTower:
         model = models[self.stage]
         assert isinstance(model, PairedTowers)
         home = folder / "towers" / "text"
-        tower: Any = model.lm.model
-        save_tower(tower.to(torch.float16), home)
-        tower.to(torch.float32)
-        model.lm.tokenizer.backend_tokenizer.no_truncation()  # which its last use has left there
-        model.lm.tokenizer.save_pretrained(home)
+        save_text_tower(model.lm, home)
         scores: dict[str, float] = {}
         for name, pairs in self.pairs.items():
             found = retrieval(model.encoder, home, pairs, self.batch_size)
@@ -87,6 +84,15 @@ class ExportTextTower:
         card = _card(model, cfg, costs, {**metrics, **scores}, home, max(map(len, self.pairs.values())))
         (folder / "towers" / "README.md").write_text(card, encoding="utf-8")
         return scores
+
+
+def save_text_tower(text: ScratchTextTower, home: Path) -> None:
+    """The tower in float16 and its tokenizer; the tower is afterwards what was saved, in float32."""
+    tower: Any = text.model
+    save_tower(tower.to(torch.float16), home)
+    tower.to(torch.float32)
+    text.tokenizer.backend_tokenizer.no_truncation()  # which its last use has left there
+    text.tokenizer.save_pretrained(home)
 
 
 @torch.no_grad()
@@ -115,7 +121,7 @@ def retrieval(encoder: Encoder, folder: Path, pairs: SampleSource, batch_size: i
         pooled = encoder(pixels.to(device)).pooled
         assert pooled is not None
         images.append(pooled)
-        texts.append(_pooled(tower, tokenizer, [sample.turns[0].answer for sample in samples]))
+        texts.append(pooled_texts(tower, tokenizer, [sample.turns[0].answer for sample in samples]))
     scores = F.normalize(torch.cat(texts), dim=-1) @ F.normalize(torch.cat(images), dim=-1).T  # (texts, images)
     own = scores.diagonal()[:, None]
     others = max(len(scores) - 1, 1)
@@ -125,8 +131,8 @@ def retrieval(encoder: Encoder, folder: Path, pairs: SampleSource, batch_size: i
     }
 
 
-def _pooled(tower: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor:
-    """(I, E)."""
+def pooled_texts(tower: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor:
+    """(I, E), a text tower's pooled outputs."""
     ids = tokenised(tokenizer, texts, tower.config.max_position_embeddings).to(tower.device)
     pooled: Tensor = tower(input_ids=torch.where(ids < 0, tokenizer.pad_token_id, ids)).pooler_output
     return pooled
@@ -140,15 +146,10 @@ def _card(
     home: Path,
     images: int,
 ) -> str:
-    stages = cfg.recipe.stages
     return CARD.format(
-        seed=cfg.seed,
-        steps=", ".join(f"{name} {stage.steps} x {stage.batch_size}" for name, stage in stages.items()),
-        seconds=costs["seconds"],
-        threads=cfg.trainer.threads,
+        **facts(cfg, costs, metrics),
         parameters=sum(p.numel() for p in model.lm.parameters()),
         vision_hash=model.encoder.source,
         text_hash=tower_hash(home),
         images=f"{images:,}",
-        metrics="\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from vlmlab.recipe.stage import Stage, check_divides, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.train.keeper import Keeper
+from vlmlab.train.looks import Looks
 from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, stage_table, wandb_logger
 from vlmlab.train.resume import load_last
 from vlmlab.train.signals import Interrupted, Signals
@@ -289,7 +290,8 @@ def _fingerprints(trainee: Trainee, saved: dict[str, Any] | None, path: Path) ->
 def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: Skips) -> None:
     """Let Lightning run the optimizer steps that are left."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device list, no tips
-    trainer = _trainer(run, keeper, skips)
+    looks = [] if run.shards else [Looks(data.source, data.order(), data.collate, run.say)]  # shards look together
+    trainer = _trainer(run, [skips, *looks], keeper)
     stage = module.stage
     check_divides(stage.batch_size, stage.accumulate, trainer.world_size, f"recipe.stages.{stage.name}")
     try:
@@ -308,7 +310,7 @@ def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: 
         raise
 
 
-def _trainer(run: Run, keeper: Keeper, skips: Skips) -> L.Trainer:
+def _trainer(run: Run, before: Sequence[L.Callback], keeper: Keeper) -> L.Trainer:
     settings = run.cfg.trainer
     devices: Any = plain_key(settings, "devices")
     every = int(settings.get("log_every") or LOG_EVERY)
@@ -320,7 +322,7 @@ def _trainer(run: Run, keeper: Keeper, skips: Skips) -> L.Trainer:
         max_epochs=1,
         logger=run.loggers,
         callbacks=[
-            skips,
+            *before,
             Recorder(run.folder, every, run.steps_before),
             Progress(settings.get("progress", "auto")),
             keeper,
@@ -381,12 +383,16 @@ class StageData(L.LightningDataModule):
         if not len(source):
             raise UserError(f"{stage.key('data')}={stage.data} has no samples; check data.train.{stage.data}.")
 
+    def order(self) -> Order:
+        """Which samples every step sees."""
+        few = int(OmegaConf.select(self.cfg, "debug.overfit") or 0)
+        size = min(len(self.source), few) if few else len(self.source)
+        return Order(size, self.stage.batch_size, int(self.cfg.seed), self.stage.name)
+
     def train_dataloader(self) -> DataLoader[Window]:
         """All steps that are left."""
         assert self.trainer is not None
-        few = int(OmegaConf.select(self.cfg, "debug.overfit") or 0)
-        size = min(len(self.source), few) if few else len(self.source)
-        order = Order(size, self.stage.batch_size, int(self.cfg.seed), self.stage.name)
+        order = self.order()
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         accumulate = self.stage.accumulate
         windows = Windows(self.source, self.collate, order, self.stage.steps, rank, ranks, accumulate, self.replace)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, Turn
-from vlmlab.data.world.captions import loose_caption
+from vlmlab.data.world.captions import dense_caption, loose_caption, short_captions
+from vlmlab.data.world.contrasts import contrasts
 from vlmlab.data.world.loose import render_loose, sample_loose
 from vlmlab.data.world.questions import View, check_kinds, dialogue, draw_class, single
 from vlmlab.data.world.render import render
@@ -19,16 +20,19 @@ from vlmlab.data.world.text import (
     PLACED_CELLS_PROMPT,
     caption_turn,
     check_forms,
+    describe,
     text_sample,
 )
 from vlmlab.data.world.words import COLOR, SHAPE, lexicon, phrase
 
+CONTRASTS = ("dense", "coordinates", "short")
 STATEMENTS = ("caption", "dense", "answered", "question")
 STYLES = ("short", "dense", "mixed", "cells", "placed_cells")
 _STRIDE = 1024
 """Scenes set aside for one question or one interleaved sample: they are tried in turn until one fits."""
 _INSIST = 64
 """Compositional scenes tried for a question about a held-out pair before any question will do."""
+_MOST_CONTRASTS = 8
 _ORDINALS = ("first", "second", "third")
 
 
@@ -320,6 +324,60 @@ class WorldStatements(_WorldSource):
         return Sample(f"{scene.id}/{form}", (render(scene),), (turn,), image_ids=(scene.id,))
 
 
+class WorldContrasts(_WorldSource):
+    """Several images, each with a whole caption: scenes that differ in one thing, which a contrast has to tell apart.
+
+    Turn i is the caption of image i. ``dense`` and ``coordinates`` name every object with its attributes and its cell,
+    and their scenes are nearly the same; ``short`` is what people say, of scenes that have nothing to do with one
+    another, since two that differ in one thing may share it.
+
+    Args:
+        split, size, seed, domain: as for every source of the world.
+        scenes: images a sample, 2 to 8.
+        forms: the forms that captions have, all equally often where none is named twice.
+
+    Raises:
+        UserError: for an unknown split, domain or form, a size below 1, or scenes outside 2 to 8.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        size: int,
+        seed: int = 0,
+        domain: str = "base",
+        scenes: int = 4,
+        forms: Sequence[str] = CONTRASTS,
+    ) -> None:
+        super().__init__(split, size, seed, domain)
+        unknown = [form for form in forms if form not in CONTRASTS]
+        if unknown or not forms:
+            wrong = f"no contrasts of form {unknown[0]!r}" if unknown else "no contrasts of no form"
+            raise UserError(f"The world has {wrong}; set forms to some of: {', '.join(CONTRASTS)}.")
+        if not 2 <= scenes <= _MOST_CONTRASTS:
+            raise UserError(f"A contrast needs 2 to {_MOST_CONTRASTS} scenes, not {scenes}; set scenes.")
+        self.scenes = scenes
+        self.forms = tuple(forms)
+
+    def _sample(self, index: int) -> Sample:
+        stream = self._stream(index, "contrasts")
+        form, first = stream.choice(self.forms), index * self.scenes
+        if form == "short":
+            scenes = [self._scene(first + i) for i in range(self.scenes)]
+        else:
+            scenes = contrasts(self._scene(first), self.scenes, stream)
+        turns = tuple(Turn("", _told(scene, form, stream), form) for scene in scenes)
+        name = scene_id(self.domain, self.split, first, self.seed)
+        ids = tuple(f"{name}/contrast-{i}" for i in range(self.scenes))
+        return Sample(f"{name}/contrasts", tuple(map(render, scenes)), turns, image_ids=ids)
+
+
+def _told(scene: Scene, form: str, stream: Stream) -> str:
+    if form == "short":
+        return stream.choice(short_captions(scene))
+    return dense_caption(scene) if form == "dense" else describe(scene, form, stream)
+
+
 def _statement(scene: Scene, form: str, stream: Stream) -> str:
     if form in ("caption", "dense"):
         asked = caption_turn(scene, "short" if form == "caption" else form, stream)
@@ -341,11 +399,13 @@ def _check_share(caption_fraction: float) -> None:
 
 
 __all__ = [
+    "CONTRASTS",
     "FORMS",
     "STATEMENTS",
     "STYLES",
     "LooseCaptions",
     "WorldCaptions",
+    "WorldContrasts",
     "WorldInstruct",
     "WorldInterleaved",
     "WorldQuestions",
