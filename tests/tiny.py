@@ -43,7 +43,7 @@ from vlmlab.data.collate import Collator
 from vlmlab.encoder.hf import HfEncoder
 from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.lm.hf import HfLanguageModel
-from vlmlab.lm.scratch import train_tokenizer
+from vlmlab.lm.tokenizer import train_tokenizer
 from vlmlab.mask.bidir import Bidirectional
 from vlmlab.model.build import build_collator
 from vlmlab.model.vlm import VLM

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.data.chat import ANSWER, IGNORE, SYSTEM, USER, ChatEncoder, Encoded
-from vlmlab.lm.scratch import CHATML, train_tokenizer
+from vlmlab.lm.tokenizer import CHATML, train_tokenizer
 
 UNMARKED = CHATML.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
 ANSWER_AND_END = "{%- generation -%}{{ message['content'] + '<|im_end|>' }}{%- endgeneration -%}"

@@ -27,7 +27,7 @@ import vlmlab
 from tests.data.readers.test_parquet import NEXT, RECAP, talk, write
 from tests.slow.runs import ROOT
 from tests.tiny import HALF
-from vlmlab.lm.scratch import train_tokenizer
+from vlmlab.lm.tokenizer import train_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STAGES = ("coarse_align", "deep_align", "caption_pretrain", "instruction_tune")

@@ -19,7 +19,7 @@ from vlmlab.contracts.sample import Sample, SampleSource
 from vlmlab.contracts.tensors import Batch, Images, Layout, Outputs, Pairing
 from vlmlab.encoder.text import tokenised
 from vlmlab.engine.stage import StageModule
-from vlmlab.lm.scratch import texts_of, train_tokenizer
+from vlmlab.lm.tokenizer import texts_of, train_tokenizer
 from vlmlab.towers.source import embedded
 
 

@@ -28,6 +28,9 @@ from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.lm.causal import CausalLanguageModel
 from vlmlab.model.vlm import VLM
 
+SHIPPED = Path(str(files("vlmlab"))) / "embedded" / "probe.json"
+"""The probe's answers for the shipped towers on the world's benchmarks; ``vlmlab.towers.probes`` writes it."""
+
 RIDGE = 1e-5
 """Share of the features' mean square that is added to the diagonal, so that features without variance do no harm."""
 
@@ -75,9 +78,8 @@ def address(cfg: DictConfig, trained: VLM, benchmark: DictConfig) -> str | None:
 
 @cache
 def shipped() -> Mapping[str, Mapping[str, str]]:
-    """The probe's answers for the shipped towers on the world's benchmarks: address -> sample id -> answer."""
-    path = Path(str(files("vlmlab"))) / "embedded" / "probe.json"
-    known: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """What ships: address -> sample id -> answer."""
+    known: Any = json.loads(SHIPPED.read_text(encoding="utf-8")) if SHIPPED.is_file() else {}
     return dict(known)
 
 
@@ -112,5 +114,6 @@ def fitted(encoder: Encoder, lm: CausalLanguageModel, told: Told, form: str) -> 
 def _embedded(lm: CausalLanguageModel, words: Sequence[str]) -> Tensor:
     """(N, D), for each patch the sum of the embeddings of its words."""
     ids = [torch.tensor(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in words]
-    table: Tensor = lm.model.get_input_embeddings().weight
+    embeddings: Any = lm.model.get_input_embeddings()
+    table: Tensor = embeddings.weight
     return torch.stack([table[own.to(table.device)].float().sum(0) for own in ids])

@@ -54,9 +54,9 @@ def evaluate_model(model: VLM, cfg: DictConfig, folder: Path, say: Progress = pr
             rows = answer(model, cfg, str(name), shown, benchmark.max_new_tokens)
             write_rows(predictions_file(folder, str(name), baseline), rows)
             say(f"{name}{' ' + baseline if baseline else ''}: {len(rows)} answers")
-        if (rows := _probed(model, cfg, str(name), source)) is not None:
-            write_rows(predictions_file(folder, str(name), PROBE), rows)
-            say(f"{name} {PROBE}: {len(rows)} answers")
+        if probed := _probed(model, cfg, str(name), source):
+            write_rows(predictions_file(folder, str(name), PROBE), probed)
+            say(f"{name} {PROBE}: {len(probed)} answers")
         metrics = [instantiate(metric, _partial_=True) for metric in benchmark.metrics]
         scores.update(score_predictions(folder, str(name), metrics, [*cfg.evaluation.baselines, PROBE]))
     return {**scores, **held_out_losses(model, cfg, say, folder)}
@@ -73,7 +73,7 @@ def answer(model: VLM, cfg: DictConfig, name: str, source: SampleSource, max_new
     return rows
 
 
-def _probed(model: VLM, cfg: DictConfig, name: str, source: SampleSource) -> list[Row] | None:
+def _probed(model: VLM, cfg: DictConfig, name: str, source: SampleSource) -> list[Row]:
     """What the towers answer through a map that was fitted and not trained, see ``evaluate.probe``.
 
     ``evaluation.probe``: "auto" takes what is known of the shipped towers, true computes it, false leaves it out. Of
@@ -81,14 +81,14 @@ def _probed(model: VLM, cfg: DictConfig, name: str, source: SampleSource) -> lis
     """
     asked, benchmark = cfg.evaluation.get("probe", "auto"), cfg.data.benchmarks[name]
     if asked is False:
-        return None
+        return []
     if asked is True:
         probed = probes(cfg, model)
         best = min(probed, key=lambda probe: mean_loss(probe, cfg, source), default=None)
-        return None if best is None else answer(best, cfg, name, source, benchmark.max_new_tokens)
+        return [] if best is None else answer(best, cfg, name, source, benchmark.max_new_tokens)
     known = shipped().get(address(cfg, model, benchmark) or "", {})
     samples = [source[index] for index in range(len(source))] if known else []
-    return [_row(name, sample, known[sample.id]) for sample in samples] or None
+    return [_row(name, sample, known[sample.id]) for sample in samples]
 
 
 def held_out_losses(model: VLM, cfg: DictConfig, say: Progress = print, folder: Path | None = None) -> dict[str, float]:

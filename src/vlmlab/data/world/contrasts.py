@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from vlmlab.data.world.draw import CELL, GRID, bounds
 from vlmlab.data.world.scene import COLORS, HELD_OUT, SHAPES, SIZES, TEXTURES, Object, Scene
@@ -59,8 +60,8 @@ def _placed(thing: Object, row: int, col: int) -> Object:
 
 
 def _with(thing: Object, position: int, value: int) -> Object:
-    changed = replace(thing, **{_FIELDS[position]: value})
-    return _placed(changed, changed.row, changed.col)
+    changes: dict[str, Any] = {_FIELDS[position]: value}
+    return _placed(replace(thing, **changes), thing.row, thing.col)
 
 
 def _alter(objects: list[Object], stream: Stream) -> list[Object]:
