@@ -64,5 +64,25 @@ def test_the_shipped_towers_are_those_of_their_card() -> None:
     for name in ("vision", "lm", "text"):
         assert f"sha256 of {name} | `{tower_hash(embedded(name))}`" in card
     assert f"trained against | `{tower_hash(embedded('vision'))}`" in card
+    card = (embedded("lm", "testbed").parent / "README.md").read_text()
+    for name in ("vision", "lm", "text"):
+        assert f"sha256 of {name} | `{tower_hash(embedded(name, 'testbed'))}`" in card
     size = sum(path.stat().st_size for path in embedded("lm").parent.rglob("*") if path.is_file())
-    assert size <= 8_000_000
+    assert size <= 20_000_000
+
+
+def test_the_test_bed_saw_captions_and_sentences_and_no_cells() -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        pairs, text = (compose("train", [f"recipe={name}"]) for name in ("embedded_siglip", "embedded_text"))
+    assert [stage.data for stage in pairs.recipe.stages.values()] == ["contrasts"]
+    assert [stage.data for stage in text.recipe.stages.values()] == ["text"]
+    shown, told = instantiate(pairs.data.train.contrasts), instantiate(text.data.train.text)
+    for index in range(40):
+        assert not any("?" in turn.answer or turn.prompt for turn in shown[index].turns)
+        assert told[index].images == () and not any(IMAGE_TAG in turn.prompt for turn in told[index].turns)
+    assert set(told.forms) == {"dense", "coordinates", "told", "caption"}
+
+
+def test_an_unknown_pair_is_refused() -> None:
+    with pytest.raises(UserError, match="no shipped pair 'other'.*demo, testbed"):
+        embedded("lm", "other")
