@@ -200,6 +200,14 @@ TWO_IMAGES = Sample(
 )
 ADJACENT = Sample("adjacent", (picture(6), picture(7)), (Turn("<image><image>which", "green"),))
 TEXT_ONLY = Sample("text", (), (Turn("how many", "two red things are there"),))
+QUESTIONS = Sample(
+    "questions",
+    (picture(8),),
+    (Turn("how many are there", "red blue"), Turn("how many", "two"), Turn("what colour", "big green thing")),
+)
+TAGGED = Sample(
+    "tagged", (picture(9), picture(10)), (Turn("<image> <image>\nwhat is big", "no red"), Turn("where", "yes"))
+)
 SAMPLES = (ONE_TURN, TWO_TURNS, SECOND_TURN, TWO_IMAGES, ADJACENT, TEXT_ONLY)
 
 
@@ -222,6 +230,14 @@ def batches() -> dict[str, Batch]:
         "right padding": plain(SAMPLES),
         "left padding": plain._batch(SAMPLES, encoded, alone, left=True),
     }
+
+
+def trees() -> Batch:
+    """Two rows: a tree with a text behind it, and two packed trees, the first one of two images."""
+    plain = Collator(encoder=chat(), resize=_chw, pad_id=tokenizer().pad_token_id, pack_length=100, questions="tree")
+    batch = plain([QUESTIONS, TEXT_ONLY, TAGGED, TWO_TURNS])
+    assert batch.sample_ids == [["questions", "text"], ["tagged", "two"]]
+    return batch
 
 
 def layouts() -> dict[str, Layout]:

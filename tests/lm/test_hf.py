@@ -239,10 +239,10 @@ def test_anything_else_is_shown_its_mask(tower: Callable[[], Path], mask: Mask, 
 
 
 def test_within() -> None:
-    allowed = torch.ones(1, 3, 5, dtype=torch.bool)
-    near = within(allowed, torch.tensor([2, 3, 4]), 2)[0]
+    allowed, layout = torch.ones(1, 3, 5, dtype=torch.bool), Layout.of_text(torch.ones(1, 5, dtype=torch.bool))
+    near = within(allowed, layout, torch.tensor([2, 3, 4]), 2)[0]
     assert near.int().tolist() == [[0, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]]
-    assert within(allowed, torch.arange(3), None) is allowed
+    assert within(allowed, layout, torch.arange(3), None) is allowed
 
 
 # -- cached decoding equals full forwards ------------------------------------------------------------------------------

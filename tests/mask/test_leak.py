@@ -29,6 +29,7 @@ from vlmlab.mask.leak import (
     check_mask,
     check_memory_mask,
     shows_prompt,
+    written,
 )
 from vlmlab.mask.memory.base import begun, of_sample
 from vlmlab.model.build import build_model
@@ -122,6 +123,16 @@ class AcrossSamples:
         return (not_later(layout, q) & q_valid & k_valid) | same_place(layout, q)
 
 
+class AcrossBranches:
+    """The questions of a tree see each other."""
+
+    def __call__(self, layout: Layout, q: Tensor) -> Tensor:
+        q_segment, k_segment = pair(layout.segment, q)
+        q_valid, k_valid = pair(layout.valid, q)
+        rule = not_later(layout, q) & (q_segment == k_segment) & q_valid & k_valid
+        return rule | same_place(layout, q) & ~q_valid
+
+
 class Padding:
     """Padding is read."""
 
@@ -195,6 +206,7 @@ LEAKS: list[tuple[Callable[[], Any], str]] = [
     (LaterQuestions, r"leaks: it shows position \d+ \(\w+\) a later turn's image token \d+"),
     (AnswersBothWays, r"leaks: it shows position \d+ \(answer\) the answer token \d+"),
     (AcrossSamples, r"leaks: it shows position \d+ \(image\) another packed sample's token \d+"),
+    (AcrossBranches, r"leaks: it shows position \d+ \(user\) the token \d+ of a question that it does not belong to"),
     (Padding, r"leaks: it shows position \d+ \(system\) the padding at \d+"),
     (Blind, r"does not show image position \d+ itself; allow \(i, i\) for every position"),
     (NothingForPadding, r"does not show padding position \d+ any key"),
@@ -274,7 +286,7 @@ def test_the_closure_is_that_of_paths() -> None:
 
 def test_the_scenes_hold_what_the_rule_is_about() -> None:
     """Several turns and images, side by side and in the text; packed samples; padding; tiles; images without places."""
-    right, left, bare = _scenes()
+    right, left, bare, *trees = _scenes()
     layout, images = right.layout, right.images
     assert (~layout.valid[:, -1]).any() and (~left.layout.valid[:, 0]).any() and layout.valid[:, 0].all()
     assert bare.layout.valid.all() and not bare.layout.visual.any() and len(bare.images) == 0
@@ -290,6 +302,17 @@ def test_the_scenes_hold_what_the_rule_is_about() -> None:
     assert (left.images.place == len(left.q)).any(), "an image ends the row"
     row = layout.segment[7].tolist()
     assert [layout.position[7, row.index(s)] for s in range(4)] == [0] * 4
+    assert all(int(layout.branch.max()) == -1 for layout in (right.layout, left.layout, bare.layout))
+    assert all(len(scene.layout.branch.unique()) == 4 and scene.layout.segment.max() == 2 for scene in trees)
+
+
+def test_a_tree_is_written_as_its_rows() -> None:
+    """Positions go on behind what is shared, and each question counts its own answers behind the shared ones."""
+    layout = written(("u0ua[uaua][ua]", "s[u][a]|0[ua][ua]"), left=False).layout
+    assert layout.position.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 4, 5], [0, 1, 1, 0, 1, 2, 1, 2, 0, 0]]
+    assert layout.branch.tolist() == [[-1] * 4 + [0] * 4 + [1] * 2, [-1, 0, 1, -1, 0, 0, 1, 1, -1, -1]]
+    assert layout.era[0].tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 1, 1]
+    assert layout.era[1, :8].tolist() == [0] * 8
 
 
 def test_what_is_forbidden_by_a_double_loop() -> None:
@@ -301,6 +324,7 @@ def test_what_is_forbidden_by_a_double_loop() -> None:
             for i in range(length):
                 for j in range(length):
                     real, own = bool(layout.valid[b, i]), bool(layout.segment[b, i] == layout.segment[b, j])
+                    own &= int(layout.branch[b, j]) in (-1, int(layout.branch[b, i]))
                     answer = bool(layout.role[b, j] == Role.ANSWER)
                     want = real and (not own or (j > i and (answer or era[j] > era[i])))
                     assert bool(got[b, i, j]) == want

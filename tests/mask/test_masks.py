@@ -20,6 +20,7 @@ from tests.tiny import (
     qwen2,
     sliding_qwen2,
     tokenizer,
+    trees,
     vlm,
 )
 from torch import Tensor
@@ -34,9 +35,13 @@ from vlmlab.mask.bidir import Bidirectional
 from vlmlab.mask.causal import Causal
 
 POLICIES = choices("mask")
-LAYOUTS = list(layouts())
+LAYOUTS = [*layouts(), "trees"]
 CONTROL = "visual_rows_open"
 SOUND = [path for path in POLICIES if path.stem != CONTROL]
+
+
+def given(where: str) -> Batch:
+    return trees() if where == "trees" else batches()[where]
 
 
 def policy(path: Path) -> Mask:
@@ -55,8 +60,8 @@ class Row:
     """One row of a layout as plain lists."""
 
     def __init__(self, layout: Layout, row: int) -> None:
-        self.kind, self.image, self.segment, self.role = (
-            getattr(layout, name)[row].tolist() for name in ("kind", "image", "segment", "role")
+        self.kind, self.image, self.segment, self.role, self.branch = (
+            getattr(layout, name)[row].tolist() for name in ("kind", "image", "segment", "role", "branch")
         )
 
     def visual(self, i: int) -> bool:
@@ -65,8 +70,11 @@ class Row:
     def answer(self, i: int) -> bool:
         return self.role[i] == Role.ANSWER
 
+    def own(self, i: int, j: int) -> bool:
+        return self.segment[i] == self.segment[j] and self.branch[j] in (-1, self.branch[i])
+
     def era(self, k: int) -> int:
-        return sum(self.answer(m) and self.segment[m] == self.segment[k] for m in range(k))
+        return sum(self.answer(m) and self.own(k, m) for m in range(k))
 
 
 Rule = Callable[[Row, int, int], bool]
@@ -99,7 +107,7 @@ def dense(name: str, layout: Layout) -> Tensor:
             for j in range(length):
                 if row.kind[i] == Kind.PAD or row.kind[j] == Kind.PAD:
                     out[b, i, j] = i == j and row.kind[i] == Kind.PAD  # a padded query sees itself, or softmax is empty
-                elif row.segment[i] == row.segment[j] and not CLOSES.get(name, NO)(row, i, j):
+                elif row.own(i, j) and not CLOSES.get(name, NO)(row, i, j):
                     out[b, i, j] = j <= i or (OPENS[name](row, i, j) and eras[i] == eras[j])
     return out
 
@@ -107,7 +115,7 @@ def dense(name: str, layout: Layout) -> Tensor:
 @pytest.mark.parametrize("where", LAYOUTS)
 @pytest.mark.parametrize("path", POLICIES, ids=lambda p: p.stem)
 def test_matrix_equals_the_double_loop(path: Path, where: str) -> None:
-    layout = layouts()[where]
+    layout = given(where).layout
     got = policy(path)(layout, torch.arange(layout.kind.shape[1]))
     assert got.dtype == torch.bool
     assert torch.equal(got, dense(path.stem, layout))
@@ -204,7 +212,7 @@ def lm() -> HfLanguageModel:
 
 
 def leak(lm: HfLanguageModel, mask: object, batch: Batch, learnt: Tensor | None = None) -> float:
-    """Largest gradient of any answer's logit with respect to itself, a later answer token or another packed sample."""
+    """Largest gradient of any answer's logit with respect to itself, a later answer token, another sample or branch."""
     embeds = lm.embed(batch.input_ids).requires_grad_()
     logits = lm.logits(lm.states(embeds, batch.layout, mask))  # (B, S, V)
     answer = batch.layout.role.eq(Role.ANSWER) & batch.layout.valid if learnt is None else learnt
@@ -217,21 +225,22 @@ def leak(lm: HfLanguageModel, mask: object, batch: Batch, learnt: Tensor | None 
         (gradient,) = torch.autograd.grad(chosen, embeds, retain_graph=True)
         later = answer & (torch.arange(embeds.shape[1]) >= t)
         foreign = batch.layout.segment != batch.layout.segment[:, t, None]
+        foreign |= (batch.layout.branch != -1) & (batch.layout.branch != batch.layout.branch[:, t, None])
         worst = max(worst, float((gradient.abs().amax(-1) * (rows[:, None] & (later | foreign))).max()))
     return worst
 
 
-@pytest.mark.parametrize("where", ["packed", "right padding", "left padding"])  # all samples, alone and together
+@pytest.mark.parametrize("where", ["packed", "right padding", "left padding", "trees"])  # all, alone and together
 @pytest.mark.parametrize("path", SOUND, ids=lambda p: p.stem)
 def test_no_answer_logit_depends_on_later_answers(path: Path, where: str, lm: HfLanguageModel) -> None:
-    assert leak(lm, policy(path), batches()[where]) == 0.0
+    assert leak(lm, policy(path), given(where)) == 0.0
 
 
 @pytest.mark.parametrize("where", LAYOUTS)
 def test_the_negative_control_leaks(where: str, lm: HfLanguageModel) -> None:
     """Refused for training by ``vlmlab.cli.rules``; here it shows that the test above sees a leak in every layout."""
     (path,) = (path for path in POLICIES if path.stem == CONTROL)
-    assert leak(lm, policy(path), batches()[where]) > 1e-6
+    assert leak(lm, policy(path), given(where)) > 1e-6
 
 
 class AllImagesWithoutEra:
@@ -265,6 +274,14 @@ class AcrossSegments:
         return not_later(layout, q).expand(layout.kind.shape[0], -1, -1)
 
 
+class AcrossBranches:
+    """Planted: the questions of a tree see each other."""
+
+    def __call__(self, layout: Layout, q: Tensor) -> Tensor:
+        q_segment, k_segment = pair(layout.segment, q)
+        return not_later(layout, q) & (q_segment == k_segment)
+
+
 @pytest.mark.parametrize(
     ("mask", "where"),
     [
@@ -272,15 +289,16 @@ class AcrossSegments:
         (PrefixWithoutEra(), "one turn"),
         (PrefixWithoutEra(), "left padding"),
         (AcrossSegments(), "packed"),
+        (AcrossBranches(), "trees"),
     ],
 )
 def test_the_leak_test_can_fail(mask: object, where: str, lm: HfLanguageModel) -> None:
-    assert leak(lm, mask, batches()[where]) > 1e-6
+    assert leak(lm, mask, given(where)) > 1e-6
 
 
 @pytest.mark.parametrize("where", LAYOUTS)
 def test_the_leak_rule_closes_the_planted_leak(where: str, lm: HfLanguageModel) -> None:
-    assert leak(lm, PrefixWithEra(), batches()[where]) == 0.0
+    assert leak(lm, PrefixWithEra(), given(where)) == 0.0
 
 
 # -- a prompt that is learnt itself ------------------------------------------------------------------------------------
@@ -318,11 +336,11 @@ def off(lm: HfLanguageModel, batch: Batch, mask: Mask, window: int | None = None
     return float((lm.states(embeds, layout, mask) - want)[layout.valid].abs().max())
 
 
-@pytest.mark.parametrize("where", ["image in each turn", "packed", "left padding"])
+@pytest.mark.parametrize("where", ["image in each turn", "packed", "left padding", "trees"])
 @pytest.mark.parametrize("path", POLICIES, ids=lambda p: p.stem)
 @torch.no_grad()
 def test_states_equal_the_dense_reference(path: Path, where: str, lm: HfLanguageModel) -> None:
-    assert off(lm, batches()[where], policy(path)) <= 1e-5
+    assert off(lm, given(where), policy(path)) <= 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,13 @@ def evaluate_command(cfg: DictConfig) -> None:
 
 
 def _check_values(cfg: DictConfig) -> None:
-    """Sizes are counts, the device is one, and the name of a single benchmark is a list of it."""
+    """Sizes are counts, switches are on or off, the device is one, and a single benchmark's name is a list of it."""
     for key in ("limit", "batch_size"):
         value = cfg[key]
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ConfigError(f"{key}={value} is not possible; give a whole number of at least 1, or null")
+    if not (cfg.share_images is None or isinstance(cfg.share_images, bool)):
+        raise ConfigError(f"share_images={cfg.share_images} is unknown; choose true or false, or null")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(cfg.device)):
         raise ConfigError(f"device={cfg.device} is unknown; choose one of auto, cpu, cuda")
     if isinstance(cfg.benchmarks, str):

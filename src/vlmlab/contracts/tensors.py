@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,9 @@ class Layout:
         tile: index of the tile within that image, -1 for text.
         segment: which packed sample of the row, -1 for padding.
         role: a ``Role``.
-        position: position id within the segment, from 0.
+        position: position id within the segment, from 0; every branch goes on where the shared positions end.
+        branch: which question of a tree, -1 for what all of them share (its images always, and all of any other
+            sample) and for padding; left out: there are no trees.
     """
 
     kind: Tensor
@@ -47,6 +50,12 @@ class Layout:
     segment: Tensor
     role: Tensor
     position: Tensor
+    branch: Tensor = None  # type: ignore[assignment]  # a tensor from here on
+
+    def __post_init__(self) -> None:
+        given: Any = self.branch
+        if given is None:
+            object.__setattr__(self, "branch", torch.full_like(self.segment, -1))
 
     @staticmethod
     def of_text(valid: Tensor) -> Layout:
@@ -73,13 +82,14 @@ class Layout:
 
     @property
     def era(self) -> Tensor:
-        """(B, S): number of answer tokens before a position within its segment (the leak rule's clock)."""
-        answer = ((self.role == Role.ANSWER) & self.valid).long()
-        before = answer.cumsum(1) - answer
-        new = self.segment[:, 1:] != self.segment[:, :-1]  # packed samples are contiguous
-        place = torch.arange(self.kind.shape[1], device=self.kind.device)
-        starts = torch.cat([torch.zeros_like(place[:1]).expand(len(new), 1), torch.where(new, place[1:], 0)], 1)
-        return before - before.gather(1, starts.cummax(1).values)
+        """(B, S): number of answer tokens before a position within its segment (the leak rule's clock).
+
+        Of a tree, those of the position's own branch and of what all branches share.
+        """
+        answer = (self.role == Role.ANSWER) & self.valid
+        sample = self.segment[:, 1:] != self.segment[:, :-1]  # packed samples are contiguous, and so are branches
+        shared = _before(answer & (self.branch < 0), sample)
+        return shared + _before(answer & (self.branch >= 0), sample | (self.branch[:, 1:] != self.branch[:, :-1]))
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on another device."""
@@ -112,8 +122,17 @@ class Layout:
             "segment": tail(self.segment[:, -1]),
             "role": tail(int(Role.ANSWER)),
             "position": self.position[:, -1:] + steps,
+            "branch": tail(self.branch[:, -1]),
         }
         return Layout(**{name: torch.cat([getattr(self, name), value], 1) for name, value in new.items()})
+
+
+def _before(counted: Tensor, new: Tensor) -> Tensor:
+    """(B, S): how many counted positions (B, S) are before each since the last start; (B, S - 1) bool marks starts."""
+    before = counted.long().cumsum(1) - counted.long()
+    place = torch.arange(counted.shape[1], device=counted.device)
+    starts = torch.cat([torch.zeros_like(place[:1]).expand(len(new), 1), torch.where(new, place[1:], 0)], 1)
+    return before - before.gather(1, starts.cummax(1).values)
 
 
 @dataclass(frozen=True)

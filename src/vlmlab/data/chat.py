@@ -50,6 +50,7 @@ class Encoded:
         places: for every image the index of its first visual token, or of the token that it stands before where it has
             none (the number of tokens where it stands behind the last).
         turns: for every image the number of answers before it.
+        branch: which question of a tree, -1 for what all share; empty where it is no tree.
     """
 
     ids: list[int]
@@ -58,6 +59,7 @@ class Encoded:
     image: list[int]
     places: list[int] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
+    branch: list[int] = field(default_factory=list)
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:

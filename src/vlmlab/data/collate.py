@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmlab.contracts.sample import Image, Sample
 from vlmlab.contracts.tensors import Batch, Images, Kind, Layout
 from vlmlab.data.chat import IGNORE, SYSTEM, ChatEncoder, Encoded, asked
+from vlmlab.data.questions import Questions, asked_apart, joined, of_same_images, within
 
 Resize = Callable[[Image], Image]
 
@@ -27,6 +29,7 @@ class Collator:
         pack_length: pack several samples into rows of at most this many tokens; None pads every sample to a row.
         prompt_tokens: soft prompts before every sample, as the ids -1, -2, ... of role system.
         text: what the user says to each image -> its (I, T) ids for the encoder's text tower; None: nothing reads it.
+        questions: what becomes of a sample of several turns, and with "tree" of prompts about the same images.
     """
 
     encoder: ChatEncoder
@@ -35,17 +38,36 @@ class Collator:
     pack_length: int | None = None
     prompt_tokens: int = 0
     text: Callable[[Sequence[str]], Tensor] | None = None
+    questions: Questions = "conversation"
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """A training batch: answers supervised, padded on the right."""
-        encoded = [_prompted(self.encoder.train(sample), self.prompt_tokens) for sample in samples]
-        rows = _pack([len(e.ids) for e in encoded], self.pack_length)
-        return self._batch(samples, encoded, rows, left=False)
+        read = [(sample, part) for sample in samples for part in self.encode(sample)]
+        rows = _pack([len(e.ids) for _, e in read], self.pack_length)
+        return self._batch([sample for sample, _ in read], [e for _, e in read], rows, left=False)
+
+    def encode(self, sample: Sample) -> list[Encoded]:
+        """What a sample is in training: a conversation, a row for each question, or trees of at most ``max_length``.
+
+        Raises:
+            DataError: it cannot be used; names the sample.
+            UserError: the chat template allows no trees.
+        """
+        apart = [sample] if self.questions == "conversation" else asked_apart(sample)
+        parts = [_prompted(self.encoder.train(one), self.prompt_tokens) for one in apart]
+        if self.questions != "tree" or len(parts) == 1:
+            return parts
+        return [joined(some, sample.id) for some in within(parts, self.encoder.max_length)]
 
     def ask(self, samples: Sequence[Sample]) -> Batch:
-        """Prompts for generation: nothing supervised, padded on the left, one sample a row."""
+        """Prompts for generation: nothing supervised, padded on the left, one sample a row.
+
+        With trees, samples that follow each other and show the same images are the branches of one row, in order.
+        """
         encoded = [_prompted(self.encoder.ask(sample), self.prompt_tokens) for sample in samples]
-        return self._batch(samples, encoded, [[i] for i in range(len(samples))], left=True)
+        groups = of_same_images(samples) if self.questions == "tree" else ([i] for i in range(len(samples)))
+        trees = [(samples[some[0]], joined([encoded[i] for i in some], samples[some[0]].id)) for some in groups]
+        return self._batch([s for s, _ in trees], [e for _, e in trees], [[i] for i in range(len(trees))], left=True)
 
     def _batch(self, samples: Sequence[Sample], encoded: list[Encoded], rows: list[list[int]], left: bool) -> Batch:
         if not samples:
@@ -111,13 +133,13 @@ def _prompted(encoded: Encoded, count: int) -> Encoded:
     """The sample behind `count` soft prompts."""
     if not count:
         return encoded
-    return Encoded(
+    return replace(
+        encoded,
         ids=[*range(-1, -count - 1, -1), *encoded.ids],
         labels=[IGNORE] * count + encoded.labels,
         roles=[SYSTEM] * count + encoded.roles,
         image=[-1] * count + encoded.image,
         places=[place + count for place in encoded.places],
-        turns=encoded.turns,
     )
 
 
@@ -147,7 +169,7 @@ def _lay_out(rows: list[list[Encoded]], pad_id: int, left: bool) -> tuple[Tensor
     labels = np.full(shape, IGNORE, np.int64)
     kind = np.full(shape, int(Kind.PAD), np.int64)
     role, position = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    image, tile, segment = (np.full(shape, -1, np.int64) for _ in range(3))
+    image, tile, segment, branch = (np.full(shape, -1, np.int64) for _ in range(4))
     for r, row in enumerate(rows):
         at = width - sum(len(e.ids) for e in row) if left else 0
         first_image = 0
@@ -158,7 +180,7 @@ def _lay_out(rows: list[list[Encoded]], pad_id: int, left: bool) -> tuple[Tensor
             kind[r, here] = np.where(own >= 0, int(Kind.VISUAL), int(Kind.TEXT))
             image[r, here] = np.where(own >= 0, own + first_image, -1)
             tile[r, here] = np.where(own >= 0, 0, -1)
-            segment[r, here], position[r, here] = s, np.arange(len(e.ids))
+            segment[r, here], branch[r, here], position[r, here] = s, *_branches(e)
             at, first_image = here.stop, first_image + int(own.max(initial=-1)) + 1
     as_tensor = torch.from_numpy
     layout = Layout(
@@ -168,5 +190,13 @@ def _lay_out(rows: list[list[Encoded]], pad_id: int, left: bool) -> tuple[Tensor
         segment=as_tensor(segment),
         role=as_tensor(role),
         position=as_tensor(position),
+        branch=as_tensor(branch),
     )
     return as_tensor(ids), as_tensor(labels), layout
+
+
+def _branches(encoded: Encoded) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The branch of every token, and its position: each branch goes on behind what all share."""
+    branch = np.asarray(encoded.branch or [-1] * len(encoded.ids), np.int64)
+    begins = np.searchsorted(branch, branch)  # the shared part has -1 and comes first
+    return branch, np.arange(len(branch)) - begins + np.where(branch < 0, 0, (branch < 0).sum())

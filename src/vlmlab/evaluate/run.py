@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from vlmlab.evaluate.metrics.rows import Row, write_rows
 from vlmlab.evaluate.metrics.scoring import predictions_file, score_predictions
 from vlmlab.evaluate.probe import address, probes, shipped
 from vlmlab.model.build import build_cache, build_collator
+from vlmlab.model.questions import unequal_in_trees
 from vlmlab.model.vlm import VLM
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ def evaluate_model(model: VLM, cfg: DictConfig, folder: Path, say: Progress = pr
     from hydra.utils import instantiate
 
     model.eval()
+    if cfg.evaluation.get("share_images") and (why := unequal_in_trees(model)) is not None:
+        say(f"note: evaluation.share_images=true: each question reads its images itself, since {why}")
     scores: dict[str, float] = {}
     for name, benchmark in cfg.data.benchmarks.items():
         questions = instantiate(benchmark.source)
@@ -64,7 +68,8 @@ def evaluate_model(model: VLM, cfg: DictConfig, folder: Path, say: Progress = pr
 
 def answer(model: VLM, cfg: DictConfig, name: str, source: SampleSource, max_new_tokens: int) -> list[Row]:
     """Greedy cached answers to the last turn of every sample."""
-    collator = build_collator(cfg, model, "chat")
+    shares = cfg.evaluation.get("share_images") and unequal_in_trees(model) is None
+    collator = replace(build_collator(cfg, model, "chat"), questions="tree" if shares else "rows")
     device = next(model.parameters()).device
     rows: list[Row] = []
     for samples in _chunks(source, cfg.evaluation.batch_size):
@@ -108,7 +113,7 @@ def held_out_losses(model: VLM, cfg: DictConfig, say: Progress = print, folder: 
             limit = min(limit, cfg.budget.eval_limit)
         held_out = instantiate(cfg.data.val[name])
         if OmegaConf.select(cfg, "data.max_bad_fraction") is not None:  # the same rows under every baseline
-            held_out = Replaced(held_out, build_collator(cfg, model, "chat").encoder.train)
+            held_out = Replaced(held_out, build_collator(cfg, model, "chat").encode)
         source = Limited(held_out, limit)
         for baseline in ("", *cfg.evaluation.baselines):
             shown = BASELINES[baseline](source) if baseline else source
@@ -160,7 +165,7 @@ def evaluate(folder: Path, cfg: DictConfig) -> dict[str, Any]:
 
     Args:
         folder: the run's folder; predictions and ``metrics.json`` go to ``<folder>/evaluate``.
-        cfg: ``conf/evaluate.yaml``: benchmarks, limit, batch_size, device.
+        cfg: ``conf/evaluate.yaml``: benchmarks, limit, batch_size, share_images, device.
 
     Returns:
         The run's result with the metrics measured now.
@@ -205,6 +210,8 @@ def _overridden(run: Mapping[str, Any], cfg: DictConfig) -> DictConfig:
         config.budget.eval_limit = cfg.limit
     if cfg.batch_size is not None:
         config.evaluation.batch_size = cfg.batch_size
+    if cfg.get("share_images") is not None:
+        config.evaluation.share_images = cfg.share_images
     return config
 
 

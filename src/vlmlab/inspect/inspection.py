@@ -26,6 +26,7 @@ from vlmlab.data.chat import PICTURE, Encoded
 from vlmlab.data.collate import Collator
 from vlmlab.engine.restore import module_class
 from vlmlab.engine.weights import Trainee
+from vlmlab.model.questions import questions_line
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.files import write_atomic
 
@@ -117,9 +118,11 @@ def inspect_stage(cfg: DictConfig, stage: Stage, n: int = 16, check: int = 200) 
     source: SampleSource = instantiate(cfg.data.train[stage.data])
     if not len(source):
         raise DataError(f"{stage.key('data')}={stage.data} has no samples; check data.train.{stage.data}.")
-    collate, notes = _collator(cfg, stage)
+    collate, notes, model = _collator(cfg, stage)
     size = len(source)
     found = Inspection(f"{stage.name}: {stage.data}", _facts(cfg, stage, collate, size))
+    if (line := questions_line(cfg, model, collate.encoder.prompt, source)) is not None:
+        found.facts.append(("questions", line))
     found.problems = {note: [] for note in notes}
     found.broken = {one.id: one.reason for one in getattr(source, "skipped", ())}  # rows the reader has left out
     spread = {round(k * (size - 1) / max(1, check - 1)) for k in range(check)} if check < size else set(range(size))
@@ -132,8 +135,8 @@ def inspect_stage(cfg: DictConfig, stage: Stage, n: int = 16, check: int = 200) 
     return found
 
 
-def _collator(cfg: DictConfig, stage: Stage) -> tuple[Collator, list[str]]:
-    """The collator of the stage's model, and in what it may differ from the one that will train."""
+def _collator(cfg: DictConfig, stage: Stage) -> tuple[Collator, list[str], Any]:
+    """The collator of the stage's model, in what it may differ from the one that will train, and that model."""
     kind = module_class(stage)
     with torch.device("meta"):
         model: Any = kind.build(cfg)
@@ -147,7 +150,7 @@ def _collator(cfg: DictConfig, stage: Stage) -> tuple[Collator, list[str]]:
     collate = kind.collator(cfg, model, stage.prompt or kind.prompt)
     if not isinstance(collate, Collator):
         raise UserError(f"{stage.key('module')}={stage.module} reads no prompts: there are none to show.")
-    return collate, notes
+    return collate, notes, model
 
 
 def _devices(cfg: DictConfig) -> int:
@@ -186,7 +189,8 @@ def _looked_through(
         try:
             sample = source[index]
             name = f"#{index} {sample.id}"
-            encoded.append(collate.encoder.train(sample))
+            parts = collate.encode(sample)
+            encoded += parts
             if collate.resize is not None:
                 for image in sample.images:
                     collate.resize(image)
@@ -194,7 +198,7 @@ def _looked_through(
             found.broken[name] = str(error)
             continue
         good[index] = sample
-        for problem in _problems(sample, encoded[-1], collate, seen, name):
+        for problem in _problems(sample, parts, collate, seen, name):
             found.problems.setdefault(problem, []).append(name)
     found.checked = len(indices)
     if encoded:
@@ -211,12 +215,14 @@ def _lengths(encoded: Sequence[Encoded]) -> list[tuple[str, str]]:
     ]
 
 
-def _problems(sample: Sample, encoded: Encoded, collate: Collator, seen: dict[Any, str], name: str) -> Iterator[str]:
+def _problems(
+    sample: Sample, parts: Sequence[Encoded], collate: Collator, seen: dict[Any, str], name: str
+) -> Iterator[str]:
     """What training accepts and its user may not have meant."""
     for check in (_of_turns, _of_text, _of_images):
         yield from check(sample, collate)
     unknown = collate.encoder.tokenizer.unk_token_id
-    if unknown is not None and unknown in encoded.ids:
+    if unknown is not None and any(unknown in part.ids for part in parts):
         yield "words that the tokenizer does not know"
     content = (sample.turns, tuple(image.tobytes() for image in sample.images))
     for what, key in (("the id of another sample", sample.id), ("the same as another sample", hash(content))):
@@ -303,17 +309,20 @@ def _shown(
 
 
 def _pieces(batch: Batch, r: int, places: Sequence[int], piece: Callable[..., Piece]) -> Iterator[Piece]:
-    """Every token; an image's visual tokens and the soft prompts as one piece each.
+    """Every token; an image's visual tokens and the soft prompts as one piece each, and where a tree's questions begin.
 
     An image that takes no position is shown before the token that it stands before, or behind the last.
     """
     layout = batch.layout
     standing = _standing(batch, r, int(layout.segment[r, places[0]])) if places else []
     first = min((int(layout.image[r, p]) for p in places if layout.image[r, p] >= 0), default=0)
-    k = 0
+    k, before = 0, -1
     while k < len(places):
         while standing and standing[0][0] <= places[k]:
             yield standing.pop(0)[1]
+        if (branch := int(layout.branch[r, places[k]])) != before:
+            before = branch
+            yield Piece("pad", f"question {branch + 1}", False, "it sees nothing of the other questions")
         p, image, token = places[k], int(layout.image[r, places[k]]), int(batch.input_ids[r, places[k]])
         length = 1
         if image >= 0 or token < 0:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Mask
@@ -77,7 +77,9 @@ class CausalLanguageModel(nn.Module):
         """(B, S) -> (B, S, D)."""
         return self.model.get_input_embeddings()(input_ids)
 
-    def states(self, embeds: Tensor, layout: Layout, mask: Mask, inside: Inside | None = None) -> Tensor:
+    def states(
+        self, embeds: Tensor, layout: Layout, mask: Mask, inside: Inside | None = None, keep: DynamicCache | None = None
+    ) -> Tensor:
         """(B, S, D) embeddings -> (B, S, D) last hidden states under the policy.
 
         Where the policy comes to plain causal attention and no window cuts it short, no mask is handed on: attention
@@ -88,6 +90,7 @@ class CausalLanguageModel(nn.Module):
             layout: what its positions are.
             mask: who may look at whom.
             inside: what the blocks at the ports are given; None: they do nothing.
+            keep: an empty cache that is filled for what follows these positions; None: nothing follows.
         """
         q = torch.arange(embeds.shape[1], device=embeds.device)
         shown = _per_layer_type(self.model.config, mask(layout, q), layout, q)
@@ -96,9 +99,19 @@ class CausalLanguageModel(nn.Module):
             attention_mask=shown,
             # without a mask transformers looks for packed samples where positions jump, as they do at padding
             position_ids=q.expand(embeds.shape[:2]) if shown is None else layout.position,
-            use_cache=False,
+            past_key_values=keep,
+            use_cache=keep is not None,
             **({} if inside is None else {"inside": inside}),
         ).last_hidden_state
+
+    def prefill(self, embeds: Tensor, layout: Layout, mask: Mask, inside: Inside | None = None) -> DynamicCache:
+        """What ``generate`` goes on from behind these positions, as its option `past_key_values`.
+
+        It is whole in every layer: a window is cut by position, and a cache cut by places would count padding.
+        """
+        cache = DynamicCache()
+        self.states(embeds, layout, mask, inside, cache)
+        return cache
 
     def logits(self, states: Tensor) -> Tensor:
         """(T, D) hidden states -> (T, V)."""
@@ -175,7 +188,7 @@ def _per_layer_type(config: Any, allowed: Tensor, layout: Layout, q: Tensor) -> 
     slides = window is not None and window < len(q) and (kinds is None or "sliding_attention" in kinds)
     if not slides:
         return None if plainly_causal(allowed, layout, q) else allowed[:, None]
-    near = within(allowed, q, window)[:, None]
+    near = within(allowed, layout, q, window)[:, None]
     return near if kinds is None else {"full_attention": allowed[:, None], "sliding_attention": near}
 
 

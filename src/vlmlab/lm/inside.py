@@ -54,7 +54,10 @@ class Inside:
 
     def repeated(self, times: int) -> Inside:
         """Every row `times` times in a row, as beams and several answers to one prompt stand."""
-        rows = torch.arange(len(self.with_image), device=self.with_image.device).repeat_interleave(times)
+        return self.of(torch.arange(len(self.with_image), device=self.with_image.device).repeat_interleave(times))
+
+    def of(self, rows: Tensor) -> Inside:
+        """For some rows (R,), in the given order; they may repeat."""
         memories = self._seeing(lambda t: t[rows], lambda t: t[rows])
         return Inside(self.layout.select(rows), memories, self.with_image[rows])
 

@@ -61,16 +61,18 @@ def _policy_mask(
         layout = layout.select(torch.arange(layout.kind.shape[0], device=device).repeat_interleave(repeats))
     layout = layout.extended(kv_length + kv_offset)
     q = torch.arange(q_length, device=device) + q_offset
-    allowed = within(mask(layout, q), q, kwargs.get("local_size"))
+    allowed = within(mask(layout, q), layout, q, kwargs.get("local_size"))
     return allowed[:, None, :, kv_offset : kv_offset + kv_length]
 
 
-def within(allowed: Tensor, q: Tensor, window: int | None) -> Tensor:
-    """(B, Q, S) restricted to keys less than `window` positions before their query; None is no window."""
+def within(allowed: Tensor, layout: Layout, q: Tensor, window: int | None) -> Tensor:
+    """(B, Q, S) restricted to keys less than `window` positions before their query; None is no window.
+
+    Positions are counted as the layout does: the branches of a tree do not move each other away from what they share.
+    """
     if window is None:
         return allowed
-    keys = torch.arange(allowed.shape[-1], device=q.device)
-    return allowed & (q[:, None] - keys[None, :] < window)
+    return allowed & (layout.position[:, q, None] - layout.position[:, None, :] < window)
 
 
 def plainly_causal(allowed: Tensor, layout: Layout, q: Tensor) -> bool:

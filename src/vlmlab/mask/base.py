@@ -33,13 +33,15 @@ def same_era(layout: Layout, q: Tensor) -> Tensor:
 
 
 def ground(rule: Tensor, layout: Layout, q: Tensor) -> Tensor:
-    """A policy's rule (B, Q, S) restricted to one's own packed sample and to real tokens.
+    """A policy's rule (B, Q, S) restricted to one's own packed sample and branch of a tree, and to real tokens.
 
     A padded query may see itself: a row without any key would be a softmax over nothing.
     """
     q_segment, k_segment = pair(layout.segment, q)
+    q_branch, k_branch = pair(layout.branch, q)
     q_valid, k_valid = pair(layout.valid, q)
-    return (rule & (q_segment == k_segment) & q_valid & k_valid) | (same_place(layout, q) & ~q_valid)
+    own = (q_segment == k_segment) & ((k_branch == -1) | (q_branch == k_branch))
+    return (rule & own & q_valid & k_valid) | (same_place(layout, q) & ~q_valid)
 
 
 def causal_on_text(mask: Mask) -> bool:

@@ -29,13 +29,20 @@ CONVERSATIONS = (
     "u0^uaa|1u22ua3ua|uua^|^00a",  # packed samples
 )
 """One row each: s system, u user, a answer; a digit a visual token of that image, ' of its next tile; ^ an image that
-takes no position; | the next packed sample."""
+takes no position; | the next packed sample; [] a question of a tree, behind what it shares with the others."""
 
 BARE = ("suuaauau",)
 
+TREES = (
+    "su00'0''11u[uuaau][uaauua][ua]",  # questions, of one turn or two, that share the images and a word
+    "^su^[uuaau][uaa]",  # images without positions, one of them where the questions begin
+    "u01uaau1u[uau][uuaau]",  # an earlier turn is shared, too
+)
+PACKED_TREES = ("su00[uuaau][uaa]|u0aau|^s^u[uaua][uuaau]",)
+
 
 @dataclass(frozen=True)
-class _Scene:
+class Scene:
     """Some conversations as a batch: their layout and images."""
 
     layout: Layout
@@ -54,7 +61,7 @@ class _Scene:
 
 
 def check_mask(mask: Mask, key: str, prompt_learnt: bool = False) -> None:
-    """Put a mask to the rule: no answer reads itself, a later answer, a later turn, another sample or padding.
+    """Put a mask to the rule: no answer reads itself, a later answer or turn, another sample or branch, or padding.
 
     Args:
         mask: any mask.
@@ -88,7 +95,7 @@ def check_memory_mask(mask: MemoryMask, key: str) -> None:
     who = _Named(key, mask, "the memory mask before")
     with torch.device("cpu"):
         for scene in _scenes():
-            _memory_table(mask, who, _Scene(scene.layout, Images.none()))
+            _memory_table(mask, who, Scene(scene.layout, Images.none()))
             _check_memory(mask, who, scene)
 
 
@@ -127,7 +134,7 @@ class _Named:
         raise UserError(f"{self.key}={kind.__module__}.{kind.__qualname__} {said}; {remedy}, or use {self.instead}")
 
 
-def _check(mask: Mask, who: _Named, scene: _Scene) -> None:
+def _check(mask: Mask, who: _Named, scene: Scene) -> None:
     layout, allowed = scene.layout, _table(mask, who, scene)
     seen = torch.where(layout.valid, allowed.diagonal(dim1=1, dim2=2), allowed.any(2))  # (B, S)
     for row, i in (~seen).nonzero()[:1].tolist():
@@ -135,11 +142,11 @@ def _check(mask: Mask, who: _Named, scene: _Scene) -> None:
         who.refuse(f"does not show {scene.what(row, i)} position {i} {missing}", "allow (i, i) for every position")
     for row, i, j in (_closure(allowed) & _forbidden(layout)).nonzero()[:1].tolist():
         through = "" if allowed[row, i, j] else ", through other positions,"
-        said = f"leaks: it shows position {i} ({scene.what(row, i)}){through} {_shown(scene, row, i, j)} {j}"
+        said = f"leaks: it shows position {i} ({scene.what(row, i)}){through} {_shown(scene, row, i, j)}"
         who.refuse(said, "restrict what it opens beyond j <= i by ground() and same_era() of vlmlab.mask.base")
 
 
-def _check_memory(mask: MemoryMask, who: _Named, scene: _Scene) -> None:
+def _check_memory(mask: MemoryMask, who: _Named, scene: Scene) -> None:
     layout, images = scene.layout, scene.images
     own = of_sample(layout, images, scene.q)
     later = image_era(layout, images) > layout.era[:, :, None]  # (B, S, I)
@@ -149,14 +156,14 @@ def _check_memory(mask: MemoryMask, who: _Named, scene: _Scene) -> None:
         who.refuse(said, "restrict it by of_sample() and not_of_later_turn() of vlmlab.mask.memory.base")
 
 
-def _shows_prompt(mask: Mask, scene: _Scene) -> bool:
+def _shows_prompt(mask: Mask, scene: Scene) -> bool:
     layout, q = scene.layout, scene.q
     word = (layout.kind == Kind.TEXT) & (layout.role != Role.ANSWER)
     later = (q[None, :] > q[:, None]) & word[:, None, :] & layout.valid[:, :, None]
     return bool((_closure(mask(layout, q)) & later).any())
 
 
-def _table(mask: Mask, who: _Named, scene: _Scene) -> Tensor:
+def _table(mask: Mask, who: _Named, scene: Scene) -> Tensor:
     """(B, S, S) what a mask allows, once it has proved to be a function of layout and positions."""
     layout, q = scene.layout, scene.q
     allowed = mask(layout, q)
@@ -167,7 +174,7 @@ def _table(mask: Mask, who: _Named, scene: _Scene) -> Tensor:
     return allowed
 
 
-def _memory_table(mask: MemoryMask, who: _Named, scene: _Scene) -> Tensor:
+def _memory_table(mask: MemoryMask, who: _Named, scene: Scene) -> Tensor:
     """(B, S, I) which images a mask shows, once it has proved to be a function of its arguments."""
     layout, images, q = scene.layout, scene.images, scene.q
     sees = mask(layout, images, q)
@@ -209,29 +216,36 @@ def _closure(allowed: Tensor) -> Tensor:
 
 
 def _forbidden(layout: Layout) -> Tensor:
-    """(B, S, S) what a real position must not reach: other samples, padding, answers behind it and later turns."""
+    """(B, S, S) what a real position must not reach: other samples and branches, padding, later answers and turns."""
     place = torch.arange(layout.kind.shape[1])
     answer, era = layout.role == Role.ANSWER, layout.era
     foreign = (layout.segment[:, :, None] != layout.segment[:, None, :]) | ~layout.valid[:, None, :]
+    foreign |= (layout.branch[:, None, :] != -1) & (layout.branch[:, None, :] != layout.branch[:, :, None])
     later = (place[None, :] > place[:, None]) & (answer[:, None, :] | (era[:, None, :] > era[:, :, None]))
     return layout.valid[:, :, None] & (foreign | later)
 
 
-def _shown(scene: _Scene, row: int, i: int, j: int) -> str:
+def _shown(scene: Scene, row: int, i: int, j: int) -> str:
     layout = scene.layout
     if not layout.valid[row, j]:
-        return "the padding at"
+        return f"the padding at {j}"
     if layout.segment[row, i] != layout.segment[row, j]:
-        return "another packed sample's token"
-    return "the answer token" if layout.role[row, j] == Role.ANSWER else f"a later turn's {scene.what(row, j)} token"
+        return f"another packed sample's token {j}"
+    if int(layout.branch[row, j]) not in (-1, int(layout.branch[row, i])):
+        return f"the token {j} of a question that it does not belong to"
+    if layout.role[row, j] == Role.ANSWER:
+        return f"the answer token {j}"
+    return f"a later turn's {scene.what(row, j)} token {j}"
 
 
-def _scenes() -> tuple[_Scene, ...]:
-    """The conversations padded on the right, on the left, and one alone without padding or image."""
-    return _scene(CONVERSATIONS, left=False), _scene(CONVERSATIONS, left=True), _scene(BARE, left=False)
+def _scenes() -> tuple[Scene, ...]:
+    """Conversations padded on the right, on the left, and one alone without padding or image; then trees likewise."""
+    trees = TREES + PACKED_TREES
+    given = (CONVERSATIONS, False), (CONVERSATIONS, True), (BARE, False), (trees, False), (trees, True)
+    return tuple(written(texts, left) for texts, left in given)
 
 
-def _scene(texts: tuple[str, ...], left: bool) -> _Scene:
+def written(texts: tuple[str, ...], left: bool) -> Scene:
     """Conversations written out as a batch."""
     rows = [_read(text) for text in texts]
     width = max(len(tokens) for tokens, _ in rows)
@@ -239,31 +253,36 @@ def _scene(texts: tuple[str, ...], left: bool) -> _Scene:
     images: list[list[int]] = []
     for r, (tokens, entries) in enumerate(rows):
         extra = width - len(tokens)
-        padding = [[int(Kind.PAD), -1, -1, -1, int(Role.SYSTEM), 0]] * extra
+        padding = [[int(Kind.PAD), -1, -1, -1, int(Role.SYSTEM), 0, -1]] * extra
         table.append([*padding, *tokens] if left else [*tokens, *padding])
         images += [[r, segment, place + left * extra, *rest] for segment, place, *rest in entries]
-    kind, image, tile, segment, role, position = torch.tensor(table).permute(2, 0, 1).contiguous()  # (B, S) each
+    kind, image, tile, segment, role, position, branch = torch.tensor(table).permute(2, 0, 1).contiguous()  # (B, S)
     row, own, place, turn, part, tokens_ = torch.tensor(images, dtype=torch.long).reshape(-1, 6).T
     hw = torch.full((len(images), 2), 32)
     ids = [str(k) for k in range(len(images))]
-    layout = Layout(kind=kind, image=image, tile=tile, segment=segment, role=role, position=position)
-    return _Scene(layout, Images(row, own, place, turn, torch.zeros_like(row), part, hw, tokens_, ids))
+    layout = Layout(kind, image, tile, segment, role, position, branch)
+    return Scene(layout, Images(row, own, place, turn, torch.zeros_like(row), part, hw, tokens_, ids))
 
 
 def _read(text: str) -> tuple[list[list[int]], list[list[int]]]:
     """One row, read from left to right.
 
     Returns:
-        (kind, image, tile, segment, role, position) of each token; (segment, place, turn, tile, tokens) of each image.
+        (kind, image, tile, segment, role, position, branch) of each token; (segment, place, turn, tile, tokens) of each
+        image.
     """
     roles = {"s": Role.SYSTEM, "u": Role.USER, "a": Role.ANSWER}
     tokens: list[list[int]] = []
     images: list[list[int]] = []
-    segment = start = turn = 0
-    spoke, last = "", ("", -1)
-    for mark, primes in re.findall(r"(\w|[|^])('*)", text):
+    segment = start = turn = trunk = 0
+    branch, spoke, last = -1, "", ("", -1)
+    for mark, primes in re.findall(r"(\w|[|^\[])('*)", text):
         if mark == "|":
-            segment, start, turn, spoke = segment + 1, len(tokens), 0, ""
+            segment, start, turn, branch, spoke = segment + 1, len(tokens), 0, -1, ""
+            continue
+        if mark == "[":
+            trunk = len(tokens) - start if branch < 0 else trunk
+            branch, start, spoke = branch + 1, len(tokens) - trunk, ""
             continue
         tile = len(primes)
         if spoke == "a" and mark != "a":
@@ -274,8 +293,8 @@ def _read(text: str) -> tuple[list[list[int]], list[list[int]]]:
             if (mark, tile) != last:
                 images.append([segment, len(tokens), turn, tile, 0])
             images[-1][-1] += 1
-            tokens.append([int(Kind.VISUAL), int(mark), tile, segment, int(Role.USER), len(tokens) - start])
+            tokens.append([int(Kind.VISUAL), int(mark), tile, segment, int(Role.USER), len(tokens) - start, branch])
         else:
-            tokens.append([int(Kind.TEXT), -1, -1, segment, int(roles[mark]), len(tokens) - start])
+            tokens.append([int(Kind.TEXT), -1, -1, segment, int(roles[mark]), len(tokens) - start, branch])
         spoke, last = mark, (mark, tile)
     return tokens, images

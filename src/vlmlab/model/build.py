@@ -11,6 +11,7 @@ from vlmlab.cache.none import NoCache
 from vlmlab.contracts.parts import FeatureCache
 from vlmlab.mask.leak import check_fusion, check_mask
 from vlmlab.model.dual import DualEncoder
+from vlmlab.model.questions import read_questions
 from vlmlab.model.vlm import VLM
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def build_collator(cfg: DictConfig, model: VLM, prompt: Prompt) -> Collator:
         prompt=prompt,
         max_length=cfg.collate.max_length,
     )
+    questions, _ = read_questions(cfg, model, prompt)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     resize = None if model.encoder is None else model.encoder.preprocess
     return Collator(
@@ -84,4 +86,5 @@ def build_collator(cfg: DictConfig, model: VLM, prompt: Prompt) -> Collator:
         pack_length=cfg.collate.pack_length,
         prompt_tokens=model.prompt_tokens,
         text=None if model.text is None else model.text.tokenise,
+        questions=questions,
     )

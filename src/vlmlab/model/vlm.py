@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from vlmlab.cache.none import NoCache
 from vlmlab.contracts.parts import Connector, Encoder, FeatureCache, Fusion, Mask, TextTower
-from vlmlab.contracts.tensors import Batch, Images, Outputs, Seen
+from vlmlab.contracts.tensors import Batch, Images, Layout, Outputs, Seen
 from vlmlab.lm.causal import CausalLanguageModel
 from vlmlab.lm.inside import Inside, has_ports
+from vlmlab.model.branches import Unfolded, unfold
 from vlmlab.model.parts import Parts
 
 
@@ -109,11 +110,30 @@ class VLM(Parts):
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, **options: Any) -> list[str]:
-        """Greedy cached decoding of left-padded prompts, as text without special tokens."""
+        """Greedy cached decoding of left-padded prompts, as text without special tokens.
+
+        Of a tree every branch is a prompt, in their order; what they share is computed once.
+        """
         seen = self.see(batch)
-        embeds, inside = self.embed(batch, seen), self.inside(batch, seen)
-        ids = self.lm.generate(embeds, batch.layout, self.mask, max_new_tokens, inside, **options)
+        embeds, layout, inside = self.embed(batch, seen), batch.layout, self.inside(batch, seen)
+        if bool((layout.branch >= 0).any()):
+            rows = unfold(layout)
+            embeds, layout = rows.of(embeds), rows.layout(layout)
+            inside = None if inside is None else rows.inside(inside)
+            options |= self._shared(rows, embeds, layout, inside)
+        ids = self.lm.generate(embeds, layout, self.mask, max_new_tokens, inside, **options)
         return [text.strip() for text in self.lm.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def _shared(self, rows: Unfolded, embeds: Tensor, layout: Layout, inside: Inside | None) -> dict[str, Any]:
+        """The cache of what the questions of each tree share, for each question; nothing where they share nothing."""
+        if not rows.trunk:
+            return {}
+        shared = torch.arange(rows.trunk, device=embeds.device)
+        within = None if inside is None else inside.of(rows.first).at(shared)
+        known = layout.select(rows.first).at(shared)
+        cache = self.lm.prefill(embeds[rows.first][:, : rows.trunk], known, self.mask, within)
+        cache.batch_select_indices(rows.tree)
+        return {"past_key_values": cache}
 
     # -- ranks that share weights --------------------------------------------------------------------------------
 

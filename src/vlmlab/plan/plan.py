@@ -189,10 +189,10 @@ def _stage(cfg: DictConfig, stage: Stage, trainee: Trainee, settings: Settings, 
     collate = kind.collator(cfg, model, stage.prompt or kind.prompt)
     if not isinstance(collate, Collator):
         raise UserError(f"{stage.key('module')}={stage.module} reads no prompts: there is no length to plan by.")
-    shapes, measured = _shapes(cfg, stage, collate, settings)
+    shapes, each, measured = _shapes(cfg, stage, collate, settings)
     half = half_precision(cfg)
     static = _static(trainee, stage, settings, half)
-    cost = _cost(stage, trainee, collate, shapes, half, known)
+    cost = _cost(stage, trainee, collate, shapes, half, known).times(each)
     micro = max(1, stage.batch_size // (stage.accumulate * settings.devices))
     if settings.sharded and half:
         cost = replace(cost, base=max(0.0, cost.base - _copies(trainee)))
@@ -241,6 +241,10 @@ class Cost:
     training: float
     base: float
     slope: float
+
+    def times(self, each: float) -> Cost:
+        """The same where a sample of the data is so many of those measured."""
+        return replace(self, forward=each * self.forward, training=each * self.training, slope=each * self.slope)
 
 
 def _cost(stage: Stage, trainee: Trainee, collate: Collator, shapes: Sequence[Shape], half: bool, known: Known) -> Cost:
@@ -352,11 +356,14 @@ def _copies(trainee: Trainee) -> int:
 # -- lengths ---------------------------------------------------------------------------------------------------------
 
 
-def _shapes(cfg: DictConfig, stage: Stage, collate: Collator, settings: Settings) -> tuple[list[Shape], str]:
-    """Shapes of the stage's samples: as stated, or measured on some of them spread over the data."""
+def _shapes(cfg: DictConfig, stage: Stage, collate: Collator, settings: Settings) -> tuple[list[Shape], float, str]:
+    """Shapes of the stage's samples: as stated, or measured on some of them spread over the data.
+
+    A sample may be several, one a question; how many it is on average stands beside them.
+    """
     if settings.lengths and stage.name in settings.lengths:
         asked, answered = settings.lengths[stage.name]
-        return [Shape(1, int(asked), int(answered))], "stated"
+        return [Shape(1, int(asked), int(answered))], 1.0, "stated"
     source: SampleSource = instantiate(cfg.data.train[stage.data])
     size = len(source)
     if not size:
@@ -365,12 +372,13 @@ def _shapes(cfg: DictConfig, stage: Stage, collate: Collator, settings: Settings
     shapes = []
     for k in range(count):
         sample = source[k * size // count]
-        encoded = collate.encoder.train(sample)
-        learnt = sum(label != IGNORE for label in encoded.labels)
-        visual = sum(image >= 0 for image in encoded.image)
         images = len(sample.images) if collate.resize is not None else 0
-        shapes.append(Shape(images, len(encoded.ids) - visual - learnt, learnt))
-    return shapes, f"{count} of {size:,} samples of data.train.{stage.data}"
+        for encoded in collate.encode(sample):
+            learnt = sum(label != IGNORE for label in encoded.labels)
+            visual = sum(image >= 0 for image in encoded.image)
+            prompts = collate.prompt_tokens
+            shapes.append(Shape(images, len(encoded.ids) - visual - learnt - prompts, learnt))
+    return shapes, len(shapes) / count, f"{count} of {size:,} samples of data.train.{stage.data}"
 
 
 def _mean(shapes: Sequence[Shape]) -> Shape:

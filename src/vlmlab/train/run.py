@@ -36,6 +36,7 @@ from vlmlab.engine.shards import FSDP2, gathered
 from vlmlab.engine.stage import NonFinite, StageModule, no_room
 from vlmlab.engine.weights import Trainee, build_mask, build_objectives, check_fusion_learns, mixed_in, plain_key
 from vlmlab.model.build import build_cache
+from vlmlab.model.questions import questions_line
 from vlmlab.recipe.stage import Stage, check_divides, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
@@ -222,6 +223,8 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
         run.say("nothing to train here: skipped")
     else:
         module = kind(trainee.model, stage, trainee.objectives, trainee.rates)
+        if run.writes and (line := questions_line(cfg, trainee.model, prompt, source)) is not None:  # type: ignore[arg-type]
+            run.say(line)
         if run.shards:
             module.shard = partial(trainee.shard, run.precision.half)
         skips = Skips(cfg, stage, source, run.folder.path, run.writes)

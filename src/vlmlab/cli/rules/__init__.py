@@ -26,6 +26,7 @@ from vlmlab.cli.rules.run import (
     features_to_keep,
     files_exist,
     foreign_keys,
+    known_questions,
     possible_budget,
     possible_cache,
     possible_name,
@@ -44,6 +45,7 @@ from vlmlab.cli.rules.stages import (
     queries_meet_texts,
     something_to_train,
     towers_to_adapt,
+    trees_show_images_once,
 )
 from vlmlab.cli.rules.vision import (
     instruction_is_learnt,
@@ -90,6 +92,7 @@ RULES: tuple[Rule, ...] = (
     compiler_at_hand,
     possible_budget,
     possible_sizes,
+    known_questions,
     possible_cache,
     features_to_keep,
     possible_name,
@@ -107,6 +110,7 @@ STAGE_RULES: tuple[Rule, ...] = (
     contrastive_counts,
     pairs_need_two_towers,
     images_to_learn_from,
+    trees_show_images_once,
     queries_meet_texts,
     objectives_with_weights,
     loss_for_the_lm,

@@ -26,6 +26,8 @@ from vlmlab.runs.names import override_key
 
 BASELINES = ("shuffled", "no_image")
 
+QUESTIONS = ("conversation", "rows", "tree")
+
 BUILT = ("encoder", "cache", "connector", "lm", "mask", "fusion", "adapter", "objective")
 """Groups whose choice is one class: the keys of its file are the constructor's."""
 
@@ -55,6 +57,16 @@ def possible_sizes(cfg: Config, choices: Choices) -> str | None:
     for name in baselines if isinstance(baselines, list) else [baselines]:
         if name is not None and name not in BASELINES:
             return f"evaluation.baselines={name} is unknown; choose from {', '.join(BASELINES)}, or [] for none"
+    return None
+
+
+def known_questions(cfg: Config, choices: Choices) -> str | None:
+    """How several questions about an image are read, in training and in evaluation."""
+    questions, shares = value_at(cfg, "collate.questions"), value_at(cfg, "evaluation.share_images")
+    if questions is not None and questions not in QUESTIONS:
+        return f"collate.questions={questions} is unknown; choose from {', '.join(QUESTIONS)}"
+    if shares is not None and not isinstance(shares, bool):
+        return f"evaluation.share_images={shares} is unknown; choose true or false"
     return None
 
 

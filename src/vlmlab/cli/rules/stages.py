@@ -56,6 +56,21 @@ def images_to_learn_from(cfg: Config, choices: Choices) -> str | None:
     return None
 
 
+def trees_show_images_once(cfg: Config, choices: Choices) -> str | None:
+    """Some objectives count images, or samples with all their answers, which are fewer where questions share them."""
+    if value_at(cfg, "collate.questions") != "tree":
+        return None
+    for name, stage in each_stage(cfg):
+        prompt = stage.get("prompt") or declared(str(stage.get("module")), "prompt")
+        for need in ("pairs", "reads_images", "reads_sequence", "reads_text_side") if prompt == "chat" else ():
+            for target in declaring(need, cfg, stage):
+                return (
+                    f"recipe.stages.{name} has {called(target, cfg, choices)}, which counts images, and "
+                    "collate.questions=tree shows each once to several questions; set collate.questions=rows"
+                )
+    return None
+
+
 def queries_meet_texts(cfg: Config, choices: Choices) -> str | None:
     """itc, itm and itg read a caption inside the connector, beside its queries."""
     connector = cfg.get("connector")

@@ -1,0 +1,46 @@
+"""Whether a tree of questions is equal to a row for each of them under a mask; found by asking the mask, not its name.
+
+It is where what all questions share looks at nothing of any of them: under ``prefix_lm`` the images see the question.
+The mask is asked on small trees and on the rows that they stand for, and has to give the same table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vlmlab.contracts.parts import Mask, MemoryMask
+from vlmlab.mask.leak import TREES, Scene, written
+
+
+def equal_in_trees(mask: Mask) -> bool:
+    """Whether every question of a tree sees what it sees in a row of its own, and so does what stands before it."""
+    with torch.device("cpu"):  # a model may be built on another one
+        return all(_same(mask, *pair) for pair in _pairs())
+
+
+def images_equal_in_trees(mask: MemoryMask) -> bool:
+    """The same of the images that a memory mask shows."""
+    with torch.device("cpu"):
+        return all(
+            torch.equal(mask(tree.layout, tree.images, tree.q)[0][own], mask(row.layout, row.images, row.q)[0])
+            for tree, own, row in _pairs()
+        )
+
+
+def _same(mask: Mask, tree: Scene, own: Tensor, row: Scene) -> bool:
+    seen = mask(tree.layout, tree.q)[0][own]  # (S of the row, S of the tree)
+    return torch.equal(seen[:, own], mask(row.layout, row.q)[0]) and not bool(seen[:, ~own].any())
+
+
+def _pairs() -> Iterator[tuple[Scene, Tensor, Scene]]:
+    """Each question of each small tree: the tree, which of its positions are the question's (S,), and its own row."""
+    for text in TREES:
+        trunk, *branches = re.findall(r"[^\[\]]+", text)
+        tree = written((text,), left=False)
+        for k, branch in enumerate(branches):
+            own = (tree.layout.branch[0] == -1) | (tree.layout.branch[0] == k)
+            yield tree, own, written((trunk + branch,), left=False)

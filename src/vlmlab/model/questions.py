@@ -1,0 +1,74 @@
+"""How a composition reads several questions about the same images, and what is said of that before a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.sample import Sample, SampleSource
+from vlmlab.data.questions import Questions, front
+from vlmlab.mask.trees import equal_in_trees, images_equal_in_trees
+from vlmlab.model.vlm import VLM
+
+if TYPE_CHECKING:
+    from vlmlab.data.chat import Prompt
+
+LOOKED_AT = 64
+"""Samples that are counted: reading all of them would take as long as training on them."""
+
+WORDS = {"conversation": "conversations", "rows": "one question a row", "tree": "trees"}
+
+
+def read_questions(cfg: DictConfig, model: VLM, prompt: Prompt) -> tuple[Questions, str]:
+    """What becomes of several questions about an image, and why where that is not what ``collate.questions`` says."""
+    wanted: Questions = cfg.collate.get("questions") or "conversation"  # a configuration older than that key has none
+    if wanted != "conversation" and prompt != "chat":
+        return "conversation", f"prompt={prompt} asks no questions"
+    why = unequal_in_trees(model) if wanted == "tree" else None
+    return (wanted, "") if why is None else ("rows", why)
+
+
+def unequal_in_trees(model: VLM) -> str | None:
+    """Why questions cannot share their images in this composition and still be what they are alone; None: they can."""
+    if model.connector is not None and model.connector.reads_instruction:
+        return "the connector reads the question"
+    if model.fusion.reads_text:
+        return "the fusion reads the question"
+    if not equal_in_trees(model.mask):
+        return f"{type(model.mask).__name__} shows what stands before the question some of it"
+    sees = [sees for part in model.fusion.modules() if (sees := getattr(part, "sees", None)) is not None]
+    wrong = next((mask for mask in sees if not images_equal_in_trees(mask)), None)
+    return None if wrong is None else f"{type(wrong).__name__} shows other images where questions share them"
+
+
+def questions_line(cfg: DictConfig, model: VLM, prompt: Prompt, source: SampleSource) -> str | None:
+    """How questions about one image are read, where ``collate.questions`` asks for another way than as they stand.
+
+    Args:
+        cfg: the configuration.
+        model: the stage's.
+        prompt: of the stage.
+        source: its samples.
+    """
+    wanted = OmegaConf.select(cfg, "collate.questions") or "conversation"
+    if wanted == "conversation":
+        return None
+    found, why = read_questions(cfg, model, prompt)
+    if why:
+        return f"note: collate.questions={wanted}: {WORDS[found]} here, since {why}"
+    several = [front(sample) is not None for sample in _first(source) if len(sample.turns) > 1]
+    looked, apart = min(LOOKED_AT, len(source)), sum(several)
+    line = f"collate.questions={found}: {WORDS[found]}, as {apart} of the first {looked} samples"
+    kept = len(several) - apart
+    return line if not kept else f"{line}; {kept} stay conversations (no image, or one elsewhere than at the beginning)"
+
+
+def _first(source: SampleSource) -> Iterator[Sample]:
+    for index in range(min(LOOKED_AT, len(source))):
+        try:
+            yield source[index]
+        except DataError:  # said by whoever trains on it
+            continue
