@@ -36,7 +36,7 @@ from vlmlab.engine.shards import FSDP2, gathered
 from vlmlab.engine.stage import NonFinite, StageModule, no_room
 from vlmlab.engine.weights import Trainee, build_mask, build_objectives, check_fusion_learns, mixed_in, plain_key
 from vlmlab.model.build import build_cache
-from vlmlab.recipe.stage import Stage, check_divides, parse
+from vlmlab.recipe.stage import Stage, check_divides, drawn_from, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.train.keeper import Keeper
@@ -384,8 +384,7 @@ class StageData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Window]:
         """All steps that are left."""
         assert self.trainer is not None
-        few = int(OmegaConf.select(self.cfg, "debug.overfit") or 0)
-        size = min(len(self.source), few) if few else len(self.source)
+        size = drawn_from(self.cfg, len(self.source))
         order = Order(size, self.stage.batch_size, int(self.cfg.seed), self.stage.name)
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         accumulate = self.stage.accumulate
