@@ -47,28 +47,30 @@ for record in records:
 # %% [markdown]
 # ## Scores
 #
-# `looks` is the score minus the same model's score with wrong images, paired by seed: where its interval holds zero,
-# the model has not been shown to use the picture, whatever its score is.
+# The last two columns are the score minus the same model's score with wrong images, and minus the lookup (the commonest
+# training answer to the same words), paired by seed. Where an interval holds zero, the model has not been shown to use
+# the picture, or to know more than the words of the question tell, whatever its score is.
 
 
 # %%
-def looks(row):
-    """How much right images are worth to a composition."""
-    pair = paired_difference(row.by_seed(score), row.by_seed(f"{score}/shuffled"))
+def above(row, floor):
+    """How much higher a composition scores than one of its floors."""
+    pair = paired_difference(row.by_seed(score), row.by_seed(f"{score}/{floor}"))
     return pair.difference if pair else None
 
 
-titles = [*rows[0].values, "n", "score", "shuffled", "chance", "looks"]
-beside = [score, f"{score}/shuffled", f"{benchmark}/chance"]
+floors = ["shuffled", "lookup"]
+titles = [*rows[0].values, "n", "score", *floors, "chance", *(f"- {floor}" for floor in floors)]
+beside = [score, *(f"{score}/{floor}" for floor in floors), f"{benchmark}/chance"]
 cells = [[*row.values.values(), str(len(row.finished)), *(str(row.interval(name) or "-") for name in beside),
-          str(looks(row) or "-")] for row in rows]  # fmt: skip
+          *(str(above(row, floor) or "-") for floor in floors)] for row in rows]  # fmt: skip
 print("\n".join(plain_table(titles, cells, keys=len(rows[0].values))))
 
 # %% [markdown]
 # ## By kind of question
 #
-# Normalised: 0 is the chance level of that kind, 1 is all right. A mean over kinds can hide that one was never
-# learnt.
+# Normalised: 0 is the highest floor of that kind (chance, wrong images, none, the lookup), 1 is all right. A mean over
+# kinds can hide that one was never learnt.
 
 # %%
 keys = [MetricKey.parse(name) for record in records for name in record.metrics]

@@ -14,7 +14,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -24,8 +24,10 @@ sys.path.insert(0, str(HERE.parent))
 
 from sweeps import command, cpu_hours, markdown, number, run_sweeps  # noqa: E402, I001  # first: it finds the package
 from hydra.utils import instantiate  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
+from vlmlab.contracts.sample import Turn, turns_of  # noqa: E402
+from vlmlab.evaluate.lookup import Lookup, commonest  # noqa: E402
 from vlmlab.analyse.results import RunRecord, read_sweep  # noqa: E402
 from vlmlab.analyse.stats import FEWEST_PAIRS, Interval, mean_interval  # noqa: E402
 from vlmlab.analyse.combination import Combination  # noqa: E402
@@ -104,6 +106,7 @@ class Score:
         questions: how many.
         accuracy: of the model, and with wrong images and without any (keys of ``SHOWN``).
         constant: accuracy of the commonest training answer of that kind, whatever is asked.
+        lookup: accuracy of the commonest training answer to the question's own words (`vlmlab.evaluate.lookup`).
     """
 
     data: str
@@ -113,6 +116,7 @@ class Score:
     questions: int
     accuracy: dict[str, Interval]
     constant: float
+    lookup: float
 
 
 def scored(sweep: Path, name: str) -> list[Score]:
@@ -122,6 +126,8 @@ def scored(sweep: Path, name: str) -> list[Score]:
 
 def _scores(row: Combination, name: str) -> list[Score]:
     runs = [{shown: _answers(record, name, shown) for shown in SHOWN} for record in row.finished]
+    taught = training_turns(OmegaConf.load(row.finished[0].folder / "config.yaml"))
+    lookup = Lookup(taught)
     found = []
     for kind, belongs in KINDS.items():
         chosen = [
@@ -129,7 +135,7 @@ def _scores(row: Combination, name: str) -> list[Score]:
         ]
         if not chosen[0][""]:
             continue
-        constant = _commonest(row.finished[0], belongs)
+        constant = commonest(Counter(turn.answer for turn in taught if belongs(turn.kind, turn.answer)))
         found.append(
             Score(
                 data=name,
@@ -137,8 +143,9 @@ def _scores(row: Combination, name: str) -> list[Score]:
                 tokens=row.cost("visual_tokens"),
                 kind=kind,
                 questions=len(chosen[0][""]),
-                accuracy={shown: mean_interval([_accuracy(run[shown]) for run in chosen]) for shown in SHOWN},
-                constant=_accuracy([_saying(constant, r) for r in chosen[0][""]]),
+                accuracy={shown: mean_interval([accuracy(run[shown]) for run in chosen]) for shown in SHOWN},
+                constant=accuracy([replace(r, prediction=constant) for r in chosen[0][""]]),
+                lookup=accuracy([replace(r, prediction=lookup.answer(r.prompt, r.kind)) for r in chosen[0][""]]),
             )
         )
     return found
@@ -148,22 +155,16 @@ def _answers(record: RunRecord, name: str, shown: str) -> list[Row]:
     return read_rows(predictions_file(record.folder, f"{name}_test", shown))
 
 
-def _accuracy(rows: Sequence[Row]) -> float:
+def accuracy(rows: Sequence[Row]) -> float:
+    """Mean accuracy of answers."""
     metric = VqaAccuracy()
     return fmean(metric.score(row) for row in rows)
 
 
-def _saying(answer: str, row: Row) -> Row:
-    return Row(row.benchmark, row.id, row.turn, row.kind, row.prompt, answer, row.references)
-
-
-def _commonest(record: RunRecord, belongs: Callable[[str, str], bool]) -> str:
-    """The answer that most training questions of a kind have."""
-    config = OmegaConf.load(record.folder / "config.yaml")
+def training_turns(config: DictConfig) -> list[Turn]:
+    """All training questions of a run, none of its images."""
     source = instantiate(config.data.train.instruct)
-    turns = [turn for index in range(len(source)) for turn in source[index].turns]
-    counted = Counter(normalise(turn.answer) for turn in turns if belongs(turn.kind, turn.answer))
-    return counted.most_common(1)[0][0]
+    return [turn for index in range(len(source)) for turn in turns_of(source, index)]
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -179,6 +180,7 @@ def as_csv(scores: Sequence[Score]) -> str:
         for shown, i in s.accuracy.items():
             writer.writerow([*first, shown or "right image", i.n, i.mean, i.low, i.high])
         writer.writerow([*first, "commonest training answer", "", s.constant, "", ""])
+        writer.writerow([*first, "lookup", "", s.lookup, "", ""])
     return out.getvalue()
 
 
@@ -194,11 +196,12 @@ def page(words: Mapping[str, Sequence[str]], scores: Sequence[Score], sweeps: Pa
     lines += ["```", *(command(text) for text in words.values()), "```", ""]
     lines += [f"`budget={budget}`, {spent:.2f} CPU-hours in all; n is the number of seeds.{claim}", ""]
     titles = ["data", "pixels", "visual tokens", "kind", "questions", "n", "accuracy", "shuffled", "no image",
-              "commonest training answer"]  # fmt: skip
+              "commonest training answer", "lookup"]  # fmt: skip
     rows = []
     for s in scores:
         first = [s.data, s.pixels, number(s.tokens, 0), s.kind, str(s.questions), str(s.accuracy[""].n)]
-        rows.append([*first, *(number(s.accuracy[shown]) for shown in SHOWN), number(s.constant, 3)])
+        levels = [number(s.constant, 3), number(s.lookup, 3)]
+        rows.append([*first, *(number(s.accuracy[shown]) for shown in SHOWN), *levels])
     return "\n".join([*lines, *markdown(titles, rows), ""])
 
 

@@ -70,6 +70,9 @@ def test_report(tmp_path: Path, cells: ModuleType) -> None:
         "answer: red",
         "with another image: green",
         "0.912",
+        "shuffled 0.300, no_image 0.250, lookup 0.400, chance 0.280",
+        "<td>lookup</td>",
+        "new (7)",
     ):
         assert expected in text
     assert "&lt;image&gt;" not in text

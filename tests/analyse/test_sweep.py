@@ -40,7 +40,7 @@ def test_text(sweep: Path) -> None:
     assert "5 cells: 3 done, 2 failed" in text
     assert "everywhere: budget=short" in text
     plus = "\N{PLUS-MINUS SIGN}"
-    assert _row(text, "mlp")[:8] == ["mlp", "2", "done", "0.850", plus, f"{half:.3f}", "0.300", "0.280"]
+    assert _row(text, "mlp")[:8] == ["mlp", "2", "done", "0.850", plus, f"{half:.3f}", "0.300", "0.400"]
     assert _row(text, "qformer")[:8] == ["qformer", "1", "1", "done,", "1", "failed", "0.700", "0.300"]
     assert _row(text, "linear")[:5] == ["linear", "0", "1", "failed", "-"]
     assert "failed: connector=qformer seed=1 budget=short: UserError: the loss is not finite" in text

@@ -102,6 +102,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     "train trainer.compile=maybe": (2, r"trainer.compile=maybe is not possible; set it to true or false"),
     "train trainer.devices=3": (2, r"batch_size=32 does not divide by accumulate=1 times trainer.devices=3"),
     "train evaluation.batch_size=0": (2, r"evaluation.batch_size=0 is not possible"),
+    "train evaluation.lookup_samples=0": (2, r"evaluation.lookup_samples=0 is not possible; .* 1, or null for none"),
     "train evaluation.baselines=[blind]": (2, r"evaluation.baselines=blind is unknown; choose from shuffled, no_image"),
     "train collate.pack_length=-1": (2, r"collate.pack_length=-1 is not possible"),
     "train name=../../elsewhere": (2, r"name=../../elsewhere is no folder below outputs"),

@@ -37,6 +37,7 @@ def test_without_weights_every_sample_comes_once() -> None:
         != ids(Mixture([Named("a", 5), Named("b", 12)], seed=1))
     )
     assert mixed.skipped == ["a!", "b!"] and mixed.label(0) == mixed[0].id
+    assert mixed.turns(0) == mixed[0].turns and not mixed.turns_in_memory
 
 
 def test_weights_are_met_exactly_and_passes_are_whole() -> None:

@@ -11,6 +11,7 @@ from tests import tiny
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.evaluate.gallery import side_by_side, write_gallery
+from vlmlab.evaluate.lookup import Lookup
 from vlmlab.evaluate.metrics.rows import read_rows
 from vlmlab.evaluate.run import evaluate_model, mean_loss
 from vlmlab.model.build import build_collator
@@ -66,6 +67,35 @@ def test_scores_predictions_and_held_out_loss(model: VLM, tmp_path: Path) -> Non
     assert all(a.image_ids != b.image_ids for a, b in zip(rows[""], rows[".shuffled"], strict=True) if a.image_ids)
     assert all(row.image_ids == () for row in rows[".no_image"])
     assert len(said) == 6
+
+
+def with_lookup(cfg: DictConfig, **source: object) -> DictConfig:
+    """The configuration with a stage that is taught the benchmark's own questions."""
+    stage = {"module": "a.Module", "train": {"lm": 1e-3}, "data": "taught", "batch_size": 4, "objective": {"lm": 1}}
+    cfg.data.train = {"taught": source or {"_target_": "tests.evaluate.test_run.Source", "count": 4}}
+    return OmegaConf.merge(cfg, {"recipe": {"stages": {"ask": {**stage, "steps": 2}}}, "seed": 0,
+                                 "evaluation": {"lookup_samples": 100}})  # fmt: skip
+
+
+def test_the_lookup_stands_beside_every_score_without_a_forward_pass(model: VLM, tmp_path: Path) -> None:
+    said: list[str] = []
+    cfg = with_lookup(config())
+    scores = evaluate_model(model, cfg, tmp_path, said.append)
+    plain = evaluate_model(model, config(), tmp_path / "plain", print)
+    assert len(said) == 6 and {key for key in scores if key.endswith("/lookup")} >= {"toy/vqa_accuracy/lookup"}
+    rows, looked = (read_rows(tmp_path / "predictions" / f"toy{name}.jsonl") for name in ("", ".lookup"))
+    table = Lookup(turn for sample in Source(4) for turn in sample.turns)
+    assert [row.prediction for row in looked] == [table.answer(row.prompt, row.kind) for row in rows]
+    assert scores["toy/vqa_accuracy/lookup"] > 0 and {row.image_ids for row in looked} == {()}
+    assert all(scores[key] == value for key, value in plain.items() if not key.startswith(("toy/floor", "toy/norm")))
+
+
+def test_a_run_is_scored_where_its_training_files_are_not(model: VLM, tmp_path: Path) -> None:
+    said: list[str] = []
+    gone = {"_target_": "vlmlab.data.readers.vqa.VqaJson", "path": str(tmp_path / "gone.json"), "images": str(tmp_path)}
+    scores = evaluate_model(model, with_lookup(config(), **gone), tmp_path, said.append)
+    assert "toy/vqa_accuracy" in scores and "toy/vqa_accuracy/lookup" not in scores
+    assert said[0].startswith("no lookup: Data file") and "gone.json does not exist" in said[0]
 
 
 def test_evaluating_twice_gives_the_same_numbers(model: VLM, tmp_path: Path) -> None:

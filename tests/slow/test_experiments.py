@@ -70,6 +70,7 @@ def test_medical_vqa(tmp_path: Path, shared_data: Path) -> None:
         "shuffled",
         "no_image",
         "commonest training answer",
+        "lookup",
     }
     again = command("experiments/medical_vqa/run.py", "--table", *words, cwd=tmp_path)
     assert again.returncode == 0 and (tmp_path / "out" / "table.md").read_text() == text

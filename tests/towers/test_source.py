@@ -84,5 +84,5 @@ def test_the_test_bed_saw_captions_and_sentences_and_no_cells() -> None:
 
 
 def test_an_unknown_pair_is_refused() -> None:
-    with pytest.raises(UserError, match="no shipped pair 'other'.*demo, testbed"):
+    with pytest.raises(UserError, match=r"no shipped pair 'other'.*demo, testbed"):
         embedded("lm", "other")

@@ -1,4 +1,4 @@
-"""The bar figure of a sweep: one panel per benchmark, bars with intervals beside the shuffled and chance levels."""
+"""The bar figure of a sweep: one panel per benchmark, bars with intervals beside their floors and ceiling."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 from vlmlab.analyse.combination import Combination
 from vlmlab.analyse.results import FIRST, MetricKey
+from vlmlab.evaluate.metrics.captions import CEILINGS
+from vlmlab.evaluate.metrics.scoring import LOOKUP
 
 MOST_PANELS = 6
-BAR, INK, SHUFFLED, CHANCE, HUMAN = "#4C78A8", "#222222", "#E45756", "#777777", "#54A24B"
+BAR, INK, SHUFFLED, LOOKED_UP, CHANCE, CEILING = "#4C78A8", "#222222", "#E45756", "#B279A2", "#777777", "#54A24B"
 
 
 def draw(path: Path, rows: Sequence[Combination], metrics: Sequence[str]) -> Path | None:
@@ -65,9 +67,10 @@ def _panel(axis: Any, rows: Sequence[Combination], name: str) -> None:
         axis.vlines(
             [x for x, _ in points], lows, highs, color=SHUFFLED, linewidth=2.5, zorder=4, label="shuffled images"
         )
+    _level(axis, rows, f"{name}/{LOOKUP}", LOOKED_UP, "-.", "commonest training answer (lookup)")
     _level(axis, rows, f"{key.benchmark}/chance", CHANCE, "--", "chance")
-    if key.score != "vqa_accuracy":
-        _level(axis, rows, f"{key.benchmark}/human/{key.score}", HUMAN, ":", "human (leave one out)")
+    for who in CEILINGS.values():
+        _level(axis, rows, f"{key.benchmark}/{who}/{key.score}", CEILING, ":", f"{who} (leave one out)")
     axis.set_title(f"{key.benchmark}\n{key.score}", fontsize=9, loc="left")
     axis.set_xlim(left=0)
     axis.margins(x=0.03)

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from vlmlab.analyse import curves
 from vlmlab.analyse.results import FIRST, MetricKey, numbers, parse_overrides
-from vlmlab.analyse.table import benchmark_tables
+from vlmlab.analyse.table import benchmark_tables, shown
 from vlmlab.analyse.text import short_number
 from vlmlab.contracts.sample import IMAGE_TAG
+from vlmlab.evaluate.metrics.captions import CEILINGS
 from vlmlab.evaluate.metrics.rows import Row
+from vlmlab.evaluate.metrics.scoring import BESIDE
 from vlmlab.evaluate.metrics.vqa import VqaAccuracy
 from vlmlab.runs.files import read_rows, write_atomic
 
@@ -72,6 +74,7 @@ def write_report(folder: Path, items: Sequence[ReportItem], result: Mapping[str,
         config=_config(folder),
         width=curves.WIDTH,
         height=curves.HEIGHT,
+        shown=shown,
         left=curves.LEFT,
         right=curves.RIGHT,
     )
@@ -95,9 +98,9 @@ def _headlines(metrics: Mapping[str, float]) -> list[dict[str, str]]:
         if key.score not in FIRST or key.kind or key.baseline or key.benchmark in heads:
             continue
         levels = {
-            "shuffled": metrics.get(f"{name}/shuffled"),
+            **{floor: metrics.get(f"{name}/{floor}") for floor in BESIDE},
             "chance": metrics.get(f"{key.benchmark}/chance"),
-            "human": metrics.get(f"{key.benchmark}/human/{key.score}"),
+            **{who: metrics.get(f"{key.benchmark}/{who}/{key.score}") for who in CEILINGS.values()},
         }
         beside = ", ".join(f"{label} {level:.3f}" for label, level in levels.items() if level is not None)
         heads[key.benchmark] = {

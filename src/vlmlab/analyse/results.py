@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.evaluate.metrics.scoring import BASELINES
+from vlmlab.evaluate.metrics.scoring import BESIDE
 from vlmlab.runs.files import read_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.lock import is_locked
@@ -18,17 +18,20 @@ from vlmlab.runs.names import override_key
 
 FIRST = ("vqa_accuracy", "cider_d")
 """Scores that come first in tables and that figures show."""
+FLOOR = "floor"
+"""Before the name of the highest floor, the one that ``normalised`` is over."""
 
 
 @dataclass(frozen=True)
 class MetricKey:
-    """A metric's name, taken apart: ``<benchmark>/[human/]<score>[/kind/<kind>|/count][/<baseline>]``.
+    """A metric's name, taken apart: ``<benchmark>/[human/]<score>[/kind/<kind>|/<group>][/count][/<baseline>]``.
 
     Attributes:
         benchmark: the first part.
-        score: such as ``vqa_accuracy``, ``chance``, ``cider_d``, ``human/cider_d``, ``vqa_accuracy/count``.
+        score: such as ``vqa_accuracy``, ``chance``, ``floor/lookup``, ``cider_d``, ``human/cider_d``,
+            ``vqa_accuracy/count``, ``vqa_accuracy/<group>``.
         kind: the kind of question, or empty for all of them.
-        baseline: ``shuffled``, ``no_image``, or empty for the real evaluation.
+        baseline: ``shuffled``, ``no_image``, ``lookup``, or empty for the real evaluation.
     """
 
     benchmark: str
@@ -38,10 +41,10 @@ class MetricKey:
 
     @classmethod
     def parse(cls, name: str) -> MetricKey:
-        """The parts of `name`. A kind that is called like a baseline stays a kind."""
+        """The parts of `name`. A kind that is called like a baseline stays a kind, and the floor's name a score's."""
         benchmark, *parts = name.split("/")
         baseline = ""
-        if len(parts) > 1 and parts[-1] in BASELINES and parts[-2] != "kind":
+        if len(parts) > 1 and parts[-1] in BESIDE and parts[-2] not in ("kind", FLOOR):
             baseline = parts.pop()
         kind = ""
         if "kind" in parts[1:-1]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from vlmlab.analyse.combination import SEED, Combination
 from vlmlab.analyse.results import FIRST, MetricKey, RunRecord, read_sweep
 from vlmlab.analyse.stats import paired_difference
-from vlmlab.analyse.table import BESIDE, HUMAN
+from vlmlab.analyse.table import is_count, is_level
 from vlmlab.analyse.text import WIDTH, plain_table, short_number
+from vlmlab.evaluate.metrics.scoring import LOOKUP
 from vlmlab.runs.files import write_atomic
 
 COST_FIRST = ("params", "trainable", "visual_tokens", "seconds")
@@ -54,14 +55,15 @@ def main_metrics(records: Sequence[RunRecord]) -> list[str]:
     """
     finished = [record.metrics for record in records if record.done]
     common = [name for name in (finished[0] if finished else {}) if all(name in metrics for metrics in finished)]
-    overall = [name for name in common if _is_overall(MetricKey.parse(name))]
+    overall = [name for name in common if _is_overall(MetricKey.parse(name), common)]
     with_baseline = [name for name in overall if f"{name}/shuffled" in common]
     return sorted(with_baseline or overall, key=lambda name: MetricKey.parse(name).score not in FIRST)
 
 
-def _is_overall(key: MetricKey) -> bool:
-    aside = key.score in BESIDE or key.score.startswith(HUMAN) or key.score.split("/")[-1] == "count"
-    return not (aside or key.kind or key.baseline)
+def _is_overall(key: MetricKey, names: Sequence[str]) -> bool:
+    """Whether this is a score of a whole benchmark, not of a kind, and not of a group beside its whole."""
+    whole = f"{key.benchmark}/{key.score.rpartition('/')[0]}"
+    return not (is_level(key) or is_count(key) or key.kind or key.baseline or whole in names)
 
 
 def write_table(sweep_dir: Path) -> str:
@@ -122,7 +124,7 @@ def _score_table(rows: Sequence[Combination], metrics: Sequence[str]) -> list[st
     for name in metrics:
         key = MetricKey.parse(name)
         columns.append((f"{key.benchmark}\n{key.score}", _scored(name)))
-        for beside in (f"{name}/shuffled", f"{key.benchmark}/chance"):
+        for beside in (f"{name}/shuffled", f"{name}/{LOOKUP}", f"{key.benchmark}/chance"):
             if beside.endswith("chance") and key.score != FIRST[0]:
                 continue
             if any(row.interval(beside) for row in rows):

@@ -1,19 +1,23 @@
-"""The final table of one run: every accuracy with its chance level, its baselines and its cost."""
+"""The final table of one run: every accuracy with its floors, the highest of them, its ceiling and its cost."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmlab.analyse.results import MetricKey, numbers
+from vlmlab.analyse.results import FLOOR, MetricKey, numbers
 from vlmlab.analyse.text import plain_table, short_number
-from vlmlab.evaluate.metrics.scoring import BASELINES
+from vlmlab.evaluate.metrics.captions import CEILINGS, LEFT_OUT
+from vlmlab.evaluate.metrics.scoring import BESIDE as SETS
 
 BESIDE = ("chance", "normalised")
 """Scores that stand in a column beside the accuracy they belong to."""
-HUMAN = "human/"
+OVER = "over"
+"""The column that names the floor which ``normalised`` is over."""
+
+Cell = float | str | None
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,13 @@ class BenchmarkTable:
         name: the benchmark.
         count: number of items, None where unknown.
         columns: titles; the first is the score's.
-        rows: the score's name (of a kind: the kind, indented), then one number or None per column.
+        rows: the score's name (of a kind or group: that, indented), then one number, word or None per column.
     """
 
     name: str
     count: int | None
     columns: tuple[str, ...]
-    rows: list[tuple[str, tuple[float | None, ...]]]
+    rows: list[tuple[str, tuple[Cell, ...]]]
 
 
 def benchmark_tables(metrics: Mapping[str, float]) -> list[BenchmarkTable]:
@@ -43,40 +47,81 @@ def benchmark_tables(metrics: Mapping[str, float]) -> list[BenchmarkTable]:
 
 
 def _benchmark_table(name: str, values: Mapping[MetricKey, float]) -> BenchmarkTable:
-    counts = [value for key, value in values.items() if key.score.split("/")[-1] == "count"]
-    cells: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-    accuracy = _accuracy(values)
+    cells: dict[tuple[str, str], dict[str, Cell]] = defaultdict(dict)
+    counts: dict[str, float] = {}
+    accuracy, scores = _accuracy(values), {key.score for key in values}
     for key, value in values.items():
-        if key.score.split("/")[-1] == "count":
-            continue
-        if key.score in BESIDE and accuracy:
-            cells[accuracy, key.kind][key.score] = value
-        elif key.score.startswith(HUMAN):
-            cells[key.score.removeprefix(HUMAN), key.kind]["human"] = value
+        if is_count(key):
+            counts[key.score.partition("/")[2].removesuffix("count").rstrip("/")] = value
         else:
-            cells[key.score, key.kind][key.baseline or "value"] = value
-    for row in cells.values():
-        if "human" in row and "value" in row and row["human"] > 0:
-            row["of human"] = row["value"] / row["human"]
-    order = ("value", *BASELINES, *BESIDE, "human", "of human")
+            score, part, title, cell = _place(key, value, accuracy, scores)
+            cells[score, part][title] = cell
+    ceilings: list[str] = []
+    for who in CEILINGS.values():
+        ceilings += [who, f"of {who}"]
+        for row in cells.values():
+            own, theirs = row.get(LEFT_OUT), row.get(who)
+            if isinstance(own, float) and isinstance(theirs, float) and theirs > 0:
+                row[f"of {who}"] = own / theirs
+    order = ("value", *SETS, *BESIDE, OVER, LEFT_OUT, *ceilings)
     columns = tuple(title for title in order if any(title in row for row in cells.values()))
-    ranked = sorted(cells, key=lambda cell: (_first(cells, cell[0]), cell[1] != "", cell[1]))
+    ranked = sorted(cells, key=lambda cell: (_first(cells, cell[0]), cell[1] != "", cell[1] in counts, cell[1]))
     rows = [
-        (f"  {kind}" if kind else score, tuple(cells[score, kind].get(title) for title in columns))
-        for score, kind in ranked
+        (_label(score, part, counts), tuple(cells[score, part].get(title) for title in columns))
+        for score, part in ranked
     ]
-    return BenchmarkTable(name, int(counts[0]) if counts else None, ("score", *columns), rows)
+    return BenchmarkTable(name, int(counts[""]) if "" in counts else None, ("score", *columns), rows)
+
+
+def is_count(key: MetricKey) -> bool:
+    """Whether this is a number of items and no score."""
+    return key.score.split("/")[-1] == "count"
+
+
+def is_level(key: MetricKey) -> bool:
+    """Whether this describes another score: chance, floors, ceilings, what compares with a ceiling."""
+    first, *rest = key.score.split("/")
+    return first in (*BESIDE, FLOOR, *CEILINGS.values()) or LEFT_OUT in rest
+
+
+def _place(key: MetricKey, value: float, accuracy: str, scores: Collection[str]) -> tuple[str, str, str, Cell]:
+    """Where a number stands: the score of its row, the kind or group, the title of its column; and what is shown."""
+    first, _, rest = key.score.partition("/")
+    if first == FLOOR:
+        floor, _, group = rest.partition("/")
+        return accuracy, key.kind or group, OVER, floor
+    if first in BESIDE and accuracy:
+        return accuracy, key.kind or rest, first, value
+    if first in CEILINGS.values():
+        return rest, key.kind, first, value
+    if rest == LEFT_OUT:
+        return first, key.kind, rest, value
+    if rest and first in scores:
+        return first, rest, key.baseline or "value", value
+    return key.score, key.kind, key.baseline or "value", value
+
+
+def _label(score: str, part: str, counts: Mapping[str, float]) -> str:
+    """A row's name; a group's with its number of items, which a kind does not have."""
+    if not part:
+        return score
+    return f"  {part} ({counts[part]:.0f})" if part in counts else f"  {part}"
 
 
 def _accuracy(values: Mapping[MetricKey, float]) -> str:
     """The score that chance levels belong to: the one that is given per kind like them, or simply the first."""
-    others = [key for key in values if key.score not in BESIDE and not key.score.startswith(HUMAN)]
+    others = [key for key in values if not is_level(key)]
     per_kind = [key.score for key in others if key.kind]
     return (per_kind or [key.score for key in others] or [""])[0]
 
 
 def _first(cells: Mapping[tuple[str, str], Any], score: str) -> int:
     return [name for name, _ in cells].index(score)
+
+
+def shown(value: Cell) -> str:
+    """A cell as text: a number with three decimals, a word as it is."""
+    return "" if value is None else value if isinstance(value, str) else f"{value:.3f}"
 
 
 def final_table(result: Mapping[str, Any]) -> str:
@@ -88,7 +133,7 @@ def final_table(result: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for table in benchmark_tables(numbers(result.get("metrics"))):
         count = "" if table.count is None else f" ({table.count} items)"
-        rows = [[name, *("" if value is None else f"{value:.3f}" for value in values)] for name, values in table.rows]
+        rows = [[name, *map(shown, values)] for name, values in table.rows]
         body = plain_table(table.columns, rows)
         lines += [f"{table.name}{count}", *(f"  {line}".rstrip() for line in body), ""]
     if not lines:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +26,8 @@ class Turn:
         kind: what sort of question this is ("count", "caption", ...); scores are reported per kind.
         references: all acceptable answers (captions have several); empty means ``(answer,)``.
         chance: accuracy in 0..1 of the best answer that never looks at the image; None where unknown.
+        group: a part of the benchmark that is scored apart, across the kinds ("held_out_pair"); empty where there are
+            none. Left out of the repr, which stands for what is said (its hash fixes the embedded world's samples).
     """
 
     prompt: str
@@ -33,6 +35,7 @@ class Turn:
     kind: str = ""
     references: tuple[str, ...] = ()
     chance: float | None = None
+    group: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,11 @@ class Sample:
 
 
 class SampleSource(Protocol):
-    """A data set: random access to samples, the same sample for the same index on every machine."""
+    """A data set: random access to samples, the same sample for the same index on every machine.
+
+    One that can tell a sample's turns without making its images has a method ``turns(index)`` too; see `turns_of`.
+    Where that costs next to nothing, because all records are in memory, it says so by ``turns_in_memory = True``.
+    """
 
     def __len__(self) -> int: ...
 
@@ -71,10 +78,21 @@ class Metric(Protocol):
     def predicted(self) -> dict[str, float]:
         """The scores that depend on the predictions; all that a baseline needs."""
 
-    def compute(self) -> dict[str, float]:
-        """``predicted()`` and what describes the set: counts, chance levels, human ceilings."""
+    def compute(self, floors: Mapping[str, Mapping[str, float]] | None = None) -> dict[str, float]:
+        """``predicted()`` and what describes the set: counts, chance levels, ceilings, scores above the highest floor.
+
+        Args:
+            floors: what ``predicted()`` gave for every other set of answers to the same questions, by its name.
+        """
 
 
 def references(turn: Turn) -> Sequence[str]:
     """All acceptable answers of a turn, never empty."""
     return turn.references or (turn.answer,)
+
+
+def turns_of(source: SampleSource, index: int) -> Sequence[Turn]:
+    """The turns of a sample, without rendering or decoding an image where the source has a method ``turns(index)``."""
+    told = getattr(source, "turns", None)
+    turns: Sequence[Turn] = source[index].turns if told is None else told(index)
+    return turns

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.sample import Sample, SampleSource
+from vlmlab.contracts.sample import Sample, SampleSource, Turn, turns_of
 from vlmlab.data.skipped import Skipped, label
 
 
@@ -47,6 +47,7 @@ class Mixture:
         if total < 1:
             raise UserError(f"size={size} leaves no sample of the mixture; use a positive number or null for all.")
         self.sources = list(sources)
+        self.turns_in_memory = all(getattr(source, "turns_in_memory", False) for source in sources)
         draw = np.random.Generator(np.random.PCG64(seed))
         counts = _counts(shares, total)
         self._source = np.repeat(np.arange(len(sizes), dtype=np.int32), counts)
@@ -63,6 +64,10 @@ class Mixture:
 
     def __getitem__(self, index: int) -> Sample:
         return self.sources[self._source[index]][int(self._row[index])]
+
+    def turns(self, index: int) -> Sequence[Turn]:
+        """The turns of a sample, as its source tells them."""
+        return turns_of(self.sources[self._source[index]], int(self._row[index]))
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it."""

@@ -71,8 +71,9 @@ def address(cfg: DictConfig, trained: VLM, benchmark: DictConfig) -> str | None:
     encoder, lm = trained.encoder, trained.lm
     if encoder is None or encoder.source is None or lm.source is None or not cfg.data.get("probe"):
         return None
-    mask, told, asked = (OmegaConf.to_container(node, resolve=True) for node in (cfg.mask, cfg.data.probe, benchmark))
-    facts = [encoder.source, encoder.width, list(encoder.hw), lm.source, mask, told, asked]
+    nodes = (cfg.mask, cfg.data.probe, benchmark.source)
+    plain = [OmegaConf.to_container(node, resolve=True) for node in nodes]
+    facts = [encoder.source, encoder.width, list(encoder.hw), lm.source, *plain, benchmark.max_new_tokens]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.contracts.errors import CheckpointError, DataError, UserError
 from vlmlab.contracts.sample import Sample, SampleSource, references
 from vlmlab.data.skipped import Replaced, note
 from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled, image_names
-from vlmlab.evaluate.metrics.rows import Row, write_rows
-from vlmlab.evaluate.metrics.scoring import predictions_file, score_predictions
+from vlmlab.evaluate.lookup import Lookup, training_turns
+from vlmlab.evaluate.metrics.rows import Row, read_rows, write_rows
+from vlmlab.evaluate.metrics.scoring import LOOKUP, PROBE, predictions_file, score_predictions
 from vlmlab.evaluate.probe import address, probes, shipped
 from vlmlab.model.build import build_cache, build_collator
 from vlmlab.model.questions import unequal_in_trees
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 BASELINES: dict[str, Callable[[SampleSource], SampleSource]] = {"shuffled": Shuffled, "no_image": NoImage}
-PROBE = "probe"
 Progress = Callable[[str], None]
 
 
@@ -41,7 +41,8 @@ def evaluate_model(model: VLM, cfg: DictConfig, folder: Path, say: Progress = pr
         say: takes one line of progress at a time.
 
     Returns:
-        "<benchmark>/<metric>", and the same with "/shuffled" and "/no_image"; "val/<data>/loss" in nats per token.
+        "<benchmark>/<metric>", and the same with "/shuffled", "/no_image" and "/lookup"; "val/<data>/loss" in nats per
+        token.
     """
     from hydra.utils import instantiate
 
@@ -49,6 +50,7 @@ def evaluate_model(model: VLM, cfg: DictConfig, folder: Path, say: Progress = pr
     if cfg.evaluation.get("share_images") and (why := unequal_in_trees(model)) is not None:
         say(f"note: evaluation.share_images=true: each question reads its images itself, since {why}")
     scores: dict[str, float] = {}
+    lookup = _lookup(cfg, say) if cfg.data.benchmarks else None
     for name, benchmark in cfg.data.benchmarks.items():
         questions = instantiate(benchmark.source)
         note(folder, f"data.benchmarks.{name}", getattr(questions, "skipped", []))
@@ -58,12 +60,40 @@ def evaluate_model(model: VLM, cfg: DictConfig, folder: Path, say: Progress = pr
             rows = answer(model, cfg, str(name), shown, benchmark.max_new_tokens)
             write_rows(predictions_file(folder, str(name), baseline), rows)
             say(f"{name}{' ' + baseline if baseline else ''}: {len(rows)} answers")
+        floors = list(cfg.evaluation.baselines)
+        if lookup is not None:
+            write_rows(predictions_file(folder, str(name), LOOKUP), looked_up(lookup, folder, str(name)))
+            floors.append(LOOKUP)
         if probed := _probed(model, cfg, str(name), source):
             write_rows(predictions_file(folder, str(name), PROBE), probed)
             say(f"{name} {PROBE}: {len(probed)} answers")
+            floors.append(PROBE)
         metrics = [instantiate(metric, _partial_=True) for metric in benchmark.metrics]
-        scores.update(score_predictions(folder, str(name), metrics, [*cfg.evaluation.baselines, PROBE]))
+        scores.update(score_predictions(folder, str(name), metrics, floors))
     return {**scores, **held_out_losses(model, cfg, say, folder)}
+
+
+def _lookup(cfg: DictConfig, say: Progress) -> Lookup | None:
+    """The table of the run's training answers; None where it is not asked for."""
+    from hydra.errors import InstantiationException
+    from omegaconf import OmegaConf
+
+    most = OmegaConf.select(cfg, "evaluation.lookup_samples")
+    if not most:
+        return None
+    try:
+        return Lookup(training_turns(cfg, int(most)))
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, DataError):
+            raise
+        say(f"no lookup: {error.__cause__}")  # a finished run may be scored where its training files are not
+        return None
+
+
+def looked_up(lookup: Lookup, folder: Path, name: str) -> list[Row]:
+    """The questions of a benchmark, which its predictions hold, with the lookup's answers."""
+    rows = read_rows(predictions_file(folder, name))
+    return [replace(row, prediction=lookup.answer(row.prompt, row.kind), image_ids=()) for row in rows]
 
 
 def answer(model: VLM, cfg: DictConfig, name: str, source: SampleSource, max_new_tokens: int) -> list[Row]:
@@ -157,6 +187,7 @@ def _row(benchmark: str, sample: Sample, text: str) -> Row:
         references=tuple(references(turn)),
         chance=turn.chance,
         image_ids=image_names(sample),
+        group=turn.group,
     )
 
 

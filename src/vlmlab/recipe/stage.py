@@ -262,6 +262,12 @@ def _check_numbers(keys: Mapping[str, Any], where: str, devices: Any) -> None:
         check_divides(keys["batch_size"], keys.get("accumulate", 1), devices, where)
 
 
+def drawn_from(cfg: DictConfig, size: int) -> int:
+    """How many of a source's samples the stages draw from: all, or the first few with ``debug.overfit``."""
+    few = int(OmegaConf.select(cfg, "debug.overfit") or 0)
+    return min(size, few) if few else size
+
+
 def check_divides(batch_size: int, accumulate: int, ranks: int, where: str) -> None:
     """Refuse a batch that does not split evenly over ranks and micro-batches.
 

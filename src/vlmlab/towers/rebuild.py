@@ -22,7 +22,8 @@ from vlmlab.towers.source import save_tower, tower_hash
 CARD = """# Embedded towers
 
 Two tiny towers trained on the embedded world (`vlmlab.data.world`): generated data, no third-party data or weights.
-`vision` is a SigLIP vision model that saw captioned images and no question; `lm` is a Qwen2 that saw text and no image.
+`vision` is a SigLIP vision model that saw no question: each of its 16 patches was taught to name its own cell, by its
+place and four words (a caption is the list of them). `lm` is a Qwen2 that saw text and no image.
 Stored in float16, loaded in float32.
 
 | | |

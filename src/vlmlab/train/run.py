@@ -37,7 +37,7 @@ from vlmlab.engine.stage import NonFinite, StageModule, no_room
 from vlmlab.engine.weights import Trainee, build_mask, build_objectives, check_fusion_learns, mixed_in, plain_key
 from vlmlab.model.build import build_cache
 from vlmlab.model.questions import questions_line
-from vlmlab.recipe.stage import Stage, check_divides, parse
+from vlmlab.recipe.stage import Stage, check_divides, drawn_from, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.train.keeper import Keeper
@@ -388,8 +388,7 @@ class StageData(L.LightningDataModule):
 
     def order(self) -> Order:
         """Which samples every step sees."""
-        few = int(OmegaConf.select(self.cfg, "debug.overfit") or 0)
-        size = min(len(self.source), few) if few else len(self.source)
+        size = drawn_from(self.cfg, len(self.source))
         return Order(size, self.stage.batch_size, int(self.cfg.seed), self.stage.name)
 
     def train_dataloader(self) -> DataLoader[Window]:

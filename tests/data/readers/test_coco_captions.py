@@ -46,6 +46,7 @@ def test_one_sample_per_caption_verbatim_but_stripped(folder: Path) -> None:
     ]
     turn = source[0].turns[0]
     assert (turn.prompt, turn.kind, turn.references) == ("Describe.", "caption", ())
+    assert [source.turns(i) for i in range(len(source))] == [source[i].turns for i in range(len(source))]
 
 
 def test_one_sample_per_image_with_all_references(folder: Path) -> None:

@@ -98,6 +98,7 @@ def test_text_only_system_and_ids(folder: Path) -> None:
     source = LlavaJson(write(folder, [first, record("Hi", "Ho", id="5"), record("Hi", "Ho")], "chat.jsonl"))
     assert [source[i].id for i in range(3)] == ["5", "5#2", "chat-3"]
     assert (source[0].system, source[1].system, source[0].images) == ("Be kind.", "", ())
+    assert [source.turns(i) for i in range(len(source))] == [source[i].turns for i in range(len(source))]
 
 
 def test_messages_with_parts(folder: Path) -> None:

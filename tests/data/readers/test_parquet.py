@@ -66,6 +66,7 @@ def test_rows_are_found_across_groups_and_shards(tmp_path: Path) -> None:
     assert source[7].id == source.label(7) and source[7].image_ids == ("train-00001-of-00002-1#0",)
     turn = source[5].turns[0]
     assert (turn.prompt, turn.answer) == ("<image>\nDescribe.", "A dog.")
+    assert source.turns(5) == source[5].turns
     again = copy.deepcopy(source)  # a worker that is spawned
     assert again[4].images[0].shape == source[4].images[0].shape
     assert len(LlavaParquet(str(tmp_path / "train-*1-of-00002.parquet"))) == 5

@@ -50,6 +50,7 @@ def test_captions_records_and_many_images(tmp_path: Path) -> None:
         == [source.label(i) for i in range(4)]
     )
     assert (source[0].turns[0].prompt, source[0].turns[0].answer) == ("Describe.", "A cat.")
+    assert [source.turns(i) for i in range(len(source))] == [source[i].turns for i in range(len(source))]
     assert [[image.shape[1] for image in source[i].images] for i in range(4)] == [[1], [2, 3], [], [1]]
 
 

@@ -44,7 +44,7 @@ def test_questions_of_one_image_become_conversations(folder: Path) -> None:
     prompts = [turn.prompt for i in range(2) for turn in source[i].turns]
     assert sorted(prompts) == sorted(f"question {n}?" for n in range(10))
     assert prompts != [turn.prompt for i in range(2) for turn in VqaJson(path, seed=1)[i].turns]
-    assert source[0].turns == VqaJson(path)[0].turns
+    assert source[0].turns == VqaJson(path)[0].turns == source.turns(0) and source.turns_in_memory
     assert source[0].images[0].shape == (3, 4, 3) and source[0].images[0].dtype == np.uint8
 
 

@@ -8,8 +8,10 @@ import yaml
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG
-from vlmlab.data.world.scene import sample_scene
+from vlmlab.data.world import sources
+from vlmlab.data.world.scene import HELD_OUT, sample_scene
 from vlmlab.data.world.sources import (
+    LooseCaptions,
     WorldCaptions,
     WorldInstruct,
     WorldInterleaved,
@@ -17,6 +19,7 @@ from vlmlab.data.world.sources import (
     WorldStatements,
     WorldText,
 )
+from vlmlab.data.world.words import lexicon
 
 CONFIG = Path(__file__).parents[3] / "conf" / "data" / "world.yaml"
 SOURCES = {
@@ -81,6 +84,45 @@ def test_samples_are_well_formed(name):
         assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for image in sample.images)
         assert sample.turns and all(turn.answer and turn.kind for turn in sample.turns)
         assert all(turn.chance is None or 0 < turn.chance <= 0.5 for turn in sample.turns)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_turns_come_without_pixels(name, monkeypatch):
+    samples = [SOURCES[name][index] for index in range(8)]
+    monkeypatch.setattr(sources, "render", lambda scene: pytest.fail("an image was drawn"))
+    assert [SOURCES[name].turns(index) for index in range(8)] == [sample.turns for sample in samples]
+    with pytest.raises(IndexError):
+        SOURCES[name].turns(200)
+
+
+def test_loose_shapes_tell_their_turns_without_pixels(monkeypatch):
+    loose = LooseCaptions("train", 4)
+    turns = loose[3].turns
+    monkeypatch.setattr(sources, "render_loose", lambda scene: pytest.fail("an image was drawn"))
+    assert loose.turns(3) == turns
+
+
+def test_compositional_questions_that_turn_on_a_held_out_pair_are_marked():
+    words = lexicon("base")
+    pairs = [(words.colors[color], words.shapes[shape], words.plurals[shape]) for color, shape in HELD_OUT]
+
+    def named(text):
+        return any(f"{color} {form}" in text.replace(t, "").replace("  ", " ")
+                   for color, *forms in pairs for form in forms for t in words.textures)  # fmt: skip
+
+    turns = [SOURCES["compositional"].turns(index)[0] for index in range(200)]
+    assert {turn.group for turn in turns} == {"held_out_pair", "other"}
+    for turn in turns:
+        completed = turn.kind == "attribute" and any(
+            {turn.answer, other} == {color, shape} and other in turn.prompt.rstrip("?").split()
+            for color, shape, _ in pairs
+            for other in (color, shape)
+        )
+        assert (turn.group == "held_out_pair") == (named(turn.prompt) or completed), turn
+    assert sum(turn.group == "held_out_pair" for turn in turns) > 20
+    others = [turn for name in ("single", "conversation", "text") for index in range(20)
+              for turn in SOURCES[name].turns(index)]  # fmt: skip
+    assert not {turn.group for turn in others} - {""}
 
 
 def test_size_does_not_change_samples():

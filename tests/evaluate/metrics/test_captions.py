@@ -122,6 +122,11 @@ def test_leave_one_out_rounds() -> None:
         (["c", "f"], [["a", "b"], ["d", "e"]]),
     ]
     assert value == pytest.approx((3 * 1 + 3 * 2 + 2 * 3) / 8)
+    others = [references for _, references in seen]
+    seen.clear()
+    assert leave_one_out(score, images, [["x"], ["y"], ["z"], ["alone"]]) == pytest.approx(value)
+    assert [candidates for candidates, _ in seen] == [["x", "y", "z"], ["x", "y", "z"], ["x", "y"]]
+    assert [references for _, references in seen] == others  # a model meets the very references that people meet
     assert leave_one_out(score, [[["a"]], [["b"]]]) is None
 
 
@@ -135,18 +140,44 @@ def test_caption_scores() -> None:
     assert scores["count"] == 2
     assert scores["bleu_4"] == pytest.approx(1.0)
     assert scores["rouge_l"] == pytest.approx(1.0)
-    assert set(scores) == {"count"} | {
-        f"{who}{name}" for who in ("", "human/") for name in ("cider_d", "bleu_4", "rouge_l")
+    names = ("cider_d", "bleu_4", "rouge_l")
+    assert set(scores) == {"count", *names} | {
+        key for name in names for key in (f"human/{name}", f"{name}/leave_one_out")
     }
     assert 0 < scores["human/cider_d"] < scores["cider_d"]
-    assert metric.predicted() == {name: scores[name] for name in ("cider_d", "bleu_4", "rouge_l")}
+    assert metric.predicted() == {name: scores[name] for name in names}
+
+
+def test_the_model_is_compared_with_people_over_as_many_references() -> None:
+    """By hand, in ROUGE-L, whose best reference counts: the caption equals the first of two references."""
+    metric = CaptionScores()
+    for number in range(2):
+        metric.update(_caption(number, "a b c d", "a b c d", "a b x y"))
+    scores = metric.compute()
+    half = 0.5  # of four words two are shared in order, so precision and recall are a half
+    assert scores["human/rouge_l"] == pytest.approx(half)  # each reference against the other one
+    assert scores["rouge_l"] == 1.0  # against both
+    assert scores["rouge_l/leave_one_out"] == pytest.approx((half + 1.0) / 2)  # against the second, then the first
+
+
+def test_generated_references_are_not_called_human() -> None:
+    metric = CaptionScores(references_by="grammar")
+    bare = CaptionScores(references_by=None)
+    for number in range(2):
+        for one in (metric, bare):
+            one.update(_caption(number, "a dog", f"a dog {number}", "the dog"))
+    scores = metric.compute()
+    assert "grammar/cider_d" in scores and not any(name.startswith("human") for name in scores)
+    assert set(bare.compute()) == {"cider_d", "bleu_4", "rouge_l", "count"}
+    with pytest.raises(UserError, match="references_by=robots is unknown; choose from people, grammar, or null"):
+        CaptionScores(references_by="robots")
 
 
 def test_caption_scores_without_several_references() -> None:
     metric = CaptionScores()
     for number in range(2):
         metric.update(_caption(number, "a dog", f"a dog {number}"))
-    assert not any(name.startswith("human/") for name in metric.compute())
+    assert set(metric.compute()) == {"cider_d", "bleu_4", "rouge_l", "count"}
 
 
 def test_caption_without_reference_is_named() -> None:

@@ -18,7 +18,7 @@ ROW = Row("b", "s-1", 0, "count", "How\nmany?", 'say "zwölf"', ("12", "twelve")
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    rows = [ROW, Row("b", "s-2", 1, "", "p", "", ("x",))]
+    rows = [ROW, Row("b", "s-2", 1, "", "p", "", ("x",), group="held_out_pair")]
     write_rows(tmp_path / "predictions" / "b.jsonl", rows)
     assert read_rows(tmp_path / "predictions" / "b.jsonl") == rows
     assert [path.name for path in (tmp_path / "predictions").iterdir()] == ["b.jsonl"]
@@ -66,11 +66,17 @@ def test_scores_with_baselines(tmp_path: Path) -> None:
             "b/vqa_accuracy/kind/colour/shuffled": 0.25,
             "b/chance": 0.25,
             "b/chance/kind/colour": 0.25,
+            "b/floor/chance": 0.25,
+            "b/floor/chance/kind/colour": 0.25,
             "b/normalised": 2 / 3,
             "b/normalised/kind/colour": 2 / 3,
         }
     )
     assert "b/vqa_accuracy/shuffled" not in score_predictions(tmp_path, "b", [VqaAccuracy], baselines=())
+    _write(tmp_path, "lookup", "red", "red", "blue", "blue")
+    scores = score_predictions(tmp_path, "b", [VqaAccuracy])
+    assert (scores["b/vqa_accuracy/lookup"], scores["b/vqa_accuracy/kind/colour/lookup"]) == (0.5, 0.5)
+    assert (scores["b/floor/lookup"], scores["b/normalised"]) == (0.5, 0.5) and "b/floor/chance" not in scores
     with pytest.raises(DataError, match="other"):
         score_predictions(tmp_path, "other", [VqaAccuracy, CaptionScores])
 

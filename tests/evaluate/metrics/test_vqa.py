@@ -14,8 +14,8 @@ from vlmlab.evaluate.metrics.rows import Row
 from vlmlab.evaluate.metrics.vqa import VqaAccuracy, exact_match, normalise, soft_accuracy
 
 
-def _row(prediction: str, *references: str, kind: str = "count", chance: float | None = None) -> Row:
-    return Row("test", "7", 2, kind, "How many?", prediction, references, chance)
+def _row(prediction: str, *references: str, kind: str = "count", chance: float | None = None, group: str = "") -> Row:
+    return Row("test", "7", 2, kind, "How many?", prediction, references, chance, group=group)
 
 
 def _load(shared_data: Path, name: str) -> dict[str, Any]:
@@ -104,12 +104,72 @@ def test_accuracy_per_kind_with_chance() -> None:
             "chance": 0.35,
             "chance/kind/count": 0.2,
             "chance/kind/existence": 0.5,
+            "floor/chance": 0.35,
+            "floor/chance/kind/count": 0.2,
+            "floor/chance/kind/existence": 0.5,
             "normalised": 0.4 / 0.65,
             "normalised/kind/count": 0.375,
             "normalised/kind/existence": 1.0,
         }
     )
     assert set(metric.predicted()) == {"vqa_accuracy", "vqa_accuracy/kind/count", "vqa_accuracy/kind/existence"}
+
+
+def test_normalised_is_over_the_highest_floor_and_says_which() -> None:
+    metric = VqaAccuracy()
+    metric.update(_row("2", "two", chance=0.2))
+    metric.update(_row("3", "two", chance=0.2))
+    metric.update(_row("no", "yes", kind="existence", chance=0.5))
+    metric.update(_row("yes", "yes", kind="existence", chance=0.5))
+    floors = {
+        "shuffled": {"vqa_accuracy": 0.25, "vqa_accuracy/kind/count": 0.0, "vqa_accuracy/kind/existence": 0.5},
+        "lookup": {"vqa_accuracy": 0.75, "vqa_accuracy/kind/count": 0.5, "vqa_accuracy/kind/existence": 1.0},
+    }
+    scores = metric.compute(floors)
+    assert {name: value for name, value in scores.items() if name.startswith(("floor", "normalised"))} == {
+        "floor/lookup": 0.75,
+        "normalised": -1.0,  # under the floor
+        "floor/lookup/kind/count": 0.5,
+        "normalised/kind/count": 0.0,
+    }  # no share of nothing: the lookup answers every question of the other kind
+    assert scores["chance"] == 0.35 and scores["vqa_accuracy"] == 0.5
+    equal = metric.compute({"shuffled": {"vqa_accuracy": 0.35, "vqa_accuracy/kind/count": 0.2}})
+    assert "floor/chance" in equal and "floor/chance/kind/count" in equal  # of equal floors the one stated beforehand
+
+
+def test_floors_count_without_a_stated_chance() -> None:
+    metric = VqaAccuracy()
+    metric.update(_row("2", "two"))
+    metric.update(_row("3", "two"))
+    scores = metric.compute({"no_image": {"vqa_accuracy": 0.25, "vqa_accuracy/kind/count": 0.25}})
+    assert scores["floor/no_image"] == 0.25 and scores["normalised"] == pytest.approx(1 / 3)
+    assert not {name for name in metric.compute() if name.startswith(("floor", "normalised"))}
+
+
+def test_groups_are_scored_apart_across_kinds() -> None:
+    metric = VqaAccuracy()
+    metric.update(_row("2", "two", chance=0.2, group="held_out_pair"))
+    metric.update(_row("no", "yes", kind="existence", chance=0.5, group="held_out_pair"))
+    metric.update(_row("yes", "yes", kind="existence", chance=0.5, group="other"))
+    scores = metric.compute({"lookup": {"vqa_accuracy/held_out_pair": 0.4}})
+    assert {name: value for name, value in scores.items() if "held_out_pair" in name or "other" in name} == (
+        pytest.approx(
+            {
+                "vqa_accuracy/held_out_pair": 0.5,
+                "vqa_accuracy/held_out_pair/count": 2,
+                "chance/held_out_pair": 0.35,
+                "floor/lookup/held_out_pair": 0.4,
+                "normalised/held_out_pair": 1 / 6,
+                "vqa_accuracy/other": 1.0,
+                "vqa_accuracy/other/count": 1,
+                "chance/other": 0.5,
+                "floor/chance/other": 0.5,
+                "normalised/other": 1.0,
+            }
+        )
+    )
+    assert metric.predicted()["vqa_accuracy/held_out_pair"] == 0.5  # so its floors have it too
+    assert scores["vqa_accuracy/count"] == 3
 
 
 def test_chance_is_left_out_where_a_question_lacks_it() -> None:

@@ -48,10 +48,11 @@ def possible_budget(cfg: Config, choices: Choices) -> str | None:
 
 def possible_sizes(cfg: Config, choices: Choices) -> str | None:
     """Sizes of rows and batches are counts; a baseline that does not exist would be noticed after training."""
-    for key in ("collate.max_length", "collate.pack_length", "evaluation.batch_size"):
+    keys = {"collate.pack_length": ", or null for one sample a row", "evaluation.lookup_samples": ", or null for none"}
+    for key in ("collate.max_length", "evaluation.batch_size", *keys):
         value = value_at(cfg, key)
         if value is not None and not is_count(value, 1):
-            unlimited = ", or null for one sample a row" if key == "collate.pack_length" else ""
+            unlimited = keys.get(key, "")
             return f"{key}={value} is not possible; give a whole number of at least 1{unlimited}"
     baselines = value_at(cfg, "evaluation.baselines")
     for name in baselines if isinstance(baselines, list) else [baselines]:

@@ -39,6 +39,8 @@ class CaptionSamples:
         seed: of that choice.
     """
 
+    turns_in_memory = True
+
     def __init__(
         self,
         found: Sequence[Captioned],
@@ -58,9 +60,13 @@ class CaptionSamples:
         return len(self._items)
 
     def __getitem__(self, index: int) -> Sample:
-        name, image, texts = self._items[index]
-        turn = Turn(self._prompt, texts[0], "caption", texts if len(texts) > 1 else ())
-        return Sample(name, (self._folder.load(image),), (turn,), image_ids=(image,))
+        name, image, _ = self._items[index]
+        return Sample(name, (self._folder.load(image),), self.turns(index), image_ids=(image,))
+
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        """The turns of a sample, without its image."""
+        texts = self._items[index][2]
+        return (Turn(self._prompt, texts[0], "caption", texts if len(texts) > 1 else ()),)
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it."""

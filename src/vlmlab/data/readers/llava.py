@@ -211,6 +211,8 @@ class LlavaJson:
         DataError: the file, the folder or a record cannot be used, or the split is empty.
     """
 
+    turns_in_memory = True
+
     def __init__(
         self,
         path: str,
@@ -252,6 +254,10 @@ class LlavaJson:
     def __getitem__(self, index: int) -> Sample:
         name, record = self._records[index]
         return Sample(name, self._pixels(record), record.turns, record.system, record.images)
+
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        """The turns of a sample, without its images."""
+        return self._records[index][1].turns
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
 from vlmlab.data.images import ImageFolder, decode_image
-from vlmlab.data.readers.llava import TURN_KEYS, LlavaFormat, parse_turns
+from vlmlab.data.readers.llava import TURN_KEYS, Conversation, LlavaFormat, parse_turns
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, describe
 from vlmlab.data.readers.sieve import Sieve, verified
@@ -300,10 +300,18 @@ class LlavaParquet:
         """The id of a sample, without loading it: shard and row, since the rows' own ids are not unique."""
         return self._rows.label(int(self._index[index]))
 
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        """The turns of a sample, its images read with the row but not decoded."""
+        return self._record(self._rows[int(self._index[index])])[0].turns
+
+    def _record(self, row: Row) -> tuple[Conversation, list[tuple[str | None, bytes | None]]]:
+        """What a row says, and its images as they stand there."""
+        found = pictures(row, IMAGE_KEYS)
+        return parse_turns(row, self._form, len(found)), found
+
     def _sample(self, place: int) -> Sample:
         row, name = self._rows[place], self._rows.label(place)
-        found = pictures(row, IMAGE_KEYS)
-        record = parse_turns(row, self._form, len(found))
+        record, found = self._record(row)
         images = tuple(open_picture(row, one, self._folder) for one in found)
         return Sample(name, images, record.turns, record.system, tuple(f"{name}#{k}" for k in range(len(found))))
 
@@ -335,6 +343,8 @@ class VqaParquet:
         DataError: a shard or a row cannot be used, or the split is empty.
         UserError: pyarrow is not installed.
     """
+
+    turns_in_memory = True
 
     def __init__(
         self,
@@ -411,8 +421,12 @@ class VqaParquet:
 
     def __getitem__(self, index: int) -> Sample:
         name, questions = self._groups[index]
-        turns = tuple(Turn(q.prompt, q.answer, q.kind, q.references) for q in questions)
-        return Sample(name, (self._picture(self._place[questions[0].id]),), turns, image_ids=(questions[0].image,))
+        picture = self._picture(self._place[questions[0].id])
+        return Sample(name, (picture,), self.turns(index), image_ids=(questions[0].image,))
+
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        """The turns of a sample, without its image."""
+        return tuple(question.turn() for question in self._groups[index][1])
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it."""

@@ -198,19 +198,25 @@ class TarShards:
     def _name(self, group: _Group) -> str:
         return f"{self._files[group.shard].stem}/{group.key}"
 
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        """The turns of a sample, without reading its images."""
+        return self._words(self._groups[index])[0]
+
     def _sample(self, group: _Group) -> Sample:
         name = self._name(group)
-        if group.record is None:
-            caption = self._row(group, {}).untagged(self._text(group, group.caption or ""), "the caption")
-            if len(group.pictures) != 1:
-                raise self._row(group, {}).error(f"has {len(group.pictures)} images", "give a caption one image")
-            turns: tuple[Turn, ...] = (Turn(self._prompt, caption, "caption"),)
-            system, pictures = "", group.pictures
-        else:
-            record, pictures = self._record(group, group.record)
-            turns, system = record.turns, record.system
+        turns, system, pictures = self._words(group)
         images = tuple(self._picture(group, picture) for picture in pictures)
         return Sample(name, images, turns, system, tuple(f"{name}#{k}" for k in range(len(images))))
+
+    def _words(self, group: _Group) -> tuple[tuple[Turn, ...], str, list[str]]:
+        """Turns and system line of a sample, and the names of its pictures."""
+        if group.record is not None:
+            record, pictures = self._record(group, group.record)
+            return record.turns, record.system, pictures
+        caption = self._row(group, {}).untagged(self._text(group, group.caption or ""), "the caption")
+        if len(group.pictures) != 1:
+            raise self._row(group, {}).error(f"has {len(group.pictures)} images", "give a caption one image")
+        return (Turn(self._prompt, caption, "caption"),), "", group.pictures
 
     def _record(self, group: _Group, member: str) -> tuple[Conversation, list[str]]:
         row = self._row(group, parse_object(self._text(group, member), f"{self._place(group)}, member {member}"))

@@ -30,6 +30,10 @@ class Question:
     references: tuple[str, ...]
     kind: str
 
+    def turn(self) -> Turn:
+        """The question as a turn of a sample."""
+        return Turn(self.prompt, self.answer, self.kind, self.references)
+
 
 @dataclass(frozen=True)
 class VqaFormat:
@@ -211,6 +215,8 @@ class VqaJson:
         DataError: the file, the folder or a row cannot be used, or the split is empty.
     """
 
+    turns_in_memory = True
+
     def __init__(
         self,
         path: str,
@@ -267,8 +273,11 @@ class VqaJson:
     def __getitem__(self, index: int) -> Sample:
         name, questions = self._groups[index]
         image = questions[0].image
-        turns = tuple(Turn(q.prompt, q.answer, q.kind, q.references) for q in questions)
-        return Sample(name, (self._folder.load(image),), turns, image_ids=(image,))
+        return Sample(name, (self._folder.load(image),), self.turns(index), image_ids=(image,))
+
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        """The turns of a sample, without its image."""
+        return tuple(question.turn() for question in self._groups[index][1])
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it."""

@@ -33,6 +33,8 @@ from vlmlab.data.world.words import (
 )
 
 KINDS = ("attribute", "existence", "count", "relation", "comparison", "position", "two_hop")
+GROUPS = ("held_out_pair", "other")
+"""Parts of the compositional split: questions that turn on a pair which was never trained, and those that do not."""
 BITS = {"color": COLOR, "shape": SHAPE, "size": SIZE, "texture": TEXTURE}
 _FIELDS = ("color", "shape", "size", "texture")
 _VALUES = {"color": COLORS, "shape": SHAPES, "size": 2, "texture": 2}
@@ -52,13 +54,14 @@ Weights = Mapping[str, Mapping[Key, float]]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question with its answer; ``template`` and ``key`` name its class (see ``balance``)."""
+    """One question with its answer; ``template`` and ``key`` name its class (see ``balance``), ``group`` its part."""
 
     kind: str
     template: str
     key: str
     prompt: str
     answer: str
+    group: str = ""
 
     @property
     def chance(self) -> float:
@@ -67,7 +70,7 @@ class Question:
 
     def turn(self) -> Turn:
         """The question as a turn of a sample."""
-        return Turn(self.prompt, self.answer, self.kind, chance=self.chance)
+        return Turn(self.prompt, self.answer, self.kind, chance=self.chance, group=self.group)
 
 
 @dataclass(slots=True)
@@ -102,9 +105,8 @@ class View:
         """Attribute masks that single the object out, without some attributes or including one."""
         return _unique_masks(self.differences[index], without, including)
 
-    def reference(self, stream: Stream, index: int, without: int = 0, including: int = 0) -> str:
-        """``the`` and a phrase that fits this object alone."""
-        mask = stream.choice(self.masks(index, without, including))
+    def reference(self, index: int, mask: int) -> str:
+        """``the`` and the attributes of an object that the mask names."""
         return "the " + phrase(self.scene.domain, mask, self.attributes[index])
 
     def matching(self, mask: int, attributes: Attributes) -> int:
@@ -338,28 +340,51 @@ def _render(view: View, stream: Stream, kind: str, key: Key, payload: Payload) -
     """Write a question of a class."""
     template, value = key
     answer = value
+    told: list[tuple[int, Attributes]] = []  # of every object or term: what the question, or its answer too, says of it
+
+    def the(index: int, without: int = 0, including: int = 0) -> str:
+        mask = stream.choice(view.masks(index, without, including))
+        told.append((mask, view.attributes[index]))
+        return view.reference(index, mask)
+
     if kind == "attribute":
-        prompt = _text(view, stream, f"{kind}/{template}", ref=view.reference(stream, payload[0], BITS[template]))
+        prompt = _text(view, stream, f"{kind}/{template}", ref=the(payload[0], BITS[template]))
         answer = value_word(view.words, template, int(value))
+        told = [(mask | BITS[template], values) for mask, values in told]
     elif kind == "position":
-        prompt = _text(view, stream, f"{kind}/{template}", ref=view.reference(stream, payload[0]))
+        prompt = _text(view, stream, f"{kind}/{template}", ref=the(payload[0]))
         answer = NUMBERS[int(value) + 1]
     elif kind == "relation":
-        first, second = (view.reference(stream, i) for i in payload)
+        first, second = (the(i) for i in payload)
         prompt = _text(view, stream, kind, ref=first, other=second)
     elif kind == "existence":
         prompt = _text(view, stream, kind, term=with_article(phrase(view.scene.domain, *payload)))
+        told = [(payload[0], payload[1])]
     elif kind == "count":
         prompt = _text(view, stream, kind, terms=phrase(view.scene.domain, *payload, plural=True))
+        told = [(payload[0], payload[1])]
     elif kind == "comparison":
         first, second, more, less = _compared(view, *payload)
         prompt = _text(view, stream, kind, first=first, second=second)
         answer = {"first": more, "second": less, "equal": "equal"}[value]
     else:
         hop, i, j, without, including = payload
-        prompt = _text(view, stream, f"{kind}/{template}/{hop}", ref=view.reference(stream, i, without, including))
+        prompt = _text(view, stream, f"{kind}/{template}/{hop}", ref=the(i, without, including))
         answer = value_word(view.words, template, view.attributes[j][_FIELDS.index(template)])
-    return Question(kind, template, value, prompt, answer)
+    return Question(kind, template, value, prompt, answer, _group(view, told))
+
+
+def _group(view: View, told: Sequence[tuple[int, Attributes]]) -> str:
+    """The part of the compositional split: whether colour and shape that are told of one object are a held-out pair.
+
+    So a question turns on a pair where it names one, and where it asks for the colour of a shape, or the shape of a
+    colour, and the answer completes one. Other splits have no parts.
+    """
+    if view.scene.split != "compositional":
+        return ""
+    held, other = GROUPS
+    pairs = (values[:2] for mask, values in told if mask & (COLOR | SHAPE) == COLOR | SHAPE)
+    return held if any(pair in HELD_OUT for pair in pairs) else other
 
 
 def _concerns(view: View, kind: str, payload: Payload) -> bool:

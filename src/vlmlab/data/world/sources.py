@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, Turn
 from vlmlab.data.world.captions import dense_caption, loose_caption, short_captions
 from vlmlab.data.world.contrasts import contrasts
-from vlmlab.data.world.loose import render_loose, sample_loose
+from vlmlab.data.world.loose import LooseScene, render_loose, sample_loose
 from vlmlab.data.world.questions import View, check_kinds, dialogue, draw_class, single
 from vlmlab.data.world.render import render
 from vlmlab.data.world.scene import Scene, check_split, sample_scene, scene_id
@@ -34,6 +35,20 @@ _INSIST = 64
 """Compositional scenes tried for a question about a held-out pair before any question will do."""
 _MOST_CONTRASTS = 8
 _ORDINALS = ("first", "second", "third")
+
+
+@dataclass(frozen=True, slots=True)
+class _Unrendered:
+    """A sample before its scenes are drawn: what it says is known without a pixel."""
+
+    id: str
+    scenes: tuple[Scene, ...]
+    turns: tuple[Turn, ...]
+
+    def sample(self) -> Sample:
+        """The same with its images."""
+        ids = tuple(scene.id for scene in self.scenes)
+        return Sample(self.id, tuple(map(render, self.scenes)), self.turns, image_ids=ids)
 
 
 class _WorldSource(ABC):
@@ -62,12 +77,19 @@ class _WorldSource(ABC):
         return self.size
 
     def __getitem__(self, index: int) -> Sample:
+        return self._within(index).sample()
+
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        """The turns of a sample, without its images."""
+        return self._within(index).turns
+
+    def _within(self, index: int) -> _Unrendered:
         if not 0 <= index < self.size:
             raise IndexError(f"sample {index} of {self.size}")
-        return self._sample(index)
+        return self._unrendered(index)
 
     @abstractmethod
-    def _sample(self, index: int) -> Sample:
+    def _unrendered(self, index: int) -> _Unrendered:
         """The sample of an index within the size."""
 
     def _scene(self, index: int) -> Scene:
@@ -77,15 +99,15 @@ class _WorldSource(ABC):
         return Stream(scene_id(self.domain, self.split, index, self.seed), self.seed, purpose)
 
 
-def _caption_sample(scene: Scene, style: str) -> Sample:
+def _caption_sample(scene: Scene, style: str) -> _Unrendered:
     turn = caption_turn(scene, style, Stream(scene.id, scene.seed, "caption", style))
-    return Sample(f"{scene.id}/{style}", (render(scene),), (turn,), image_ids=(scene.id,))
+    return _Unrendered(f"{scene.id}/{style}", (scene,), (turn,))
 
 
-def _dialogue_sample(scene: Scene, kinds: tuple[str, ...]) -> Sample:
+def _dialogue_sample(scene: Scene, kinds: tuple[str, ...]) -> _Unrendered:
     stream = Stream(scene.id, scene.seed, "dialogue", *kinds)
     turns = tuple(question.turn() for question in dialogue(scene, stream, kinds))
-    return Sample(f"{scene.id}/dialogue", (render(scene),), turns, image_ids=(scene.id,))
+    return _Unrendered(f"{scene.id}/dialogue", (scene,), turns)
 
 
 class WorldCaptions(_WorldSource):
@@ -106,7 +128,7 @@ class WorldCaptions(_WorldSource):
             raise UserError(f"The world has no caption style {style!r}; set style to one of: {', '.join(STYLES)}.")
         self.style = style
 
-    def _sample(self, index: int) -> Sample:
+    def _unrendered(self, index: int) -> _Unrendered:
         style = self._stream(index, "style").choice(STYLES[:2]) if self.style == "mixed" else self.style
         return _caption_sample(self._scene(index), style)
 
@@ -132,11 +154,21 @@ class LooseCaptions:
         return self.size
 
     def __getitem__(self, index: int) -> Sample:
+        scene = self._scene(index)
+        return Sample(scene.id, (render_loose(scene),), _told(scene), image_ids=(scene.id,))
+
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        """The turns of a sample, without its images."""
+        return _told(self._scene(index))
+
+    def _scene(self, index: int) -> LooseScene:
         if not 0 <= index < self.size:
             raise IndexError(f"sample {index} of {self.size}")
-        scene = sample_loose(self.split, index, self.seed)
-        turn = Turn(PLACED_CELLS_PROMPT, loose_caption(scene), "cells_caption")
-        return Sample(scene.id, (render_loose(scene),), (turn,), image_ids=(scene.id,))
+        return sample_loose(self.split, index, self.seed)
+
+
+def _told(scene: LooseScene) -> tuple[Turn, ...]:
+    return (Turn(PLACED_CELLS_PROMPT, loose_caption(scene), "cells_caption"),)
 
 
 class WorldQuestions(_WorldSource):
@@ -167,16 +199,16 @@ class WorldQuestions(_WorldSource):
         self.multi_turn = multi_turn
         self.kinds = check_kinds(kinds)
 
-    def _sample(self, index: int) -> Sample:
+    def _unrendered(self, index: int) -> _Unrendered:
         return self._several(index) if self.multi_turn else self._single(index)
 
-    def _several(self, index: int) -> Sample:
+    def _several(self, index: int) -> _Unrendered:
         sample, attempt = _dialogue_sample(self._scene(index), self.kinds), 0
         while not sample.turns:  # few kinds, and a scene that offers none of them
             sample, attempt = _dialogue_sample(self._scene(index * _STRIDE + attempt), self.kinds), attempt + 1
         return sample
 
-    def _single(self, index: int) -> Sample:
+    def _single(self, index: int) -> _Unrendered:
         kind = self.kinds[index % len(self.kinds)]
         stream = self._stream(index, f"single/{kind}")
         key = draw_class(stream, kind)
@@ -185,7 +217,7 @@ class WorldQuestions(_WorldSource):
             scene = self._scene(index * _STRIDE + attempt)
             question = single(scene, stream, kind, key, insist=attempt < _INSIST)
             if question:
-                return Sample(f"{scene.id}/{index}", (render(scene),), (question.turn(),), image_ids=(scene.id,))
+                return _Unrendered(f"{scene.id}/{index}", (scene,), (question.turn(),))
             attempt += 1
 
 
@@ -208,7 +240,7 @@ class WorldInstruct(_WorldSource):
         self.caption_fraction = caption_fraction
         self.kinds = check_kinds(None)
 
-    def _sample(self, index: int) -> Sample:
+    def _unrendered(self, index: int) -> _Unrendered:
         stream = self._stream(index, "instruct")
         if stream.chance(self.caption_fraction):
             return _caption_sample(self._scene(index), stream.choice(STYLES[:2]))
@@ -227,7 +259,7 @@ class WorldInterleaved(_WorldSource):
         UserError: for an unknown split or domain, or a size below 1.
     """
 
-    def _sample(self, index: int) -> Sample:
+    def _unrendered(self, index: int) -> _Unrendered:
         stream = self._stream(index, "interleaved")
         number = 2 + stream.below(2)
         scenes, terms = self._unequal(index, number, stream)
@@ -238,8 +270,7 @@ class WorldInterleaved(_WorldSource):
         tags = " ".join(f"{name} {words.picture}: {IMAGE_TAG}" for name in _ORDINALS[:number])
         turn = Turn(f"{tags} {question.format(terms=terms)}", _ORDINALS[place], "interleaved", chance=1 / number)
         name = scene_id(self.domain, self.split, index, self.seed)
-        ids = tuple(scene.id for scene in scenes)
-        return Sample(f"{name}/interleaved", tuple(map(render, scenes)), (turn,), image_ids=ids)
+        return _Unrendered(f"{name}/interleaved", tuple(scenes), (turn,))
 
     def _unequal(self, index: int, number: int, stream: Stream) -> tuple[list[Scene], str]:
         """Scenes, the one with strictly the most first, and what is counted in them."""
@@ -287,9 +318,10 @@ class WorldText(_WorldSource):
         self.focus = () if focus is None else check_kinds(focus)
         self.caption_fraction = caption_fraction
 
-    def _sample(self, index: int) -> Sample:
+    def _unrendered(self, index: int) -> _Unrendered:
         form = self._stream(index, "form").choice(self.forms)
-        return text_sample(self._scene(index), form, self.focus, self.caption_fraction)
+        sample = text_sample(self._scene(index), form, self.focus, self.caption_fraction)
+        return _Unrendered(sample.id, (), sample.turns)
 
 
 class WorldStatements(_WorldSource):
@@ -317,11 +349,11 @@ class WorldStatements(_WorldSource):
             raise UserError(f"The world has {wrong}; set forms to some of: {', '.join(STATEMENTS)}.")
         self.forms = chosen
 
-    def _sample(self, index: int) -> Sample:
+    def _unrendered(self, index: int) -> _Unrendered:
         scene, stream = self._scene(index), self._stream(index, "statement")
         form = stream.choice(self.forms)
         turn = Turn("", _statement(scene, form, stream), form)
-        return Sample(f"{scene.id}/{form}", (render(scene),), (turn,), image_ids=(scene.id,))
+        return _Unrendered(f"{scene.id}/{form}", (scene,), (turn,))
 
 
 class WorldContrasts(_WorldSource):
@@ -359,20 +391,24 @@ class WorldContrasts(_WorldSource):
         self.scenes = scenes
         self.forms = tuple(forms)
 
-    def _sample(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        ids = tuple(f"{sample.id}-{i}" for i in range(self.scenes))  # the scenes of a contrast share their own
+        return replace(sample, image_ids=ids)
+
+    def _unrendered(self, index: int) -> _Unrendered:
         stream = self._stream(index, "contrasts")
         form, first = stream.choice(self.forms), index * self.scenes
         if form == "short":
             scenes = [self._scene(first + i) for i in range(self.scenes)]
         else:
             scenes = contrasts(self._scene(first), self.scenes, stream)
-        turns = tuple(Turn("", _told(scene, form, stream), form) for scene in scenes)
+        turns = tuple(Turn("", _caption(scene, form, stream), form) for scene in scenes)
         name = scene_id(self.domain, self.split, first, self.seed)
-        ids = tuple(f"{name}/contrast-{i}" for i in range(self.scenes))
-        return Sample(f"{name}/contrasts", tuple(map(render, scenes)), turns, image_ids=ids)
+        return _Unrendered(f"{name}/contrasts", tuple(scenes), turns)
 
 
-def _told(scene: Scene, form: str, stream: Stream) -> str:
+def _caption(scene: Scene, form: str, stream: Stream) -> str:
     if form == "short":
         return stream.choice(short_captions(scene))
     return dense_caption(scene) if form == "dense" else describe(scene, form, stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample, Turn
@@ -140,7 +141,7 @@ def _conversation(scene: Scene, form: str, stream: Stream, focus: Sequence[str],
         turns.insert(stream.below(len(turns) + 1), caption_turn(scene, style, stream))
     first = turns[0]
     told = f"{describe(scene, form, stream)} {first.prompt}"
-    turns[0] = Turn(told, first.answer, first.kind, first.references, first.chance)
+    turns[0] = replace(first, prompt=told)
     return tuple(turns)
 
 

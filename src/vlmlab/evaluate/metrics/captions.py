@@ -1,8 +1,8 @@
-"""Caption scores of a benchmark, with the score people reach on it."""
+"""Caption scores of a benchmark, with the score that its references reach among themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from vlmlab.contracts.errors import UserError
@@ -29,14 +29,31 @@ def mean_rouge_l(candidates: Sequence[Tokens], references: Sequence[Sequence[Tok
 CORPUS_SCORES: dict[str, CorpusScore] = {"cider_d": mean_cider_d, "bleu_4": bleu, "rouge_l": mean_rouge_l}
 
 
-class CaptionScores:
-    """``cider_d`` (0..10), ``bleu_4`` and ``rouge_l`` (0..1), ``count``, and the same of people as ``human/<score>``.
+CEILINGS = {"people": "human", "grammar": "grammar"}
+"""Who wrote the references, and the first part of the keys of their own scores."""
+LEFT_OUT = "leave_one_out"
 
-    The human scores leave one reference out (`leave_one_out`); they are absent where images have one reference.
+
+class CaptionScores:
+    """``cider_d`` (0..10), ``bleu_4`` and ``rouge_l`` (0..1), ``count``, and what the references reach.
+
+    ``human/<score>`` is the mean score of people who are each compared with the others (`leave_one_out`), so with one
+    reference fewer than ``<score>``. What compares with it is ``<score>/leave_one_out``, the model's captions against
+    the same references in the same rounds. Both are absent where images have one reference.
+
+    Args:
+        references_by: ``people``, or ``grammar`` for generated references, whose own score is then called
+            ``grammar/<score>``; null: no such score.
+
+    Raises:
+        UserError: another word.
     """
 
-    def __init__(self, human: bool = True) -> None:
-        self.human = human
+    def __init__(self, references_by: str | None = "people") -> None:
+        if references_by is not None and references_by not in CEILINGS:
+            choices = ", ".join(CEILINGS)
+            raise UserError(f"CaptionScores: references_by={references_by} is unknown; choose from {choices}, or null.")
+        self.references_by = references_by
         self._candidates: list[Tokens] = []
         self._references: list[list[Tokens]] = []
 
@@ -54,10 +71,14 @@ class CaptionScores:
         """The scores of the captions given so far; UserError for fewer than two of them."""
         return {name: score(self._candidates, self._references) for name, score in CORPUS_SCORES.items()}
 
-    def compute(self) -> dict[str, float]:
-        """All scores, with the number of captions and the human ceiling."""
+    def compute(self, floors: Mapping[str, Mapping[str, float]] | None = None) -> dict[str, float]:
+        """All scores, with the number of captions and what the references reach; floors change none of them."""
         scores = {**self.predicted(), "count": float(len(self._candidates))}
-        if self.human:
-            ceilings = {name: leave_one_out(score, self._references) for name, score in CORPUS_SCORES.items()}
-            scores |= {f"human/{name}": value for name, value in ceilings.items() if value is not None}
+        if self.references_by is None:
+            return scores
+        for name, score in CORPUS_SCORES.items():
+            ceiling = leave_one_out(score, self._references)
+            own = leave_one_out(score, self._references, self._candidates)
+            if ceiling is not None and own is not None:
+                scores |= {f"{name}/{LEFT_OUT}": own, f"{CEILINGS[self.references_by]}/{name}": ceiling}
         return scores

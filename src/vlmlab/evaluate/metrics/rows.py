@@ -26,6 +26,7 @@ class Row:
         references: all acceptable answers, at least one.
         chance: accuracy in 0..1 of the best answer that never looks; None where unknown.
         image_ids: the images the model was shown (another sample's in a shuffled evaluation, none in ``no_image``).
+        group: a part of the benchmark that is scored apart, across the kinds; empty where there is none.
     """
 
     benchmark: str
@@ -37,6 +38,7 @@ class Row:
     references: tuple[str, ...]
     chance: float | None = None
     image_ids: tuple[str, ...] = ()
+    group: str = ""
 
     def to_json(self) -> str:
         """The row as one line of JSON (no line end)."""
@@ -61,6 +63,7 @@ class Row:
             references=_texts(raw, "references", where),
             chance=None if raw.get("chance") is None else float(_number(raw, "chance", where)),
             image_ids=_texts(raw, "image_ids", where) if "image_ids" in raw else (),
+            group=_text(raw, "group", where) if "group" in raw else "",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vlmlab.contracts.sample import Metric
@@ -10,6 +10,14 @@ from vlmlab.evaluate.metrics.rows import Row, read_rows
 
 BASELINES = ("shuffled", "no_image")
 """Evaluations of the same trained model beside the real one: with another sample's images, and with none."""
+LOOKUP = "lookup"
+"""The commonest training answers (`vlmlab.evaluate.lookup`) as one more set of answers to the same questions."""
+FLOORS = (*BASELINES, LOOKUP)
+"""Sets of answers that are scored beside the real one, each by the same metric: what comes without looking."""
+PROBE = "probe"
+"""What untrained towers answer through a fitted map (`vlmlab.evaluate.probe`): it looks, and is no floor."""
+BESIDE = (*FLOORS, PROBE)
+"""All sets of answers that stand beside the real one."""
 
 
 def predictions_file(folder: Path, benchmark: str, baseline: str = "") -> Path:
@@ -26,37 +34,50 @@ def score_rows(
         rows: all rows of the set.
         metrics: makers of fresh metrics (classes, or partial instantiations from the configuration).
         benchmark: the benchmark's name, the first part of every key.
-        baseline: one of `BASELINES`, or empty for the real evaluation.
+        baseline: one of `BESIDE`, or empty for the real evaluation.
     """
-    made = [make() for make in metrics]
-    for row in rows:
-        for metric in made:
-            metric.update(row)
-    suffix = f"/{baseline}" if baseline else ""
     scores: dict[str, float] = {}
-    for metric in made:
-        values = metric.predicted() if baseline else metric.compute()
-        scores |= {f"{benchmark}/{name}{suffix}": value for name, value in values.items()}
+    for metric in _updated(rows, metrics):
+        scores |= _keyed(metric.predicted() if baseline else metric.compute(), benchmark, baseline)
     return scores
 
 
 def score_predictions(
-    folder: Path, benchmark: str, metrics: Sequence[Callable[[], Metric]], baselines: Sequence[str] = BASELINES
+    folder: Path, benchmark: str, metrics: Sequence[Callable[[], Metric]], baselines: Sequence[str] = BESIDE
 ) -> dict[str, float]:
-    """Scores of a run's benchmark with its baselines, recomputed from the prediction files that are there.
+    """Scores of a run's benchmark with what stands beside them, recomputed from the prediction files that are there.
 
     Args:
         folder: the run's folder.
         benchmark: the benchmark's name.
         metrics: makers of fresh metrics.
-        baselines: those of them whose predictions exist are scored too.
+        baselines: those whose predictions exist are scored too; `FLOORS` count as floors of the real evaluation.
 
     Raises:
         DataError: the benchmark's own predictions are missing, or a line of a file cannot be used.
     """
-    scores = score_rows(read_rows(predictions_file(folder, benchmark)), metrics, benchmark)
-    for baseline in baselines:
-        path = predictions_file(folder, benchmark, baseline)
-        if path.is_file():
-            scores |= score_rows(read_rows(path), metrics, benchmark, baseline)
+    made = _updated(read_rows(predictions_file(folder, benchmark)), metrics)
+    paths = {baseline: predictions_file(folder, benchmark, baseline) for baseline in baselines}
+    beside = {name: _updated(read_rows(path), metrics) for name, path in paths.items() if path.is_file()}
+    scores: dict[str, float] = {}
+    for index, metric in enumerate(made):
+        others = {name: metrics_of[index].predicted() for name, metrics_of in beside.items()}
+        floors = {name: values for name, values in others.items() if name in FLOORS}
+        scores |= _keyed(metric.compute(floors), benchmark)
+        for name, values in others.items():
+            scores |= _keyed(values, benchmark, name)
     return scores
+
+
+def _updated(rows: Iterable[Row], metrics: Sequence[Callable[[], Metric]]) -> list[Metric]:
+    """Fresh metrics that have seen the rows."""
+    made = [make() for make in metrics]
+    for row in rows:
+        for metric in made:
+            metric.update(row)
+    return made
+
+
+def _keyed(values: Mapping[str, float], benchmark: str, baseline: str = "") -> dict[str, float]:
+    suffix = f"/{baseline}" if baseline else ""
+    return {f"{benchmark}/{name}{suffix}": value for name, value in values.items()}

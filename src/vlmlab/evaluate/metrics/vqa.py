@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.evaluate.metrics.rows import Row
 
+ACCURACY = "vqa_accuracy"
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = frozenset({"a", "an", "the"})
 DIGITS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
@@ -74,11 +75,14 @@ def soft_accuracy(prediction: str, annotators: tuple[str, ...]) -> float:
 
 
 class VqaAccuracy:
-    """Accuracy over all questions and per kind, beside what an answer that never looks would reach.
+    """Accuracy over all questions and per kind, beside what answers that never look would reach.
 
     ``compute`` gives ``vqa_accuracy``, ``vqa_accuracy/count`` (number of questions), ``chance`` and
-    ``normalised`` = (accuracy - chance) / (1 - chance), and each of the three per kind as ``<name>/kind/<kind>``.
-    Chance is given where every question of the set (or kind) states its own.
+    ``normalised`` = (accuracy - floor) / (1 - floor), and each per kind as ``<name>/kind/<kind>``; where questions have
+    a group, also per group as ``<name>/<group>``, with its own count. Chance is given where every question of the set
+    (kind, group) states its own. The floor is the highest of chance and the accuracies of the other sets of answers
+    (wrong images, no image, commonest training answers) as far as they are known; ``floor/<its name>`` says which one
+    it was and how high. ``normalised`` is below 0 where the model is under its floor.
 
     Args:
         annotators: a question with at least this many references is scored by agreement with them (the official
@@ -91,6 +95,7 @@ class VqaAccuracy:
         self.annotators = annotators
         self._correct: dict[str, list[float]] = defaultdict(list)
         self._chance: dict[str, list[float | None]] = defaultdict(list)
+        self._groups: set[str] = set()
 
     def score(self, prediction: Row) -> float:
         """Accuracy of one answer, 0..1; UserError if the question has no reference."""
@@ -105,34 +110,43 @@ class VqaAccuracy:
 
     def update(self, prediction: Row) -> None:
         """Add one answered question."""
-        self._correct[prediction.kind].append(self.score(prediction))
-        self._chance[prediction.kind].append(prediction.chance)
+        correct = self.score(prediction)
+        kinds = [f"/kind/{prediction.kind}"] if prediction.kind else []
+        groups = [f"/{prediction.group}"] if prediction.group else []
+        self._groups.update(groups)
+        for suffix in ("", *kinds, *groups):
+            self._correct[suffix].append(correct)
+            self._chance[suffix].append(prediction.chance)
 
     def predicted(self) -> dict[str, float]:
-        """Accuracy, overall and per kind; UserError if there was no question."""
-        everything = [value for values in self._correct.values() for value in values]
-        if not everything:
+        """Accuracy, overall, per kind and per group; UserError if there was no question."""
+        if not self._correct:
             raise UserError("VqaAccuracy has no question to score; raise budget.eval_limit or check the benchmark.")
-        per_kind = {f"vqa_accuracy/kind/{kind}": fmean(values) for kind, values in self._kinds()}
-        return {"vqa_accuracy": fmean(everything), **per_kind}
+        return {f"{ACCURACY}{suffix}": fmean(values) for suffix, values in sorted(self._correct.items())}
 
-    def compute(self) -> dict[str, float]:
-        """Accuracy with its chance level, its share above chance and the number of questions."""
-        scores = self.predicted()
-        result = {**scores, "vqa_accuracy/count": float(sum(map(len, self._correct.values())))}
-        chances = {f"/kind/{kind}": self._chance[kind] for kind, _ in self._kinds()}
-        chances[""] = [value for values in self._chance.values() for value in values]
-        for suffix, values in chances.items():
-            known = [value for value in values if value is not None]
-            if len(known) < len(values):
-                continue
-            chance = result[f"chance{suffix}"] = fmean(known)
-            if chance < 1:
-                result[f"normalised{suffix}"] = (scores[f"vqa_accuracy{suffix}"] - chance) / (1 - chance)
+    def compute(self, floors: Mapping[str, Mapping[str, float]] | None = None) -> dict[str, float]:
+        """Accuracy with its chance level, its share above the highest floor and the number of questions."""
+        result = self.predicted()
+        for suffix, values in sorted(self._correct.items()):
+            accuracy = result[f"{ACCURACY}{suffix}"]
+            if not suffix or suffix in self._groups:
+                result[f"{ACCURACY}{suffix}/count"] = float(len(values))
+            chances = [chance for chance in self._chance[suffix] if chance is not None]
+            known = {name: scores.get(f"{ACCURACY}{suffix}") for name, scores in (floors or {}).items()}
+            if len(chances) == len(values):
+                result[f"chance{suffix}"] = fmean(chances)
+                known = {"chance": result[f"chance{suffix}"], **known}
+            result |= _above(accuracy, {name: level for name, level in known.items() if level is not None}, suffix)
         return result
 
-    def _kinds(self) -> list[tuple[str, list[float]]]:
-        return sorted((kind, values) for kind, values in self._correct.items() if kind)
+
+def _above(accuracy: float, floors: Mapping[str, float], suffix: str) -> dict[str, float]:
+    """``floor/<name>`` and ``normalised`` over the highest floor, of equals the first; empty where none is known."""
+    if not floors or max(floors.values()) >= 1:
+        return {}
+    name = max(floors, key=lambda name: floors[name])
+    floor = floors[name]
+    return {f"floor/{name}{suffix}": floor, f"normalised{suffix}": (accuracy - floor) / (1 - floor)}
 
 
 def _one_line(text: str) -> str:
