@@ -240,6 +240,8 @@ def test_bad_arguments_are_refused_in_one_sentence(make, choices):
 
 def test_the_configuration_builds_every_source():
     config = _config()
+    told = config.pop("probe")
+    assert told.pop("_target_") == "vlmlab.data.world.cells.WorldCells" and told["split"] == "train"
     assert set(config) == {"train", "val", "benchmarks"}
     assert set(config["train"]) == set(config["val"])
     for group in config.values():
