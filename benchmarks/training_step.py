@@ -77,7 +77,7 @@ class Size:
     vision: dict[str, int]
 
 
-def _size(words: int, wide: int, heads: int, layers: int, vision: int, vision_heads: int, pixels: int) -> Size:
+def sized(words: int, wide: int, heads: int, layers: int, vision: int, vision_heads: int, pixels: int) -> Size:
     text = {"vocab_size": words, "hidden_size": wide, "num_hidden_layers": layers, "num_attention_heads": heads}
     tower = {"hidden_size": vision, "num_hidden_layers": layers, "num_attention_heads": vision_heads}
     text |= {"num_key_value_heads": heads // 3, "intermediate_size": wide * 8 // 3}
@@ -86,9 +86,9 @@ def _size(words: int, wide: int, heads: int, layers: int, vision: int, vision_he
 
 SIZES = {
     # SmolLM2-135M's width and vocabulary with 12 of its 30 layers, and a ViT-S/16 at 224 pixels or LLaVA-1.5's 336
-    "93M": _size(49_152, 576, 9, 12, 384, 6, 224),
-    "93M-336": _size(49_152, 576, 9, 12, 384, 6, 336),
-    "tiny": _size(512, 48, 3, 2, 32, 2, 64),
+    "93M": sized(49_152, 576, 9, 12, 384, 6, 224),
+    "93M-336": sized(49_152, 576, 9, 12, 384, 6, 336),
+    "tiny": sized(512, 48, 3, 2, 32, 2, 64),
 }
 
 

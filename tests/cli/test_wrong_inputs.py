@@ -105,6 +105,11 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     "train evaluation.lookup_samples=0": (2, r"evaluation.lookup_samples=0 is not possible; .* 1, or null for none"),
     "train evaluation.baselines=[blind]": (2, r"evaluation.baselines=blind is unknown; choose from shuffled, no_image"),
     "train collate.pack_length=-1": (2, r"collate.pack_length=-1 is not possible"),
+    "train collate.questions=forest": (2, r"collate.questions=forest is unknown; choose from conversation, rows, tree"),
+    "train evaluation.share_images=often": (2, r"evaluation.share_images=often is unknown; choose true or false"),
+    f"{JOINT}collate.questions=tree objective=asvr +{STAGE}.train.objective=1e-3": (
+        2, r"joint has objective=asvr, which counts images, and collate.questions=tree .* set collate.questions=rows",
+    ),
     "train name=../../elsewhere": (2, r"name=../../elsewhere is no folder below outputs"),
     f"{JOINT}{STAGE}.data=shrot": (2, r"joint.data=shrot is not in data.train; choose from short"),
     f"{JOINT}{STAGE}.prompt=chatt": (2, r"joint.prompt=chatt is unknown; choose from plain, chat, text"),

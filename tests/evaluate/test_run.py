@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 from tests import tiny
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.data.questions import asked_apart
+from vlmlab.evaluate.baselines import NoImage
 from vlmlab.evaluate.gallery import side_by_side, write_gallery
 from vlmlab.evaluate.lookup import Lookup
 from vlmlab.evaluate.metrics.rows import read_rows
-from vlmlab.evaluate.run import evaluate_model, mean_loss
+from vlmlab.evaluate.run import evaluate_model, held_out_losses, mean_loss
+from vlmlab.mask.prefix_lm import PrefixLM
 from vlmlab.model.build import build_collator
 from vlmlab.model.vlm import VLM
 
@@ -23,6 +27,15 @@ class Source(list):  # type: ignore[type-arg]
 
     def __init__(self, count: int) -> None:
         super().__init__([s for s in tiny.SAMPLES if s.images][:count])
+
+
+class Together(list):  # type: ignore[type-arg]
+    """Questions of two image groups, each asked alone, as a benchmark has them."""
+
+    def __init__(self) -> None:
+        named = replace(tiny.QUESTIONS, image_ids=("a",)), replace(tiny.TAGGED, image_ids=("b", "c"))
+        apart = [one for sample in named for one in asked_apart(sample)]
+        super().__init__(replace(one, id=f"{one.id}/{k}") for k, one in enumerate(apart))
 
 
 def config() -> DictConfig:
@@ -123,6 +136,62 @@ def test_mean_loss_is_per_token_over_the_whole_set(model: VLM) -> None:
             chosen = outputs.logits.log_softmax(-1).gather(1, outputs.targets[:, None])
             total, count = total - float(chosen.sum()), count + len(chosen)
     assert mean_loss(model, cfg, source) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_questions_share_their_images(model: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same answers to right, wrong and no images, and fewer images read."""
+    cfg, found, read = config(), {}, {}
+    cfg.data.benchmarks.toy.source = {"_target_": f"{__name__}.Together"}
+    cfg.data.val, cfg.evaluation.batch_size = {}, 5
+    for share in (False, True):
+        pixels: list[int] = []
+        monkeypatch.setattr(model, "cache", lambda encoder, p, pixels=pixels: pixels.append(len(p)) or encoder(p))
+        cfg.evaluation.share_images = share
+        evaluate_model(model, cfg, tmp_path / str(share), print)
+        read[share] = pixels
+        folder = tmp_path / str(share) / "predictions"
+        found[share] = [read_rows(folder / f"toy{name}.jsonl") for name in ("", ".shuffled", ".no_image")]
+    assert found[False] == found[True]
+    assert read == {False: [3 + 2 * 2, 3 + 2 * 2], True: [1 + 2, 1 + 2]}, "none is read without an image"
+
+
+def test_where_images_cannot_be_shared_it_is_said(tmp_path: Path) -> None:
+    cfg = config()
+    cfg.data.val, cfg.evaluation.baselines, cfg.evaluation.share_images = {}, [], True
+    said: list[str] = []
+    evaluate_model(tiny.vlm(mask=PrefixLM()), cfg, tmp_path, said.append)
+    why = "PrefixLM shows what stands before the question some of it"
+    assert said[0] == f"note: evaluation.share_images=true: each question reads its images itself, since {why}"
+    assert len(said) == 2
+
+
+def test_the_held_out_loss_is_of_the_questions_as_they_are_trained(model: VLM) -> None:
+    losses = {}
+    for questions in ("conversation", "rows", "tree"):
+        cfg = config()
+        cfg.collate.questions = questions
+        losses[questions] = mean_loss(model, cfg, [tiny.QUESTIONS, tiny.TEXT_ONLY])
+    assert losses["tree"] == pytest.approx(losses["rows"], rel=1e-6)
+    assert abs(losses["conversation"] - losses["rows"]) > 1e-3
+
+
+class Dialogues(list):  # type: ignore[type-arg]
+    """Several questions an image."""
+
+    def __init__(self) -> None:
+        super().__init__([tiny.QUESTIONS, tiny.TAGGED])
+
+
+@pytest.mark.parametrize("questions", ["rows", "tree"])
+def test_without_images_too_each_question_is_asked_alone(model: VLM, questions: str) -> None:
+    cfg = config()
+    cfg.data.val.captions = {"_target_": f"{__name__}.Dialogues"}
+    cfg.evaluation.baselines, cfg.collate.questions = ["no_image"], questions
+    losses = held_out_losses(model, cfg, lambda line: None)
+    alone = [NoImage([one])[0] for sample in Dialogues() for one in asked_apart(sample)]
+    assert losses["val/captions/loss/no_image"] == pytest.approx(mean_loss(model, cfg, alone), rel=1e-6)
+    together = mean_loss(model, config(), [NoImage([sample])[0] for sample in Dialogues()])
+    assert abs(losses["val/captions/loss/no_image"] - together) > 1e-3
 
 
 def test_an_empty_benchmark_is_refused(model: VLM, tmp_path: Path) -> None:

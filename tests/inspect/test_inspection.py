@@ -129,6 +129,26 @@ def test_soft_prompts_are_shown(tmp_path: Path) -> None:
     assert re.fullmatch(r"soft prompt × \d+", found.rows[0].samples[0].pieces[0].text)
 
 
+def test_the_questions_of_a_tree_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(rows(tmp_path, "yes", "no", "two"))
+    records = [record | {"image": "0.png"} for record in json.loads(path.read_text())]
+    path.write_text(json.dumps(records))
+    size = "data.caption_size=3"
+    tree, apart = (inspected(str(path), f"collate.questions={kind}", size) for kind in ("tree", "rows"))
+    (shown,) = tree.rows[0].samples
+    assert [p.text for p in shown.pieces if p.role == "pad"] == [
+        "question 1",
+        "question 2",
+        "question 3",
+    ]
+    alone = [sample for row in apart.rows for sample in row.samples]
+    assert len(alone) == 3 and len(shown.images) == 1
+    assert shown.counts["supervised"] == sum(one.counts["supervised"] for one in alone)
+    assert ("questions", "collate.questions=tree: trees, as 1 of the first 1 samples") in tree.facts
+    say(inspected(str(path), "collate.questions=tree", "mask=prefix_lm", size))
+    assert "one question a row here, since PrefixLM shows" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("fusion", ["lavi", "gated_xattn"])
 def test_an_image_without_positions_is_shown_at_its_place(
     fusion: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from vlmlab.contracts.tensors import Batch
 from vlmlab.engine.restore import module_class
 from vlmlab.engine.weights import Trainee
-from vlmlab.plan.plan import DEVICES, Settings, Shape, StagePlan, _batch, as_json, plan
+from vlmlab.plan.plan import DEVICES, Cost, Settings, Shape, StagePlan, _batch, _shapes, as_json, plan
 from vlmlab.plan.simulation import Simulator
 from vlmlab.recipe.stage import Stage, parse
 
@@ -162,6 +162,24 @@ def test_activations_are_those_of_the_allocator(index: int, half: bool, mask: st
     found = Simulator(planned, half)(batch(cfg, stage, planned, *shapes)).peak
     print(stage.name, half, found, measured, found / measured)
     assert found == pytest.approx(measured, rel=0.15)
+
+
+def test_questions_are_planned_as_they_are_read() -> None:
+    """A sample is as many rows as it has questions, or a tree with all of their answers."""
+    found = {}
+    for questions in ("conversation", "rows", "tree"):
+        cfg = composed(f"collate.questions={questions}", "data.train.instruct.caption_fraction=0")
+        stage = parse(cfg)[3]
+        kind: Any = module_class(stage)
+        collate = kind.collator(cfg, entered(cfg, stage).model, stage.prompt or kind.prompt)
+        found[questions] = _shapes(cfg, stage, collate, Settings(A100, sample=3))
+    (rows, each, _), (trees, whole, _), (_, one, _) = (found[name] for name in ("rows", "tree", "conversation"))
+    assert one == whole == 1 and 6 <= each <= 8 and len(rows) == 3 * each
+    assert sum(shape.answered for shape in trees) == sum(shape.answered for shape in rows)
+    assert sum(shape.asked for shape in trees) < sum(shape.asked for shape in rows)
+    assert [shape.images for shape in trees] == [1] * 3
+    cost = Cost(2.0, 6.0, 1.0, 4.0).times(2.5)
+    assert (cost.forward, cost.training, cost.base, cost.slope) == (5.0, 15.0, 1.0, 10.0)
 
 
 # -- the whole plan ----------------------------------------------------------------------------------------------------

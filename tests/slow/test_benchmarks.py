@@ -35,6 +35,15 @@ def test_training_step(tmp_path: Path) -> None:
     assert all(re.search(r"vlmlab [\d.]+.* transformers [\d.]+.* ratio \d", line) for line in found[2:])
 
 
+def test_trees(tmp_path: Path) -> None:
+    found = lines("trees", "--size", "tiny", "--questions", "3", "--rounds", "1", cwd=tmp_path)
+    assert [line.partition(":")[0] for line in found] == [
+        "positions", "the same step", "memory", "time, 1 rounds", "CPU time, 1 rounds"
+    ]  # fmt: skip
+    assert re.search(r"tree 1 x \d+, rows and transformers 3 x \d+", found[0])
+    assert all(line.count("tree / ") == 2 for line in found[2:])
+
+
 def test_decoding(tmp_path: Path) -> None:
     found = lines("decoding", "--samples", "6", "--take", "3", "--rounds", "1", "--side", "64", cwd=tmp_path)
     ways = ["floor", "files", "tar", *(["parquet"] if find_spec("pyarrow") else [])]

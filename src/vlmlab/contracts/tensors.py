@@ -258,7 +258,7 @@ class Batch:
 
         An image's instruction is the text of role user in its own turn: in the same packed sample, with as many answer
         tokens before it. So it never holds an answer or a later turn, and is the same in training and in generation.
-        A plain prompt has none.
+        A plain prompt has none. Of a tree it would be all questions: a composition that reads it is given no trees.
         """
         row, place = self.images.row, self._places()
         layout, era = self.layout, self.layout.era

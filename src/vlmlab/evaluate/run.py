@@ -14,6 +14,7 @@ import torch
 
 from vlmlab.contracts.errors import CheckpointError, DataError, UserError
 from vlmlab.contracts.sample import Sample, SampleSource, references
+from vlmlab.data.questions import asked_apart
 from vlmlab.data.skipped import Replaced, note
 from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled, image_names
 from vlmlab.evaluate.lookup import Lookup, training_turns
@@ -141,18 +142,34 @@ def held_out_losses(model: VLM, cfg: DictConfig, say: Progress = print, folder: 
         limit = cfg.evaluation.held_out_samples
         if cfg.budget.eval_limit is not None:
             limit = min(limit, cfg.budget.eval_limit)
-        held_out = instantiate(cfg.data.val[name])
+        held_out, collator = instantiate(cfg.data.val[name]), build_collator(cfg, model, "chat")
         if OmegaConf.select(cfg, "data.max_bad_fraction") is not None:  # the same rows under every baseline
-            held_out = Replaced(held_out, build_collator(cfg, model, "chat").encode)
+            held_out = Replaced(held_out, collator.encode)
         source = Limited(held_out, limit)
         for baseline in ("", *cfg.evaluation.baselines):
-            shown = BASELINES[baseline](source) if baseline else source
+            shown = _shown(source, baseline, apart=collator.questions != "conversation")
             key = f"val/{name}/loss" + (f"/{baseline}" if baseline else "")
             losses[key] = mean_loss(model, cfg, shown)
             say(f"{key}: {losses[key]:.4f}")
         if folder is not None:
             note(folder, f"data.val.{name}", getattr(held_out, "skipped", []))
     return losses
+
+
+def _shown(source: SampleSource, baseline: str, apart: bool) -> SampleSource:
+    """A set under a baseline; without images, which collators take for a conversation, its questions as they are asked.
+
+    Args:
+        source: the set.
+        baseline: its name; empty for none.
+        apart: whether each question is asked alone.
+    """
+    if not baseline:
+        return source
+    kind = BASELINES[baseline]
+    if apart and kind is NoImage:
+        return kind([one for k in range(len(source)) for one in asked_apart(source[k])])
+    return kind(source)
 
 
 @torch.no_grad()
