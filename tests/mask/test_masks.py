@@ -236,9 +236,12 @@ def test_no_answer_logit_depends_on_later_answers(path: Path, where: str, lm: Hf
     assert leak(lm, policy(path), given(where)) == 0.0
 
 
-@pytest.mark.parametrize("where", LAYOUTS)
+@pytest.mark.parametrize("where", layouts())
 def test_the_negative_control_leaks(where: str, lm: HfLanguageModel) -> None:
-    """Refused for training by ``vlmlab.cli.rules``; here it shows that the test above sees a leak in every layout."""
+    """Refused for training by ``vlmlab.cli.rules``; here it shows that the test above sees a leak in every layout.
+
+    In a tree it has none: its visual rows are shared, and what is shared sees no branch.
+    """
     (path,) = (path for path in POLICIES if path.stem == CONTROL)
     assert leak(lm, policy(path), given(where)) > 1e-6
 

@@ -42,14 +42,14 @@ NO_ROOM: dict[str, tuple[type[Exception], str]] = {
 
 
 class Hungry(MlpConnector):
-    """Finds no memory in its third call; never where values do not exist, as in a plan."""
+    """Finds no memory in its third call of a training; never where values do not exist, as in a plan."""
 
     def __init__(self, in_width: int, out_width: int, kind: str = "cuda", depth: int = 2) -> None:
         super().__init__(in_width, out_width, depth)
         self.kind, self.left = kind, 3
 
     def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
-        self.left -= type(visual.grids[0]) is Tensor
+        self.left -= type(visual.grids[0]) is Tensor and torch.is_grad_enabled()
         if not self.left:
             error, words = NO_ROOM[self.kind]
             raise error(words)

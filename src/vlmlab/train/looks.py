@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from vlmlab.cache.none import NoCache
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample, SampleSource
 from vlmlab.contracts.tensors import Batch
@@ -51,9 +52,11 @@ class Looks(L.Callback):
         self.source, self.order, self.collate, self.say = source, order, collate, say
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Look, on rank 0, unless the stage goes on from a checkpoint."""
+        """Look, on rank 0, unless the stage goes on from a checkpoint, or a cache counts who reads it."""
         model = module.model
         if trainer.global_rank or getattr(module, "done", 0) or not isinstance(model, VLM):
+            return
+        if not isinstance(model.cache, NoCache):
             return
         seen = []
         with _as_evaluated(model), trainer.precision_plugin.forward_context():
