@@ -95,9 +95,10 @@ SIZES = {
 # -- the same weights and the same samples for both --------------------------------------------------------------------
 
 
-def write(size: Size, folder: Path) -> PreTrainedTokenizerBase:
-    """A LLaVA of random weights, and its two towers as folders of their own."""
-    tokenizer = train_tokenizer([*WORDS, *(f" {word}" for word in WORDS)] * 3, size.text["vocab_size"])
+def write(size: Size, folder: Path, more: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+    """A LLaVA of random weights, and its two towers as folders of their own; `more` are words that are one token."""
+    words = [*WORDS, *more]
+    tokenizer = train_tokenizer([*words, *(f" {word}" for word in words)] * 3, size.text["vocab_size"])
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     text = LlamaConfig(**size.text, **ids, tie_word_embeddings=True)  # type: ignore[arg-type]
     side = size.vision["image_size"]

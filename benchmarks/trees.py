@@ -18,6 +18,7 @@ rounds. Memory is what torch's allocator hands out for forward and backward at i
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class Side:
 
 def sides(size: Size, folder: Path) -> tuple[list[Side], Callable[[], float]]:
     """The three sides, and how far their gradients are apart once all have gone back."""
-    write(size, folder)
+    write(size, folder, [*re.findall(r"\w+", SUFFIX), "user", "assistant"])  # as an LM's own tokenizer has them
     peer = Peer(folder)
     tree, rows = (Ours(folder, peer.model, questions) for questions in ("tree", "rows"))
     found = [
