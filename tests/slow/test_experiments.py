@@ -33,7 +33,7 @@ def test_connectors(tmp_path: Path) -> None:
     assert done.returncode == 0
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| pool, side 4 | 16 | 1 |" in text and "support no significance claim" in text
-    assert "Right minus shuffled images" in text and text.count("| pool, side 4 |") == 2
+    assert "Right images minus what comes without looking" in text and text.count("| pool, side 4 |") == 2
     assert (tmp_path / "out" / "figure.png").exists()
     again = command("experiments/connectors/run.py", "--table", *words, cwd=tmp_path)
     assert again.returncode == 0 and (tmp_path / "out" / "table.md").read_text() == text
