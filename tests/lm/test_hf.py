@@ -374,17 +374,30 @@ def test_greedy_is_greedy_whatever_the_checkpoint_says() -> None:
     assert got.tolist() == cache_free(model, batch, 12)[0].tolist()
 
 
-def test_generation_also_stops_where_the_checkpoint_says() -> None:
-    """Phi-3's turns end with another token than its tokenizer's end of text."""
+def test_generation_ends_where_answers_do_whatever_the_checkpoint_says() -> None:
+    """A control token that its settings name ends an answer too, a word does not."""
     plain = vlm()
     batch = asked(plain)
     ids, _ = cache_free(plain, batch, 8)
-    stop = int(ids[0, 2])
-    model = vlm(lm=HfLanguageModel(str(copied("stops", eos_token_id=[stop]))))
+    word, pad, end = int(ids[0, 2]), tokenizer().pad_token_id, tokenizer().eos_token_id
+    model = vlm(lm=HfLanguageModel(str(copied("stops", eos_token_id=[word, pad]))))
+    assert model.lm.stop_ids == sorted([pad, end]) and word not in (pad, end)
     embeds = model.embed(batch)
     got = model.lm.generate(embeds, batch.layout, model.mask, 8)[0].tolist()
-    first = ids[0].tolist().index(stop)
-    assert got[first] == stop and set(got[first + 1 :]) <= {tokenizer().pad_token_id}
+    assert got[:3] == ids[0, :3].tolist() and word in got[:-1]
+    assert model.lm.model.generation_config.eos_token_id == [word, pad], "its own settings are what they were"
+    told = model.lm.texts(torch.tensor([[word, end, word], [word, word, pad]]), model.lm.stop_ids)
+    assert told == [tokenizer().decode([word]).strip(), tokenizer().decode([word, word]).strip()]
+
+
+def test_settings_in_the_configuration_of_the_weights_do_not_stop_generation() -> None:
+    folder = copied("configured")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "temperature": 0.3, "num_beams": 4, "max_length": 9}))
+    model = vlm(lm=HfLanguageModel(str(folder)))
+    batch = asked(model)
+    got = model.lm.generate(model.embed(batch), batch.layout, model.mask, 12, eos_token_id=-1)
+    assert got.tolist() == cache_free(model, batch, 12)[0].tolist()
 
 
 def test_right_padded_prompts_are_refused() -> None:

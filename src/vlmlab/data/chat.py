@@ -8,12 +8,17 @@ each turn and the difference is the answer.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from vlmlab.contracts.errors import DataError, UserError
-from vlmlab.contracts.sample import IMAGE_TAG, Sample
+from vlmlab.contracts.sample import IMAGE_TAG, Sample, Turn
+from vlmlab.data.control import ControlTokens, Hidden, any_of, controls_of, guarded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +41,9 @@ TokenCount: TypeAlias = Callable[[tuple[int, int]], int]
 
 PICTURE = (8, 8)
 """Size of some picture, to ask how many tokens one has: all are resized to the encoder's one size."""
+
+TURN, NEXT = Turn("question", "answer"), Turn("another", "other")
+"""A conversation that any template can render, to see what it prints by itself."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,10 @@ def _all_supervised(encoded: Encoded) -> Encoded:
     return replace(encoded, labels=[IGNORE, *labels[1:]])
 
 
+class _Raised(Exception):
+    """A chat template raised while it was rendered."""
+
+
 class ChatEncoder:
     """Turns samples into tokens for one tokenizer and so many visual tokens per image.
 
@@ -89,10 +101,15 @@ class ChatEncoder:
         prompt: "plain" (images, then the first answer, no template: LLaVA's alignment stage), "chat" (the template,
             answers supervised), or "text" (the template, every word supervised: language modelling).
         max_length: longest sequence in tokens; a longer sample is refused by name.
+        control_tokens: "refuse" samples that contain the tokenizer's control tokens, or read them there as "text".
+
+    Attributes:
+        specials: the control tokens, the longest first.
+        control_ids: their ids.
 
     Raises:
-        UserError: the template's rendering of a conversation is not a prefix of its continuation, or it does not print
-            an answer as it is.
+        UserError: the template cannot be rendered, its rendering of a conversation is not a prefix of its continuation,
+            or it does not print an answer as it is with an end token behind it.
     """
 
     def __init__(
@@ -102,10 +119,16 @@ class ChatEncoder:
         tokens_per_image: int | TokenCount,
         prompt: Prompt = "chat",
         max_length: int = 2048,
+        control_tokens: ControlTokens = "refuse",
     ) -> None:
-        if prompt not in get_args(Prompt):
-            raise UserError(f"prompt={prompt} is unknown; use {', '.join(get_args(Prompt))}.")
+        for key, value, known in (
+            ("prompt", prompt, Prompt),
+            ("collate.control_tokens", control_tokens, ControlTokens),
+        ):
+            if value not in get_args(known):
+                raise UserError(f"{key}={value} is unknown; use {', '.join(get_args(known))}.")
         self.tokenizer = tokenizer
+        self.name = str(tokenizer.name_or_path)[-80:]  # in messages
         self.image_token = image_token
         self.image_id = token_id(tokenizer, image_token)
         self.tokens_per_image = tokens_per_image
@@ -116,8 +139,11 @@ class ChatEncoder:
         self.end = tokenizer.eos_token
         adds_begin = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         self.begin = tokenizer.bos_token if adds_begin else ""  # of the plain prompt; a chat template prints its own
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.specials = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+        self.control_tokens = control_tokens
+        self.specials = controls_of(tokenizer, "" if prompt == "plain" else self._printed(), image_token)
+        self.control = any_of(self.specials)
+        self.control_ids = {token_id(tokenizer, token) for token in self.specials}
+        self.written_ids = self.control_ids - {tokenizer.unk_token_id}  # words may be unknown
 
     def train(self, sample: Sample) -> Encoded:
         """The whole conversation with its answers supervised.
@@ -125,8 +151,7 @@ class ChatEncoder:
         Raises:
             DataError: no supervised token, too long, or image tags that do not fit the images; names the sample.
         """
-        text, answers, start = self._plain(sample) if self.prompt == "plain" else self._chat(sample)
-        encoded = self._tokenise(sample, text, answers, start, supervise=True)
+        encoded = self._encoded(sample, ask=False)
         if all(label == IGNORE for label in encoded.labels):
             raise DataError(f"Sample {sample.id} has no supervised token: its answers are empty; give it an answer.")
         return _all_supervised(encoded) if self.prompt == "text" else encoded
@@ -137,8 +162,7 @@ class ChatEncoder:
         Raises:
             DataError: nothing to ask (a plain prompt without an image), too long, or image tags that do not fit.
         """
-        text, answers, start = self._plain(sample, ask=True) if self.prompt == "plain" else self._chat(sample, ask=True)
-        encoded = self._tokenise(sample, text, answers, start, supervise=False)
+        encoded = self._encoded(sample, ask=True)
         if not encoded.ids:
             raise DataError(f"Sample {sample.id} has nothing to continue: plain prompts are images; use prompt=chat.")
         return encoded
@@ -146,6 +170,45 @@ class ChatEncoder:
     def tokens_of(self, picture: tuple[int, int]) -> int:
         """Visual tokens in the sequence of a picture of so many rows and columns of pixels."""
         return self.tokens_per_image if isinstance(self.tokens_per_image, int) else self.tokens_per_image(picture)
+
+    @cached_property
+    def stops(self) -> list[int]:
+        """Where generation ends: the ids of the last supervised tokens of answers, and the tokenizer's end token.
+
+        Raises:
+            UserError: the template prints no end token behind an answer.
+        """
+        ends = {int(self.tokenizer.eos_token_id), *last_learnt(self.train(Sample("one turn", (), (TURN,))))}
+        with suppress(UserError):  # a template may be of use for single turns alone
+            ends |= {*last_learnt(self.train(Sample("two turns", (), (TURN, NEXT))))}
+        return sorted(ends)
+
+    @cached_property
+    def _fits(self) -> bool:
+        """Whether the template can be used for a plain conversation, so that it is a row that it cannot be used for."""
+        try:
+            self._chat(Sample("one turn", (), (TURN,)))
+        except UserError:
+            return False
+        return True
+
+    def _encoded(self, sample: Sample, ask: bool) -> Encoded:
+        sample, hidden = guarded(sample, self.control, self.image_token, self.control_tokens)
+        render = self._plain if self.prompt == "plain" else self._chat
+        try:
+            text, answers, start = render(sample, ask)
+        except _Raised as error:
+            raise DataError(
+                f"Sample {sample.id} is refused by the chat template of {self.name} ({error}); change the row, or give "
+                "another template by lm.chat_template."
+            ) from error
+        except DataError:
+            raise
+        except UserError as error:
+            if not self._fits:
+                raise
+            raise DataError(f"Sample {sample.id}: {error}") from error
+        return self._tokenise(sample, hidden, text, answers, start, supervise=not ask)
 
     # -- rendering -----------------------------------------------------------------------------------------------
 
@@ -157,28 +220,17 @@ class ChatEncoder:
         """What is rendered for every image: its placeholders, or a single one that is taken out again."""
         return [self.image_token * max(count, 1) for count in self._counts(sample)]
 
-    def _visual_prefix(self, sample: Sample) -> str:
-        self._refuse_placeholder(sample)
-        return self.begin + "".join(self._written(sample))
-
     def _plain(self, sample: Sample, ask: bool = False) -> tuple[str, list[Span], int]:
-        prefix = self._visual_prefix(sample)
+        prefix = self.begin + "".join(self._written(sample))
         answer = sample.turns[0].answer
         if ask or not answer:
             return prefix, [], len(self.begin)
         text = prefix + answer + (self.end or "")
         return text, [(len(prefix), len(text))], len(self.begin)
 
-    def _refuse_placeholder(self, sample: Sample) -> None:
-        """A placeholder written out in the data would be taken for an image."""
-        texts = [sample.system, *(text for turn in sample.turns for text in (turn.prompt, turn.answer))]
-        if any(self.image_token in text for text in texts):
-            raise DataError(f"Sample {sample.id} contains the placeholder {self.image_token} as text; use {IMAGE_TAG}.")
-
     def _messages(self, sample: Sample) -> list[dict[str, str]]:
         """The conversation with every image tag replaced by its placeholders."""
         prompts = _tagged(sample)
-        self._refuse_placeholder(sample)
         written = iter(self._written(sample))
         messages = [{"role": "system", "content": sample.system}] if sample.system else []
         for prompt, turn in zip(prompts, sample.turns, strict=True):
@@ -194,14 +246,32 @@ class ChatEncoder:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template  # its annotations do not fit what it returns
-        texts, marked = render(
-            [messages],
-            chat_template=self.template,
-            return_assistant_tokens_mask=mark,
-            add_generation_prompt=add_generation_prompt,
-            **dict(self.tokenizer.special_tokens_map),  # the template's variables
-        )
+        try:
+            texts, marked = render(
+                [messages],
+                chat_template=self.template,
+                return_assistant_tokens_mask=mark,
+                add_generation_prompt=add_generation_prompt,
+                **dict(self.tokenizer.special_tokens_map),  # the template's variables
+            )
+        except Exception as error:  # a template's own words, a missing filter, sums of numbers and texts
+            raise _Raised(" ".join(f"{str(error) or type(error).__name__}".split())[:100]) from error
         return texts[0], marked[0] if mark else []
+
+    def _printed(self) -> str:
+        """What the template prints for a plain conversation, and before an answer that is to be generated.
+
+        Raises:
+            UserError: it raises for that one too.
+        """
+        asked = [{"role": "user", "content": TURN.prompt}]
+        try:
+            whole, _ = self._render([*asked, {"role": "assistant", "content": TURN.answer}])
+            return whole + self._render(asked, add_generation_prompt=True)[0]
+        except _Raised as error:
+            raise UserError(
+                f"The chat template of {self.name} cannot be rendered ({error}); give another by lm.chat_template."
+            ) from error
 
     def _chat(self, sample: Sample, ask: bool = False) -> tuple[str, list[Span], int]:
         """The rendered conversation, the character spans of its answers, and where the user begins.
@@ -209,7 +279,7 @@ class ChatEncoder:
         With `ask` the last answer is left out and the template's generation prompt stands in its place.
         """
         messages = self._messages(sample)[: -1 if ask else None]
-        text, spans = self._marked(messages, ask) if self.marked else self._differences(sample, messages, ask)
+        text, spans = self._marked(messages, ask) if self.marked else self._differences(messages, ask)
         system = sample.system.strip()  # some templates trim what they print
         after_system = text.find(system) + len(system)
         first = next(message["content"] for message in messages if message["role"] == "user").strip()
@@ -221,15 +291,16 @@ class ChatEncoder:
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         if len(marked) != len(answers):
             raise UserError(
-                f"The chat template of {self.tokenizer.name_or_path} marks {len(marked)} generations for "
+                f"The chat template of {self.name} marks {len(marked)} generations for "
                 f"{len(answers)} answers; put one generation block around every assistant turn."
             )
-        spans = [(start, answer) for (start, _), answer in zip(marked, answers, strict=True) if answer]
-        for start, answer in spans:
-            self._check_answer(text, start, answer)
-        return text, [(start, self._answer_stop(text, start, answer)) for start, answer in spans]
+        begun = [(start, answer) for (start, _), answer in zip(marked, answers, strict=True) if answer]
+        spans = [(start, self._answer_stop(text, start, answer)) for start, answer in begun]
+        for span, (_, answer) in zip(spans, begun, strict=True):
+            self._check_answer(text, span, answer)
+        return text, spans
 
-    def _differences(self, sample: Sample, messages: list[dict[str, str]], ask: bool) -> tuple[str, list[Span]]:
+    def _differences(self, messages: list[dict[str, str]], ask: bool) -> tuple[str, list[Span]]:
         """What each turn adds to the rendering; the answer and the end token after it are supervised."""
         whole, _ = self._render(messages, add_generation_prompt=ask)
         spans: list[Span] = []
@@ -239,23 +310,35 @@ class ChatEncoder:
             before, _ = self._render(messages[:i], add_generation_prompt=True)
             after, _ = self._render(messages[: i + 1])
             stop = self._answer_stop(after, len(before), message["content"])
+            if not after.startswith(before) and after.startswith(self._render(messages[:i])[0]):
+                raise UserError(
+                    f"The chat template of {self.name} does not go on from its own generation prompt "
+                    f"{before[-20:]!r} when it prints an answer; give another by lm.chat_template."
+                )
             # what stands behind the end token may change: some templates end every conversation with one more token
             if not after.startswith(before) or not whole.startswith(after[:stop]):
                 raise UserError(
-                    f"The chat template of {self.tokenizer.name_or_path} rewrites earlier turns (sample {sample.id}): "
-                    "labels cannot be told apart; use a template that only appends, or one with generation markers."
+                    f"The chat template of {self.name} rewrites earlier turns, so that labels "
+                    "cannot be told apart; use a template that only appends, or one with generation markers."
                 )
-            self._check_answer(after, len(before), message["content"])
+            self._check_answer(after, (len(before), stop), message["content"])
             spans.append((len(before), stop))
         return whole, spans
 
-    def _check_answer(self, text: str, start: int, answer: str) -> None:
-        """Only the answer is to be learnt: no words that the template puts before it, and not a changed one."""
+    def _check_answer(self, text: str, span: Span, answer: str) -> None:
+        """Only the answer is to be learnt, as it is and with its end: no words that the template puts before it."""
+        start, stop = span
         found = text.find(answer.strip(), start)
         if found < 0 or text[start:found].strip():
             raise UserError(
-                f"The chat template of {self.tokenizer.name_or_path} does not print the answer {answer[:40]!r} as it "
+                f"The chat template of {self.name} does not print the answer {answer[:40]!r} as it "
                 "is behind the prompt for it; give another by lm.chat_template."
+            )
+        if not text.endswith(tuple(self.specials), start, stop):
+            raise UserError(
+                f"The chat template of {self.name} puts no end token behind an answer (but "
+                f"{text[stop : stop + 20]!r}), so that generation would not stop; give another by lm.chat_template, "
+                f"one that prints {self.end} there."
             )
 
     def _answer_stop(self, text: str, start: int, answer: str) -> int:
@@ -268,12 +351,13 @@ class ChatEncoder:
 
     # -- tokens --------------------------------------------------------------------------------------------------
 
-    def _tokenise(self, sample: Sample, text: str, answers: Sequence[Span], start: int, supervise: bool) -> Encoded:
+    def _tokenise(
+        self, sample: Sample, hidden: Hidden, text: str, answers: Sequence[Span], start: int, supervise: bool
+    ) -> Encoded:
         """Token ids of the text with a role and a label for each, by character offsets."""
         counts = self._counts(sample)
         text, answers, start, holes = self._without_holes(sample, counts, text, answers, start)
-        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = list(tokens["input_ids"]), tokens["offset_mapping"]
+        ids, offsets = self._tokens(sample, hidden, text, answers)
         if len(ids) > self.max_length:
             raise DataError(f"Sample {sample.id} has {len(ids)} tokens, over max_length={self.max_length}; raise it.")
         roles = [SYSTEM if stop <= start else USER for _, stop in offsets]
@@ -296,6 +380,63 @@ class ChatEncoder:
         ]
         return Encoded(ids, labels, roles, image, places, self._turns(sample))
 
+    def _tokens(
+        self, sample: Sample, hidden: Hidden, text: str, answers: Sequence[Span]
+    ) -> tuple[list[int], list[Span]]:
+        """Ids and offsets; an answer begins a token of its own, and what was hidden is read as ordinary characters.
+
+        Raises:
+            DataError: words of the sample would be read as control tokens all the same.
+        """
+        allowed = len(self.control.findall(text))
+        text, plain = hidden.shown(text)
+        ids, offsets = self._read(text, [], plain)
+        cuts = [start for start, _ in answers if self._merges(text, plain, ids, offsets, start)]
+        if cuts:
+            ids, offsets = self._read(text, cuts, plain)
+        if sum(token in self.written_ids for token in ids) > allowed:
+            raise DataError(
+                f"Sample {sample.id} contains words that the tokenizer reads as one of its control tokens; take them "
+                "out of the row."
+            )
+        return ids, offsets
+
+    def _read(self, text: str, cuts: Sequence[int], plain: Sequence[Span]) -> tuple[list[int], list[Span]]:
+        """Ids and offsets of a text in pieces, cut at these places and around what is read as plain characters."""
+        edges = sorted({0, len(text), *cuts, *(edge for span in plain for edge in span)})
+        ids: list[int] = []
+        offsets: list[Span] = []
+        for left, right in pairwise(edges):
+            own, places = self._piece(text[left:right], within=left > 0, plain=(left, right) in plain)
+            ids += own
+            offsets += [(left + i, left + j) for i, j in places]
+        return ids, offsets
+
+    def _piece(self, text: str, within: bool, plain: bool) -> tuple[list[int], list[Span]]:
+        """Ids and offsets of a piece; one from `within` a text does not get the blank that some put before a text."""
+        if within:
+            ids, offsets = self._piece("\n" + text, False, plain)
+            newline, _ = self._piece("\n", False, False)
+            if ids[: len(newline)] == newline:
+                return ids[len(newline) :], [(i - 1, j - 1) for i, j in offsets[len(newline) :]]
+        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=plain)
+        return list(tokens["input_ids"]), list(tokens["offset_mapping"])
+
+    def _merges(self, text: str, plain: Sequence[Span], ids: list[int], offsets: list[Span], start: int) -> bool:
+        """Whether the prompt before an answer has other tokens with the answer behind it than without.
+
+        Asked of what follows the last control token before the answer, which no token reaches across.
+        """
+        floor = max((right for _, right in plain if right <= start), default=0)
+        first = bisect_left(offsets, start, key=lambda place: place[0])
+        begins = False
+        while first and offsets[first - 1][0] >= floor and not begins:
+            first -= 1
+            begins = ids[first] in self.written_ids
+        begin = offsets[first][0] if begins else floor
+        own, _ = self._piece(text[begin:start], within=begin > 0 and not begins, plain=False)
+        return ids[first : first + len(own)] != own
+
     def _without_holes(
         self, sample: Sample, counts: Sequence[int], text: str, answers: Sequence[Span], start: int
     ) -> tuple[str, list[Span], int, list[int | None]]:
@@ -311,7 +452,7 @@ class ChatEncoder:
         found = [match.start() for match in re.finditer(re.escape(self.image_token), text)]
         if len(found) != sum(max(count, 1) for count in counts):
             raise UserError(
-                f"The chat template of {self.tokenizer.name_or_path} prints {len(found)} image placeholders for "
+                f"The chat template of {self.name} prints {len(found)} image placeholders for "
                 f"{len(counts)} images (sample {sample.id}); give one by lm.chat_template that prints all of a prompt."
             )
         cuts: list[int] = []
@@ -338,6 +479,12 @@ class ChatEncoder:
         """Index of the image at every placeholder, -1 elsewhere."""
         owner = (k for k, count in enumerate(counts) for _ in range(count))
         return [next(owner) if token == self.image_id else -1 for token in ids]
+
+
+def last_learnt(encoded: Encoded) -> list[int]:
+    """The id of the last supervised token of every run of them."""
+    ends = zip(encoded.labels, [*encoded.labels[1:], IGNORE], strict=True)
+    return [label for label, following in ends if label != IGNORE and following == IGNORE]
 
 
 def asked(sample: Sample) -> list[str]:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Mask
 from vlmlab.contracts.tensors import Kind, Layout
-from vlmlab.data.chat import token_id
+from vlmlab.data.chat import ChatEncoder, token_id
 from vlmlab.lm.inside import Inside, generating_inside
 from vlmlab.lm.masking import IMPLEMENTATION, generating, plainly_causal, within
 from vlmlab.towers.blueprint import Architecture, read_config, read_tokenizer, weightless
@@ -19,9 +29,6 @@ from vlmlab.towers.source import quiet, resolve, tower_hash
 
 LOGIT_RULES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Config keys by which a family changes its logits after the head; only those a test has covered may be used."""
-
-PLAIN_GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-"""Said explicitly, because a checkpoint's own generation settings would otherwise change greedy decoding."""
 
 
 class CausalLanguageModel(nn.Module):
@@ -121,6 +128,25 @@ class CausalLanguageModel(nn.Module):
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return out if cap is None else torch.tanh(out / cap) * cap
 
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Where generation ends: at what the chat template's answers end with, and at the tokenizer's end token.
+
+        Of what the checkpoint's own settings name, control tokens are taken too, which no answer contains, and no word.
+
+        Raises:
+            UserError: the template has no end of an answer.
+        """
+        encoder = ChatEncoder(self.tokenizer, self.image_token, 0)
+        named = getattr(self.model.generation_config, "eos_token_id", None)
+        listed = named if isinstance(named, list) else [named]
+        return sorted({*encoder.stops, *(token for token in listed if token in encoder.control_ids)})
+
+    def texts(self, ids: Tensor, stops: Collection[int]) -> list[str]:
+        """(B, T) generated ids -> the words before the first stop token, without special tokens."""
+        rows = [row[: next((k for k, token in enumerate(row) if token in stops), len(row))] for row in ids.tolist()]
+        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
     @torch.no_grad()
     def generate(
         self,
@@ -131,20 +157,25 @@ class CausalLanguageModel(nn.Module):
         inside: Inside | None = None,
         **options: Any,
     ) -> Tensor:
-        """Cached decoding of left-padded prompts: (B, S, D) -> (B', T) new ids (B' = B x return sequences)."""
+        """Cached decoding of left-padded prompts: (B, S, D) -> (B', T) new ids (B' = B x return sequences).
+
+        Greedy unless `options`, which are transformers', say more; nothing is taken from the checkpoint's own settings.
+        """
         if bool((layout.kind[:, -1] == Kind.PAD).any()):
             raise ValueError("prompts must be padded on the left: generation continues the last position")
-        tokenizer = self.tokenizer
-        settings = {
-            **PLAIN_GREEDY,
-            "eos_token_id": _stop_ids(self.model, tokenizer),
-            "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-            "max_new_tokens": max_new_tokens,
+        tokenizer, settings = self.tokenizer, GenerationConfig()
+        others = settings.update(
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            max_new_tokens=max_new_tokens,
+            **({} if "eos_token_id" in options else {"eos_token_id": self.stop_ids}),
             **options,
-        }
+        )
+        if settings.stop_strings is not None:
+            others["tokenizer"] = tokenizer
         decode: Any = self.model.generate
-        with generating(mask, layout), generating_inside(self.model, inside):
-            return decode(inputs_embeds=embeds, attention_mask=layout.valid.long(), **settings)
+        given = {"inputs_embeds": embeds, "attention_mask": layout.valid.long(), "generation_config": settings}
+        with generating(mask, layout), generating_inside(self.model, inside), _no_settings(self.model):
+            return decode(**given, **others)
 
 
 def open_lm(
@@ -192,7 +223,12 @@ def _per_layer_type(config: Any, allowed: Tensor, layout: Layout, q: Tensor) -> 
     return near if kinds is None else {"full_attention": allowed[:, None], "sliding_attention": near}
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end token, and what the checkpoint's generation settings name (Phi-3 ends turns by another)."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    return sorted({tokenizer.eos_token_id, *([] if named is None else [named] if isinstance(named, int) else named)})
+@contextmanager
+def _no_settings(model: PreTrainedModel) -> Iterator[None]:
+    """While this is open, a checkpoint's own generation settings do not fill in what was not said."""
+    own: Any = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -75,6 +75,7 @@ def build_collator(cfg: DictConfig, model: VLM, prompt: Prompt) -> Collator:
         tokens_per_image=model.tokens_per_image,  # one number: every picture is brought to the encoder's size
         prompt=prompt,
         max_length=cfg.collate.max_length,
+        control_tokens=cfg.collate.get("control_tokens") or "refuse",  # a configuration older than that key has none
     )
     questions, _ = read_questions(cfg, model, prompt)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

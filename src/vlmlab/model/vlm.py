@@ -110,7 +110,7 @@ class VLM(Parts):
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, **options: Any) -> list[str]:
-        """Greedy cached decoding of left-padded prompts, as text without special tokens.
+        """Greedy cached decoding of left-padded prompts, as text without special tokens, up to where answers end.
 
         Of a tree every branch is a prompt, in their order; what they share is computed once.
         """
@@ -122,7 +122,8 @@ class VLM(Parts):
             inside = None if inside is None else rows.inside(inside)
             options |= self._shared(rows, embeds, layout, inside)
         ids = self.lm.generate(embeds, layout, self.mask, max_new_tokens, inside, **options)
-        return [text.strip() for text in self.lm.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        own = options.get("eos_token_id")
+        return self.lm.texts(ids, self.lm.stop_ids if own is None else own if isinstance(own, list) else [own])
 
     def _shared(self, rows: Unfolded, embeds: Tensor, layout: Layout, inside: Inside | None) -> dict[str, Any]:
         """The cache of what the questions of each tree share, for each question; nothing where they share nothing."""

@@ -27,6 +27,7 @@ from vlmlab.runs.names import override_key
 BASELINES = ("shuffled", "no_image")
 
 QUESTIONS = ("conversation", "rows", "tree")
+CONTROL_TOKENS = ("refuse", "text")
 
 BUILT = ("encoder", "cache", "connector", "lm", "mask", "fusion", "adapter", "objective")
 """Groups whose choice is one class: the keys of its file are the constructor's."""
@@ -62,10 +63,13 @@ def possible_sizes(cfg: Config, choices: Choices) -> str | None:
 
 
 def known_questions(cfg: Config, choices: Choices) -> str | None:
-    """How several questions about an image are read, in training and in evaluation."""
+    """How several questions about an image and control tokens are read, in training and in evaluation."""
     questions, shares = value_at(cfg, "collate.questions"), value_at(cfg, "evaluation.share_images")
     if questions is not None and questions not in QUESTIONS:
         return f"collate.questions={questions} is unknown; choose from {', '.join(QUESTIONS)}"
+    control = value_at(cfg, "collate.control_tokens")
+    if control is not None and control not in CONTROL_TOKENS:
+        return f"collate.control_tokens={control} is unknown; choose from {', '.join(CONTROL_TOKENS)}"
     if shares is not None and not isinstance(shares, bool):
         return f"evaluation.share_images={shares} is unknown; choose true or false"
     return None
