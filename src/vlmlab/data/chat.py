@@ -192,11 +192,22 @@ class ChatEncoder:
             return False
         return True
 
+    def merges(self, sample: Sample) -> bool:
+        """Whether the tokenizer, left to itself, would make one token of a prompt's end and its answer's beginning."""
+        sample, hidden, text, answers, start = self._rendered(sample, ask=False)
+        text, answers, _, _ = self._without_holes(sample, self._counts(sample), text, answers, start)
+        text, plain = hidden.shown(text)
+        return bool(self._cuts(text, answers, plain, *self._read(text, [], plain)))
+
     def _encoded(self, sample: Sample, ask: bool) -> Encoded:
+        return self._tokenise(*self._rendered(sample, ask), supervise=not ask)
+
+    def _rendered(self, sample: Sample, ask: bool) -> tuple[Sample, Hidden, str, list[Span], int]:
+        """The sample with what is hidden in it, its text, the spans of its answers, and where the user begins."""
         sample, hidden = guarded(sample, self.control, self.image_token, self.control_tokens)
         render = self._plain if self.prompt == "plain" else self._chat
         try:
-            text, answers, start = render(sample, ask)
+            return sample, hidden, *render(sample, ask)
         except _Raised as error:
             raise DataError(
                 f"Sample {sample.id} is refused by the chat template of {self.name} ({error}); change the row, or give "
@@ -208,7 +219,6 @@ class ChatEncoder:
             if not self._fits:
                 raise
             raise DataError(f"Sample {sample.id}: {error}") from error
-        return self._tokenise(sample, hidden, text, answers, start, supervise=not ask)
 
     # -- rendering -----------------------------------------------------------------------------------------------
 
@@ -391,8 +401,7 @@ class ChatEncoder:
         allowed = len(self.control.findall(text))
         text, plain = hidden.shown(text)
         ids, offsets = self._read(text, [], plain)
-        cuts = [start for start, _ in answers if self._merges(text, plain, ids, offsets, start)]
-        if cuts:
+        if cuts := self._cuts(text, answers, plain, ids, offsets):
             ids, offsets = self._read(text, cuts, plain)
         if sum(token in self.written_ids for token in ids) > allowed:
             raise DataError(
@@ -422,20 +431,26 @@ class ChatEncoder:
         tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=plain)
         return list(tokens["input_ids"]), list(tokens["offset_mapping"])
 
-    def _merges(self, text: str, plain: Sequence[Span], ids: list[int], offsets: list[Span], start: int) -> bool:
-        """Whether the prompt before an answer has other tokens with the answer behind it than without.
+    def _cuts(
+        self, text: str, answers: Sequence[Span], plain: Sequence[Span], ids: list[int], offsets: list[Span]
+    ) -> list[int]:
+        """Where an answer begins before which the prompt has other tokens than it has without the answer behind it.
 
         Asked of what follows the last control token before the answer, which no token reaches across.
         """
-        floor = max((right for _, right in plain if right <= start), default=0)
-        first = bisect_left(offsets, start, key=lambda place: place[0])
-        begins = False
-        while first and offsets[first - 1][0] >= floor and not begins:
-            first -= 1
-            begins = ids[first] in self.written_ids
-        begin = offsets[first][0] if begins else floor
-        own, _ = self._piece(text[begin:start], within=begin > 0 and not begins, plain=False)
-        return ids[first : first + len(own)] != own
+        found = []
+        for start, _ in answers:
+            floor = max((right for _, right in plain if right <= start), default=0)
+            first = bisect_left(offsets, start, key=lambda place: place[0])
+            begins = False
+            while first and offsets[first - 1][0] >= floor and not begins:
+                first -= 1
+                begins = ids[first] in self.written_ids
+            begin = offsets[first][0] if begins else floor
+            own, _ = self._piece(text[begin:start], within=begin > 0 and not begins, plain=False)
+            if ids[first : first + len(own)] != own:
+                found.append(start)
+        return found
 
     def _without_holes(
         self, sample: Sample, counts: Sequence[int], text: str, answers: Sequence[Span], start: int

@@ -22,11 +22,14 @@ from vlmlab.analyse.report import SHOWN_SIDE, png_base64
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, SampleSource
 from vlmlab.contracts.tensors import Batch, Kind, Role
+from vlmlab.data.asking import parts, proved, sent
 from vlmlab.data.chat import PICTURE, Encoded
 from vlmlab.data.collate import Collator
 from vlmlab.engine.restore import module_class
 from vlmlab.engine.weights import Trainee
+from vlmlab.model.build import build_collator
 from vlmlab.model.questions import questions_line
+from vlmlab.model.vlm import VLM
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.files import write_atomic
 
@@ -129,6 +132,8 @@ def inspect_stage(cfg: DictConfig, stage: Stage, n: int = 16, check: int = 200) 
     first = range(min(n, size))
     good = _looked_through(found, source, collate, sorted({*first, *spread}))
     shown = [(index, good[index]) for index in first if index in good]
+    if shown and isinstance(model, VLM):
+        _asking(found, build_collator(cfg, model, "chat"), model, shown)
     micro = max(1, stage.batch_size // (stage.accumulate * _devices(cfg)))
     for start in range(0, len(shown), micro):
         found.rows += _rows(shown[start : start + micro], collate)
@@ -174,6 +179,24 @@ def _facts(cfg: DictConfig, stage: Stage, collate: Collator, size: int) -> list[
     ]
 
 
+def _asking(found: Inspection, collate: Collator, model: VLM, samples: Sequence[tuple[int, Sample]]) -> None:
+    """What generation is sent and where it stops, and whether that is what is learnt of these samples."""
+    for index, sample in samples:
+        name = f"#{index} {sample.id}"
+        try:
+            if index == samples[0][0]:
+                found.facts.append(("generation stops at", model.lm.stops_line()))
+                found.facts.append(("generation is sent", sent(collate.encoder, parts(collate, sample)[0])))
+            notes = proved(collate, sample)
+        except DataError as error:
+            notes = [f"as a question: {error}"]
+        except UserError as error:
+            found.problems.setdefault(str(error), [])
+            return
+        for note in dict.fromkeys(notes):
+            found.problems.setdefault(note, []).append(name)
+
+
 # -- what is wrong ---------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +217,7 @@ def _looked_through(
             if collate.resize is not None:
                 for image in sample.images:
                     collate.resize(image)
-        except DataError as error:
+        except UserError as error:
             found.broken[name] = str(error)
             continue
         good[index] = sample

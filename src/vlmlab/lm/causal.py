@@ -138,9 +138,17 @@ class CausalLanguageModel(nn.Module):
             UserError: the template has no end of an answer.
         """
         encoder = ChatEncoder(self.tokenizer, self.image_token, 0)
+        return sorted({*encoder.stops, *(token for token in self._named_stops() if token in encoder.control_ids)})
+
+    def stops_line(self) -> str:
+        """The stop tokens in words, and what the checkpoint's settings name that is none."""
+        words = ", ".join(f"{self.tokenizer.decode([token])} ({token})" for token in self.stop_ids)
+        left = [str(token) for token in self._named_stops() if token not in self.stop_ids]
+        return words + (f"; not at {', '.join(left)} of the checkpoint's settings, which is no end" if left else "")
+
+    def _named_stops(self) -> list[int]:
         named = getattr(self.model.generation_config, "eos_token_id", None)
-        listed = named if isinstance(named, list) else [named]
-        return sorted({*encoder.stops, *(token for token in listed if token in encoder.control_ids)})
+        return [] if named is None else list(named) if isinstance(named, list) else [named]
 
     def texts(self, ids: Tensor, stops: Collection[int]) -> list[str]:
         """(B, T) generated ids -> the words before the first stop token, without special tokens."""

@@ -1,4 +1,7 @@
-"""What a stage's visual tokens say of the image before the first step: a connector that starts blind is seen here."""
+"""What is looked at before a stage's first step: what generation is asked, and what visual tokens say of the image.
+
+A prompt that is not the beginning of what is learnt is seen here, and a connector that starts blind.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,59 @@ from contextlib import contextmanager
 
 import lightning as L
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from vlmlab.cache.none import NoCache
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import Sample, SampleSource
 from vlmlab.contracts.tensors import Batch
+from vlmlab.data.asking import proved
+from vlmlab.data.collate import Collator
 from vlmlab.data.sampler import Order
+from vlmlab.model.build import build_collator
 from vlmlab.model.vlm import VLM
 
 IMAGES = 32
 """Images that are looked at, at most."""
+
+
+PROVED = 8
+"""Rows whose prompts are held against what is learnt."""
+
+
+def prompts_proved(cfg: DictConfig, model: nn.Module, collate: object, source: SampleSource, order: Order) -> list[str]:
+    """Lines that say where generation stops, and notes, after its prompts were held against what a stage learns.
+
+    Where benchmarks are asked, theirs is the chat template, whatever prompt the stage has.
+
+    Args:
+        cfg: the configuration.
+        model: the stage's.
+        collate: of the stage; others than of prompts are passed over.
+        source: its samples; rows that cannot be used are for whoever loads the windows.
+        order: the samples of its first steps are looked at.
+
+    Raises:
+        UserError: the chat template cannot be used, generation would be asked what is not learnt, or would not stop.
+    """
+    if not isinstance(model, VLM) or not isinstance(collate, Collator):
+        return []
+    asks = bool(cfg.data.get("benchmarks"))
+    readers = [collate]
+    if asks and collate.encoder.prompt == "plain":
+        readers.append(build_collator(cfg, model, "chat"))
+    lines = [f"generation stops at {model.lm.stops_line()}"] if asks else []
+    left = PROVED
+    for index in order.window(0):
+        try:
+            lines += [f"note: {note}" for reader in readers for note in proved(reader, source[index])]
+        except DataError:
+            continue
+        left -= 1
+        if not left:
+            break
+    return list(dict.fromkeys(lines))
 
 
 def differing_share(tokens: Tensor) -> float:

@@ -41,7 +41,7 @@ from vlmlab.recipe.stage import Stage, check_divides, drawn_from, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.train.keeper import Keeper
-from vlmlab.train.looks import Looks
+from vlmlab.train.looks import Looks, prompts_proved
 from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, stage_table, wandb_logger
 from vlmlab.train.resume import load_last
 from vlmlab.train.signals import Interrupted, Signals
@@ -232,6 +232,8 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
         keeper = _keeper(run, stage, module, trainee, home / "last.ckpt")
         if not module.done:
             skips.look(data.collate)
+            for line in prompts_proved(cfg, trainee.model, data.collate, source, data.order()):
+                run.say(line)
         try:
             with run.cache.serving(trainee.model, run.say) as used:
                 _fit(run, module, data, keeper, skips)
