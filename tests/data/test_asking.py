@@ -98,7 +98,7 @@ def turn_tokens(*tokens: str, **options: Any) -> list[AddedToken]:
 
 @dataclass(frozen=True)
 class Family:
-    """A tokenizer with its template, the end of a turn, what its settings name as the end, and whether it has a system."""
+    """A tokenizer with its template, the end of a turn, what its settings name as that, and whether it has a system."""
 
     make: Callable[[], Any]
     end: str

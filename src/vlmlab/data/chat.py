@@ -411,24 +411,24 @@ class ChatEncoder:
         return ids, offsets
 
     def _read(self, text: str, cuts: Sequence[int], plain: Sequence[Span]) -> tuple[list[int], list[Span]]:
-        """Ids and offsets of a text in pieces, cut at these places and around what is read as plain characters."""
-        edges = sorted({0, len(text), *cuts, *(edge for span in plain for edge in span)})
+        """Ids and offsets of a text in pieces, cut at these places, and around and inside what is to be no token."""
+        edges = sorted({0, len(text), *cuts, *(edge for i, j in plain for edge in (i, min(i + 1, j), j))})
         ids: list[int] = []
         offsets: list[Span] = []
         for left, right in pairwise(edges):
-            own, places = self._piece(text[left:right], within=left > 0, plain=(left, right) in plain)
+            own, places = self._piece(text[left:right], within=left > 0)
             ids += own
             offsets += [(left + i, left + j) for i, j in places]
         return ids, offsets
 
-    def _piece(self, text: str, within: bool, plain: bool) -> tuple[list[int], list[Span]]:
+    def _piece(self, text: str, within: bool) -> tuple[list[int], list[Span]]:
         """Ids and offsets of a piece; one from `within` a text does not get the blank that some put before a text."""
         if within:
-            ids, offsets = self._piece("\n" + text, False, plain)
-            newline, _ = self._piece("\n", False, False)
+            ids, offsets = self._piece("\n" + text, within=False)
+            newline, _ = self._piece("\n", within=False)
             if ids[: len(newline)] == newline:
                 return ids[len(newline) :], [(i - 1, j - 1) for i, j in offsets[len(newline) :]]
-        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=plain)
+        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=False)
         return list(tokens["input_ids"]), list(tokens["offset_mapping"])
 
     def _cuts(
@@ -447,7 +447,7 @@ class ChatEncoder:
                 first -= 1
                 begins = ids[first] in self.written_ids
             begin = offsets[first][0] if begins else floor
-            own, _ = self._piece(text[begin:start], within=begin > 0 and not begins, plain=False)
+            own, _ = self._piece(text[begin:start], within=begin > 0 and not begins)
             if ids[first : first + len(own)] != own:
                 found.append(start)
         return found
