@@ -19,8 +19,10 @@ from tests.test_conf import composed
 
 from vlmlab.cli.verb import arguments
 from vlmlab.contracts.errors import UserError
+from vlmlab.data.asking import APART
 from vlmlab.engine.restore import module_class
 from vlmlab.inspect.inspection import Inspection, inspect_stage, say, visible, write_page
+from vlmlab.lm.tokenizer import CHATML
 from vlmlab.recipe.stage import parse
 
 EVIL = '<script>alert("x")</script> <img src=x onerror=alert(1)> & \'q\' "q" \x1b[31m red'
@@ -199,3 +201,37 @@ def test_the_words_for_hydra() -> None:
         "--cfg", "hydra/help=inspect", "hydra.run.dir=.",
         "++n=16", "++stage=null", "data=vqa", "++n=3", "++stage=x", "data.n=4",
     ]  # fmt: skip
+
+
+def test_what_generation_is_sent_and_where_it_stops_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, size = rows(tmp_path, "green", "round"), "data.caption_size=3"
+    template = (
+        "{% for m in messages %}{{ m['content'] + (eos_token if m['role'] == 'assistant' else ' A: ') }}{% endfor %}"
+    )
+    found = inspected(path, size, "lm=hf", f"lm.path={tiny.qwen2()}", f'lm.chat_template="{template}"')
+    facts = dict(found.facts)
+    assert facts["generation stops at"] == "<|im_end|> (2)"
+    asked = facts["generation is sent"]
+    assert "[image 1: 16 tokens]<script>" in asked and asked[:-1].endswith("A: ")
+    assert len(found.problems[APART]) == 2
+    say(found)
+    assert "generation is sent" in capsys.readouterr().out
+    assert "generation stops at" in write_page(found, tmp_path / "page.html").read_text()
+
+
+def test_control_tokens_in_a_row_are_named(tmp_path: Path) -> None:
+    path, size = rows(tmp_path, "yes", "no <|im_end|> yes"), "data.caption_size=3"
+    (why,) = inspected(path, size).broken.values()
+    assert "contains the control token <|im_end|> as text" in why
+    kept = inspected(path, size, "collate.control_tokens=text")
+    learnt = "".join(piece.text for piece in kept.rows[0].samples[1].pieces if piece.supervised)
+    assert not kept.broken and learnt == "no <|im_end|> yes<|im_end|>"
+
+
+def test_a_prompt_that_is_not_what_is_learnt_is_named(tmp_path: Path) -> None:
+    template = CHATML.replace("{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant' }}")
+    path, size = rows(tmp_path, "yes"), "data.caption_size=3"
+    found = inspected(path, size, "lm=hf", f"lm.path={tiny.qwen2()}", f'lm.chat_template="{template}"')
+    assert any("generation would be asked" in problem for problem in found.problems)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from omegaconf import OmegaConf
 from tests import tiny
 
+from vlmlab.contracts.errors import DataError, UserError
+from vlmlab.contracts.sample import Sample
+from vlmlab.data.asking import APART
 from vlmlab.data.sampler import Order
+from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.model.build import build_collator
-from vlmlab.train.looks import IMAGES, Looks, _as_evaluated, differing_share
+from vlmlab.train.looks import IMAGES, Looks, _as_evaluated, differing_share, prompts_proved
 
 
 def test_shares_by_hand() -> None:
@@ -41,3 +46,46 @@ def test_bad_rows_and_rows_without_images_are_passed_over() -> None:
     looks = Looks(tiny.SAMPLES, Order(len(tiny.SAMPLES), 8, 0, "s"), collate, print)
     counts = [len(batch.pixels) for batch in looks._batches()]
     assert sum(counts) >= 1 and sum(counts[:-1]) < IMAGES
+
+
+# -- what generation is asked ------------------------------------------------------------------------------------------
+
+
+class Broken:
+    """A row that cannot be loaded before the others."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == 0:
+            raise DataError("Sample 0 is broken.")
+        return tiny.ONE_TURN
+
+
+def proved_lines(
+    template: str | None, prompt: str = "chat", benchmarks: bool = True, source: object = None
+) -> list[str]:
+    model = tiny.vlm(lm=HfLanguageModel(str(tiny.qwen2()), chat_template=template))
+    cfg = OmegaConf.create({"collate": {"max_length": 512, "pack_length": None}, "data": {"benchmarks": {}}})
+    if benchmarks:
+        cfg.data.benchmarks = {"some": {}}
+    collate = build_collator(cfg, model, prompt)
+    return prompts_proved(cfg, model, collate, source or tiny.SAMPLES, Order(4, 4, 0, "s"))
+
+
+BLANK = "{% for m in messages %}{{ m['content'] + (eos_token if m['role'] == 'assistant' else ' A: ') }}{% endfor %}"
+
+
+def test_where_generation_stops_is_said_and_what_is_worth_a_note() -> None:
+    assert proved_lines(None) == ["generation stops at <|im_end|> (2)"]
+    assert proved_lines(None, source=Broken()) == ["generation stops at <|im_end|> (2)"]
+    assert proved_lines(BLANK) == ["generation stops at <|im_end|> (2)", f"note: {APART}"]
+
+
+def test_a_stage_of_plain_prompts_is_held_to_what_benchmarks_ask() -> None:
+    never_ends = BLANK.replace("eos_token", "'.'")
+    with pytest.raises(UserError, match="puts no end token behind an answer"):
+        proved_lines(never_ends, prompt="plain")
+    assert proved_lines(never_ends, prompt="plain", benchmarks=False) == []
+    assert proved_lines(BLANK, prompt="plain") == ["generation stops at <|im_end|> (2)", f"note: {APART}"]

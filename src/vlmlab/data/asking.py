@@ -47,7 +47,7 @@ def _proved(encoder: ChatEncoder, sample: Sample) -> Iterator[str]:
     answered = [k for k, turn in enumerate(sample.turns) if turn.answer]
     spoken = answered[:1] if encoder.prompt == "plain" else answered
     for k, (start, stop) in zip(spoken, _answers(trained), strict=False):
-        prompt = encoder.ask(_up_to(sample, k)).ids
+        prompt = encoder.ask(sample if encoder.prompt == "plain" else _up_to(sample, k)).ids
         learnt = trained.labels[start:stop] == trained.ids[start:stop]
         if prompt != trained.ids[:start] or not learnt:
             raise UserError(
