@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
 from PIL import Image as Pillow
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    MinLengthLogitsProcessor,
+    StoppingCriteriaList,
+    TextStreamer,
+    WatermarkingConfig,
+)
 
 import vlmlab
 from tests import tiny
@@ -19,7 +31,7 @@ from tests.test_conf import composed
 from vlmlab.contracts.errors import CheckpointError, DataError, UserError
 from vlmlab.contracts.sample import IMAGE_TAG
 from vlmlab.evaluate.metrics.rows import read_rows
-from vlmlab.loading import LoadedModel
+from vlmlab.loading import REFUSED, LoadedModel
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
 from vlmlab.train.run import train
@@ -139,6 +151,79 @@ def test_mistakes_are_one_sentence(
     with pytest.raises(UserError, match=message) as caught:
         model.generate(given, question, **options)
     assert "\n" not in str(caught.value)
+
+
+BY_NAME: dict[str, object] = {
+    "min_length": 30, "min_new_tokens": 2, "early_stopping": True, "max_time": 5.0, "stop_strings": ["e"],
+    "do_sample": True, "num_beams": 2, "use_cache": True, "cache_implementation": "static", "temperature": 0.7,
+    "top_k": 5, "top_p": 0.9, "min_p": 0.1, "top_h": 0.5, "typical_p": 0.5, "epsilon_cutoff": 3e-4,
+    "eta_cutoff": 3e-4, "repetition_penalty": 1.2, "length_penalty": 0.5, "no_repeat_ngram_size": 2,
+    "bad_words_ids": [[5]], "renormalize_logits": True, "forced_eos_token_id": 2, "remove_invalid_values": True,
+    "exponential_decay_length_penalty": (2, 1.1), "suppress_tokens": [5], "begin_suppress_tokens": [5],
+    "sequence_bias": [[[5], -1.0]], "watermarking_config": WatermarkingConfig(), "num_return_sequences": 1,
+    "pad_token_id": 0, "eos_token_id": [2, 5], "disable_compile": True,
+    "logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(2, 2)]),
+    "stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(5.0)]),
+    "prefix_allowed_tokens_fn": lambda row, ids: [5, 6, 7],
+}  # fmt: skip
+WITH = {
+    **{key: {"num_beams": 2} for key in ("early_stopping", "length_penalty")},
+    "cache_implementation": {"disable_compile": True},
+}
+"""Options that act beside another."""
+
+
+def test_every_option_of_transformers_is_known(model: LoadedModel) -> None:
+    every = {*vars(GenerationConfig()), *inspect.signature(GenerationMixin.generate).parameters}
+    own = {"self", "kwargs", "max_new_tokens", "streamer", *(name for name in every if name.startswith("_"))}
+    assert every - own == (BY_NAME.keys() | REFUSED.keys()) & every, "a new version has others: sort them"
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_an_option_works(name: str, model: LoadedModel) -> None:
+    sampling = {"do_sample": True} if name.startswith(("t", "min_p", "eta", "epsilon")) else {}
+    told = model.generate(
+        tiny.picture(1), "what", max_new_tokens=3, **{name: BY_NAME[name]}, **WITH.get(name, sampling)
+    )
+    assert isinstance(told, str)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_option_that_cannot_be_had_is_one_sentence(name: str, model: LoadedModel) -> None:
+    for value in (True, 2, 1.5, "x"):
+        with pytest.raises(UserError, match=f"{name} is not possible here: ") as caught:
+            model.generate(None, "what", **{name: value})
+        assert len(str(caught.value)) <= 300 and "\n" not in str(caught.value)
+    assert isinstance(model.generate(None, "what", max_new_tokens=1, **{name: None}), str)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1.0, "do_sample": True}, {"num_beams": 0}, {"bad_words_ids": 3}, {"eos_token_id": "x"},
+        {"stop_strings": 5}, {"logits_processor": 3}, {"repetition_penalty": "a"}, {"watermarking_config": 3},
+        {"streamer": 3}, {"cache_implementation": "quantized"}, {"cache_implementation": "offloaded"},
+        {"max_new_tokens": True}, {"pad_token_id": "q"}, {"_from_model_config": True}, {"kwargs": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_value_that_transformers_refuses_is_one_sentence(options: dict[str, Any], model: LoadedModel) -> None:
+    with pytest.raises(UserError, match=next(iter(options))) as caught:
+        model.generate(None, "what", **{"max_new_tokens": 2, **options})
+    assert len(str(caught.value)) <= 300 and "\n" not in str(caught.value)
+
+
+def test_a_streamer_is_told_the_words(model: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    streamer = TextStreamer(model.model.lm.tokenizer, skip_special_tokens=True)
+    told = model.generate(tiny.picture(1), "what", max_new_tokens=3, streamer=streamer)
+    assert capsys.readouterr().out.strip() == told
+    with pytest.raises(UserError, match="streamer, num_beams: transformers' generate does not take that"):
+        model.generate(None, "what", streamer=streamer, num_beams=2)
+
+
+def test_control_tokens_in_a_question_are_refused(model: LoadedModel) -> None:
+    with pytest.raises(DataError, match=r"Sample question contains the control token <\|im_end\|>"):
+        model.generate(None, "what<|im_end|>")
 
 
 def test_a_broken_image_is_named(model: LoadedModel, tmp_path: Path) -> None:

@@ -32,6 +32,29 @@ Picture: TypeAlias = "str | Path | Pillow.Image | Image"
 """A file, a Pillow image, or (H, W, 3) uint8."""
 
 NEW_TOKENS = 64
+WHY_NOT = {
+    "the answer is one text": "return_dict_in_generate output_scores output_logits output_attentions "
+    "output_hidden_states",
+    "max_new_tokens says it, without the prompt": "max_length",
+    "the prompt is embeddings and has no token ids": "guidance_scale negative_prompt_ids "
+    "negative_prompt_attention_mask token_healing encoder_repetition_penalty encoder_no_repeat_ngram_size bos_token_id "
+    "decoder_start_token_id forced_bos_token_id prefill_chunk_size assistant_model assistant_tokenizer "
+    "assistant_early_exit prompt_lookup_num_tokens max_matching_ngram_size is_assistant use_mtp num_assistant_tokens "
+    "num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind target_lookbehind "
+    "assistant_ensemble_weight speculation_type",
+    "it is code from outside transformers": "num_beam_groups diversity_penalty constraints force_words_ids "
+    "penalty_alpha dola_layers low_memory custom_generate trust_remote_code",
+    "it is made from the question, the images and the options": "inputs input_ids inputs_embeds attention_mask "
+    "position_ids past_key_values generation_config tokenizer synced_gpus transformers_version "
+    "continuous_batching_config",
+    "the masks go with caches that keep everything": "cache_config max_cache_len compile_config",
+}
+REFUSED = {name: why for why, names in WHY_NOT.items() for name in names.split()}
+"""Options of transformers' ``generate`` that cannot be had here, and why."""
+
+KEPT_WHOLE = (None, "dynamic", "static")
+"""What ``cache_implementation`` may be."""
+
 ABSENT = object()
 
 
@@ -97,10 +120,12 @@ class LoadedModel:
             question: the user's words; ``<image>`` where an image stands, without tags all stand before the words.
             max_new_tokens: most tokens of the answer.
             system: the system line; empty keeps the template's own.
-            options: of transformers' ``generate``, as in ``do_sample=True, temperature=0.7, top_p=0.9``.
+            options: of transformers' ``generate``, as in ``do_sample=True, temperature=0.7, top_p=0.9``. The language
+                model's own ``generation_config.json`` says nothing here.
 
         Raises:
-            UserError: an image that cannot be used, tags that do not fit the images, or an unknown option.
+            UserError: an image that cannot be used, tags that do not fit the images, an option that is unknown or
+                cannot be had, or one that transformers refuses.
         """
         images = _images(image)
         tags = question.count(IMAGE_TAG)
@@ -112,11 +137,22 @@ class LoadedModel:
         if images and self.model.encoder is None:
             raise UserError("this run has no vision (its fusion reads no images); give None for the image.")
         _check_options(options, self.model)
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        options = {name: value for name, value in options.items() if name not in REFUSED}
+        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens} is not possible; give a whole number of at least 1.")
         sample = Sample("question", images, (Turn(question, ""),), system)
         batch = self._collator.ask([sample]).to(self.device)
-        return self.model.generate(batch, max_new_tokens, **options)[0]
+        try:
+            return self.model.generate(batch, max_new_tokens, **options)[0]
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if not options:
+                raise
+            why = " ".join(str(error).split())[:150] or type(error).__name__
+            raise UserError(
+                f"{', '.join(options)[:80]}: transformers' generate does not take that ({why}); give another value."
+            ) from error
 
     def __repr__(self) -> str:
         parts = (self.config.get(name) for name in ("encoder", "connector", "fusion", "lm", "mask"))
@@ -152,12 +188,16 @@ def _image(given: Any) -> Image:
 def _check_options(options: Mapping[str, Any], model: VLM) -> None:
     """An unknown option in one sentence; transformers has a paragraph, after the prompt is read."""
     decode: Any = model.lm.model.generate
-    known = {*vars(GenerationConfig()), *inspect.signature(decode).parameters}
+    known = {*vars(GenerationConfig()), *inspect.signature(decode).parameters} - {"kwargs"}
     for name, value in options.items():
-        if name not in known or name.startswith("_"):
+        if name in REFUSED and value is not None and value is not False:
+            raise UserError(f"{name} is not possible here: {REFUSED[name]}; leave it out.")
+        if (name not in known and name not in REFUSED) or name.startswith("_"):
             raise UserError(f"{name} is no option of transformers' generate; see its GenerationConfig.")
-        if name == "num_return_sequences" and value != 1:
+        if name == "num_return_sequences" and value not in (None, 1):
             raise UserError(f"num_return_sequences={value} is not possible, the answer is one text; ask several times.")
+        if name == "cache_implementation" and value not in KEPT_WHOLE:
+            raise UserError(f"cache_implementation={value} is not possible here; leave it out, or use dynamic.")
 
 
 def _count(number: int, word: str) -> str:

@@ -172,12 +172,9 @@ class CausalLanguageModel(nn.Module):
         if bool((layout.kind[:, -1] == Kind.PAD).any()):
             raise ValueError("prompts must be padded on the left: generation continues the last position")
         tokenizer, settings = self.tokenizer, GenerationConfig()
-        others = settings.update(
-            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-            max_new_tokens=max_new_tokens,
-            **({} if "eos_token_id" in options else {"eos_token_id": self.stop_ids}),
-            **options,
-        )
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        stops = {} if "eos_token_id" in options else {"eos_token_id": self.stop_ids}
+        others = settings.update(**{"pad_token_id": pad, "max_new_tokens": max_new_tokens, **stops, **options})
         if settings.stop_strings is not None:
             others["tokenizer"] = tokenizer
         decode: Any = self.model.generate
