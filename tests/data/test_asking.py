@@ -206,6 +206,10 @@ def test_stop_tokens_are_the_end_of_answers_whatever_settings_say(name: str) -> 
     word = made("red", add_special_tokens=False)["input_ids"]
     assert lm.texts(torch.tensor([[*word, end, *word]]), lm.stop_ids) == ["red"]
     assert family.end in lm.stops_line()
+    made.clean_up_tokenization_spaces = True
+    spaced = made("red , blue .", add_special_tokens=False)["input_ids"]
+    assert lm.texts(torch.tensor([spaced]), lm.stop_ids) == ["red , blue ."]
+    made.clean_up_tokenization_spaces = False
 
 
 @pytest.mark.parametrize("name", ["qwen2", "mistral", "gemma", "phi3", "blank"])

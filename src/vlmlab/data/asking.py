@@ -60,8 +60,9 @@ def _proved(encoder: ChatEncoder, sample: Sample) -> Iterator[str]:
                 f"Sample {sample.id}: the answer ends in {_end(encoder, trained.ids[:stop])!r}, where generation does "
                 "not stop; give another template by lm.chat_template."
             )
-        back = str(encoder.tokenizer.decode(trained.ids[start : stop - 1], skip_special_tokens=True))
-        if back.strip() != sample.turns[k].answer.strip():
+        words = trained.ids[start : stop - 1]
+        back = encoder.tokenizer.decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if str(back).strip() != sample.turns[k].answer.strip():
             yield "an answer does not come back from its tokens as it is written"
     if encoder.merges(sample):
         yield APART

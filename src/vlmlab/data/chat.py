@@ -128,7 +128,7 @@ class ChatEncoder:
             if value not in get_args(known):
                 raise UserError(f"{key}={value} is unknown; use {', '.join(get_args(known))}.")
         self.tokenizer = tokenizer
-        self.name = str(tokenizer.name_or_path)[-80:]  # in messages
+        self.name = str(tokenizer.name_or_path)[-60:]  # in messages
         self.image_token = image_token
         self.image_id = token_id(tokenizer, image_token)
         self.tokens_per_image = tokens_per_image
@@ -265,7 +265,7 @@ class ChatEncoder:
                 **dict(self.tokenizer.special_tokens_map),  # the template's variables
             )
         except Exception as error:  # a template's own words, a missing filter, sums of numbers and texts
-            raise _Raised(" ".join(f"{str(error) or type(error).__name__}".split())[:100]) from error
+            raise _Raised(" ".join(f"{str(error) or type(error).__name__}".split())[:80]) from error
         return texts[0], marked[0] if mark else []
 
     def _printed(self) -> str:

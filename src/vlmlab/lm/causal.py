@@ -153,7 +153,9 @@ class CausalLanguageModel(nn.Module):
     def texts(self, ids: Tensor, stops: Collection[int]) -> list[str]:
         """(B, T) generated ids -> the words before the first stop token, without special tokens."""
         rows = [row[: next((k for k, token in enumerate(row) if token in stops), len(row))] for row in ids.tolist()]
-        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        # some tokenizers would take the blank before a comma out, which stands in what was learnt
+        said = self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [text.strip() for text in said]
 
     @torch.no_grad()
     def generate(
