@@ -32,6 +32,7 @@ from vlmlab.cli.rules.run import (
     possible_name,
     possible_seed,
     possible_sizes,
+    watched,
 )
 from vlmlab.cli.rules.stages import (
     contrastive_counts,
@@ -94,6 +95,7 @@ RULES: tuple[Rule, ...] = (
     possible_sizes,
     known_questions,
     possible_cache,
+    watched,
     features_to_keep,
     possible_name,
     foreign_keys,
