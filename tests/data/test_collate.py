@@ -30,7 +30,7 @@ from tests.tiny import (
 from torch import Tensor
 
 from vlmlab.contracts.tensors import Batch, Kind, Layout
-from vlmlab.data.collate import Collator, _first_fit, _pack, _room
+from vlmlab.data.collate import Collator, _first_fit, _room, pack
 from vlmlab.mask.bidir import Bidirectional
 from vlmlab.mask.causal import Causal
 from vlmlab.model.vlm import VLM
@@ -108,20 +108,20 @@ def test_positions_restart_and_labels_do_not_cross() -> None:
 
 
 def test_pack() -> None:
-    assert _pack([5, 3, 2, 9, 1], None) == [[0], [1], [2], [3], [4]]
-    assert _pack([6, 1, 4, 3], 7) == [[0, 1], [2, 3]], "full rows"
-    assert _pack([5, 3, 5, 3], 8) == [[0, 1], [2, 3]]
-    assert _pack([140, 139, 138], 280) == [[0], [1], [2]], "two in a row of 279 would leave half of the other empty"
-    assert _pack([61, 51, 32], 93) == [[0], [1, 2]], "the first that fits would take rows of 93"
-    assert _pack([4, 4], 8) == [[0], [1]], "as full, and attention costs less"
-    assert _pack([5, 3, 2, 9, 1], 8) == [[0, 1, 4], [2], [3]], "one that is longer widens the others' rows as well"
+    assert pack([5, 3, 2, 9, 1], None) == [[0], [1], [2], [3], [4]]
+    assert pack([6, 1, 4, 3], 7) == [[0, 1], [2, 3]], "full rows"
+    assert pack([5, 3, 5, 3], 8) == [[0, 1], [2, 3]]
+    assert pack([140, 139, 138], 280) == [[0], [1], [2]], "two in a row of 279 would leave half of the other empty"
+    assert pack([61, 51, 32], 93) == [[0], [1, 2]], "the first that fits would take rows of 93"
+    assert pack([4, 4], 8) == [[0], [1]], "as full, and attention costs less"
+    assert pack([5, 3, 2, 9, 1], 8) == [[0, 1, 4], [2], [3]], "one that is longer widens the others' rows as well"
 
 
 def test_packing_takes_no_more_room_than_the_first_fit() -> None:
     draw = random.Random(0)
     for _ in range(100):
         lengths = [draw.randint(10, 200) for _ in range(draw.randint(1, 40))]
-        rows = _pack(lengths, 256)
+        rows = pack(lengths, 256)
         assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
         assert _room(lengths, rows) <= _room(lengths, _first_fit(lengths, 256))
 

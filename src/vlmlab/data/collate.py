@@ -45,7 +45,7 @@ class Collator:
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """A training batch: answers supervised, padded on the right."""
         read = [(sample, part) for sample in samples for part in self.encode(sample)]
-        rows = _pack([len(e.ids) for _, e in read], self.pack_length)
+        rows = pack([len(e.ids) for _, e in read], self.pack_length)
         return self._batch([sample for sample, _ in read], [e for _, e in read], rows, left=False)
 
     def encode(self, sample: Sample) -> list[Encoded]:
@@ -145,7 +145,7 @@ def _prompted(encoded: Encoded, count: int) -> Encoded:
     )
 
 
-def _pack(lengths: list[int], limit: int | None) -> list[list[int]]:
+def pack(lengths: list[int], limit: int | None) -> list[list[int]]:
     """Which samples share a row: of several ways, the one whose rows, all as wide as the widest, take the least room.
 
     A tight limit on a row often wastes less than the whole of it: two samples of 140 fill no row of 256.
