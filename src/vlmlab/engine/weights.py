@@ -166,7 +166,7 @@ class Trainee:
     # -- the file ------------------------------------------------------------------------------------------------
 
     def kept(self) -> dict[str, Tensor]:
-        """Every tensor that differs from the source towers: ever trained, an earlier run's, of a part without source."""
+        """Every tensor that differs from the source towers: ever trained, of an earlier run, or without source."""
         sources = self.sources()
         parts: Mapping[str, list[tuple[str, nn.Parameter]]] = self.model.parts()  # type: ignore[operator]
         found: dict[str, Tensor] = {}

@@ -44,8 +44,9 @@ from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.origin import KEY, drop_origin, kept_origin, take_origin
 from vlmlab.train.keeper import Keeper
 from vlmlab.train.looks import Looks
-from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, stage_table, wandb_logger
+from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, mirror, stage_table, wandb_logger
 from vlmlab.train.resume import load_last
+from vlmlab.train.sharing import Sharing
 from vlmlab.train.signals import Interrupted, Signals
 from vlmlab.train.skips import Skips
 
@@ -121,6 +122,11 @@ class Run:
         """What stands before an encoder that is frozen."""
         return build_cache(self.cfg)
 
+    @cached_property
+    def sharing(self) -> Sharing:
+        """Which stages it has in common with other runs."""
+        return Sharing(self.cfg, self.folder, self.say)
+
     @property
     def shards(self) -> bool:
         """Whether the ranks share the towers' weights among them while they train."""
@@ -163,7 +169,7 @@ def _train(run: Run) -> dict[str, Any] | None:
         build_mask(stage)
         if not run.weights(stage).is_file():
             mixed_in(stage, cfg)
-    assert run.precision
+    assert run.precision and run.sharing
     if run.writes:
         device = torch.cuda.get_device_name() if on_gpu(cfg) else "cpu"
         run.folder.update_env(device=device, threads=torch.get_num_threads(), precision=run.precision.name)
@@ -192,7 +198,7 @@ def _train(run: Run) -> dict[str, Any] | None:
             run.finished[build] = run.weights(stage)
         else:
             run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name}")
-            _run_stage(run, stage, kinds[stage.index])
+            _have_stage(run, stage, kinds[stage.index])
             run.signals.check()
         run.steps_before += stage.steps
     if not run.writes:
@@ -238,12 +244,28 @@ def _trainee(run: Run, build: Builder) -> Trainee:
     return run.trainees[build]
 
 
-def _run_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
+def _have_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
+    """Train a stage, or take it from another run that has trained the very same."""
+    source: SampleSource = instantiate(run.cfg.data.train[stage.data])
+    with run.sharing.place(stage, run.trainees[kind.build], source) as common:
+        rows = None if common is None else common.take()
+        if rows is None:
+            _run_stage(run, stage, kind, source)
+            if common is not None:
+                common.give()
+            return
+    run.say(f"taken from {common.place.folder}: the same stage was trained for another run")
+    run.step = stage.steps
+    run.finished[kind.build] = run.weights(stage)
+    drop_origin(run.folder.path)
+    mirror(run.loggers, rows, run.steps_before)
+
+
+def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSource) -> None:
     """One stage from its table to its file."""
     cfg, home, trainee = run.cfg, run.weights(stage).parent, run.trainees[kind.build]
     if run.writes:
         home.mkdir(parents=True, exist_ok=True)
-    source = instantiate(cfg.data.train[stage.data])
     prompt = stage.prompt or kind.prompt
     run.say(stage_table(stage, trainee, run.precision, prompt, len(source)))
     facts: dict[str, Any] = {"steps": 0, "seconds": 0.0, "unmoved": []}

@@ -30,7 +30,9 @@ from vlmlab.cli.rules.run import (
     possible_budget,
     possible_cache,
     possible_name,
+    possible_origin,
     possible_seed,
+    possible_sharing,
     possible_sizes,
 )
 from vlmlab.cli.rules.stages import (
@@ -96,6 +98,8 @@ RULES: tuple[Rule, ...] = (
     possible_cache,
     features_to_keep,
     possible_name,
+    possible_origin,
+    possible_sharing,
     foreign_keys,
     ranks_need_a_process_tree,
     leaking_mask,
