@@ -254,7 +254,6 @@ def _have_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
             if common is not None:
                 common.give()
             return
-    run.say(f"taken from {common.place.folder}: the same stage was trained for another run")
     run.step = stage.steps
     run.finished[kind.build] = run.weights(stage)
     drop_origin(run.folder.path)

@@ -125,6 +125,7 @@ class CommonStage:
         put_file(shared.weights, self.weights)  # last: where it is, the stage is finished
         self.weights.with_name("last.ckpt").unlink(missing_ok=True)
         self.place.sign(self.folder.path)
+        self.say(f"taken from {self.place.folder}: the same stage was trained for another run")
         return shared.rows
 
     def give(self) -> None:

@@ -1,0 +1,86 @@
+"""A sweep whose cells have stages in common equals one whose cells train everything by themselves, also after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.slow.runs import ROOT, command
+
+pytestmark = pytest.mark.slow
+
+SWEEP = (
+    "-m", "recipe=two_stage", "seed=0,1", "recipe.stages.instruct.train.lm=1e-3,2e-3", "recipe.stages.align.batch_size=4",
+    "recipe.stages.instruct.batch_size=4", "budget=test", "budget.eval_limit=2", "~data.benchmarks.world_captions",
+    "~data.benchmarks.world_compositional", "evaluation.baselines=[]", "evaluation.lookup_samples=null",
+    "evaluation.probe=false", "evaluation.held_out=[]", "trainer.save_every_s=0", "hydra.launcher.slots=2",
+)  # fmt: skip
+WALL = ("seconds", "samples_per_s", "peak_bytes", "overrides")
+LEFT_OUT = ("lock", "log.txt", "overrides.json", "env.json", "state.json", "config.yaml", "report.html")
+
+
+def content(cell: Path) -> dict[str, Any]:
+    """The files of a cell, without what a clock or a process writes into them."""
+    found: dict[str, Any] = {}
+    for file in sorted(path for path in cell.rglob("*") if path.is_file() and path.name not in LEFT_OUT):
+        if file.suffix in (".json", ".jsonl"):
+            lines = [file.read_text()] if file.suffix == ".json" else file.read_text().splitlines()
+            found[str(file.relative_to(cell))] = [_timeless(json.loads(line)) for line in lines]
+        else:
+            found[str(file.relative_to(cell))] = file.read_bytes()
+    return found
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _timeless(item) for key, item in value.items() if key not in WALL}
+    return value
+
+
+def kill_one_within_a_shared_stage(sweep: Path, patience: float = 120) -> None:
+    """SIGKILL the first cell that holds a stage which nobody has finished."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        for lock in sweep.glob("shared/*/lock"):
+            holder = re.match(r"process (\d+) on", lock.read_text())
+            if holder and not (lock.parent / "entry").exists():
+                os.kill(int(holder[1]), signal.SIGKILL)
+                return
+        time.sleep(0.005)
+    raise AssertionError("no cell began a shared stage")
+
+
+def test_a_sweep_with_shared_stages_equals_one_without(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, str(ROOT / "train.py"), *SWEEP, "name=shared"]
+    shared = tmp_path / "sweeps" / "shared"
+    with (tmp_path / "out.txt").open("w") as out:
+        killed = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=out, stderr=out)
+        try:
+            kill_one_within_a_shared_stage(shared)
+            assert killed.wait(240) == 1  # one cell did not finish; the other one of its seed took the stage over
+        finally:
+            killed.kill()
+    assert "killed by SIGKILL" in (tmp_path / "out.txt").read_text()
+    assert len(list(shared.glob("seed-*/result.json"))) == 3
+
+    again = command("train.py", *SWEEP, "name=shared", cwd=tmp_path, timeout=240)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "2 stages were trained once for 4 cells;" in again.stdout
+    alone = command("train.py", *SWEEP, "name=alone", "share_stages=false", cwd=tmp_path, timeout=240)
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    cells = sorted(path for path in shared.iterdir() if path.name != "shared" and path.is_dir())
+    assert len(cells) == 4 and not (tmp_path / "sweeps/alone/shared").exists()
+    for cell in cells:
+        own = content(tmp_path / "sweeps/alone" / cell.name)
+        assert content(cell) == own, cell.name
+        assert {"stages/0_align/model.safetensors", "metrics.jsonl", "result.json"} <= own.keys()
