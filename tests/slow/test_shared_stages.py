@@ -1,4 +1,4 @@
-"""A sweep whose cells have stages in common equals one whose cells train everything by themselves, also after a kill."""
+"""A sweep whose cells share stages equals one whose cells train everything by themselves, also after a kill."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from tests.slow.runs import ROOT, command
 pytestmark = pytest.mark.slow
 
 SWEEP = (
-    "-m", "recipe=two_stage", "seed=0,1", "recipe.stages.instruct.train.lm=1e-3,2e-3", "recipe.stages.align.batch_size=4",
-    "recipe.stages.instruct.batch_size=4", "budget=test", "budget.eval_limit=2", "~data.benchmarks.world_captions",
-    "~data.benchmarks.world_compositional", "evaluation.baselines=[]", "evaluation.lookup_samples=null",
-    "evaluation.probe=false", "evaluation.held_out=[]", "trainer.save_every_s=0", "hydra.launcher.slots=2",
+    "-m", "recipe=two_stage", "seed=0,1", "recipe.stages.instruct.train.lm=1e-3,2e-3",
+    "recipe.stages.align.batch_size=4", "recipe.stages.instruct.batch_size=4", "budget=test", "budget.eval_limit=2",
+    "~data.benchmarks.world_captions", "~data.benchmarks.world_compositional", "evaluation.baselines=[]",
+    "evaluation.lookup_samples=null", "evaluation.probe=false", "evaluation.held_out=[]", "trainer.save_every_s=0",
+    "hydra.launcher.slots=2",
 )  # fmt: skip
 WALL = ("seconds", "samples_per_s", "peak_bytes", "overrides")
 LEFT_OUT = ("lock", "log.txt", "overrides.json", "env.json", "state.json", "config.yaml", "report.html")
@@ -78,9 +79,9 @@ def test_a_sweep_with_shared_stages_equals_one_without(tmp_path: Path) -> None:
     assert "2 stages were trained once for 4 cells;" in again.stdout
     alone = command("train.py", *SWEEP, "name=alone", "share_stages=false", cwd=tmp_path, timeout=240)
     assert alone.returncode == 0, alone.stderr[-2000:]
-    cells = sorted(path for path in shared.iterdir() if path.name != "shared" and path.is_dir())
-    assert len(cells) == 4 and not (tmp_path / "sweeps/alone/shared").exists()
-    for cell in cells:
-        own = content(tmp_path / "sweeps/alone" / cell.name)
+    pairs = list(zip(*(sorted(folder.glob("seed-*")) for folder in (shared, tmp_path / "sweeps/alone")), strict=True))
+    assert len(pairs) == 4 and not (tmp_path / "sweeps/alone/shared").exists()
+    for cell, by_itself in pairs:
+        own = content(by_itself)
         assert content(cell) == own, cell.name
         assert {"stages/0_align/model.safetensors", "metrics.jsonl", "result.json"} <= own.keys()
