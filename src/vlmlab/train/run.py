@@ -346,7 +346,7 @@ def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: 
     """Let Lightning run the optimizer steps that are left."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device list, no tips
     looks = [] if run.shards else [Looks(data.source, data.order(), data.collate, run.say)]  # shards look together
-    trainer = _trainer(run, [skips, *looks], keeper)
+    trainer = _trainer(run, [skips, *looks, *_watching(run, module, data)], keeper)
     stage = module.stage
     check_divides(stage.batch_size, stage.accumulate, trainer.world_size, f"recipe.stages.{stage.name}")
     try:
@@ -363,6 +363,21 @@ def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: 
         if no_room(error):  # for the model, or for a batch on its way to the device
             raise OutOfMemory(stage.name, module.done + 1) from error
         raise
+
+
+def _watching(run: Run, module: StageModule, data: StageData) -> list[L.Callback]:
+    """With ``evaluation.every``, what looks at the stage's held-out samples while it trains."""
+    from vlmlab.evaluate.baselines import Limited
+    from vlmlab.evaluate.run import held_out, mean_loss
+    from vlmlab.train.watch import Watch
+
+    cfg, name = run.cfg, module.stage.data
+    every = OmegaConf.select(cfg, "evaluation.every")
+    if not every or name not in cfg.data.get("val", {}):
+        return []
+    source = Limited(held_out(cfg, name, lambda sample: data.collate([sample])), int(cfg.evaluation.held_out_samples))
+    loss = partial(mean_loss, data.collate, size=int(cfg.evaluation.batch_size))
+    return [Watch(source, loss, int(every), run.folder.log)]
 
 
 def _trainer(run: Run, before: Sequence[L.Callback], keeper: Keeper) -> L.Trainer:

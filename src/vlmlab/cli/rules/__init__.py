@@ -34,6 +34,7 @@ from vlmlab.cli.rules.run import (
     possible_seed,
     possible_sharing,
     possible_sizes,
+    watched,
 )
 from vlmlab.cli.rules.stages import (
     contrastive_counts,
@@ -96,6 +97,7 @@ RULES: tuple[Rule, ...] = (
     possible_sizes,
     known_questions,
     possible_cache,
+    watched,
     features_to_keep,
     possible_name,
     possible_origin,
