@@ -55,7 +55,7 @@ def of_first_seed(sweep: Path) -> dict[str, Path]:
     return {rate: path.parent for rate, path in zip(rates, files, strict=True)}
 
 
-def kill_one_within_a_shared_stage(sweep: Path, patience: float = 120) -> None:
+def kill_one_within_a_shared_stage(sweep: Path, patience: float = 300) -> None:
     """SIGKILL the first cell that holds a stage which nobody has finished."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:

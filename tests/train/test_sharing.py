@@ -207,6 +207,7 @@ def addressed(cfg, folder, source=None):
         {"recipe__stages__align__objective": {"_target_": "fake_lab.FakeImageLoss"}},
         {"mask": {"_target_": "vlmlab.mask.causal.Causal"}},
         {"budget__steps_scale": 0.5},
+        {"evaluation": {"every": 2}, "data__val": {"short": {"_target_": "fake_lab.FakeSource"}}},
         {"a_key_that_nobody_thought_of": 1},
     ],
     ids=str,

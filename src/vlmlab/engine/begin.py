@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from vlmlab.contracts.errors import CheckpointError
@@ -50,24 +50,25 @@ def begin_with(trainee: Trainee, path: Path, cfg: DictConfig) -> list[str]:
     tensors = {n: t for n, t in read_tensors(path).items() if n in named or not n.startswith(OBJECTIVES)}
     saved, now = dict(facts.get("sources", {})), trainee.sources()
     common = saved.keys() & now.keys()
-    check_sources(path, {p: saved[p] for p in common}, {p: now[p] for p in common}, f"choose that tower, or no {KEY}")
+    shown = f"{KEY}={OmegaConf.select(cfg, KEY)}"
+    check_sources(shown, {p: saved[p] for p in common}, {p: now[p] for p in common}, f"choose that tower, or no {KEY}")
     before = with_present_names(facts.get("composition", {}))
     own = {name.partition(".")[0] for name in tensors} - now.keys()  # a tower is known by its hash
-    notes = [note for part in before for note in _compared(part, before[part], cfg, path, part in own)]
+    notes = [note for part in before for note in _compared(part, before[part], cfg, shown, part in own)]
     for name, tensor in tensors.items():
         if name not in named:
-            raise _misfit(name, f"has {name}, which is not there here", path)
+            raise _misfit(name, f"has {name}, which this one has not", shown)
         if named[name].shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)}, here it is {tuple(named[name].shape)}"
-            raise _misfit(name, f"has {name} of shape {shapes}", path)
-    _check_whole(trainee, tensors, path)
+            raise _misfit(name, f"has {name} of shape {shapes}", shown)
+    _check_whole(trainee, tensors, shown)
     kinds = {name: torch.promote_types(tensor.dtype, named[name].dtype) for name, tensor in tensors.items()}
     trainee.take({name: tensor.to(kinds[name]) for name, tensor in tensors.items()})  # what trains stays float32
     trainee.begun_with(tensors)
     return notes
 
 
-def _compared(part: str, before: Any, cfg: DictConfig, path: Path, own: bool) -> Iterator[str]:
+def _compared(part: str, before: Any, cfg: DictConfig, shown: str, own: bool) -> Iterator[str]:
     """Settings of a part that differ; another class is refused where it is the class's `own` weights that come."""
     old = dict(leaves(before, deep=True)) if isinstance(before, Mapping) else {}
     plain = json.loads(json.dumps(plain_key(cfg, part), default=str))
@@ -78,7 +79,7 @@ def _compared(part: str, before: Any, cfg: DictConfig, path: Path, own: bool) ->
             continue
         if own and key.rpartition(".")[2] == "_target_":
             kinds = f"is a {_word(was)}, here it is a {_word(is_)}"
-            raise _misfit(part, kinds, path)
+            raise _misfit(part, kinds, shown)
         yield f"{part}.{key}={is_} here, {was} where the weights were trained"
 
 
@@ -86,7 +87,7 @@ def _word(target: Any) -> str:
     return str(target).rpartition(".")[2]
 
 
-def _check_whole(trainee: Trainee, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _check_whole(trainee: Trainee, tensors: Mapping[str, Tensor], shown: str) -> None:
     """A part that no tower is the source of comes whole or not at all: half of a deeper connector is no connector."""
     parts: Mapping[str, Any] = trainee.model.parts()  # type: ignore[operator]
     for part, owned in parts.items():
@@ -94,12 +95,12 @@ def _check_whole(trainee: Trainee, tensors: Mapping[str, Tensor], path: Path) ->
             continue
         missing = [name for name, _ in owned if name not in tensors]
         if missing and len(missing) < len(owned):
-            raise _misfit(missing[0], f"lacks {missing[0]}", path)
+            raise _misfit(missing[0], f"lacks {missing[0]}", shown)
 
 
-def _misfit(name: str, problem: str, path: Path) -> CheckpointError:
+def _misfit(name: str, problem: str, shown: str) -> CheckpointError:
     part = name.partition(".")[0]
     return CheckpointError(
-        f"{KEY}: the {part} does not fit: that of {path} {problem}; choose the {part} it was trained with, another "
-        f"stage, or no {KEY}."
+        f"{shown}: the {part} does not fit: there it {problem}; choose the {part} it was trained with, another stage, "
+        f"or no {KEY}."
     )

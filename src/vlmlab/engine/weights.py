@@ -278,7 +278,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
-def check_sources(path: Path, saved: Mapping[str, str], now: Mapping[str, str], remedy: str) -> None:
+def check_sources(shown: object, saved: Mapping[str, str], now: Mapping[str, str], remedy: str) -> None:
     """Refuse weights that were trained on other towers.
 
     Raises:
@@ -287,7 +287,7 @@ def check_sources(path: Path, saved: Mapping[str, str], now: Mapping[str, str], 
     for part in sorted({*saved, *now}):
         if saved.get(part) != now.get(part):
             raise CheckpointError(
-                f"{path} was trained on another {part} (sha256 {str(saved.get(part))[:12]}, here "
+                f"{shown} was trained on another {part} (sha256 {str(saved.get(part))[:12]}, here "
                 f"{str(now.get(part))[:12]}); {remedy}."
             )
 

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from hydra.utils import get_object
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.cache.address import code_of
@@ -180,6 +180,7 @@ def describe(
         "stage": asdict(stage),
         "source": plain_key(cfg, f"data.train.{stage.data}"),
         "data": source_fingerprint(source),
+        "watched": _watched(cfg, stage),
         "config": chosen,
         "log_every": OmegaConf.select(cfg, "trainer.log_every"),
         "weights": _weights(trainee),
@@ -192,6 +193,14 @@ def describe(
     }
     about = json.loads(json.dumps(about, default=str))
     return about | {"classes": _digest(code_of([*map(type, trainee.model.modules()), *_named(about)]))}
+
+
+def _watched(cfg: DictConfig, stage: Stage) -> Any:
+    """What the rows of held-out looks depend on, with ``evaluation.every``; None without."""
+    held_out = plain_key(cfg, f"data.val.{stage.data}")
+    if not OmegaConf.select(cfg, "evaluation.every") or held_out is None:
+        return None
+    return [plain_key(cfg, "evaluation"), held_out, source_fingerprint(instantiate(held_out))]
 
 
 def address(about: Mapping[str, Any]) -> str:
