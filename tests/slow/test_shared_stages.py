@@ -80,7 +80,7 @@ def test_a_sweep_with_shared_stages_equals_one_without(tmp_path: Path) -> None:
         finally:
             killed.kill()
     assert "killed by SIGKILL" in (tmp_path / "out.txt").read_text()
-    assert len(list(shared.glob("seed-*/result.json"))) == 3
+    assert len(list(shared.glob("*/result.json"))) == 3
 
     again = command("train.py", *SWEEP, "seed=0,1", "name=shared", cwd=tmp_path, timeout=600)
     assert again.returncode == 0, again.stderr[-2000:]
