@@ -30,7 +30,9 @@ from vlmlab.cli.rules.run import (
     possible_budget,
     possible_cache,
     possible_name,
+    possible_origin,
     possible_seed,
+    possible_sharing,
     possible_sizes,
     watched,
 )
@@ -98,6 +100,8 @@ RULES: tuple[Rule, ...] = (
     watched,
     features_to_keep,
     possible_name,
+    possible_origin,
+    possible_sharing,
     foreign_keys,
     ranks_need_a_process_tree,
     leaking_mask,

@@ -151,6 +151,22 @@ def _filled(file: DictConfig) -> set[str]:
     return {str(group).rpartition("@")[2].partition(".")[0] for entry in entries for group in entry}
 
 
+def possible_sharing(cfg: Config, choices: Choices) -> str | None:
+    """Stages are shared within a sweep, in a folder, or not at all."""
+    value = value_at(cfg, "share_stages")
+    if value is None or value is False or (isinstance(value, str) and value):
+        return None
+    return f"share_stages={value} is unknown; choose auto, false, or a folder that runs share stages in"
+
+
+def possible_origin(cfg: Config, choices: Choices) -> str | None:
+    """A run begins with the weights of one other run."""
+    value = value_at(cfg, "init_from")
+    if value is None or (isinstance(value, str) and value):
+        return None
+    return f"init_from={value} is no run; give the folder of one, perhaps with a stage, or null"
+
+
 def possible_seed(cfg: Config, choices: Choices) -> str | None:
     """A seed is a whole number from 0."""
     seed = value_at(cfg, "seed")
