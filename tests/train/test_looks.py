@@ -13,7 +13,7 @@ from vlmlab.data.asking import APART
 from vlmlab.data.sampler import Order
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.model.build import build_collator
-from vlmlab.train.looks import IMAGES, Looks, _as_evaluated, differing_share, prompts_proved
+from vlmlab.train.looks import IMAGES, Looks, as_evaluated, differing_share, prompts_proved
 
 
 def test_shares_by_hand() -> None:
@@ -32,7 +32,7 @@ def test_nothing_of_the_model_changes() -> None:
     model.lm.eval()
     modes = [module.training for module in model.modules()]
     before = torch.get_rng_state()
-    with _as_evaluated(model):
+    with as_evaluated(model):
         assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
         torch.rand(3)
     assert modes == [module.training for module in model.modules()]
