@@ -67,6 +67,14 @@ def brief(text: str, limit: int = LONGEST) -> str:
     return text
 
 
+def mistake_within(error: BaseException) -> UserError | None:
+    """The user's mistake that Hydra's ``instantiate`` has wrapped, or None."""
+    cause = error.__cause__
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__
+    return cause
+
+
 def check_counts(group: str, /, **counts: int) -> None:
     """Keys of a config group that must be whole numbers of at least 1.
 

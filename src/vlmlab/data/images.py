@@ -7,7 +7,7 @@ import posixpath
 import re
 import stat
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import IO
 
@@ -16,6 +16,7 @@ from PIL import UnidentifiedImageError
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Image
+from vlmlab.data.overlap import Stored, spread
 from vlmlab.data.pixels import Range, from_halves, from_pillow, lower_bytes, raw_mode, value_range
 
 MAX_PIXELS = 89_478_485
@@ -105,6 +106,16 @@ class ImageFolder:
         if not stat.S_ISREG(found.st_mode):
             return "is not a file"
         return None if found.st_size else "is an empty file"
+
+    def stored(self, names: Iterable[str], most: int) -> Iterator[Stored]:
+        """At most so many of these image files, for comparing; those that are gone are left out."""
+        for name in spread(names, most):
+            path = self.root / name
+            try:
+                size = path.stat().st_size
+            except OSError:
+                continue
+            yield Stored(name, size, path.read_bytes)
 
     def load(self, name: str) -> Image:
         """The image as (H, W, 3) uint8; raises DataError naming the file where it cannot be used."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample, SampleSource, Turn, turns_of
+from vlmlab.data.overlap import Stored
 from vlmlab.data.skipped import Skipped, label
 
 
@@ -68,6 +69,12 @@ class Mixture:
     def turns(self, index: int) -> Sequence[Turn]:
         """The turns of a sample, as its source tells them."""
         return turns_of(self.sources[self._source[index]], int(self._row[index]))
+
+    def stored(self, most: int) -> Iterator[Stored]:
+        """The images of its sources that keep any."""
+        for source in self.sources:
+            if (told := getattr(source, "stored", None)) is not None:
+                yield from told(most)
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it."""

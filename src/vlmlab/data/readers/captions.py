@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.data.images import ImageFolder
+from vlmlab.data.overlap import Stored
 from vlmlab.data.readers.split import subset
 
 
@@ -67,6 +68,10 @@ class CaptionSamples:
         """The turns of a sample, without its image."""
         texts = self._items[index][2]
         return (Turn(self._prompt, texts[0], "caption", texts if len(texts) > 1 else ()),)
+
+    def stored(self, most: int) -> Iterator[Stored]:
+        """Its images as they are kept."""
+        return self._folder.stored((image for _, image, _ in self._items), most)
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it."""

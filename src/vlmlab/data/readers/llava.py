@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlmlab.contracts.errors import DataError, brief
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
 from vlmlab.data.images import ImageFolder
+from vlmlab.data.overlap import Stored
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, checked_image, describe, read_each, some
 from vlmlab.data.readers.sieve import Sieve, verified
@@ -259,6 +260,10 @@ class LlavaJson:
     def turns(self, index: int) -> tuple[Turn, ...]:
         """The turns of a sample, without its images."""
         return self._records[index][1].turns
+
+    def stored(self, most: int) -> Iterator[Stored]:
+        """Its images as they are kept."""
+        return self._folder.stored((image for _, record in self._records for image in record.images), most)
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it."""

@@ -16,14 +16,16 @@ import os
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vlmlab.contracts.errors import DataError, brief
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
 from vlmlab.data.images import decode_image, embedded
+from vlmlab.data.overlap import Stored, spread
 from vlmlab.data.pixels import value_range
 from vlmlab.data.readers.llava import IMAGE_KEYS, TURN_KEYS, Conversation, LlavaFormat, parse_turns
 from vlmlab.data.readers.place import find_files, split_files
@@ -116,7 +118,7 @@ def _indexed(shard: Path) -> tuple[dict[str, Place], list[str]]:
     return members, []
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Group:
     """The members of one sample, its own or else those about it: records, captions, pictures in their order.
 
@@ -207,6 +209,13 @@ class TarShards:
 
     def __getitem__(self, index: int) -> Sample:
         return self._sample(self._groups[index])
+
+    def stored(self, most: int) -> Iterator[Stored]:
+        """The pictures of its samples as they are kept; those that records name are left out."""
+        for group in spread(self._groups, most):
+            for member in group.pictures:
+                name = f"{self._files[group.shard].stem}/{member}"
+                yield Stored(name, self._members[group.shard][member][1], partial(self._bytes, group, member))
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it: shard and key."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.data.images import ImageFolder
+from vlmlab.data.overlap import Stored
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, checked_image, read_each
 from vlmlab.data.readers.sieve import Sieve, verified
@@ -167,6 +168,7 @@ def choose_rows(
             named = [h if n == "train" else n for n, h in zip(named, hashed, strict=True)]
     chosen = [row for row, name in zip(rows, named, strict=True) if name == split]
     if not chosen:
+        sieve.finish(rows[0].file if rows else "The data")  # it may be that all are bad
         counts = ", ".join(f"{name} {n}" for name, n in sorted(Counter(filter(None, named)).items()))
         remedy = "set data.test_path, raise the split's fraction, or split by image with data.split_keys=[]"
         file = rows[0].file if rows else "without usable rows"
@@ -269,6 +271,8 @@ class VqaJson:
         sieve = Sieve(max_bad_fraction)
         by_id = id_key if isinstance(id_key, str) else next(iter(id_key or ()), "id")
         rows = [row for file in files for row in sieve.rows(read_each(file, ("questions", "data"), by_id))]
+        if not rows:
+            sieve.finish(source)
         rows = [row for row in rows if all(row.data.get(k, v[0]) in v for k, v in (where or {}).items())]
         named = split if shares is not None else None
         keys = tuple(split_keys)
@@ -298,6 +302,10 @@ class VqaJson:
     def turns(self, index: int) -> tuple[Turn, ...]:
         """The turns of a sample, without its image."""
         return tuple(question.turn() for question in self._groups[index][1])
+
+    def stored(self, most: int) -> Iterator[Stored]:
+        """Its images as they are kept."""
+        return self._folder.stored((question.image for _, group in self._groups for question in group), most)
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it."""
