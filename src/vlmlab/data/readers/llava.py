@@ -142,7 +142,9 @@ def _content(row: Row, number: int, parts: list[Any], form: LlavaFormat) -> tupl
     words: list[str] = []
     images: list[str] = []
     for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else describe(part)
+        if not isinstance(part, dict):
+            raise row.error(f"turn {number} has {describe(part)} as a part", "give parts as objects with a 'type'")
+        kind = part.get("type")
         if kind == "text":
             words.append(row.text(part.get("text"), f"text of turn {number}"))
         elif kind in ("image", "image_url"):
