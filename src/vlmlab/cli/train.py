@@ -23,6 +23,7 @@ from vlmlab.data.skipped import TooManyBad, note
 from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.origin import check_origin
 from vlmlab.runs.watchdog import die_with_parent
 
 
@@ -62,9 +63,10 @@ def train_command(cfg: DictConfig) -> None:
 def _look_at_data(cfg: DictConfig, folder: Path) -> None:
     """Refuse missing or broken data before anything trains, leaving no folder but for a long list of bad rows."""
     run = RunFolder(folder)
-    if run.result() is not None:
-        return
     try:
+        check_origin(folder, cfg.init_from, fresh=bool(cfg.fresh))
+        if run.result() is not None:
+            return
         for line in check_sources(cfg):
             print(f"note: {line}", flush=True)
     except (UserError, InstantiationException) as error:

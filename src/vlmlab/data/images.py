@@ -16,6 +16,7 @@ from PIL import UnidentifiedImageError
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Image
+from vlmlab.data.fingerprint import Facts, images_fingerprint
 from vlmlab.data.overlap import Stored, spread
 from vlmlab.data.pixels import Range, from_halves, from_pillow, lower_bytes, raw_mode, value_range
 
@@ -116,6 +117,10 @@ class ImageFolder:
             except OSError:
                 continue
             yield Stored(name, size, path.read_bytes)
+
+    def fingerprint(self, names: Iterable[str]) -> Facts:
+        """Facts that change with these images; none is opened."""
+        return images_fingerprint(self.root, names)
 
     def load(self, name: str) -> Image:
         """The image as (H, W, 3) uint8; raises DataError naming the file where it cannot be used."""

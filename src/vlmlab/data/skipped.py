@@ -17,6 +17,7 @@ from typing import Any
 
 from vlmlab.contracts.errors import LONGEST, DataError, brief
 from vlmlab.contracts.sample import Sample, SampleSource
+from vlmlab.data.fingerprint import Facts, source_fingerprint
 from vlmlab.data.sampler import Order
 
 FILE = "skipped.jsonl"
@@ -162,6 +163,10 @@ class Replaced:
 
     def __getitem__(self, index: int) -> Sample:
         return next_usable(self.source, index, self.check, self.skipped)
+
+    def fingerprint(self) -> Facts:
+        """That of the source."""
+        return source_fingerprint(self.source)
 
     def label(self, index: int) -> str:
         """The id of the sample that is wanted."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from vlmlab.contracts.sample import Sample, Turn
+from vlmlab.data.fingerprint import Facts, files_fingerprint
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.overlap import Stored
 from vlmlab.data.readers.split import subset
@@ -33,6 +35,7 @@ class CaptionSamples:
 
     Args:
         found: the images.
+        files: where they are listed.
         folder: where their files are.
         prompt: the caption instruction.
         all_references: one sample per image with all its captions as references instead of one per caption.
@@ -45,13 +48,14 @@ class CaptionSamples:
     def __init__(
         self,
         found: Sequence[Captioned],
+        files: Sequence[Path],
         folder: ImageFolder,
         prompt: str,
         all_references: bool,
         size: int | None,
         seed: int,
     ) -> None:
-        self._folder, self._prompt = folder, prompt
+        self._files, self._folder, self._prompt = list(files), folder, prompt
         items = [(c.id, c.image, tuple(text for _, text in c.captions)) for c in found]
         if not all_references:
             items = [(id_, c.image, (text,)) for c in found for id_, text in c.captions]
@@ -72,6 +76,10 @@ class CaptionSamples:
     def stored(self, most: int) -> Iterator[Stored]:
         """Its images as they are kept."""
         return self._folder.stored((image for _, image, _ in self._items), most)
+
+    def fingerprint(self) -> Facts:
+        """Facts that change with the content of its files."""
+        return files_fingerprint(self._files) | self._folder.fingerprint(image for _, image, _ in self._items)
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it."""

@@ -77,7 +77,8 @@ class KarpathyCaptions(CaptionSamples):
         fractions = (val_fraction, test_fraction)
         sieve = Sieve(max_bad_fraction)
         found: list[Captioned] = []
-        for file in find_files(path, SUFFIXES):
+        files = find_files(path, SUFFIXES)
+        for file in files:
             found += sieve.keep(sieve.rows(_rows(file)), lambda row: parse_captioned(row, folder))
         sieve.finish(path)
         kept = found if split is None else _of_split(found, folder, split, restval, fractions, split_seed)
@@ -86,7 +87,7 @@ class KarpathyCaptions(CaptionSamples):
         if verify:
             kept = verified(kept, sieve, lambda c: folder.load(c.image), lambda c: c.id)
         self.skipped = sieve.finish(path)
-        super().__init__(kept, folder, prompt, all_references, size, seed)
+        super().__init__(kept, files, folder, prompt, all_references, size, seed)
 
 
 def parse_captioned(row: Row, folder: ImageFolder) -> Captioned:

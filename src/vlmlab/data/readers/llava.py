@@ -8,6 +8,7 @@ from typing import Any
 
 from vlmlab.contracts.errors import DataError, brief
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
+from vlmlab.data.fingerprint import Facts, files_fingerprint
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.overlap import Stored
 from vlmlab.data.readers.place import find_files, split_files
@@ -233,6 +234,7 @@ class LlavaJson:
         files, shares = split_files(find_files(path, SUFFIXES), split, val_fraction, 0.0)
         folder = images if images is not None else files[0].parent if files else path
         self._folder = ImageFolder(folder, image_roots, image_range)
+        self._files = files
         form, sieve = LlavaFormat(tuple(tags), prepend_images), Sieve(max_bad_fraction)
         records: list[Conversation] = []
         for file in files:
@@ -266,6 +268,12 @@ class LlavaJson:
     def stored(self, most: int) -> Iterator[Stored]:
         """Its images as they are kept."""
         return self._folder.stored((image for _, record in self._records for image in record.images), most)
+
+    def fingerprint(self) -> Facts:
+        """Facts that change with the content of its files."""
+        return files_fingerprint(self._files) | self._folder.fingerprint(
+            image for _, record in self._records for image in record.images
+        )
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it."""

@@ -24,6 +24,7 @@ from typing import Any
 
 from vlmlab.contracts.errors import DataError, brief
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
+from vlmlab.data.fingerprint import Facts, shards_fingerprint
 from vlmlab.data.images import decode_image, embedded
 from vlmlab.data.overlap import Stored, spread
 from vlmlab.data.pixels import value_range
@@ -216,6 +217,10 @@ class TarShards:
             for member in group.pictures:
                 name = f"{self._files[group.shard].stem}/{member}"
                 yield Stored(name, self._members[group.shard][member][1], partial(self._bytes, group, member))
+
+    def fingerprint(self) -> Facts:
+        """Facts that change with the content of its files."""
+        return shards_fingerprint(self._files)
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it: shard and key."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample, Turn
+from vlmlab.data.fingerprint import Facts, files_fingerprint
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.overlap import Stored
 from vlmlab.data.readers.place import find_files, split_files
@@ -268,6 +269,7 @@ class VqaJson:
         test = 0.0 if test_path is not None else test_fraction
         files, shares = split_files(found, None if separate else split, val_fraction, test)
         self._folder = ImageFolder(images if images is not None else found[0].parent, image_roots, image_range)
+        self._files = files
         sieve = Sieve(max_bad_fraction)
         by_id = id_key if isinstance(id_key, str) else next(iter(id_key or ()), "id")
         rows = [row for file in files for row in sieve.rows(read_each(file, ("questions", "data"), by_id))]
@@ -306,6 +308,12 @@ class VqaJson:
     def stored(self, most: int) -> Iterator[Stored]:
         """Its images as they are kept."""
         return self._folder.stored((question.image for _, group in self._groups for question in group), most)
+
+    def fingerprint(self) -> Facts:
+        """Facts that change with the content of its files."""
+        return files_fingerprint(self._files) | self._folder.fingerprint(
+            question.image for _, group in self._groups for question in group
+        )
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it."""
