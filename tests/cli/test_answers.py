@@ -165,7 +165,8 @@ def test_a_mistake_inside_instantiate_is_still_one_sentence():
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from vlmlab.cli.entry import guard, mistake_within
+    from vlmlab.cli.entry import guard
+    from vlmlab.contracts.errors import mistake_within
 
     bad = OmegaConf.create(
         {"_target_": "vlmlab.data.world.sources.WorldCaptions", "style": "odd", "split": "train", "size": 1}

@@ -12,7 +12,7 @@ from pathlib import Path
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import UserError, mistake_within
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: fine; the run or its data; the command or the configuration; stopped by a signal."""
@@ -61,14 +61,6 @@ def guard(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
             raise SystemExit(INTERRUPTED) from error
 
     return guarded
-
-
-def mistake_within(error: BaseException) -> UserError | None:
-    """The user's mistake that Hydra's ``instantiate`` has wrapped, or None."""
-    cause = error.__cause__
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__cause__
-    return cause
 
 
 def unbuildable(error: InstantiationException) -> str:

@@ -21,7 +21,7 @@ def inspect_command(cfg: DictConfig) -> None:
 
     Raises:
         ConfigError: the composition breaks a rule, there is no such stage, or a key has a value it cannot have.
-        UserError: the data cannot be opened.
+        UserError: training would refuse the data; the page says so too.
     """
     n, checked = count(cfg, "n", 1), count(cfg, "check", 0)
     try:
@@ -34,6 +34,8 @@ def inspect_command(cfg: DictConfig) -> None:
     found = inspect_stage(cfg, stage, n, checked)
     say(found)
     print(f"\n{write_page(found, Path(str(cfg.out)))}")
+    if found.refused is not None:
+        raise found.refused
 
 
 def chosen_stage(cfg: DictConfig) -> Stage:

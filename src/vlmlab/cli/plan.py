@@ -11,11 +11,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.analyse.text import plain_table
-from vlmlab.cli.data import reads
 from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.rules import check, choices_of
 from vlmlab.cli.verb import count, run_verb
 from vlmlab.contracts.errors import UserError
+from vlmlab.data.overlap import reads
 from vlmlab.recipe.stage import parse
 from vlmlab.runs.config import plain
 from vlmlab.runs.files import write_json

@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 from vlmlab.analyse.table import final_table
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.data import check_sources
-from vlmlab.cli.entry import ConfigError, guard, mistake_within, one_line, run_command, unbuildable
+from vlmlab.cli.entry import ConfigError, guard, one_line, run_command, unbuildable
 from vlmlab.cli.rules import check, choices_of
-from vlmlab.contracts.errors import OutOfMemory, UserError
+from vlmlab.contracts.errors import OutOfMemory, UserError, mistake_within
 from vlmlab.data.skipped import TooManyBad, note
 from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
 from vlmlab.runs.config import plain
@@ -67,7 +67,8 @@ def _look_at_data(cfg: DictConfig, folder: Path) -> None:
         check_origin(folder, cfg.init_from, fresh=bool(cfg.fresh))
         if run.result() is not None:
             return
-        check_sources(cfg)
+        for line in check_sources(cfg):
+            print(f"note: {line}", flush=True)
     except (UserError, InstantiationException) as error:
         mistake = error if isinstance(error, UserError) else mistake_within(error)
         if isinstance(mistake, TooManyBad) and mistake.listed:
