@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Width
 
 Combine = Literal["channel", "token", "average"]
 Size = tuple[int, int]
@@ -46,7 +47,7 @@ class MultiEncoder(Encoder):
         self,
         encoders: Sequence[Encoder],
         combine: Combine = "channel",
-        grid: Sequence[int] | None = None,
+        grid: Sequence[Width] | None = None,
         pooled: bool = False,
     ) -> None:
         super().__init__()

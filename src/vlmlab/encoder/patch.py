@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Pixels, Width
 from vlmlab.encoder.preprocess import Preprocess
 
 
@@ -37,9 +38,9 @@ class PatchEncoder(Encoder):
 
     def __init__(
         self,
-        image_size: int | Sequence[int] = 64,
-        patch_size: int = 16,
-        features: int | None = None,
+        image_size: Pixels | Sequence[Pixels] = 64,
+        patch_size: Pixels = 16,
+        features: Width | None = None,
         newline: bool = False,
         pooled: bool = False,
     ) -> None:

@@ -23,8 +23,9 @@ from transformers.utils import logging
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Architecture
 from vlmlab.encoder.preprocess import Preprocess, read_preprocess
-from vlmlab.towers.blueprint import Architecture, read_config, weightless
+from vlmlab.towers.blueprint import read_config, weightless
 from vlmlab.towers.source import quiet, resolve, tower_hash
 
 BEHIND_FINAL: dict[type[nn.Module], tuple[str, ...]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import torch
 from tokenizers import AddedToken
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from vlmlab.contracts.sample import SampleSource
+from vlmlab.contracts.values import Count, Depth, Positive, Texts, Width
 from vlmlab.lm.causal import CausalLanguageModel
 from vlmlab.lm.tokenizer import texts_of, train_tokenizer
 
@@ -37,17 +37,17 @@ class ScratchLanguageModel(CausalLanguageModel):
     def __init__(
         self,
         text: SampleSource,
-        tokenizer_samples: int,
-        vocab_size: int,
-        hidden_size: int,
-        intermediate_size: int,
-        num_hidden_layers: int,
-        num_attention_heads: int,
-        num_key_value_heads: int,
-        max_position_embeddings: int = 1024,
-        initializer_range: float = 0.02,
-        rope_theta: float = 1e6,
-        fused: Sequence[str] | None = None,
+        tokenizer_samples: Count,
+        vocab_size: Width,
+        hidden_size: Width,
+        intermediate_size: Width,
+        num_hidden_layers: Depth,
+        num_attention_heads: Width,
+        num_key_value_heads: Width,
+        max_position_embeddings: Count = 1024,
+        initializer_range: Positive = 0.02,
+        rope_theta: Positive = 1e6,
+        fused: Texts | None = None,
     ) -> None:
         tokenizer = train_tokenizer(texts_of(text, tokenizer_samples), vocab_size)
         config = Qwen2Config(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
+from vlmlab.contracts.values import Count, Seed, Share, Text, Texts
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, describe, read_each
 from vlmlab.data.readers.sieve import Sieve, verified
-from vlmlab.data.readers.split import check_split, split_of, subset
+from vlmlab.data.readers.split import Split, check_split, split_of, subset
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 TURN_KEYS = ("conversations", "conversation", "messages")
@@ -215,16 +215,16 @@ class LlavaJson:
 
     def __init__(
         self,
-        path: str,
-        images: str | None = None,
-        split: str | None = None,
-        size: int | None = None,
-        seed: int = 0,
-        split_seed: int = 0,
-        val_fraction: float = 0.05,
-        tags: Sequence[str] = (IMAGE_TAG, "<IMG_CONTEXT>", "<ImageHere>"),
+        path: Text,
+        images: Text | None = None,
+        split: Split | None = None,
+        size: Count | None = None,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
+        val_fraction: Share = 0.05,
+        tags: Texts = (IMAGE_TAG, "<IMG_CONTEXT>", "<ImageHere>"),
         prepend_images: bool = False,
-        max_bad_fraction: float = 0.0,
+        max_bad_fraction: Share = 0.0,
         verify: bool = False,
     ) -> None:
         check_split(split, val_fraction, 0.0)

@@ -11,19 +11,20 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
+from vlmlab.contracts.values import Count, Seed, Share, Text, Texts
 from vlmlab.data.images import decode_image
 from vlmlab.data.readers.llava import IMAGE_KEYS, TURN_KEYS, Conversation, LlavaFormat, parse_turns
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, parse_object
 from vlmlab.data.readers.sieve import Sieve, verified
-from vlmlab.data.readers.split import check_split, split_of, subset
+from vlmlab.data.readers.split import Split, check_split, split_of, subset
 from vlmlab.data.skipped import Skipped
 
 SUFFIXES = (".tar",)
@@ -147,17 +148,17 @@ class TarShards:
 
     def __init__(
         self,
-        path: str,
-        split: str | None = None,
+        path: Text,
+        split: Split | None = None,
         prompt: str = "Describe the picture briefly.",
-        size: int | None = None,
-        seed: int = 0,
-        split_seed: int = 0,
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.0,
-        tags: Sequence[str] = (IMAGE_TAG,),
+        size: Count | None = None,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
+        val_fraction: Share = 0.05,
+        test_fraction: Share = 0.0,
+        tags: Texts = (IMAGE_TAG,),
         prepend_images: bool = False,
-        max_bad_fraction: float = 0.0,
+        max_bad_fraction: Share = 0.0,
         verify: bool = False,
     ) -> None:
         check_split(split, val_fraction, test_fraction)
