@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import SampleSource
 from vlmlab.contracts.values import Count, Depth, Positive, Texts, Width
 from vlmlab.lm.causal import CausalLanguageModel
@@ -30,6 +31,9 @@ class ScratchLanguageModel(CausalLanguageModel):
             parts, as the feature of a patch holds all that is in it. They are read, never predicted, and have no
             weights of their own; None: there are none.
 
+    Raises:
+        UserError: heads do not divide the width, or groups of them the heads.
+
     Attributes:
         plain_tokenizer: the tokenizer without the fused words, which goes with the saved model.
     """
@@ -49,6 +53,16 @@ class ScratchLanguageModel(CausalLanguageModel):
         rope_theta: Positive = 1e6,
         fused: Texts | None = None,
     ) -> None:
+        if hidden_size % num_attention_heads:
+            raise UserError(
+                f"lm.num_attention_heads={num_attention_heads} does not divide lm.hidden_size={hidden_size}; "
+                "choose a number that does."
+            )
+        if num_attention_heads % num_key_value_heads:
+            raise UserError(
+                f"lm.num_key_value_heads={num_key_value_heads} does not divide "
+                f"lm.num_attention_heads={num_attention_heads}; choose a number that does."
+            )
         tokenizer = train_tokenizer(texts_of(text, tokenizer_samples), vocab_size)
         config = Qwen2Config(
             vocab_size=len(tokenizer),

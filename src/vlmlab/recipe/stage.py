@@ -132,9 +132,8 @@ def _stage(cfg: DictConfig, index: int, name: str, parts: Collection[str]) -> St
         raise UserError(f"{where} is not a mapping; give it {', '.join(REQUIRED)}.")
     keys = {str(key): value for key, value in raw.items()}
     for key in sorted(set(keys) - KEYS):
-        raise UserError(
-            f"{where}.{key} is no key of a stage{nearest(key, KEYS)}; choose from {', '.join(sorted(KEYS))}."
-        )
+        near = nearest(key, KEYS) or f"; choose from {', '.join(sorted(KEYS))}"
+        raise UserError(f"{where}.{key} is no key of a stage{near}.")
     for key in REQUIRED:
         if keys.get(key) is None:
             raise UserError(f"{where}.{key} is missing; every stage needs {', '.join(REQUIRED)}.")
