@@ -41,6 +41,7 @@ Width = Annotated[int, Interval(ge=1, le=1_000_000)]
 Index = Annotated[int, Interval(ge=-1000, le=1000)]
 """A layer; negative ones count from the last."""
 
+Layers = Annotated[Sequence[Index], MinLen(1)]
 Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 Drop = Annotated[float, Interval(ge=0, lt=1)]
@@ -51,6 +52,9 @@ NotNegative = Annotated[float, Ge(0)]
 Text = Annotated[str, MinLen(1)]
 Texts = Sequence[Text]
 Pixels = Annotated[int, Interval(ge=1, le=100_000)]
+Size = Pixels | Annotated[Sequence[Pixels], Len(2, 2)]
+"""Of an image: one side of a square, or rows and columns."""
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 Towers = Sequence[Literal["lm", "encoder"]]
 """What an adapter wraps."""
@@ -141,9 +145,11 @@ def _plain_refusal(annotation: Any, value: Any, key: str) -> str | None:
     try:
         _adapter(reduce(or_, plain)).validate_python(tuple(value) if pair else value)
     except ValidationError:
+        if isinstance(value, Mapping) and "_target_" in value and any(map(_part_of, _members(annotation))):
+            return f"{key}._target_={shown(value['_target_'])} is no class; give its dotted path"
         group = next((fact.group for member in _members(annotation) if (fact := _part_of(member))), None)
         if group is not None and isinstance(value, str):
-            return f"{key}={shown(value)} is not a {group.replace('_', ' ')}; write {group}@{key}={shown(value)}"
+            return f"{key}={shown(value)} is no {group.replace('_', ' ')}; write {group}@{key}={shown(value)}"
         known = _words(annotation)
         if known is not None:
             return f"{key}={shown(value)} is unknown; choose one of {', '.join(known)}"

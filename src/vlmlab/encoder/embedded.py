@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from vlmlab.contracts.values import Index, Pixels, Text
+from vlmlab.contracts.values import Layers, Size, Text
 from vlmlab.encoder.text import TransformersTextTower, open_text_tower
 from vlmlab.encoder.tower import TowerEncoder, open_tower, sides
 from vlmlab.towers.source import embedded
@@ -24,9 +22,9 @@ class EmbeddedEncoder(TowerEncoder):
 
     def __init__(
         self,
-        layers: Sequence[Index] | None = None,
+        layers: Layers | None = None,
         pooled: bool = False,
-        image_size: Pixels | Sequence[Pixels] | None = None,
+        image_size: Size | None = None,
         gradient_checkpointing: bool = False,
         pair: Text = "demo",
     ) -> None:

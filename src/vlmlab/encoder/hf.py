@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-from vlmlab.contracts.values import Architecture, Dtype, Index, Pixels, Text
+from vlmlab.contracts.values import Architecture, Dtype, Layers, Size, Text
 from vlmlab.encoder.text import TransformersTextTower, open_text_tower
 from vlmlab.encoder.tower import TowerEncoder, open_tower, sides
 
@@ -34,10 +33,10 @@ class HfEncoder(TowerEncoder):
     def __init__(
         self,
         path: Text,
-        layers: Sequence[Index] | None = None,
+        layers: Layers | None = None,
         pooled: bool = False,
         dtype: Dtype = "float32",
-        image_size: Pixels | Sequence[Pixels] | None = None,
+        image_size: Size | None = None,
         square: bool = False,
         gradient_checkpointing: bool = False,
         architecture: Architecture | None = None,

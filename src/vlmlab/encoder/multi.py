@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
+from annotated_types import Len
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,7 +48,7 @@ class MultiEncoder(Encoder):
         self,
         encoders: Sequence[Encoder],
         combine: Combine = "channel",
-        grid: Sequence[Width] | None = None,
+        grid: Annotated[Sequence[Width], Len(2, 2)] | None = None,
         pooled: bool = False,
     ) -> None:
         super().__init__()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from vlmlab.contracts.values import Depth, Index, Pixels, Width
+from vlmlab.contracts.values import Depth, Layers, Pixels, Width
 from vlmlab.encoder.preprocess import Preprocess
 from vlmlab.encoder.tower import TowerEncoder
 
@@ -29,7 +27,7 @@ class ScratchEncoder(TowerEncoder):
         intermediate_size: Width,
         num_hidden_layers: Depth,
         num_attention_heads: Width,
-        layers: Sequence[Index] | None = None,
+        layers: Layers | None = None,
         pooled: bool = False,
     ) -> None:
         config = SiglipVisionConfig(

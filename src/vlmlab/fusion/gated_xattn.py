@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen
-from vlmlab.contracts.values import Index, Positive, Width
+from vlmlab.contracts.values import Layers, Positive, Width
 from vlmlab.fusion.base import Positions, check_counts, check_words, chosen_layers, memory_tokens, sight, token_places
 from vlmlab.lm.inside import look, open_ports
 
@@ -56,7 +55,7 @@ class GatedCrossAttention(Fusion):
         self,
         sees: MemoryMask,
         every: Width = 4,
-        layers: Sequence[Index] | None = None,
+        layers: Layers | None = None,
         heads: Width = 8,
         head_width: Width | None = 64,
         hidden: Positive = 4.0,

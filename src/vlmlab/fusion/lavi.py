@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen
-from vlmlab.contracts.values import Index, Width
+from vlmlab.contracts.values import Layers, Width
 from vlmlab.fusion.base import Positions, check_counts, check_words, chosen_layers, memory_tokens, sight, token_places
 from vlmlab.lm.inside import look, open_ports, seen_in_row
 
@@ -65,7 +64,7 @@ class LaViFusion(Fusion):
         self,
         sees: MemoryMask,
         every: Width = 4,
-        layers: Sequence[Index] | None = None,
+        layers: Layers | None = None,
         sublayers: Sublayers = "both",
         scale: bool = True,
         shift: bool = True,

@@ -175,7 +175,8 @@ def _module(value: Any, where: str) -> str:
     path = value.get("_target_") if isinstance(value, Mapping) else value
     if not isinstance(path, str) or "." not in path:
         raise UserError(
-            f"{where}.module={path} is no class; give its dotted path, as in vlmlab.engine.alignment.AlignmentModule."
+            f"{where}.module={shown(path)} is no class; give its dotted path, as in "
+            "vlmlab.engine.alignment.AlignmentModule."
         )
     return path
 

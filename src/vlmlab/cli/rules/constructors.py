@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from hydra._internal.utils import _locate  # get_object of its public utils also logs
+
 from vlmlab.cli.rules.declared import bases_of, source_of
 from vlmlab.contracts.values import part
 from vlmlab.runs.environment import package_folder
@@ -138,10 +140,8 @@ class _Names(dict[str, Any]):
 
 
 def _from_class(target: str) -> Constructor:
-    from hydra.utils import get_object
-
     try:
-        found = get_object(target)
+        found = _locate(target)
     except Exception as error:  # whatever its module does when it is imported
         raise ImportError(str(error.__cause__ or error)) from error
     if not callable(found):

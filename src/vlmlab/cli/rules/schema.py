@@ -148,7 +148,7 @@ class Preset(TypedDict):
 class Root(TypedDict):
     """The top of a run's configuration."""
 
-    name: Text | int | None
+    name: Text | Count | None
     seed: Seed
     fresh: bool
     collate: Collate

@@ -131,13 +131,14 @@ def _of_part(where: str, node: Mapping[str, Any], raw: Mapping[str, Any], choice
         takes = constructor(target)
     except ImportError as error:
         why = f" ({shown(str(error), 90)})" if not ours and str(error) else ""
-        yield f"{where}._target_={target} cannot be imported{why}; give the dotted path of a class that is installed"
+        key = f"{where}._target_={shown(target)}"
+        yield f"{key} cannot be imported{why}; give the dotted path of a class that is installed"
         return
     given = GIVEN.get(group, ())
     if (ours and where in GROUPS and target.split(".")[1] != group) or (
         not takes.open and any(key not in takes.types for key in given)
     ):
-        yield f"{where}._target_={target} is no {group}; choose a file of conf/{group}, as {group}=..."
+        yield f"{where}._target_={shown(target)} is no {group}; choose a file of conf/{group}, as {group}=..."
         return
     for key in node:
         if key not in takes.types and key not in HYDRA and key != "_target_" and not takes.open:
@@ -179,6 +180,9 @@ def _of_stage(where: str, stage: Mapping[str, Any]) -> Iterator[str]:
     for key in stage:
         if key not in KEYS:
             yield unread(f"{where}.{key}", [f"{where}.{other}" for other in KEYS])
+    for key in ("objective", "mask", "adapter"):
+        if (sentence := refusal(hints(Root)[key] | None, stage.get(key), f"{where}.{key}")) is not None:
+            yield sentence
     key, module = f"{where}.module", stage.get("module")
     target = module.get("_target_") if isinstance(module, Mapping) else module
     if not isinstance(target, str) or not target.startswith(f"{package_folder().name}."):

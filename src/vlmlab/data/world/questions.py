@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from annotated_types import MinLen
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Turn
@@ -33,7 +35,7 @@ from vlmlab.data.world.words import (
 )
 
 Kind = Literal["attribute", "existence", "count", "relation", "comparison", "position", "two_hop"]
-Kinds = Sequence[Kind]
+Kinds = Annotated[Sequence[Kind], MinLen(1)]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 GROUPS = ("held_out_pair", "other")
 """Parts of the compositional split: questions that turn on a pair which was never trained, and those that do not."""
