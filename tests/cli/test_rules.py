@@ -383,4 +383,3 @@ def test_a_method_is_found_in_the_text_where_the_class_has_it() -> None:
             assert offers(target, method) is hasattr(get_class(target), method), target
     assert offers("somebody.elses.Class", "attach") is None and offers("vlmlab.no.such.Class", "attach") is None
     assert declared("somebody.elses.Class", "leaks") is None and declared("vlmlab.no.such.Class", "leaks") is None
-

@@ -129,7 +129,7 @@ def refusal(annotation: Any, value: Any, key: str) -> str | None:
     if section is not None and (isinstance(value, Mapping) or len(members) == 1):
         return _section_refusal(section, value, key)
     of = next((inner for member in members if (inner := _values_of(member)) is not None), None)
-    if of is not None and isinstance(value, Mapping) and (value or "MinLen" not in repr(annotation)):
+    if of is not None and isinstance(value, Mapping) and value:
         if isinstance(value.get("_target_"), str) and any(_part_of(member) for member in members):
             return None
         found = (refusal(of, inner, f"{key}.{name}") for name, inner in value.items())
@@ -166,6 +166,14 @@ def _values_of(annotation: Any) -> Any:
     bare = _bare(annotation)
     origin, inner = get_origin(bare), get_args(bare)
     return inner[1] if isinstance(origin, type) and issubclass(origin, Mapping) and inner[1] is not Any else None
+
+
+def _without_values(annotation: Any) -> Any:
+    """A mapping of anything in place of one whose values are looked at one by one; pydantic is asked for the rest."""
+    if not is_typeddict(_bare(annotation)) and _values_of(annotation) is None:
+        return annotation
+    facts = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
+    return Annotated[(Mapping[str, Any], *facts)] if facts else Mapping[str, Any]
 
 
 def _part_of(annotation: Any) -> Part | None:

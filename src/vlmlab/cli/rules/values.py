@@ -44,7 +44,10 @@ def wrong_values(cfg: DictConfig, config: Config, choices: Choices, own: Collect
     raw = _raw(cfg)
     read = {*own, *_referred(raw)}
     yield from _overrides(config, choices, own)
-    yield from _unread(Root, config, "", read, [key for key, _ in leaves(config)])
+    typed = [override_key(word) for word in choices.get("_overrides") or ()]
+    for name, known in _unread(Root, config, "", read):
+        word = next((key for key in typed if key == name or key.startswith(f"{name}.")), name)
+        yield unread(word, {*known, *(key for key, _ in leaves(config))} - {word, name})
     yield from (s for s in [refusal(Root, config, "")] if s is not None)
     for where, node, inside in _described(config, raw, ""):
         yield from _of_part(where, node, inside, choices)
@@ -88,17 +91,17 @@ def given_twice(words: Iterable[str]) -> Iterator[str]:
             yield f"{key} is given twice, as {shown(given[key], 40)} and as {shown(value, 40)}; give it once"
 
 
-def _unread(section: Any, node: Any, where: str, read: Collection[str], known: Collection[str]) -> Iterator[str]:
-    """Keys that are not in the schema, and that no reference reads."""
+def _unread(section: Any, node: Any, where: str, read: Collection[str]) -> Iterator[tuple[str, list[str]]]:
+    """Keys that are not in the schema and that no reference reads, each with those that are."""
     found = hints(section)
     for key, inner in node.items() if isinstance(node, Mapping) else ():
         name = f"{where}.{key}" if where else str(key)
         if key not in found:
             if section.__total__ and not any(name == other or other.startswith(f"{name}.") for other in read):
-                yield unread(name, {*known, *(f"{where}.{other}".lstrip(".") for other in found)} - {name})
+                yield name, [f"{where}.{other}".lstrip(".") for other in found]
             continue
         for nested, below in _sections(found[key], inner, name):
-            yield from _unread(nested, below[1], below[0], read, known)
+            yield from _unread(nested, below[1], below[0], read)
 
 
 def _sections(annotation: Any, value: Any, name: str) -> Iterator[tuple[Any, tuple[str, Any]]]:
@@ -166,9 +169,11 @@ def _unknown(where: str, key: str, target: str, known: Collection[str], choices:
     group, name = where.split(".")[0], f"{where}.{key}"
     given = {override_key(word) for word in choices.get("_overrides") or ()}
     setter = "recipe" if choices.get("preset") in (None, "none") else "preset"
-    if where in GROUPS and choices.get(setter) and not any(word.startswith(name) for word in given):
+    choice = choice_of(group, target)
+    ours = where in GROUPS and choice != target
+    if ours and choices.get(setter) and not any(word.startswith(name) for word in given):
         return (
-            f"{name} is no key of {group}={choice_of(group, target)} and {setter}={choices[setter]} sets it; "
+            f"{name} is no key of {group}={choice} and {setter}={choices[setter]} sets it; "
             f"add ~{name} to the command, or leave {group} to the {setter}"
         )
     keys = [f"{where}.{other}" for other in known if other not in GIVEN.get(group, ())]

@@ -70,10 +70,10 @@ def unread(key: str, known: Collection[str]) -> str:
         known: dotted keys that there are.
     """
     last = key.rpartition(".")[2]
-    near = closest(key, known)
-    meant = next((MEANT[word] for word in (last, *key.split(".")) if word in MEANT), None)
-    if meant is not None and not near.startswith(f" (did you mean {key.rpartition('.')[0]}." if "." in key else "~"):
+    meant = next((MEANT[word] for word in (last, key.partition(".")[0]) if word in MEANT), None)
+    if meant is not None:
         return f"no key {key!r} in the configuration, and nothing would read it; write {meant}"
+    near = closest(key, known)
     return f"no key {key!r} in the configuration{near}, and nothing would read it; --cfg job shows all there are"
 
 
