@@ -140,7 +140,7 @@ def refusal(annotation: Any, value: Any, key: str) -> str | None:
 def _plain_refusal(annotation: Any, value: Any, key: str) -> str | None:
     from pydantic import ValidationError
 
-    plain = [Mapping if is_typeddict(member) or _values_of(member) else member for member in _members(annotation)]
+    plain = [_without_values(member) for member in _members(annotation)]
     pair = get_origin(annotation) is tuple and isinstance(value, list)
     try:
         _adapter(reduce(or_, plain)).validate_python(tuple(value) if pair else value)
