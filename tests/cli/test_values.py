@@ -129,6 +129,8 @@ WRONG: list[tuple[str, Any]] = [
     *(("adapter.lr", value) for value in (-1, INF, "x")),
     ("adapter.parts", ["connector"]),
     ("adapter.targets", 3),
+    ("adapter.targets", []),
+    ("adapter.parts", []),
     *(("fusion.every", value) for value in (0, "two")),
     ("fusion.norm", "batch"),
     ("fusion.sees", "latest"),
@@ -144,6 +146,8 @@ WRONG: list[tuple[str, Any]] = [
     *((f"{STAGE}.objective", value) for value in ({"text": "lm"}, 3)),
     (f"{STAGE}.module", "vlmlab.model.vlm.VLM"),
     ("encoder", {}),
+    ("encoder", {"_target_": "vlmlab.encoder.multi.MultiEncoder", "encoders": []}),
+    ("data.train.instruct", None),
     ("mask", {"_target_": "vlmlab.connector.mlp.MlpConnector"}),
     ("connector", {"_target_": "math.pi"}),
     ("lm._target_", "no.such.Class"),
@@ -237,7 +241,8 @@ def test_a_plug_in_of_ones_own_says_its_keys(
     monkeypatch.syspath_prepend(tmp_path)
 
     def said(name: str, **keys: Any) -> str | None:
-        return first(base, {"connector": {"_target_": f"own_parts_of_mine.{name}", **keys}})
+        words = [f"+connector.{key}={value}" for key, value in keys.items()]
+        return first(base, {"connector": {"_target_": f"own_parts_of_mine.{name}", **keys}}, words)
 
     assert (
         said("Strict", depth=3, kind="b") is said("Open", depth=3, what_ever=[1]) is said("made", names=["a"]) is None

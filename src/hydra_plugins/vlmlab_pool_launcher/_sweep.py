@@ -71,8 +71,8 @@ def run_sweep(
     refuse_at_once(config, job_overrides)
     sweep = Path(str(config.hydra.sweep.dir))
     cells = plan(config, loader, job_overrides, first, sweep)
-    sweep.mkdir(parents=True, exist_ok=True)
     places = make_slots(cells, slots)
+    sweep.mkdir(parents=True, exist_ok=True)
     for cell in cells:
         if not cell.settle_finished():
             cell.announce()

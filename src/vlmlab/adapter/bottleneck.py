@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from vlmlab.adapter.base import Layer, check_name, insert
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Adapter
-from vlmlab.contracts.values import NotNegative, Text, Texts, Towers, Width
+from vlmlab.contracts.values import Names, NotNegative, Text, Towers, Width
 
 
 class BottleneckAdapter(Adapter):
@@ -33,7 +33,7 @@ class BottleneckAdapter(Adapter):
         self,
         parts: Towers = ("lm",),
         width: Width = 16,
-        targets: Text | Texts = ("o_proj", "down_proj"),
+        targets: Text | Names = ("o_proj", "down_proj"),
         norm: bool = True,
         activation: Text = "gelu",
         lr: NotNegative | None = None,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vlmlab.adapter.base import Layer, check_name, insert
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Adapter
-from vlmlab.contracts.values import Drop, Natural, NotNegative, Text, Texts, Towers, Width
+from vlmlab.contracts.values import Drop, Names, Natural, NotNegative, Text, Towers, Width
 
 
 class CompLoraAdapter(Adapter):
@@ -39,7 +39,7 @@ class CompLoraAdapter(Adapter):
         k: Natural = 16,
         alpha: Width = 8,
         dropout: Drop = 0.0,
-        targets: Text | Texts = "all-linear",
+        targets: Text | Names = "all-linear",
         lr: NotNegative | None = None,
         name: Text = "default",
     ) -> None:

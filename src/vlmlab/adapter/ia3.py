@@ -7,7 +7,7 @@ from torch import nn
 
 from vlmlab.adapter.base import check_name, inject
 from vlmlab.contracts.parts import Adapter
-from vlmlab.contracts.values import NotNegative, Text, Texts, Towers
+from vlmlab.contracts.values import Names, NotNegative, Text, Towers
 
 
 class Ia3Adapter(Adapter):
@@ -24,8 +24,8 @@ class Ia3Adapter(Adapter):
     def __init__(
         self,
         parts: Towers = ("lm",),
-        targets: Texts = ("k_proj", "v_proj", "down_proj"),
-        feedforward: Texts = ("down_proj",),
+        targets: Names = ("k_proj", "v_proj", "down_proj"),
+        feedforward: Names = ("down_proj",),
         lr: NotNegative | None = None,
         name: Text = "default",
     ) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from vlmlab.adapter.base import check_name, inject
 from vlmlab.contracts.parts import Adapter
-from vlmlab.contracts.values import NotNegative, Text, Texts, Towers
+from vlmlab.contracts.values import Names, NotNegative, Text, Towers
 
 
 class LnTuningAdapter(Adapter):
@@ -24,7 +24,7 @@ class LnTuningAdapter(Adapter):
     def __init__(
         self,
         parts: Towers = ("lm",),
-        targets: Texts | None = None,
+        targets: Names | None = None,
         lr: NotNegative | None = None,
         name: Text = "default",
     ) -> None:

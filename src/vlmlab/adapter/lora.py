@@ -9,7 +9,7 @@ from torch import nn
 from vlmlab.adapter.base import check_name, inject, layers
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Adapter
-from vlmlab.contracts.values import Drop, NotNegative, Positive, Text, Texts, Towers, Width
+from vlmlab.contracts.values import Drop, Names, NotNegative, Positive, Text, Towers, Width
 
 
 class LoraAdapter(Adapter):
@@ -38,7 +38,7 @@ class LoraAdapter(Adapter):
         r: Width = 16,
         alpha: Width = 32,
         dropout: Drop = 0.0,
-        targets: Text | Texts = "all-linear",
+        targets: Text | Names = "all-linear",
         lr: NotNegative | None = None,
         rslora: bool = False,
         pissa: bool = False,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vlmlab.adapter.base import Layer, check_name, insert
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Adapter
-from vlmlab.contracts.values import Drop, NotNegative, Positive, Text, Texts, Towers, Width
+from vlmlab.contracts.values import Drop, Names, NotNegative, Positive, Text, Towers, Width
 from vlmlab.lm.inside import LayerPorts, open_ports
 
 GROUPS = 2
@@ -45,7 +45,7 @@ class MmaAdapter(Adapter):
         temperature: Positive = 10.0,
         scale: NotNegative = 1.0,
         dropout: Drop = 0.1,
-        targets: Texts = ("self_attn", "attention"),
+        targets: Names = ("self_attn", "attention"),
         lr: NotNegative | None = None,
         name: Text = "default",
     ) -> None:

@@ -170,6 +170,7 @@ def check_flags(words: Sequence[str]) -> None:
     for word in unknown:
         if word.startswith("-"):
             raise ConfigError(f"{word} is no option; --help shows the groups, keys are given as key=value")
+        raise ConfigError(f"{word} stands behind an option that has keys before it; give the options first")
 
 
 def _forget_sweep() -> None:

@@ -51,12 +51,13 @@ NotNegative = Annotated[float, Ge(0)]
 
 Text = Annotated[str, MinLen(1)]
 Texts = Sequence[Text]
+Names = Annotated[Sequence[Text], MinLen(1)]
 Pixels = Annotated[int, Interval(ge=1, le=100_000)]
 Size = Pixels | Annotated[Sequence[Pixels], Len(2, 2)]
 """Of an image: one side of a square, or rows and columns."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Towers = Sequence[Literal["lm", "encoder"]]
+Towers = Annotated[Sequence[Literal["lm", "encoder"]], MinLen(1)]
 """What an adapter wraps."""
 
 

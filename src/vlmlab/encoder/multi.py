@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal, get_args
 
 import torch
-from annotated_types import Len
+from annotated_types import Len, MinLen
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,7 +46,7 @@ class MultiEncoder(Encoder):
 
     def __init__(
         self,
-        encoders: Sequence[Encoder],
+        encoders: Annotated[Sequence[Encoder], MinLen(1)],
         combine: Combine = "channel",
         grid: Annotated[Sequence[Width], Len(2, 2)] | None = None,
         pooled: bool = False,

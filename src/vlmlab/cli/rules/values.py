@@ -13,7 +13,7 @@ from vlmlab.cli.rules.asking import Choices, Config, choice_of, class_of, value_
 from vlmlab.cli.rules.constructors import constructor
 from vlmlab.cli.rules.declared import inherits, source_of
 from vlmlab.cli.rules.schema import Root
-from vlmlab.cli.rules.words import unread
+from vlmlab.cli.rules.words import closest, unread
 from vlmlab.contracts.values import hints, refusal, shown
 from vlmlab.recipe.stage import KEYS
 from vlmlab.runs.config import leaves
@@ -53,6 +53,9 @@ def wrong_values(cfg: DictConfig, config: Config, choices: Choices, own: Collect
         yield from _of_part(where, node, inside, choices)
     for name, stage in config["recipe"]["stages"].items():
         yield from _of_stage(f"recipe.stages.{name}", stage)
+        source = stage.get("data")
+        if isinstance(source, str) and source in config["data"]["train"] and config["data"]["train"][source] is None:
+            yield f"recipe.stages.{name}.data={source} is left out by data.train.{source}=null; name another source"
     for key, value in leaves(config, deep=True):
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key}={value} is no finite number; give one"
@@ -165,19 +168,21 @@ def _as_written(sentence: str, key: str, raw: Any) -> str:
 
 
 def _unknown(where: str, key: str, target: str, known: Collection[str], choices: Choices) -> str:
-    """A key that a class does not take: of the user, or of a preset that was written for another choice."""
+    """A key that a class does not take: the user's, a preset's for another choice, or a file's."""
     group, name = where.split(".")[0], f"{where}.{key}"
-    given = {override_key(word) for word in choices.get("_overrides") or ()}
+    takes = [f"{where}.{other}" for other in known if other not in GIVEN.get(group, ())]
+    typed = {override_key(word) for word in choices.get("_overrides") or ()}
+    if any(word.startswith(name) for word in typed):
+        return unread(name, takes)
     setter = "recipe" if choices.get("preset") in (None, "none") else "preset"
     choice = choice_of(group, target)
-    ours = where in GROUPS and choice != target
-    if ours and choices.get(setter) and not any(word.startswith(name) for word in given):
+    if where in GROUPS and choice != target and choices.get(setter) and f"{where}._target_" not in typed:
         return (
             f"{name} is no key of {group}={choice} and {setter}={choices[setter]} sets it; "
             f"add ~{name} to the command, or leave {group} to the {setter}"
         )
-    keys = [f"{where}.{other}" for other in known if other not in GIVEN.get(group, ())]
-    return unread(name, keys)
+    near = closest(name, takes)
+    return f"{name} is no key of {shown(target)}{near}; correct it in its file, or add ~{name} to the command"
 
 
 def _of_stage(where: str, stage: Mapping[str, Any]) -> Iterator[str]:
