@@ -128,7 +128,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     f"{VQA}keys.json data.images={{f}}": (1, r"keys.json, .* \d: .*question"),
     f"{VQA}fake.json data.images={{f}}": (1, r"fake.png is no readable image"),
     f"{VQA}lost.json data.images={{f}}": (1, r"lost.png"),
-    "train name=v recipe=joint data=llava data.path={f}/keys.json data.images={f}": (1, r"keys.json.* rows cannot be used"),
+    "train name=v recipe=joint data=llava data.path={f}/keys.json data.images={f}": (1, r"keys.json.* cannot be used"),
     "train name=v recipe=joint data=coco_captions data.path={f}/good.json data.images={f}": (
         1, r"good.json is not in COCO captions format",
     ),
