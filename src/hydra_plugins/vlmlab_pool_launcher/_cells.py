@@ -20,6 +20,7 @@ from vlmlab.runs.config import config_hash
 from vlmlab.runs.files import write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.names import cell_name, override_key, short_hash
+from vlmlab.runs.origin import changed_origin
 
 State = Literal["waiting", "running", "done", "failed", "interrupted"]
 
@@ -79,6 +80,8 @@ class Cell:
             return False
         if config is None or result is None or config_hash(config) != self.config_hash:
             return False
+        if changed_origin(self.folder, config.get("init_from")) is not None:
+            return False  # its own process says so
         self.state, self.note = "done", "made by other code" if self.run.by_other_code() else "finished before"
         return True
 

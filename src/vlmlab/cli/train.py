@@ -21,6 +21,7 @@ from vlmlab.contracts.errors import DataError, OutOfMemory, UserError
 from vlmlab.data.skipped import TooManyBad, note
 from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
 from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.origin import check_origin
 from vlmlab.runs.watchdog import die_with_parent
 
 NO_MISTAKE = (DataError, OutOfMemory)
@@ -65,9 +66,10 @@ def train_command(cfg: DictConfig) -> None:
 def _look_at_data(cfg: DictConfig, folder: Path) -> None:
     """Refuse missing or broken data before anything trains, leaving no folder but for a long list of bad rows."""
     run = RunFolder(folder)
-    if run.result() is not None:
-        return
     try:
+        check_origin(folder, cfg.init_from, fresh=bool(cfg.fresh))
+        if run.result() is not None:
+            return
         check_sources(cfg)
     except (UserError, InstantiationException) as error:
         mistake = error if isinstance(error, UserError) else mistake_within(error)

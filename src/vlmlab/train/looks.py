@@ -59,7 +59,7 @@ class Looks(L.Callback):
         if not isinstance(model.cache, NoCache):
             return
         seen = []
-        with _as_evaluated(model), trainer.precision_plugin.forward_context():
+        with as_evaluated(model), trainer.precision_plugin.forward_context():
             for batch in self._batches():
                 tokens = model.see(batch.to(module.device)).tokens
                 if tokens is not None:
@@ -83,7 +83,7 @@ class Looks(L.Callback):
 
 
 @contextmanager
-def _as_evaluated(model: nn.Module) -> Iterator[None]:
+def as_evaluated(model: nn.Module) -> Iterator[None]:
     """No gradients, no dropout, and afterwards every module in the mode it was in and the random state as it was."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

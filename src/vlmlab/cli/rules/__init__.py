@@ -25,6 +25,7 @@ from vlmlab.cli.rules.run import (
     features_to_keep,
     files_exist,
     possible_name,
+    watched,
 )
 from vlmlab.cli.rules.stages import (
     contrastive_counts,
@@ -103,6 +104,7 @@ RULES: tuple[Rule, ...] = (
     fp16_needs_gpu,
     shards_for_several,
     compiler_at_hand,
+    watched,
     features_to_keep,
     possible_name,
     ranks_need_a_process_tree,

@@ -24,6 +24,13 @@ PATH_KEYS = ("path", "path_558k", "path_118k", "test_path", "file", "folder", "i
 """Keys of a data source that name something on disk; those that begin with path may name a data set of the hub."""
 
 
+def watched(cfg: Config, choices: Choices) -> str | None:
+    """Looks between the steps are one rank's own; with shards no rank has a model to look with."""
+    if value_at(cfg, "evaluation.every") is not None and value_at(cfg, "trainer.strategy") == "fsdp2":
+        return "evaluation.every cannot look while trainer.strategy=fsdp2 has cut the model; set evaluation.every=null"
+    return None
+
+
 def features_to_keep(cfg: Config, choices: Choices) -> str | None:
     """A cache stands before a tower, and every rank asks that tower alone for the images it lacks."""
     cache, strategy = f"cache={choices.get('cache')}", value_at(cfg, "trainer.strategy")

@@ -58,6 +58,7 @@ class Evaluation(TypedDict):
     lookup_samples: NotRequired[Count | None]
     held_out: Texts
     held_out_samples: Count
+    every: NotRequired[Count | None]
 
 
 class Precision(TypedDict):
@@ -150,6 +151,8 @@ class Root(TypedDict):
 
     name: Text | Count | None
     seed: Seed
+    init_from: NotRequired[Text | None]
+    share_stages: NotRequired[Text | Literal[False] | None]
     fresh: bool
     collate: Collate
     evaluation: Evaluation

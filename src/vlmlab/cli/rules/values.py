@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.cli.rules.asking import Choices, Config, choice_of, class_of, value_at
 from vlmlab.cli.rules.constructors import constructor
-from vlmlab.cli.rules.declared import inherits, source_of
+from vlmlab.cli.rules.declared import inherits
 from vlmlab.cli.rules.schema import Root
 from vlmlab.cli.rules.words import closest, unread
 from vlmlab.contracts.values import hints, refusal, shown
@@ -195,7 +195,14 @@ def _of_stage(where: str, stage: Mapping[str, Any]) -> Iterator[str]:
             yield sentence
     key, module = f"{where}.module", stage.get("module")
     target = module.get("_target_") if isinstance(module, Mapping) else module
-    if not isinstance(target, str) or not target.startswith(f"{package_folder().name}."):
+    if not isinstance(target, str):
         return
-    if source_of(target) is None or not inherits(target, STAGE_MODULE):
-        yield f"{key}={target} is no StageModule; give one of vlmlab.engine, as vlmlab.engine.alignment.AlignmentModule"
+    where, remedy = f"{key}={shown(target)}", "give a StageModule, as vlmlab.engine.alignment.AlignmentModule"
+    if target.startswith(f"{package_folder().name}."):
+        if source_of(target) is None or not inherits(target, STAGE_MODULE):
+            yield f"{where} is no StageModule; {remedy}"
+        return
+    try:
+        constructor(target)
+    except ImportError as error:
+        yield f"{where} cannot be imported ({shown(str(error), 90)}); {remedy}"
