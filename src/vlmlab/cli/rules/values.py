@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.cli.rules.asking import Choices, Config, choice_of, class_of, value_at
 from vlmlab.cli.rules.constructors import constructor
-from vlmlab.cli.rules.declared import inherits
+from vlmlab.cli.rules.declared import inherits, source_of
 from vlmlab.cli.rules.schema import Root
 from vlmlab.cli.rules.words import closest, unread
 from vlmlab.contracts.values import hints, refusal, shown
