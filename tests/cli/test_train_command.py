@@ -84,5 +84,5 @@ def test_images_on_both_sides_are_said(tmp_path: Path) -> None:
     assert check_sources(cfg) == [
         "1 image of data.benchmarks.b.source is in data.train.instruct too, byte for byte (1.png is copy.png)"
     ]
-    cfg.data.benchmarks.b.source.path = train["path"]
+    cfg.data.benchmarks.b.source = {**train, "multi_turn": False}
     assert "2 images of data.benchmarks.b.source are in data.train.instruct too" in check_sources(cfg)[0]
