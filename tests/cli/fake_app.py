@@ -71,6 +71,7 @@ defaults:
 name: null
 seed: 0
 fresh: false
+init_from: null
 x: 1
 y: 1
 precision: {name: fp32}
