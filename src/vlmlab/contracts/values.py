@@ -56,6 +56,9 @@ Pixels = Annotated[int, Interval(ge=1, le=100_000)]
 Size = Pixels | Annotated[Sequence[Pixels], Len(2, 2)]
 """Of an image: one side of a square, or rows and columns."""
 
+Levels = Literal["auto"] | Annotated[Sequence[float], Len(2, 2)]
+"""Black and white of an image."""
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 Towers = Annotated[Sequence[Literal["lm", "encoder"]], MinLen(1)]
 """What an adapter wraps."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmlab.contracts.errors import DataError
-from vlmlab.contracts.values import Count, Seed, Share, Text
+from vlmlab.contracts.values import Count, Levels, Seed, Share, Text, Texts
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.captions import Captioned, CaptionSamples
 from vlmlab.data.readers.records import Row, checked_image, describe, each_row, read_json
@@ -80,8 +80,8 @@ class CocoCaptions(CaptionSamples):
         test_fraction: Share = 0.1,
         max_bad_fraction: Share = 0.0,
         verify: bool = False,
-        image_roots: Sequence[str] = (),
-        image_range: str | Sequence[float] = "auto",
+        image_roots: Texts = (),
+        image_range: Levels = "auto",
     ) -> None:
         check_split(split, val_fraction, test_fraction)
         sieve = Sieve(max_bad_fraction)

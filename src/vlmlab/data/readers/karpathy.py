@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmlab.contracts.errors import DataError
-from vlmlab.contracts.values import Count, Seed, Share, Text
+from vlmlab.contracts.values import Count, Levels, Seed, Share, Text, Texts
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.captions import Captioned, CaptionSamples
 from vlmlab.data.readers.place import find_files
@@ -70,8 +70,8 @@ class KarpathyCaptions(CaptionSamples):
         test_fraction: Share = 0.1,
         max_bad_fraction: Share = 0.0,
         verify: bool = False,
-        image_roots: Sequence[str] = (),
-        image_range: str | Sequence[float] = "auto",
+        image_roots: Texts = (),
+        image_range: Levels = "auto",
     ) -> None:
         check_split(split, val_fraction, test_fraction)
         folder = ImageFolder(images, image_roots, image_range)

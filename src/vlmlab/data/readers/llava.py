@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlmlab.contracts.errors import DataError, brief
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
-from vlmlab.contracts.values import Count, Seed, Share, Text, Texts
+from vlmlab.contracts.values import Count, Levels, Seed, Share, Text, Texts
 from vlmlab.data.fingerprint import Facts, files_fingerprint
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.overlap import Stored
@@ -228,8 +228,8 @@ class LlavaJson:
         prepend_images: bool = False,
         max_bad_fraction: Share = 0.0,
         verify: bool = False,
-        image_roots: Sequence[str] = (),
-        image_range: str | Sequence[float] = "auto",
+        image_roots: Texts = (),
+        image_range: Levels = "auto",
     ) -> None:
         check_split(split, val_fraction, 0.0)
         files, shares = split_files(find_files(path, SUFFIXES), split, val_fraction, 0.0)

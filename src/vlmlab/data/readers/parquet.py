@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
-from vlmlab.contracts.values import Count, Seed, Share, Text, Texts, Width
+from vlmlab.contracts.values import Count, Levels, Seed, Share, Text, Texts, Width
 from vlmlab.data.fingerprint import Facts, shards_fingerprint
 from vlmlab.data.images import ImageFolder, decode_image
 from vlmlab.data.pixels import Range, value_range
@@ -275,8 +275,8 @@ class LlavaParquet:
         prepend_images: bool = False,
         max_bad_fraction: Share = 0.0,
         verify: bool = False,
-        image_roots: Sequence[str] = (),
-        image_range: str | Sequence[float] = "auto",
+        image_roots: Texts = (),
+        image_range: Levels = "auto",
     ) -> None:
         check_split(split, val_fraction, 0.0)
         _arrow()
@@ -410,7 +410,7 @@ class VqaParquet:
         suffix: str = "",
         max_bad_fraction: Share = 0.0,
         verify: bool = False,
-        image_range: str | Sequence[float] = "auto",
+        image_range: Levels = "auto",
     ) -> None:
         check_split(split, val_fraction, test_fraction)
         _arrow()

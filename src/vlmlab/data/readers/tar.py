@@ -16,7 +16,7 @@ import os
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 from vlmlab.contracts.errors import DataError, brief
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
-from vlmlab.contracts.values import Count, Seed, Share, Text, Texts
+from vlmlab.contracts.values import Count, Levels, Seed, Share, Text, Texts
 from vlmlab.data.fingerprint import Facts, shards_fingerprint
 from vlmlab.data.images import decode_image, embedded
 from vlmlab.data.overlap import Stored, spread
@@ -176,7 +176,7 @@ class TarShards:
         prepend_images: bool = False,
         max_bad_fraction: Share = 0.0,
         verify: bool = False,
-        image_range: str | Sequence[float] = "auto",
+        image_range: Levels = "auto",
     ) -> None:
         check_split(split, val_fraction, test_fraction)
         self._files, shares = split_files(find_files(path, SUFFIXES), split, val_fraction, test_fraction)

@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample, Turn
-from vlmlab.contracts.values import Count, Seed, Share, Text, Texts, Width
+from vlmlab.contracts.values import Count, Levels, Seed, Share, Text, Texts, Width
 from vlmlab.data.fingerprint import Facts, files_fingerprint
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.overlap import Stored
@@ -259,8 +259,8 @@ class VqaJson:
         suffix: str = "",
         max_bad_fraction: Share = 0.0,
         verify: bool = False,
-        image_roots: Sequence[str] = (),
-        image_range: str | Sequence[float] = "auto",
+        image_roots: Texts = (),
+        image_range: Levels = "auto",
     ) -> None:
         check_split(split, val_fraction, test_fraction)
         form = VqaFormat(image_key, question_key, id_key, answer_key, answers_key, tuple(kind_keys), suffix)
