@@ -24,6 +24,9 @@ _BITS_PER_SAMPLE = 258
 _PHOTOMETRIC = 262
 _STORED_MAX = "stored_max"
 _FULL = 65535.0
+_AT_ONCE = 2**20
+"""Pixels that are scaled at a time."""
+
 _SPREAD = {"L;2": 85, "L;4": 17}
 """Grey of 2 and 4 bits is spread over 0..255 when it is decoded; the transparent grey that a PNG names is not."""
 
@@ -160,16 +163,17 @@ def _on_white(drawn: NDArray[np.uint8]) -> Image:
 def _eight_bits(image: Pillow.Image, values: Range) -> NDArray[np.uint8]:
     """Grey pixels of 16 or 32 bit, scaled to 0..255; a plain conversion would clip nearly all of them to white."""
     stored = np.asarray(image)
-    grey = stored.astype(np.float64)
+    grey: NDArray[Any] = stored
     if values is not None and _STORED_MAX in image.info:  # Pillow has spread a PGM's numbers over 16 bits
         grey = np.rint(grey * (image.info[_STORED_MAX] / _FULL))
-    if not np.isfinite(grey).all():
+    low, high = float(grey.min()), float(grey.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("its pixels are not finite")
-    top = _top(image, grey)
-    if values is None and grey.min() < 0:
+    top = _top(image, high)
+    if values is None and low < 0:
         raise ValueError("its pixels are negative: say which values are black and white by data.image_range")
-    if values is None and grey.max() > top:
-        raise ValueError(f"its pixels reach {grey.max():g}, beyond 16 bit: data.image_range can say what is white")
+    if values is None and high > top:
+        raise ValueError(f"its pixels reach {high:g}, beyond 16 bit: data.image_range can say what is white")
     made = _scaled(grey, values or (0.0, top))
     if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # a TIFF of which 0 is white; Pillow turns 8 bits alone
         made = 255 - made
@@ -179,15 +183,20 @@ def _eight_bits(image: Pillow.Image, values: Range) -> NDArray[np.uint8]:
     return made
 
 
-def _top(image: Pillow.Image, grey: NDArray[np.float64]) -> float:
+def _top(image: Pillow.Image, high: float) -> float:
     """The value that is white where none is given."""
     if image.mode == "F":
-        return next((t for t in (1.0, 255.0, _FULL) if grey.max() <= t), 0.0)
+        return next((t for t in (1.0, 255.0, _FULL) if high <= t), 0.0)
     bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
     return float(2.0**bits - 1 if 8 < bits <= 16 else _FULL)
 
 
 def _scaled(values: NDArray[Any], between: tuple[float, float]) -> NDArray[np.uint8]:
+    """The values between black and white as 0..255, some rows at a time: a large image has but one such copy."""
     low, high = between
-    made: NDArray[np.uint8] = np.rint((np.clip(values, low, high) - low) * (255.0 / (high - low))).astype(np.uint8)
+    made = np.empty(values.shape, np.uint8)
+    rows = max(1, _AT_ONCE // values[0].size)
+    for at in range(0, len(values), rows):
+        part = np.clip(values[at : at + rows].astype(np.float64), low, high)
+        made[at : at + rows] = np.rint((part - low) * (255.0 / (high - low)))
     return made
