@@ -80,6 +80,8 @@ def test_a_good_composition_passes() -> None:
     ("changes", "words"),
     [
         ({"precision.name": "fp8"}, "precision.name=fp8"),
+        ({"share_stages": True}, "share_stages=True is unknown; choose auto, false, or a folder"),
+        ({"init_from": 3}, "init_from=3 is no run"),
         ({"precision.name": "fp16", "trainer.accelerator": "cpu"}, "needs a GPU"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 1.5}, "seed=1.5"),
