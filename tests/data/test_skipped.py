@@ -154,7 +154,7 @@ def test_bad_rows_are_grouped_by_what_is_wrong() -> None:
     ]
     groups = grouped(said)
     assert [(g.count, g.first) for g in groups] == [(900, "r0"), (1, "e"), (1, "q")]
-    assert [g.line for g in groups] == [
+    assert [g.line() for g in groups] == [
         "900 like r0: a.json, row 0: image '0.png' is not in /d", "e: a.json, row 5: 'answer' is empty",
         "q: a.json, row 5: 'q' is empty",
     ]  # fmt: skip

@@ -9,11 +9,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from vlmlab.cli.entry import ConfigError
-from vlmlab.cli.rules import check, choices_of
-from vlmlab.cli.verb import count, run_verb
-from vlmlab.contracts.errors import UserError
+from vlmlab.cli.rules import admitted
+from vlmlab.cli.verb import count, own_keys, run_verb
 from vlmlab.recipe.stage import Stage, parse
-from vlmlab.runs.config import plain
 
 
 def inspect_command(cfg: DictConfig) -> None:
@@ -24,10 +22,7 @@ def inspect_command(cfg: DictConfig) -> None:
         UserError: training would refuse the data; the page says so too.
     """
     n, checked = count(cfg, "n", 1), count(cfg, "check", 0)
-    try:
-        check(cfg, plain(cfg), choices_of(HydraConfig.get()))
-    except UserError as error:
-        raise ConfigError(str(error)) from error
+    admitted(cfg, HydraConfig.get(), own_keys("inspect"))
     stage = chosen_stage(cfg)
     from vlmlab.inspect.inspection import inspect_stage, say, write_page  # from here on torch
 

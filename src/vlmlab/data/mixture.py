@@ -9,6 +9,7 @@ import numpy as np
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample, SampleSource, Turn, turns_of
+from vlmlab.contracts.values import Count, NotNegative, Seed
 from vlmlab.data.fingerprint import Facts, source_fingerprint
 from vlmlab.data.overlap import Stored
 from vlmlab.data.skipped import Skipped, label
@@ -36,9 +37,9 @@ class Mixture:
     def __init__(
         self,
         sources: Sequence[SampleSource],
-        weights: Sequence[float] | None = None,
-        size: int | None = None,
-        seed: int = 0,
+        weights: Sequence[NotNegative] | None = None,
+        size: Count | None = None,
+        seed: Seed = 0,
     ) -> None:
         sizes = [len(source) for source in sources]
         if not sizes or min(sizes) < 1:

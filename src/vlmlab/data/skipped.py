@@ -71,7 +71,8 @@ def check_share(skipped: Sequence[Skipped], total: float, limit: float, where: s
     shown = groups if len(groups) <= MOST_GROUPS else groups[: MOST_GROUPS - 1]
     rest = f"; {len(groups) - len(shown)} other reasons" if len(shown) < len(groups) else ""
     room = (LONGEST - len(begin) - len(rest)) // len(shown) - 2
-    raise TooManyBad(begin + "; ".join(brief(group.line, room) for group in shown) + rest, skipped, total)
+    lines = [brief(group.line(remedy=len(groups) == 1), room) for group in shown]
+    raise TooManyBad(begin + "; ".join(lines) + rest, skipped, total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +89,10 @@ class Group:
     first: str
     reason: str
 
-    @property
-    def line(self) -> str:
-        """How many, the first, and what is wrong with it, without the folder of its file and what to do."""
+    def line(self, remedy: bool = False) -> str:
+        """How many, the first, and what is wrong with it, without the folder of its file."""
         name = self.first if len(self.first) <= 40 else f"{self.first[:37]}..."
-        wrong = re.sub(r"^\S*/", "", _problem(self.reason))
+        wrong = re.sub(r"^\S*/", "", self.reason if remedy else _problem(self.reason))
         return f"{name}: {wrong}" if self.count == 1 else f"{self.count} like {name}: {wrong}"
 
 

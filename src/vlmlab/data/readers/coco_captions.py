@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.values import Count, Seed, Share, Text
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.captions import Captioned, CaptionSamples
 from vlmlab.data.readers.records import Row, checked_image, describe, each_row, read_json
 from vlmlab.data.readers.sieve import Sieve, verified
-from vlmlab.data.readers.split import check_split, split_of
+from vlmlab.data.readers.split import Split, check_split, split_of
 
 
 def _number(row: Row, key: str) -> str:
@@ -65,19 +66,19 @@ class CocoCaptions(CaptionSamples):
 
     def __init__(
         self,
-        path: str,
-        images: str,
-        split: str | None = None,
-        test_path: str | None = None,
-        test_images: str | None = None,
+        path: Text,
+        images: Text,
+        split: Split | None = None,
+        test_path: Text | None = None,
+        test_images: Text | None = None,
         all_references: bool = False,
         prompt: str = "Describe the picture briefly.",
-        size: int | None = None,
-        seed: int = 0,
-        split_seed: int = 0,
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.1,
-        max_bad_fraction: float = 0.0,
+        size: Count | None = None,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
+        val_fraction: Share = 0.05,
+        test_fraction: Share = 0.1,
+        max_bad_fraction: Share = 0.0,
         verify: bool = False,
         image_roots: Sequence[str] = (),
         image_range: str | Sequence[float] = "auto",

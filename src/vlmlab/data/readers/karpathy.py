@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.values import Count, Seed, Share, Text
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.captions import Captioned, CaptionSamples
 from vlmlab.data.readers.place import find_files
 from vlmlab.data.readers.records import Row, checked_image, parse_json, read_each, read_text
 from vlmlab.data.readers.sieve import Sieve, verified
-from vlmlab.data.readers.split import check_split, named_split, split_of
+from vlmlab.data.readers.split import Split, check_split, named_split, split_of
 
 SUFFIXES = (".json", ".csv", ".token")
 RESTVAL = "restval"
@@ -56,18 +57,18 @@ class KarpathyCaptions(CaptionSamples):
 
     def __init__(
         self,
-        path: str,
-        images: str,
-        split: str | None = None,
+        path: Text,
+        images: Text,
+        split: Split | None = None,
         restval: bool = True,
         all_references: bool = False,
         prompt: str = "Describe the picture briefly.",
-        size: int | None = None,
-        seed: int = 0,
-        split_seed: int = 0,
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.1,
-        max_bad_fraction: float = 0.0,
+        size: Count | None = None,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
+        val_fraction: Share = 0.05,
+        test_fraction: Share = 0.1,
+        max_bad_fraction: Share = 0.0,
         verify: bool = False,
         image_roots: Sequence[str] = (),
         image_range: str | Sequence[float] = "auto",

@@ -8,13 +8,14 @@ from typing import Any
 
 from vlmlab.contracts.errors import DataError, brief
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
+from vlmlab.contracts.values import Count, Seed, Share, Text, Texts
 from vlmlab.data.fingerprint import Facts, files_fingerprint
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.overlap import Stored
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, checked_image, describe, read_each, some
 from vlmlab.data.readers.sieve import Sieve, verified
-from vlmlab.data.readers.split import check_split, split_of, subset, together
+from vlmlab.data.readers.split import Split, check_split, split_of, subset, together
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 TURN_KEYS = ("conversations", "conversation", "messages")
@@ -216,16 +217,16 @@ class LlavaJson:
 
     def __init__(
         self,
-        path: str,
-        images: str | None = None,
-        split: str | None = None,
-        size: int | None = None,
-        seed: int = 0,
-        split_seed: int = 0,
-        val_fraction: float = 0.05,
-        tags: Sequence[str] = (IMAGE_TAG, "<IMG_CONTEXT>", "<ImageHere>"),
+        path: Text,
+        images: Text | None = None,
+        split: Split | None = None,
+        size: Count | None = None,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
+        val_fraction: Share = 0.05,
+        tags: Texts = (IMAGE_TAG, "<IMG_CONTEXT>", "<ImageHere>"),
         prepend_images: bool = False,
-        max_bad_fraction: float = 0.0,
+        max_bad_fraction: Share = 0.0,
         verify: bool = False,
         image_roots: Sequence[str] = (),
         image_range: str | Sequence[float] = "auto",

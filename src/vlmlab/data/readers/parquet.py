@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
+from vlmlab.contracts.values import Count, Seed, Share, Text, Texts, Width
 from vlmlab.data.fingerprint import Facts, shards_fingerprint
 from vlmlab.data.images import ImageFolder, decode_image
 from vlmlab.data.pixels import Range, value_range
@@ -27,7 +28,7 @@ from vlmlab.data.readers.llava import TURN_KEYS, Conversation, LlavaFormat, pars
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, checked_image, describe, without_nan
 from vlmlab.data.readers.sieve import Sieve, verified
-from vlmlab.data.readers.split import check_split, split_of, subset, together
+from vlmlab.data.readers.split import Split, check_split, split_of, subset, together
 from vlmlab.data.readers.tar import write_shard
 from vlmlab.data.readers.vqa import Question, VqaFormat, choose_rows, conversations, image_words, unique_questions
 
@@ -263,16 +264,16 @@ class LlavaParquet:
 
     def __init__(
         self,
-        path: str,
-        images: str | None = None,
-        split: str | None = None,
-        size: int | None = None,
-        seed: int = 0,
-        split_seed: int = 0,
-        val_fraction: float = 0.005,
-        tags: Sequence[str] = (IMAGE_TAG,),
+        path: Text,
+        images: Text | None = None,
+        split: Split | None = None,
+        size: Count | None = None,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
+        val_fraction: Share = 0.005,
+        tags: Texts = (IMAGE_TAG,),
         prepend_images: bool = False,
-        max_bad_fraction: float = 0.0,
+        max_bad_fraction: Share = 0.0,
         verify: bool = False,
         image_roots: Sequence[str] = (),
         image_range: str | Sequence[float] = "auto",
@@ -390,24 +391,24 @@ class VqaParquet:
 
     def __init__(
         self,
-        path: str,
-        split: str | None = None,
+        path: Text,
+        split: Split | None = None,
         multi_turn: bool = True,
-        max_turns: int = 8,
-        size: int | None = None,
-        seed: int = 0,
-        split_seed: int = 0,
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.1,
+        max_turns: Width = 8,
+        size: Count | None = None,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
+        val_fraction: Share = 0.05,
+        test_fraction: Share = 0.1,
         where: Mapping[str, Sequence[Any]] | None = None,
-        image_key: str = "image",
-        question_key: str = "question",
-        id_key: str | None = None,
-        answer_key: str = "answer",
-        answers_key: str = "answers",
-        kind_keys: Sequence[str] = ("answer_type", "question_type"),
+        image_key: Text = "image",
+        question_key: Text = "question",
+        id_key: Text | None = None,
+        answer_key: Text = "answer",
+        answers_key: Text = "answers",
+        kind_keys: Texts = ("answer_type", "question_type"),
         suffix: str = "",
-        max_bad_fraction: float = 0.0,
+        max_bad_fraction: Share = 0.0,
         verify: bool = False,
         image_range: str | Sequence[float] = "auto",
     ) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 from vlmlab.contracts.errors import DataError, brief
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
+from vlmlab.contracts.values import Count, Seed, Share, Text, Texts
 from vlmlab.data.fingerprint import Facts, shards_fingerprint
 from vlmlab.data.images import decode_image, embedded
 from vlmlab.data.overlap import Stored, spread
@@ -32,7 +33,7 @@ from vlmlab.data.readers.llava import IMAGE_KEYS, TURN_KEYS, Conversation, Llava
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, parse_object
 from vlmlab.data.readers.sieve import Sieve, verified
-from vlmlab.data.readers.split import check_split, split_of, subset, together
+from vlmlab.data.readers.split import Split, check_split, split_of, subset, together
 from vlmlab.data.skipped import Skipped
 
 SUFFIXES = (".tar",)
@@ -163,17 +164,17 @@ class TarShards:
 
     def __init__(
         self,
-        path: str,
-        split: str | None = None,
+        path: Text,
+        split: Split | None = None,
         prompt: str = "Describe the picture briefly.",
-        size: int | None = None,
-        seed: int = 0,
-        split_seed: int = 0,
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.0,
-        tags: Sequence[str] = (IMAGE_TAG,),
+        size: Count | None = None,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
+        val_fraction: Share = 0.05,
+        test_fraction: Share = 0.0,
+        tags: Texts = (IMAGE_TAG,),
         prepend_images: bool = False,
-        max_bad_fraction: float = 0.0,
+        max_bad_fraction: Share = 0.0,
         verify: bool = False,
         image_range: str | Sequence[float] = "auto",
     ) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample, Turn
+from vlmlab.contracts.values import Count, Seed, Share, Text, Texts, Width
 from vlmlab.data.fingerprint import Facts, files_fingerprint
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.overlap import Stored
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, checked_image, read_each
 from vlmlab.data.readers.sieve import Sieve, verified
-from vlmlab.data.readers.split import check_split, named_split, split_of, subset, unit_hash
+from vlmlab.data.readers.split import Split, check_split, named_split, split_of, subset, unit_hash
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 
@@ -235,28 +236,28 @@ class VqaJson:
 
     def __init__(
         self,
-        path: str,
-        images: str | None = None,
-        split: str | None = None,
-        test_path: str | None = None,
+        path: Text,
+        images: Text | None = None,
+        split: Split | None = None,
+        test_path: Text | None = None,
         multi_turn: bool = True,
-        max_turns: int = 8,
-        size: int | None = None,
-        seed: int = 0,
-        split_seed: int = 0,
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.1,
-        split_keys: Sequence[str] = ("official_split", "split"),
+        max_turns: Width = 8,
+        size: Count | None = None,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
+        val_fraction: Share = 0.05,
+        test_fraction: Share = 0.1,
+        split_keys: Texts = ("official_split", "split"),
         split_words: Mapping[str, Sequence[str]] | None = None,
         where: Mapping[str, Sequence[Any]] | None = None,
-        image_key: str | Sequence[str] = "image",
-        question_key: str = "question",
-        id_key: str | Sequence[str] | None = "question_id",
-        answer_key: str = "answer",
-        answers_key: str = "answers",
-        kind_keys: Sequence[str] = ("answer_type", "question_type"),
+        image_key: Text | Texts = "image",
+        question_key: Text = "question",
+        id_key: Text | Texts | None = "question_id",
+        answer_key: Text = "answer",
+        answers_key: Text = "answers",
+        kind_keys: Texts = ("answer_type", "question_type"),
         suffix: str = "",
-        max_bad_fraction: float = 0.0,
+        max_bad_fraction: Share = 0.0,
         verify: bool = False,
         image_roots: Sequence[str] = (),
         image_range: str | Sequence[float] = "auto",

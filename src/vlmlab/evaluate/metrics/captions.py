@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Literal
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.evaluate.metrics.bleu import bleu
@@ -29,7 +30,8 @@ def mean_rouge_l(candidates: Sequence[Tokens], references: Sequence[Sequence[Tok
 CORPUS_SCORES: dict[str, CorpusScore] = {"cider_d": mean_cider_d, "bleu_4": bleu, "rouge_l": mean_rouge_l}
 
 
-CEILINGS = {"people": "human", "grammar": "grammar"}
+Writers = Literal["people", "grammar"]
+CEILINGS: dict[Writers, str] = {"people": "human", "grammar": "grammar"}
 """Who wrote the references, and the first part of the keys of their own scores."""
 LEFT_OUT = "leave_one_out"
 
@@ -49,7 +51,7 @@ class CaptionScores:
         UserError: another word.
     """
 
-    def __init__(self, references_by: str | None = "people") -> None:
+    def __init__(self, references_by: Writers | None = "people") -> None:
         if references_by is not None and references_by not in CEILINGS:
             choices = ", ".join(CEILINGS)
             raise UserError(f"CaptionScores: references_by={references_by} is unknown; choose from {choices}, or null.")
