@@ -120,7 +120,7 @@ class ImageFolder:
 
     def fingerprint(self, names: Iterable[str]) -> Facts:
         """Facts that change with these images; none is opened."""
-        return images_fingerprint(self.root, names)
+        return images_fingerprint(self.root, (self.name(name) for name in set(names)))
 
     def load(self, name: str) -> Image:
         """The image as (H, W, 3) uint8; raises DataError naming the file where it cannot be used."""
