@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.runs.config import config_hash, plain
+from vlmlab.runs.config import plain
 from vlmlab.runs.files import write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.names import cell_name, override_key, short_hash
@@ -33,7 +33,7 @@ class Cell:
         overrides: its task overrides.
         swept: key -> value of those that differ between cells.
         cfg: the composed configuration with the ``hydra`` node.
-        config_hash: of the configuration; None where it cannot be resolved (its process will say why).
+        config: the plain configuration; None where it cannot be resolved (its process will say why).
         devices: slots it needs.
         state: how it is doing.
         note: a few words beside the state: why it failed, that it was there already.
@@ -47,7 +47,7 @@ class Cell:
     overrides: list[str]
     swept: dict[str, str]
     cfg: DictConfig
-    config_hash: str | None = None
+    config: dict[str, Any] | None = None
     devices: int = 1
     accelerator: str = "auto"
     fresh: bool = False
@@ -70,13 +70,12 @@ class Cell:
 
     def settle_finished(self) -> bool:
         """Whether a result of this very configuration is there already; then the cell is done."""
-        if self.fresh or self.config_hash is None:
+        if self.fresh or self.config is None:
             return False
         try:
-            config, result = self.run.config(), self.run.result()
+            if not self.run.holds(self.config):
+                return False
         except UserError:
-            return False
-        if config is None or result is None or config_hash(config) != self.config_hash:
             return False
         self.state, self.note = "done", "made by other code" if self.run.by_other_code() else "finished before"
         return True
@@ -170,5 +169,5 @@ def _compose(config: DictConfig, loader: ConfigLoader, overrides: list[str], ind
     cell.devices = devices if isinstance(devices, int) else 1
     cell.accelerator = str(trainer.get("accelerator", "auto"))
     cell.fresh = bool(values.get("fresh", False))
-    cell.config_hash = config_hash(values)
+    cell.config = values
     return cell

@@ -124,6 +124,8 @@ def numbers(value: Any) -> dict[str, float]:
 
 
 def _state(folder: Path, result: dict[str, Any] | None, metrics: dict[str, float]) -> tuple[str, str]:
+    if result and result.get("failed"):
+        return "failed", _unscored(result["failed"])
     if metrics:
         return "done", ""
     if (folder / "result.json").exists():
@@ -139,6 +141,11 @@ def _state(folder: Path, result: dict[str, Any] | None, metrics: dict[str, float
         error = str(said.get("error") or "")
         return "interrupted", error or (f"stopped in {where}" if where else "its process ended without a result")
     return ("failed", "done without a result.json") if state == "done" else ("not started", "")
+
+
+def _unscored(failed: Any) -> str:
+    """Which benchmarks of a trained run could not be scored, and why."""
+    return "; ".join(f"{name}: {why}" for name, why in failed.items()) if isinstance(failed, Mapping) else str(failed)
 
 
 def _overrides(folder: Path, result: dict[str, Any]) -> list[str]:

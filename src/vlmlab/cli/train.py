@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.data import check_sources
 from vlmlab.cli.entry import ConfigError, guard, mistake_within, one_line, run_command, unbuildable
 from vlmlab.cli.rules import check, choices_of
-from vlmlab.contracts.errors import OutOfMemory, UserError
+from vlmlab.contracts.errors import OutOfMemory, Unscored, UserError
 from vlmlab.data.skipped import TooManyBad, note
 from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
 from vlmlab.runs.config import plain
@@ -46,23 +47,29 @@ def train_command(cfg: DictConfig) -> None:
     if not first:  # a further rank of a run that rank zero has opened
         _train(cfg, folder)
         return
-    _look_at_data(cfg, folder)
+    _look_at_data(cfg, config, folder)
     with RunFolder(folder) as run:
         result = run.open(config, list(hydra_cfg.overrides.task), fresh=bool(cfg.fresh))
         if result is not None:
-            code = ", made by other code of this package" if run.by_other_code() else ""
-            print(f"{folder} is finished{code}; fresh=true trains again\n\n{final_table(result)}")
+            print(f"{folder} is finished{_told_apart(run, config)}; fresh=true trains again\n\n{final_table(result)}")
             return
         print(f"run folder: {folder}", flush=True)
-        result = _train_in(run, cfg)
+        result = train_in(run, cfg)
         if result is not None:
             print(f"\n{final_table(result)}\n{_report(cfg, folder, result)}", flush=True)
 
 
-def _look_at_data(cfg: DictConfig, folder: Path) -> None:
+def _told_apart(run: RunFolder, config: Mapping[str, Any]) -> str:
+    """What of a finished run is not as it would be if it were made now."""
+    told = [", made by other code of this package"] if run.by_other_code() else []
+    if machine := run.differs(config).execution:
+        told.append(f", run with other settings of the machine ({'; '.join(machine)})")
+    return "".join(told)
+
+
+def _look_at_data(cfg: DictConfig, config: Mapping[str, Any], folder: Path) -> None:
     """Refuse missing or broken data before anything trains, leaving no folder but for a long list of bad rows."""
-    run = RunFolder(folder)
-    if run.result() is not None:
+    if not cfg.fresh and RunFolder(folder).holds(config):
         return
     try:
         check_sources(cfg)
@@ -74,11 +81,13 @@ def _look_at_data(cfg: DictConfig, folder: Path) -> None:
         raise
 
 
-def _train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
+def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
     """Train, and leave in ``state.json`` how it ended."""
     try:
         return _train(cfg, run.path)
     except Exception as error:
+        if isinstance(error, Unscored) and error.scores:
+            print(f"\n{final_table(run.result() or {})}\n", flush=True)
         run.end("failed", _said(error))
         raise
     except BaseException:  # a signal; what was learnt is saved

@@ -14,6 +14,7 @@ from vlmlab.engine import rng
 from vlmlab.engine.stage import StageModule
 from vlmlab.engine.weights import Trainee
 from vlmlab.recipe.stage import Stage, parse
+from vlmlab.runs import folder as folder_module
 
 Builder = Callable[[DictConfig], nn.Module]
 """Makes the model of a stage's kind; stages of the same builder train the same model."""
@@ -49,7 +50,7 @@ def enter(trainee: Trainee, cfg: DictConfig, stage: Stage) -> None:
 
 def weights_file(folder: Path, stage: Stage) -> Path:
     """Where a finished stage's weights are in a run folder."""
-    return folder / "stages" / f"{stage.index}_{stage.name}" / "model.safetensors"
+    return folder_module.weights_file(folder, stage.index, stage.name)
 
 
 def load_trained(cfg: DictConfig, path: Path) -> nn.Module:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vlmlab.contracts.errors import CheckpointError, OutOfMemory, UserError
+from vlmlab.contracts.errors import CheckpointError, OutOfMemory, Unscored, UserError
 from vlmlab.contracts.parts import FeatureCache
 from vlmlab.contracts.sample import SampleSource
 from vlmlab.data.module import Window, Windows, step_loader
@@ -63,6 +63,7 @@ def train(cfg: DictConfig, folder: Path, evaluate: Evaluate | None = None) -> di
 
     Raises:
         UserError: a mistake in configuration or data, a loss that is not finite, or a proof that failed.
+        Unscored: it is trained and some benchmarks could not be scored; ``result.json`` has the other scores.
         Interrupted: SIGINT or SIGTERM; everything learnt is saved.
     """
     run = Run(cfg, RunFolder(Path(folder)), evaluate or _benchmarks)
@@ -453,23 +454,31 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
         "seconds": round(sum(float(facts.get("seconds", 0.0)) for facts in done), 1),
     }
     run.folder.write_state("running", "evaluation", 0, None)
+    unscored: Unscored | None = None
     with run.cache.serving(last.model, run.say) as used:
-        metrics = run.evaluate(last.model, cfg, run.folder.path)
+        try:
+            metrics = run.evaluate(last.model, cfg, run.folder.path)
+        except Unscored as error:
+            unscored, metrics = error, error.scores
     costs["peak_bytes"] = max(cost.peak_bytes(), *(int(facts.get("peak_bytes", 0)) for facts in done))
     write_json(run.folder.path / "cost.json", costs | cost.cached([*done, used]))
-    if OmegaConf.select(cfg, "recipe.finish"):
+    if unscored is None and OmegaConf.select(cfg, "recipe.finish"):
         models = {s.name: run.trainees[kinds[s.index].build].model for s in stages}
         metrics |= instantiate(cfg.recipe.finish)(models, cfg, run.folder.path, costs, metrics)
     for logger in run.loggers:
         if not isinstance(logger, RunLogger):
             logger.log_metrics({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
-    return run.folder.finish(metrics, costs)
+    result = run.folder.finish(metrics, costs, None if unscored is None else unscored.failed)
+    if unscored is not None:
+        raise unscored
+    return result
 
 
 def _benchmarks(model: nn.Module, cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from vlmlab.evaluate.run import evaluate_model
 
-    return evaluate_model(model, cfg, folder)  # type: ignore[arg-type]  # the last stage's model is a VLM
+    known = RunFolder(folder).result()  # in which some failed
+    return evaluate_model(model, cfg, folder, before=known)  # type: ignore[arg-type]  # the last stage's is a VLM
 
 
 @contextlib.contextmanager
