@@ -37,6 +37,7 @@ from vlmlab.engine.stage import NonFinite, StageModule, no_room
 from vlmlab.engine.weights import Trainee, build_mask, build_objectives, check_fusion_learns, mixed_in, plain_key
 from vlmlab.model.build import build_cache
 from vlmlab.model.questions import questions_line
+from vlmlab.model.vlm import VLM
 from vlmlab.recipe.stage import Stage, check_divides, drawn_from, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
@@ -170,6 +171,8 @@ def _train(run: Run) -> dict[str, Any] | None:
     if cfg.logger.name == "wandb" and run.writes:
         run.loggers.append(wandb_logger(cfg, run.folder))
 
+    if not any(run.folder.path.glob("stages/*/*")):
+        _foresee(run, kinds[stages[-1].index].build)
     ready = True
     for stage in stages:
         run.stage, run.step = stage, 0
@@ -203,6 +206,17 @@ def _train(run: Run) -> dict[str, Any] | None:
         run.say("debug.steps is set: the run ends here and is not evaluated")
         return None
     return _finish(run, stages, kinds)
+
+
+def _foresee(run: Run, build: Builder) -> None:
+    """Before the first step: what would end the evaluation behind the last one."""
+    if not run.writes or run.evaluate is not _benchmarks or OmegaConf.select(run.cfg, "debug.steps") is not None:
+        return
+    from vlmlab.evaluate.foresight import check_evaluation
+
+    model = _trainee(run, build).model
+    if isinstance(model, VLM):
+        check_evaluation(run.cfg, model)
 
 
 def _trainee(run: Run, build: Builder) -> Trainee:
