@@ -247,7 +247,7 @@ def test_a_benchmark_that_fails_leaves_the_others_and_is_tried_again_alone(
 def test_a_held_out_set_that_fails_leaves_the_benchmarks(model: VLM, tmp_path: Path) -> None:
     cfg = config()
     cfg.data.val.captions.count = 1
-    with pytest.raises(Unscored, match="val/captions could not be scored .*two different images") as caught:
+    with pytest.raises(Unscored, match=r"val/captions could not be scored .*two different images") as caught:
         evaluate_model(model, cfg, tmp_path, print)
     assert list(caught.value.failed) == ["val/captions"] and "toy/vqa_accuracy" in caught.value.scores
 

@@ -57,7 +57,7 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run one of whose two benchmarks failed."""
     place = tmp_path_factory.mktemp("left")
     (place / "bad").touch()
-    with pytest.raises(UserError, match="moody could not be scored .no mood today.; the model is trained"):
+    with pytest.raises(UserError, match=r"moody could not be scored .no mood today.; the model is trained"):
         start(place / "run", config(place / "bad"))
     (place / "bad").unlink()
     return place / "run"
