@@ -62,6 +62,8 @@ class SampleSource(Protocol):
 
     One that can tell a sample's turns without making its images has a method ``turns(index)`` too; see `turns_of`.
     Where that costs next to nothing, because all records are in memory, it says so by ``turns_in_memory = True``.
+    One made of files, or of other sources, has a method ``fingerprint()``: plain values that change with its content,
+    see ``vlmlab.data.fingerprint``.
     """
 
     def __len__(self) -> int: ...

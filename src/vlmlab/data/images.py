@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import warnings
+from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
 from typing import IO
 
@@ -15,6 +16,7 @@ from PIL import UnidentifiedImageError
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Image
+from vlmlab.data.fingerprint import Facts, images_fingerprint
 
 MAX_PIXELS = 89_478_485
 """Images that claim more pixels are refused before decoding (Pillow's own threshold of a warning: 256 MiB of RGB)."""
@@ -63,6 +65,10 @@ class ImageFolder:
         if not stat.S_ISREG(found.st_mode):
             return "is not a file"
         return None if found.st_size else "is an empty file"
+
+    def fingerprint(self, names: Iterable[str]) -> Facts:
+        """Facts that change with these images; none is opened."""
+        return images_fingerprint(self.root, names)
 
     def load(self, name: str) -> Image:
         """The image as (H, W, 3) uint8; raises DataError naming the file where it cannot be used."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample, SampleSource, Turn, turns_of
+from vlmlab.data.fingerprint import Facts, source_fingerprint
 from vlmlab.data.skipped import Skipped, label
 
 
@@ -68,6 +70,11 @@ class Mixture:
     def turns(self, index: int) -> Sequence[Turn]:
         """The turns of a sample, as its source tells them."""
         return turns_of(self.sources[self._source[index]], int(self._row[index]))
+
+    def fingerprint(self) -> Facts:
+        """Those of its sources, and the places they have here."""
+        places = hashlib.sha256(self._source.tobytes() + self._row.tobytes()).hexdigest()[:32]
+        return {"sources": [source_fingerprint(source) for source in self.sources], "places": places}
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample, SampleSource
+from vlmlab.data.fingerprint import Facts, source_fingerprint
 from vlmlab.data.sampler import Order
 
 FILE = "skipped.jsonl"
@@ -123,6 +124,10 @@ class Replaced:
 
     def __getitem__(self, index: int) -> Sample:
         return next_usable(self.source, index, self.check, self.skipped)
+
+    def fingerprint(self) -> Facts:
+        """That of the source."""
+        return source_fingerprint(self.source)
 
     def label(self, index: int) -> str:
         """The id of the sample that is wanted."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from vlmlab.contracts.sample import Sample, Turn
+from vlmlab.data.fingerprint import Facts, files_fingerprint
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.split import subset
 
@@ -32,6 +34,7 @@ class CaptionSamples:
 
     Args:
         found: the images.
+        files: where they are listed.
         folder: where their files are.
         prompt: the caption instruction.
         all_references: one sample per image with all its captions as references instead of one per caption.
@@ -44,13 +47,14 @@ class CaptionSamples:
     def __init__(
         self,
         found: Sequence[Captioned],
+        files: Sequence[Path],
         folder: ImageFolder,
         prompt: str,
         all_references: bool,
         size: int | None,
         seed: int,
     ) -> None:
-        self._folder, self._prompt = folder, prompt
+        self._files, self._folder, self._prompt = list(files), folder, prompt
         items = [(c.id, c.image, tuple(text for _, text in c.captions)) for c in found]
         if not all_references:
             items = [(id_, c.image, (text,)) for c in found for id_, text in c.captions]
@@ -67,6 +71,10 @@ class CaptionSamples:
         """The turns of a sample, without its image."""
         texts = self._items[index][2]
         return (Turn(self._prompt, texts[0], "caption", texts if len(texts) > 1 else ()),)
+
+    def fingerprint(self) -> Facts:
+        """Facts that change with the content of its files."""
+        return files_fingerprint(self._files) | self._folder.fingerprint(image for _, image, _ in self._items)
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it."""

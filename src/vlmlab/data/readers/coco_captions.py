@@ -86,7 +86,8 @@ class CocoCaptions(CaptionSamples):
         sieve = Sieve(max_bad_fraction)
         if test_path is not None and split == "test":
             folder = ImageFolder(images if test_images is None else test_images)
-            found = read_captions(Path(test_path).expanduser(), folder, sieve)
+            file = Path(test_path).expanduser()
+            found = read_captions(file, folder, sieve)
         else:
             folder = ImageFolder(images)
             file = Path(path).expanduser()
@@ -95,7 +96,7 @@ class CocoCaptions(CaptionSamples):
         if verify:
             found = verified(found, sieve, lambda c: folder.load(c.image), lambda c: c.id)
         self.skipped = sieve.finish(path)
-        super().__init__(found, folder, prompt, all_references, size, seed)
+        super().__init__(found, [file], folder, prompt, all_references, size, seed)
 
 
 def read_captions(file: Path, folder: ImageFolder, sieve: Sieve | None = None) -> list[Captioned]:

@@ -71,7 +71,8 @@ class KarpathyCaptions(CaptionSamples):
         fractions = (val_fraction, test_fraction)
         sieve = Sieve(max_bad_fraction)
         found: list[Captioned] = []
-        for file in find_files(path, SUFFIXES):
+        files = find_files(path, SUFFIXES)
+        for file in files:
             found += sieve.keep(sieve.rows(_rows(file)), lambda row: parse_captioned(row, folder))
         sieve.finish(path)
         kept = [c for c in found if split is None or _split(c, restval, fractions, split_seed) == split]
@@ -80,7 +81,7 @@ class KarpathyCaptions(CaptionSamples):
         if verify:
             kept = verified(kept, sieve, lambda c: folder.load(c.image), lambda c: c.id)
         self.skipped = sieve.finish(path)
-        super().__init__(kept, folder, prompt, all_references, size, seed)
+        super().__init__(kept, files, folder, prompt, all_references, size, seed)
 
 
 def parse_captioned(row: Row, folder: ImageFolder) -> Captioned:

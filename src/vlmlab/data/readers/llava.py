@@ -8,6 +8,7 @@ from typing import Any
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
+from vlmlab.data.fingerprint import Facts, files_fingerprint
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, describe, read_each
@@ -230,6 +231,7 @@ class LlavaJson:
         check_split(split, val_fraction, 0.0)
         files, shares = split_files(find_files(path, SUFFIXES), split, val_fraction, 0.0)
         self._folder = ImageFolder(images if images is not None else files[0].parent if files else path)
+        self._files = files
         form, sieve = LlavaFormat(tuple(tags), prepend_images), Sieve(max_bad_fraction)
         records: list[Conversation] = []
         for file in files:
@@ -258,6 +260,12 @@ class LlavaJson:
     def turns(self, index: int) -> tuple[Turn, ...]:
         """The turns of a sample, without its images."""
         return self._records[index][1].turns
+
+    def fingerprint(self) -> Facts:
+        """Facts that change with the content of its files."""
+        return files_fingerprint(self._files) | self._folder.fingerprint(
+            image for _, record in self._records for image in record.images
+        )
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it."""

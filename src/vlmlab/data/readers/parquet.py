@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import io
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
+from vlmlab.data.fingerprint import Facts, shards_fingerprint
 from vlmlab.data.images import ImageFolder, decode_image
 from vlmlab.data.readers.llava import TURN_KEYS, Conversation, LlavaFormat, parse_turns
 from vlmlab.data.readers.place import find_files, split_files
@@ -296,6 +298,19 @@ class LlavaParquet:
     def __getitem__(self, index: int) -> Sample:
         return self._sample(int(self._index[index]))
 
+    def fingerprint(self) -> Facts:
+        """Facts that change with the content of its files, and of image files that rows only name."""
+        shards = shards_fingerprint(self._rows.files)
+        return shards if self._folder is None else shards | self._folder.fingerprint(self._named())
+
+    def _named(self) -> Iterator[str]:
+        """The image files that rows name."""
+        keys = [key for key in IMAGE_KEYS if key in self._rows.columns]
+        columns = [f"{key}.path" if self._rows.has(f"{key}.path") else key for key in keys]
+        for number, data in enumerate(self._rows.read(columns), 1):
+            with contextlib.suppress(DataError):  # a row without a usable image is skipped when it is read
+                yield from (path for path, _ in pictures(Row(self._rows.files[0], number, data), keys) if path)
+
     def label(self, index: int) -> str:
         """The id of a sample, without loading it: shard and row, since the rows' own ids are not unique."""
         return self._rows.label(int(self._index[index]))
@@ -423,6 +438,10 @@ class VqaParquet:
         name, questions = self._groups[index]
         picture = self._picture(self._place[questions[0].id])
         return Sample(name, (picture,), self.turns(index), image_ids=(questions[0].image,))
+
+    def fingerprint(self) -> Facts:
+        """Facts that change with the content of its files."""
+        return shards_fingerprint(self._rows.files)
 
     def turns(self, index: int) -> tuple[Turn, ...]:
         """The turns of a sample, without its image."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
+from vlmlab.data.fingerprint import Facts, shards_fingerprint
 from vlmlab.data.images import decode_image
 from vlmlab.data.readers.llava import IMAGE_KEYS, TURN_KEYS, Conversation, LlavaFormat, parse_turns
 from vlmlab.data.readers.place import find_files, split_files
@@ -190,6 +191,10 @@ class TarShards:
 
     def __getitem__(self, index: int) -> Sample:
         return self._sample(self._groups[index])
+
+    def fingerprint(self) -> Facts:
+        """Facts that change with the content of its files."""
+        return shards_fingerprint(self._files)
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it: shard and key."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample, Turn
+from vlmlab.data.fingerprint import Facts, files_fingerprint
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, read_each
@@ -251,6 +252,7 @@ class VqaJson:
         test = 0.0 if test_path is not None else test_fraction
         files, shares = split_files(found, None if separate else split, val_fraction, test)
         self._folder = ImageFolder(images if images is not None else found[0].parent)
+        self._files = files
         sieve = Sieve(max_bad_fraction)
         rows = [row for file in files for row in sieve.rows(read_each(file, ("questions", "data")))]
         rows = [row for row in rows if all(row.data.get(k, v[0]) in v for k, v in (where or {}).items())]
@@ -278,6 +280,12 @@ class VqaJson:
     def turns(self, index: int) -> tuple[Turn, ...]:
         """The turns of a sample, without its image."""
         return tuple(question.turn() for question in self._groups[index][1])
+
+    def fingerprint(self) -> Facts:
+        """Facts that change with the content of its files."""
+        return files_fingerprint(self._files) | self._folder.fingerprint(
+            question.image for _, group in self._groups for question in group
+        )
 
     def label(self, index: int) -> str:
         """The id of a sample, without loading it."""
