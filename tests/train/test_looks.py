@@ -7,8 +7,9 @@ from omegaconf import OmegaConf
 from tests import tiny
 
 from vlmlab.data.sampler import Order
+from vlmlab.engine.finite import as_evaluated
 from vlmlab.model.build import build_collator
-from vlmlab.train.looks import IMAGES, Looks, _as_evaluated, differing_share
+from vlmlab.train.looks import IMAGES, Looks, differing_share
 
 
 def test_shares_by_hand() -> None:
@@ -27,7 +28,7 @@ def test_nothing_of_the_model_changes() -> None:
     model.lm.eval()
     modes = [module.training for module in model.modules()]
     before = torch.get_rng_state()
-    with _as_evaluated(model):
+    with as_evaluated(model):
         assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
         torch.rand(3)
     assert modes == [module.training for module in model.modules()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import shutil
 import socket
@@ -16,7 +16,7 @@ import yaml
 from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.runs.config import config_hash
 from vlmlab.runs.environment import code_fingerprint, environment
-from vlmlab.runs.files import read_json, read_rows, write_atomic, write_json
+from vlmlab.runs.files import read_json, read_rows, to_json, write_atomic, write_json
 from vlmlab.runs.identity import Changes, changes, training_hash
 from vlmlab.runs.lock import FolderLock, is_locked
 from vlmlab.runs.renamed import with_present_names
@@ -294,14 +294,14 @@ class RunFolder:
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row to ``metrics.jsonl``; it needs ``stage`` and ``step`` to be cut back after a crash."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(row), default=str) + "\n")
+            file.write(to_json(dict(row)) + "\n")
 
     def cut_back(self, stage: str, step: int) -> None:
         """Forget the rows of ``metrics.jsonl`` later than this step of this stage; a replay writes them again."""
         rows = self.metrics()
         first = next((i for i, row in enumerate(rows) if row.get("stage") == stage), len(rows))
         kept = rows[:first] + [r for r in rows[first:] if r.get("stage") == stage and int(r.get("step", 0)) <= step]
-        write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomic(self.path / "metrics.jsonl", "".join(to_json(row) + "\n" for row in kept))
 
     def finish(
         self, metrics: Mapping[str, Any], cost: Mapping[str, Any], failed: Mapping[str, str] | None = None
@@ -312,7 +312,13 @@ class RunFolder:
             metrics: every score.
             cost: what the run took.
             failed: benchmarks that could not be scored, and why; the same command tries these again.
+
+        Raises:
+            UserError: the folder has no configuration, or a number is none.
         """
+        for name, value in {**metrics, **cost}.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{name} is {value} and no result; look at {self.path / 'metrics.jsonl'} for its loss")
         config = self.config()
         if config is None:
             raise UserError(f"{self.path} has no config.yaml and cannot be finished; train into another folder")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmlab.cache.none import NoCache
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample, SampleSource
 from vlmlab.contracts.tensors import Batch
 from vlmlab.data.sampler import Order
+from vlmlab.engine.finite import as_evaluated
 from vlmlab.model.vlm import VLM
 
 IMAGES = 32
@@ -59,7 +59,7 @@ class Looks(L.Callback):
         if not isinstance(model.cache, NoCache):
             return
         seen = []
-        with _as_evaluated(model), trainer.precision_plugin.forward_context():
+        with as_evaluated(model), trainer.precision_plugin.forward_context():
             for batch in self._batches():
                 tokens = model.see(batch.to(module.device)).tokens
                 if tokens is not None:
@@ -80,16 +80,3 @@ class Looks(L.Callback):
             yield batch
             if images >= IMAGES:
                 return
-
-
-@contextmanager
-def _as_evaluated(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, and afterwards every module in the mode it was in and the random state as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

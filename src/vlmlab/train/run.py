@@ -29,6 +29,7 @@ from vlmlab.data.module import Window, Windows, step_loader
 from vlmlab.data.sampler import Order
 from vlmlab.data.skipped import Replaced
 from vlmlab.engine import cost, proof
+from vlmlab.engine.finite import nonfinite
 from vlmlab.engine.layers import check_layers, compiled
 from vlmlab.engine.precision import Precision, choose, on_gpu
 from vlmlab.engine.restore import Builder, enter, module_class, new_trainee, weights_file
@@ -454,6 +455,8 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
     last = run.trainees[kinds[stage.index].build]
     device = torch.device("cuda" if on_gpu(cfg) else "cpu")
     last.model.to(device).requires_grad_(False)
+    if wrong := nonfinite(last.model.named_parameters()):
+        raise UserError(f"the weights {_few(wrong)} are no numbers after the last stage; train again with fresh=true.")
     kind = kinds[stage.index]
     source: SampleSource = instantiate(cfg.data.train[stage.data])
     if OmegaConf.select(cfg, "data.max_bad_fraction") is not None:
