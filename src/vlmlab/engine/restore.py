@@ -12,6 +12,7 @@ from torch import nn
 from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.engine import rng
 from vlmlab.engine.stage import StageModule
+from vlmlab.engine.stamp import recorded
 from vlmlab.engine.weights import Trainee
 from vlmlab.recipe.stage import Stage, parse
 from vlmlab.runs import folder as folder_module
@@ -61,7 +62,7 @@ def load_trained(cfg: DictConfig, path: Path) -> nn.Module:
         path: the run folder.
 
     Raises:
-        CheckpointError: a stage's file is missing or does not fit.
+        CheckpointError: a stage's file is missing, damaged, of another run, or does not fit.
     """
     trainees: dict[Builder, Trainee] = {}
     for stage in parse(cfg):
@@ -73,6 +74,6 @@ def load_trained(cfg: DictConfig, path: Path) -> nn.Module:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; finish the run first by starting it again.")
         enter(trainee, cfg, stage)
-    trainee.load(file)
+    trainee.load(file, recorded(folder_module.RunFolder(path), stage))
     trainee.model.requires_grad_(False)
     return trainee.model.eval()

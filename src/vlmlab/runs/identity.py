@@ -70,7 +70,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
 
 def training_hash(config: Mapping[str, Any]) -> str:
     """16 hexadecimal digits that are equal for two runs if and only if they are the same training."""
-    leaves = {key: _told(key, value) for key, value in result_leaves(config).items() if about(key) == "training"}
+    leaves = {key: told(key, value) for key, value in result_leaves(config).items() if about(key) == "training"}
     leaves.pop(LENGTH, None)
     return hashlib.sha256(json.dumps(leaves, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -85,10 +85,10 @@ def about(key: str) -> str:
 def _concern(key: str, was: Any, now: Any) -> str:
     if key == LENGTH and isinstance(was, int) and isinstance(now, int) and now > was:
         return "length"
-    return "evaluation" if _told(key, was) == _told(key, now) else about(key)
+    return "evaluation" if told(key, was) == told(key, now) else about(key)
 
 
-def _told(key: str, value: Any) -> Any:
+def told(key: str, value: Any) -> Any:
     """What training is told by the value of a key."""
     return value is not None if key.rpartition(".")[2] in TEST_SPLIT and _below(key, TRAINING) else value
 

@@ -35,6 +35,7 @@ from vlmlab.engine.precision import Precision, choose, on_gpu
 from vlmlab.engine.restore import Builder, enter, module_class, new_trainee, weights_file
 from vlmlab.engine.shards import FSDP2, gathered
 from vlmlab.engine.stage import NonFinite, StageModule, no_room
+from vlmlab.engine.stamp import Stamp, stamps
 from vlmlab.engine.weights import Trainee, build_mask, build_objectives, check_fusion_learns, mixed_in, plain_key
 from vlmlab.model.build import build_cache
 from vlmlab.model.questions import questions_line
@@ -94,7 +95,7 @@ class Run:
         evaluate: what scores the trained model.
         signals: whether SIGINT or SIGTERM came.
         trainees: the model of every builder, made when its first stage comes.
-        finished: file of the last finished stage of a model that is still to be loaded.
+        finished: the last finished stage of a model, whose file is still to be loaded.
         stage: the present stage.
         step: optimizer steps done in it.
         steps_before: optimizer steps of the stages before.
@@ -106,7 +107,7 @@ class Run:
     evaluate: Evaluate
     signals: Signals = field(default_factory=Signals)
     trainees: dict[Builder, Trainee] = field(default_factory=dict)
-    finished: dict[Builder, Path] = field(default_factory=dict)
+    finished: dict[Builder, Stage] = field(default_factory=dict)
     stage: Stage | None = None
     step: int = 0
     steps_before: int = 0
@@ -149,6 +150,16 @@ class Run:
 
             wandb.finish()
 
+    @cached_property
+    def stamps(self) -> dict[str, Stamp]:
+        """What says of a file that it is of a stage of this run, by the stage's name."""
+        return stamps(self.cfg, parse(self.cfg), self.folder, self.writes)
+
+    def load(self, build: Builder) -> None:
+        """Load the weights of the stages before, all of which the last finished one has."""
+        stage = self.finished.pop(build)
+        self.trainees[build].load(self.weights(stage), self.stamps[stage.name])
+
     def weights(self, stage: Stage) -> Path:
         """Where a finished stage's weights are."""
         return weights_file(self.folder.path, stage)
@@ -164,7 +175,7 @@ def _train(run: Run) -> dict[str, Any] | None:
         build_mask(stage)
         if not run.weights(stage).is_file():
             mixed_in(stage, cfg)
-    assert run.precision
+    assert run.precision and run.stamps
     if run.writes:
         device = torch.cuda.get_device_name() if on_gpu(cfg) else "cpu"
         run.folder.update_env(device=device, threads=torch.get_num_threads(), precision=run.precision.name)
@@ -186,11 +197,11 @@ def _train(run: Run) -> dict[str, Any] | None:
                 check_layers(_trainee(run, build).model, later)
         ready = ready and run.weights(stage).is_file()
         if not ready and build in run.finished:  # weights of the stages before, under their own adapters' names
-            run.trainees[build].load(run.finished.pop(build))
+            run.load(build)
         enter(run.trainees[build], cfg, stage)
         if ready:
             run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name} is finished already")
-            run.finished[build] = run.weights(stage)
+            run.finished[build] = stage
         else:
             run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name}")
             _run_stage(run, stage, kinds[stage.index])
@@ -198,8 +209,8 @@ def _train(run: Run) -> dict[str, Any] | None:
         run.steps_before += stage.steps
     if not run.writes:
         return None
-    for build, path in run.finished.items():
-        run.trainees[build].load(path)
+    for build in list(run.finished):
+        run.load(build)
     if not any(trainee.ever_trained() for trainee in run.trainees.values()):
         raise UserError("recipe.stages trains nothing: no part named in train has weights in this composition.")
     if OmegaConf.select(cfg, "debug.steps") is not None:
@@ -265,7 +276,7 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
     if run.writes:
         facts["peak_bytes"] = cost.peak_bytes()
         write_json(home / "stage.json", facts, durable=True)
-        trainee.save(run.weights(stage), stage, cfg)
+        trainee.save(run.weights(stage), stage, cfg, run.stamps[stage.name])
         (home / "last.ckpt").unlink(missing_ok=True)
 
 
@@ -282,7 +293,8 @@ def _assembled(run: Run, stage: Stage, kind: type[StageModule]) -> Trainee:
 
 def _keeper(run: Run, stage: Stage, module: StageModule, trainee: Trainee, path: Path) -> Keeper:
     """Go on from ``last.ckpt`` where there is one; what keeps the next ones."""
-    saved = load_last(path, stage, trainee)
+    stamp = run.stamps[stage.name]
+    saved = load_last(path, stage, trainee, stamp)
     before = _fingerprints(trainee, saved, path)
     if saved:
         module.done = int(saved["step"])
@@ -290,7 +302,8 @@ def _keeper(run: Run, stage: Stage, module: StageModule, trainee: Trainee, path:
         run.say(f"going on after step {module.done}")
     if run.writes:
         run.folder.cut_back(stage.name, module.done)
-    return Keeper(path, trainee, run.signals, before, float(run.cfg.trainer.save_every_s), int(run.cfg.seed), saved)
+    every_s, seed = float(run.cfg.trainer.save_every_s), int(run.cfg.seed)
+    return Keeper(path, trainee, run.signals, before, every_s, seed, saved, stamp)
 
 
 def _fingerprints(trainee: Trainee, saved: dict[str, Any] | None, path: Path) -> dict[str, str]:
