@@ -12,13 +12,17 @@ from typing import Any, Literal
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.data.provenance import changed_since
 from vlmlab.runs.config import plain
 from vlmlab.runs.files import write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.names import cell_name, override_key, short_hash
+
+FINISHED = "finished before"
+"""Note of a cell that is as it would be if it were made now."""
 
 State = Literal["waiting", "running", "done", "failed", "interrupted"]
 
@@ -77,7 +81,9 @@ class Cell:
                 return False
         except UserError:
             return False
-        self.state, self.note = "done", "made by other code" if self.run.by_other_code() else "finished before"
+        told = ["made by other code"] if self.run.by_other_code() else []
+        told += [data] if (data := changed_since(self.run.env(), OmegaConf.create(self.config))) else []
+        self.state, self.note = "done", "; ".join(told) or FINISHED
         return True
 
     def settle_ended(self, code: int, stopping: bool) -> None:

@@ -16,10 +16,11 @@ from omegaconf import DictConfig
 
 from vlmlab.analyse.table import final_table
 from vlmlab.cli.conf import conf_folder
-from vlmlab.cli.data import check_sources
+from vlmlab.cli.data import check_same, check_sources
 from vlmlab.cli.entry import ConfigError, guard, mistake_within, one_line, run_command, unbuildable
 from vlmlab.cli.rules import check, choices_of
 from vlmlab.contracts.errors import OutOfMemory, Unscored, UserError
+from vlmlab.data.provenance import changed_since
 from vlmlab.data.skipped import TooManyBad, note
 from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
 from vlmlab.runs.config import plain
@@ -51,7 +52,8 @@ def train_command(cfg: DictConfig) -> None:
     with RunFolder(folder) as run:
         result = run.open(config, list(hydra_cfg.overrides.task), fresh=bool(cfg.fresh))
         if result is not None:
-            print(f"{folder} is finished{_told_apart(run, config)}; fresh=true trains again\n\n{final_table(result)}")
+            told = _told_apart(run, config, cfg)
+            print(f"{folder} is finished{told}; fresh=true trains again\n\n{final_table(result)}")
             return
         print(f"run folder: {folder}", flush=True)
         result = train_in(run, cfg)
@@ -59,9 +61,11 @@ def train_command(cfg: DictConfig) -> None:
             print(f"\n{final_table(result)}\n{_report(cfg, folder, result)}", flush=True)
 
 
-def _told_apart(run: RunFolder, config: Mapping[str, Any]) -> str:
+def _told_apart(run: RunFolder, config: Mapping[str, Any], cfg: DictConfig) -> str:
     """What of a finished run is not as it would be if it were made now."""
     told = [", made by other code of this package"] if run.by_other_code() else []
+    if data := changed_since(run.env(), cfg):
+        told.append(f", {data}")
     if machine := run.differs(config).execution:
         told.append(f", run with other settings of the machine ({'; '.join(machine)})")
     return "".join(told)
@@ -84,6 +88,7 @@ def _look_at_data(cfg: DictConfig, config: Mapping[str, Any], folder: Path) -> N
 def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
     """Train, and leave in ``state.json`` how it ended."""
     try:
+        check_same(run, cfg)
         return _train(cfg, run.path)
     except Exception as error:
         if isinstance(error, Unscored) and error.scores:

@@ -79,7 +79,7 @@ class RunFolder:
             if is_whole(result) and not changed.scoring:
                 return result
             if old is not None and changed.scoring:
-                self._keep_aside()
+                self.keep_aside()
             self._begin(config, overrides, anew=old is None)
             return None
         except BaseException:
@@ -145,20 +145,8 @@ class RunFolder:
 
     def _learnt_nothing(self) -> bool:
         """Whether a run has failed here before it had anything to keep: whatever comes next may have its place."""
-        kept = any(self.path.glob("stages/*/model.safetensors")) or any(self.path.glob("stages/*/last.ckpt"))
-        return not kept and not (self.path / "result.json").exists() and self.state().get("state") == "failed"
-
-    def _keep_aside(self) -> None:
-        """Put a result, and what was made with it, beside itself: ``result.old-1.json``, ``predictions.old-1`` ..."""
-        if not (self.path / "result.json").exists():
-            return
-        k = 1
-        while (self.path / f"result.old-{k}.json").exists():
-            k += 1
-        shutil.copy2(self.path / "config.yaml", self.path / f"config.old-{k}.yaml")
-        for name in ("result.json", "predictions", "cost.json", "report.html"):  # first what says that it is finished
-            if (there := self.path / name).exists():
-                there.rename(there.with_name(f"{there.stem}.old-{k}{there.suffix}"))
+        failed = self.state().get("state") == "failed"
+        return failed and not self.learnt() and not (self.path / "result.json").exists()
 
     def _begin(self, config: Mapping[str, Any], overrides: Sequence[str], anew: bool) -> None:
         before: dict[str, Any] = {} if anew else self.env()
@@ -205,6 +193,10 @@ class RunFolder:
                 "train again with fresh=true"
             )
         return result
+
+    def learnt(self) -> bool:
+        """Whether a training has left anything that it can go on from."""
+        return any(any(self.path.glob(f"stages/*/{name}")) for name in ("model.safetensors", "last.ckpt"))
 
     def trained(self) -> bool:
         """Whether every stage of the recipe has left its weights."""
@@ -302,6 +294,18 @@ class RunFolder:
         first = next((i for i, row in enumerate(rows) if row.get("stage") == stage), len(rows))
         kept = rows[:first] + [r for r in rows[first:] if r.get("stage") == stage and int(r.get("step", 0)) <= step]
         write_atomic(self.path / "metrics.jsonl", "".join(to_json(row) + "\n" for row in kept))
+
+    def keep_aside(self) -> None:
+        """Put a result, and what was made with it, beside itself: ``result.old-1.json``, ``predictions.old-1`` ..."""
+        if not (self.path / "result.json").exists():
+            return
+        k = 1
+        while (self.path / f"result.old-{k}.json").exists():
+            k += 1
+        shutil.copy2(self.path / "config.yaml", self.path / f"config.old-{k}.yaml")
+        for name in ("result.json", "predictions", "cost.json", "report.html"):  # first what says that it is finished
+            if (there := self.path / name).exists():
+                there.rename(there.with_name(f"{there.stem}.old-{k}{there.suffix}"))
 
     def finish(
         self, metrics: Mapping[str, Any], cost: Mapping[str, Any], failed: Mapping[str, str] | None = None
