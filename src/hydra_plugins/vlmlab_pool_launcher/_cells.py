@@ -15,8 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.data.provenance import changed_since
 from vlmlab.runs.config import plain
+from vlmlab.runs.data import note_changed
 from vlmlab.runs.files import write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.names import cell_name, override_key, short_hash
@@ -82,7 +82,7 @@ class Cell:
         except UserError:
             return False
         told = ["made by other code"] if self.run.by_other_code() else []
-        told += [data] if (data := changed_since(self.run.env(), OmegaConf.create(self.config))) else []
+        told += [data] if (data := note_changed(self.run, OmegaConf.create(self.config))) else []
         self.state, self.note = "done", "; ".join(told) or FINISHED
         return True
 

@@ -11,6 +11,7 @@ import yaml
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.evaluate.metrics.scoring import BESIDE
+from vlmlab.runs.data import CHANGED
 from vlmlab.runs.files import read_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.lock import is_locked
@@ -69,6 +70,7 @@ class RunRecord:
         metrics: ``metrics`` of ``result.json``; empty unless done.
         cost: ``cost`` of ``result.json``.
         stale: some part of it was made by other code of the package than the present.
+        other_data: its data had changed when its command was last given.
     """
 
     folder: Path
@@ -78,6 +80,7 @@ class RunRecord:
     metrics: dict[str, float]
     cost: dict[str, float]
     stale: bool = False
+    other_data: bool = False
 
     @property
     def done(self) -> bool:
@@ -98,6 +101,7 @@ def read_run(folder: Path) -> RunRecord:
         metrics=metrics if state == "done" else {},
         cost=numbers(result.get("cost")) if result else {},
         stale=state == "done" and _stale(folder),
+        other_data=state == "done" and bool(RunFolder(folder).env().get(CHANGED)),
     )
 
 

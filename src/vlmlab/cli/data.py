@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.data.provenance import KEY, changed_data, data_of, shown
 from vlmlab.data.skipped import next_usable
+from vlmlab.runs.data import CHANGED
 from vlmlab.runs.folder import RunFolder
 
 FILE = "path"
@@ -66,7 +67,7 @@ def check_same(run: RunFolder, cfg: DictConfig) -> None:
         run.keep_aside()
     if learnt and run.trained():
         now = {**now, "train": before["train"]}  # what it was trained on
-    run.update_env(**{KEY: now})
+    run.update_env(**{KEY: now, CHANGED: ""})
 
 
 def _used(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:

@@ -20,10 +20,10 @@ from vlmlab.cli.data import check_same, check_sources
 from vlmlab.cli.entry import ConfigError, guard, mistake_within, one_line, run_command, unbuildable
 from vlmlab.cli.rules import check, choices_of
 from vlmlab.contracts.errors import OutOfMemory, Unscored, UserError
-from vlmlab.data.provenance import changed_since
 from vlmlab.data.skipped import TooManyBad, note
 from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
 from vlmlab.runs.config import plain
+from vlmlab.runs.data import note_changed
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.watchdog import die_with_parent
 
@@ -64,7 +64,7 @@ def train_command(cfg: DictConfig) -> None:
 def _told_apart(run: RunFolder, config: Mapping[str, Any], cfg: DictConfig) -> str:
     """What of a finished run is not as it would be if it were made now."""
     told = [", made by other code of this package"] if run.by_other_code() else []
-    if data := changed_since(run.env(), cfg):
+    if data := note_changed(run, cfg):
         told.append(f", {data}")
     if machine := run.differs(config).execution:
         told.append(f", run with other settings of the machine ({'; '.join(machine)})")

@@ -16,6 +16,9 @@ KEY = "data"
 
 GROUPS = ("train", "val", "benchmarks")
 
+READ = ("data", "recipe")
+"""What of a configuration names its sources."""
+
 SAID = {
     "source": "another reader",
     "files": "its annotations",
@@ -37,7 +40,10 @@ def data_of(config: DictConfig) -> Facts:
     trained = (OmegaConf.select(config, "data.train") or {}).values()
     if not all(isinstance(node, DictConfig) and "_target_" in node for node in trained):
         return {}
-    return data_fingerprint(config)
+    asked = [str(name) for name in OmegaConf.select(config, "evaluation.held_out") or []]
+    described: Any = OmegaConf.create({key: OmegaConf.to_container(config[key], resolve=True) for key in READ})
+    described.data.val = {name: node for name, node in (described.data.get("val") or {}).items() if name in asked}
+    return data_fingerprint(described)
 
 
 def changed_data(before: Mapping[str, Any], now: Mapping[str, Any], groups: tuple[str, ...] = GROUPS) -> list[str]:
