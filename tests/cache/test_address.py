@@ -120,7 +120,7 @@ def test_code_of_a_class_is_in_the_address(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.delitem(module.inspect.sys.modules, "own_encoder", raising=False)
         import own_encoder
 
-        return dict(module._code(own_encoder.Own()))
+        return dict(module.code_of([own_encoder.Own]))
 
     assert code("x = 1") != code("x = 2")
     assert code("x = 1") == code("x = 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +30,7 @@ from tests.tiny import (
 from torch import Tensor
 
 from vlmlab.contracts.tensors import Batch, Kind, Layout
-from vlmlab.data.collate import Collator, _pack
+from vlmlab.data.collate import Collator, _first_fit, _room, pack
 from vlmlab.mask.bidir import Bidirectional
 from vlmlab.mask.causal import Causal
 from vlmlab.model.vlm import VLM
@@ -79,17 +80,17 @@ def test_pixels_are_in_the_order_of_the_rows() -> None:
 
 
 def test_packing_out_of_order_keeps_images_with_their_samples() -> None:
-    """A short sample fills the first row after a long one has opened the second."""
-    lengths = [len(chat().train(s).ids) for s in (TWO_IMAGES, TWO_TURNS, ADJACENT)]
-    limit = lengths[0] + lengths[2]
-    assert lengths[1] > lengths[2]
-    batch = own(limit)([TWO_IMAGES, TWO_TURNS, ADJACENT])
-    assert batch.sample_ids == [["images", "adjacent"], ["two"]]
-    assert batch.images.ids == ["images#0", "images#1", "adjacent#0", "adjacent#1", "two#0"]
-    assert batch.images.row.tolist() == [0, 0, 0, 0, 1]
+    """A short sample goes with the first, since a long one stands between them."""
+    samples = [TWO_TURNS, TWO_IMAGES, ADJACENT]
+    lengths = [len(chat().train(s).ids) for s in samples]
+    assert lengths[2] < lengths[0] < lengths[1]
+    batch = own(lengths[1] + lengths[2])(samples)
+    assert batch.sample_ids == [["two", "adjacent"], ["images"]]
+    assert batch.images.ids == ["two#0", "adjacent#0", "adjacent#1", "images#0", "images#1"]
+    assert batch.images.row.tolist() == [0, 0, 0, 1, 1]
     first = batch.layout.image[0]
-    assert [int(i) for i in first[first >= 0]] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
-    assert batch.layout.segment[0, first >= 2].eq(1).all()
+    assert [int(i) for i in first[first >= 0]] == [0] * 3 + [1] * 3 + [2] * 3
+    assert batch.layout.segment[0, first >= 1].eq(1).all()
 
 
 def test_positions_restart_and_labels_do_not_cross() -> None:
@@ -107,10 +108,22 @@ def test_positions_restart_and_labels_do_not_cross() -> None:
 
 
 def test_pack() -> None:
-    assert _pack([5, 3, 2, 9, 1], None) == [[0], [1], [2], [3], [4]]
-    assert _pack([5, 3, 2, 9, 1], 8) == [[0, 1], [2, 4], [3]]
-    assert _pack([4, 4], 8) == [[0, 1]]
-    assert _pack([9, 9, 1], 8) == [[0], [1], [2]], "too long for a row: one of its own, and nothing joins it"
+    assert pack([5, 3, 2, 9, 1], None) == [[0], [1], [2], [3], [4]]
+    assert pack([6, 1, 4, 3], 7) == [[0, 1], [2, 3]], "full rows"
+    assert pack([5, 3, 5, 3], 8) == [[0, 1], [2, 3]]
+    assert pack([140, 139, 138], 280) == [[0], [1], [2]], "two in a row of 279 would leave half of the other empty"
+    assert pack([61, 51, 32], 93) == [[0], [1, 2]], "the first that fits would take rows of 93"
+    assert pack([4, 4], 8) == [[0], [1]], "as full, and attention costs less"
+    assert pack([5, 3, 2, 9, 1], 8) == [[0, 1, 4], [2], [3]], "one that is longer widens the others' rows as well"
+
+
+def test_packing_takes_no_more_room_than_the_first_fit() -> None:
+    draw = random.Random(0)
+    for _ in range(100):
+        lengths = [draw.randint(10, 200) for _ in range(draw.randint(1, 40))]
+        rows = pack(lengths, 256)
+        assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+        assert _room(lengths, rows) <= _room(lengths, _first_fit(lengths, 256))
 
 
 def test_a_sample_longer_than_a_row_gets_its_own() -> None:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from tests import tiny
 
 from vlmlab.contracts.errors import Unscored, UserError
+from vlmlab.contracts.sample import SampleSource
 from vlmlab.data.questions import asked_apart
 from vlmlab.evaluate.baselines import NoImage
 from vlmlab.evaluate.gallery import side_by_side, write_gallery
@@ -127,6 +128,10 @@ def test_batch_size_does_not_change_an_answer(model: VLM, tmp_path: Path) -> Non
     assert answers[0] == answers[1]
 
 
+def loss(model: VLM, cfg: DictConfig, source: SampleSource) -> float:
+    return mean_loss(build_collator(cfg, model, "chat"), model, source, cfg.evaluation.batch_size)
+
+
 def test_mean_loss_is_per_token_over_the_whole_set(model: VLM) -> None:
     cfg = config()
     source = Source(4)
@@ -137,7 +142,7 @@ def test_mean_loss_is_per_token_over_the_whole_set(model: VLM) -> None:
             outputs = model(collator([sample]))
             chosen = outputs.logits.log_softmax(-1).gather(1, outputs.targets[:, None])
             total, count = total - float(chosen.sum()), count + len(chosen)
-    assert mean_loss(model, cfg, source) == pytest.approx(total / count, rel=1e-5)
+    assert loss(model, cfg, source) == pytest.approx(total / count, rel=1e-5)
 
 
 def test_questions_share_their_images(model: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +177,7 @@ def test_the_held_out_loss_is_of_the_questions_as_they_are_trained(model: VLM) -
     for questions in ("conversation", "rows", "tree"):
         cfg = config()
         cfg.collate.questions = questions
-        losses[questions] = mean_loss(model, cfg, [tiny.QUESTIONS, tiny.TEXT_ONLY])
+        losses[questions] = loss(model, cfg, [tiny.QUESTIONS, tiny.TEXT_ONLY])
     assert losses["tree"] == pytest.approx(losses["rows"], rel=1e-6)
     assert abs(losses["conversation"] - losses["rows"]) > 1e-3
 
@@ -191,8 +196,8 @@ def test_without_images_too_each_question_is_asked_alone(model: VLM, questions: 
     cfg.evaluation.baselines, cfg.collate.questions = ["no_image"], questions
     losses = held_out_losses(model, cfg, lambda line: None)
     alone = [NoImage([one])[0] for sample in Dialogues() for one in asked_apart(sample)]
-    assert losses["val/captions/loss/no_image"] == pytest.approx(mean_loss(model, cfg, alone), rel=1e-6)
-    together = mean_loss(model, config(), [NoImage([sample])[0] for sample in Dialogues()])
+    assert losses["val/captions/loss/no_image"] == pytest.approx(loss(model, cfg, alone), rel=1e-6)
+    together = loss(model, config(), [NoImage([sample])[0] for sample in Dialogues()])
     assert abs(losses["val/captions/loss/no_image"] - together) > 1e-3
 
 

@@ -88,3 +88,9 @@ def test_only_a_larger_length_keeps_the_training(config: dict[str, Any], value: 
     found = changes(config, changed(config, "collate.max_length", value))
     assert [name for name in ("training", "length", "execution", "evaluation") if getattr(found, name)] == [kind]
     assert getattr(found, kind) == (f"collate.max_length: 1024 -> {'null' if value is None else value}",)
+
+
+def test_a_key_of_scoring_that_was_not_there_yet_and_is_off_is_no_change(config: dict[str, Any]) -> None:
+    assert changes(config, changed(config, "evaluation.new", None)) == changes(config, config)
+    assert changes(config, changed(config, "evaluation.new", 3)).scoring
+    assert changes(config, changed(config, "trainer.new", None)).training

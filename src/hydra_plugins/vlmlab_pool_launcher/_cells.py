@@ -20,6 +20,7 @@ from vlmlab.runs.data import note_changed
 from vlmlab.runs.files import write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.names import cell_name, override_key, short_hash
+from vlmlab.runs.origin import changed_origin
 
 FINISHED = "finished before"
 """Note of a cell that is as it would be if it were made now."""
@@ -81,6 +82,8 @@ class Cell:
                 return False
         except UserError:
             return False
+        if changed_origin(self.folder, self.config.get("init_from")) is not None:
+            return False  # its own process says so
         told = ["made by other code"] if self.run.by_other_code() else []
         told += [data] if (data := note_changed(self.run, OmegaConf.create(self.config))) else []
         self.state, self.note = "done", "; ".join(told) or FINISHED

@@ -15,6 +15,7 @@ from vlmlab.analyse.table import is_count, is_level
 from vlmlab.analyse.text import WIDTH, plain_table, short_number
 from vlmlab.evaluate.metrics.scoring import LOOKUP
 from vlmlab.runs.files import write_atomic
+from vlmlab.runs.shared import sharing_note
 
 COST_FIRST = ("params", "trainable", "visual_tokens", "seconds")
 SHOWN_FAILURES = 20
@@ -79,7 +80,12 @@ def write_table(sweep_dir: Path) -> str:
     metrics = main_metrics(records)
     write_atomic(sweep_dir / "table.csv", to_csv(rows))
     lines = [*_heading(sweep_dir, records), "", *_score_table(rows, metrics)]
-    lines += _cost_table(rows) + _difference_table(rows, metrics) + _failures(records) + _notes(rows)
+    lines += (
+        _cost_table(rows)
+        + _difference_table(rows, metrics)
+        + _failures(records)
+        + _notes(rows, sharing_note(sweep_dir))
+    )
     return "\n".join([*lines, "", f"{sweep_dir / 'table.csv'}  {_figure(sweep_dir, rows, metrics)}"])
 
 
@@ -200,8 +206,8 @@ def _failures(records: Sequence[RunRecord]) -> list[str]:
     return ["", *lines] if lines else []
 
 
-def _notes(rows: Sequence[Combination]) -> list[str]:
-    notes = []
+def _notes(rows: Sequence[Combination], shared: str | None) -> list[str]:
+    notes = [] if shared is None else [shared]
     if any(len(row.finished) > 1 for row in rows):
         notes.append("\N{PLUS-MINUS SIGN} is the 95 % t interval of the mean over n seeds.")
     if any(record.stale for row in rows for record in row.records):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -48,7 +48,7 @@ def describe(encoder: nn.Module, pixels: Tensor, answer: Visual, stored: Any) ->
         "encoder": type(encoder).__qualname__,
         "weights": _weights(encoder),
         "settings": _digest(_settings(encoder)),
-        "code": _digest(_code(encoder)),
+        "code": _digest(code_of([type(module) for module in encoder.modules()])),
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
         "pixels": list(pixels.shape[1:]),
@@ -109,13 +109,13 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
-def _code(encoder: nn.Module) -> dict[str, str]:
-    """Class -> sha256 of the file it is written in, for every class inside; one without a file has its name alone."""
-    classes = {kind for module in encoder.modules() for kind in type(module).__mro__ if kind is not object}
-    return {f"{kind.__module__}.{kind.__qualname__}": _file_hash(kind) for kind in classes}
+def code_of(things: Iterable[Any]) -> dict[str, str]:
+    """Class (with all it inherits from) or function -> sha256 of its file; one without a file has its name alone."""
+    every = {kind for thing in things for kind in getattr(thing, "__mro__", (thing,)) if kind is not object}
+    return {f"{kind.__module__}.{kind.__qualname__}": _file_hash(kind) for kind in every}
 
 
-def _file_hash(kind: type) -> str:
+def _file_hash(kind: Any) -> str:
     try:
         return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
     except (OSError, TypeError):  # typed into an interpreter, or built in

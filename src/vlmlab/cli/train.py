@@ -25,6 +25,7 @@ from vlmlab.runs import names as names  # registers the resolvers that conf/trai
 from vlmlab.runs.config import plain
 from vlmlab.runs.data import note_changed
 from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.origin import check_origin
 from vlmlab.runs.watchdog import die_with_parent
 
 
@@ -73,9 +74,10 @@ def _told_apart(run: RunFolder, config: Mapping[str, Any], cfg: DictConfig) -> s
 
 def _look_at_data(cfg: DictConfig, config: Mapping[str, Any], folder: Path) -> None:
     """Refuse missing or broken data before anything trains, leaving no folder but for a long list of bad rows."""
-    if not cfg.fresh and RunFolder(folder).holds(config):
-        return
     try:
+        check_origin(folder, cfg.init_from, fresh=bool(cfg.fresh))
+        if not cfg.fresh and RunFolder(folder).holds(config):
+            return
         check_sources(cfg)
     except (UserError, InstantiationException) as error:
         mistake = error if isinstance(error, UserError) else mistake_within(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Trainee:
         self.adapted: tuple[str, ...] = ()
         self.objectives: dict[str, Objective] = {}
         self._ever: dict[int, nn.Parameter] = {}  # by identity: an adapter renames the weights it wraps
+        self._begun: dict[int, nn.Parameter] = {}  # those that came from an earlier run, likewise
 
     # -- stages --------------------------------------------------------------------------------------------------
 
@@ -110,9 +111,12 @@ class Trainee:
     def shard(self, half: bool, mesh: DeviceMesh) -> None:
         """Cut the towers' weights into shards (``vlmlab.engine.shards``); what was ever trained stays so."""
         ever = [name for name, parameter in self.model.named_parameters() if id(parameter) in self._ever]
+        begun = self.begun()
         shard(self.model, mesh, half)
         cut = dict(self.model.named_parameters())
         self._ever = {id(cut[name]): cut[name] for name in ever}
+        self._begun = {}
+        self.begun_with(begun)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What the present stage trains, by name."""
@@ -133,6 +137,19 @@ class Trainee:
         """Number of weights that any stage so far trained."""
         return sum(parameter.numel() for parameter in self._ever.values())
 
+    def begun_with(self, names: Iterable[str]) -> None:
+        """Remember that these weights came from an earlier run: the run's own files have them from then on."""
+        known = dict(self.model.named_parameters())
+        self._begun |= {id(known[name]): known[name] for name in names if name in known}
+
+    def begun(self) -> list[str]:
+        """The present names of the weights that came from an earlier run, sorted."""
+        return sorted(name for name, parameter in self.model.named_parameters() if id(parameter) in self._begun)
+
+    def named(self) -> dict[str, Tensor]:
+        """Every weight and buffer by name."""
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
     def _buffers(self) -> Iterator[tuple[str, Tensor, list[nn.Parameter]]]:
         """Every buffer a state dict has, with the parameters of the smallest module around it that has any."""
         persistent = self.model.state_dict(keep_vars=True)
@@ -151,15 +168,15 @@ class Trainee:
     # -- the file ------------------------------------------------------------------------------------------------
 
     def kept(self) -> dict[str, Tensor]:
-        """Every tensor that differs from the source towers: ever trained, or of a part that has no source."""
-        sources = self._sources()
+        """Every tensor that differs from the source towers: ever trained, of an earlier run, or without source."""
+        sources = self.sources()
         parts: Mapping[str, list[tuple[str, nn.Parameter]]] = self.model.parts()  # type: ignore[operator]
         found: dict[str, Tensor] = {}
         fresh: set[int] = set()
         for part, named in parts.items():
             from_source = part.removesuffix(BASE) in sources and (part.endswith(BASE) or part + BASE not in parts)
             for name, parameter in named:
-                if not from_source or id(parameter) in self._ever:
+                if not from_source or id(parameter) in self._ever or id(parameter) in self._begun:
                     found[name] = parameter.detach()
                     fresh.add(id(parameter))
         for name, buffer, owned in self._buffers():
@@ -172,9 +189,11 @@ class Trainee:
         facts = {
             "format": FORMAT,
             "stage": stage.name,
-            "sources": self._sources(),
+            "sources": self.sources(),
             "composition": {key: plain_key(cfg, key) for key in COMPOSITION},
         }
+        if self._begun:
+            facts["begun"] = self.begun()
         tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in sorted(self.kept().items())}
         facts |= {RUN: asdict(stamp)} if stamp is not None else {}
         facts = json.loads(json.dumps(facts, default=str))
@@ -196,13 +215,15 @@ class Trainee:
             CheckpointError: unreadable, damaged, of another run or stage, other source towers, or a missing, unexpected
                 or differently shaped tensor.
         """
+        facts = read_facts(path)
         if stamp is not None:
-            stamp.check(path, read_facts(path))
+            stamp.check(path, facts)
+        self.begun_with(facts.get("begun", ()))
         self.take(self._read(path))
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Have these values, by name."""
-        named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        named = self.named()
         for name, tensor in tensors.items():
             named[name].data = tensor.to(named[name].device)
 
@@ -214,7 +235,7 @@ class Trainee:
         Raises:
             CheckpointError: as for ``load``.
         """
-        named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        named = self.named()
         for name, other in self._read(path).items():
             mine = named[name].data
             if mine.is_floating_point():
@@ -226,24 +247,16 @@ class Trainee:
     def _read(self, path: Path) -> dict[str, Tensor]:
         """The tensors of a file that fits this model."""
         facts = read_facts(path)
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        self._check_sources(path, facts.get("sources", {}))
+        tensors = read_tensors(path)
+        remedy = "load the tower it was trained on, or train again with fresh=true"
+        check_sources(path, facts.get("sources", {}), self.sources(), remedy)
         _check_tensors(path, self.kept(), tensors)
         check_whole(path, facts, tensors)
         return tensors
 
-    def _sources(self) -> dict[str, str]:
+    def sources(self) -> dict[str, str]:
+        """Part -> sha256 of the tower it was loaded from."""
         return dict(self.model.sourced())  # type: ignore[operator]
-
-    def _check_sources(self, path: Path, saved: Mapping[str, str]) -> None:
-        now = self._sources()
-        for part in sorted({*saved, *now}):
-            if saved.get(part) != now.get(part):
-                raise CheckpointError(
-                    f"{path} was trained on another {part} (sha256 {str(saved.get(part))[:12]}, here "
-                    f"{str(now.get(part))[:12]}); load the tower it was trained on, or train again with fresh=true."
-                )
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -260,6 +273,37 @@ def read_facts(path: Path) -> dict[str, Any]:
     if facts.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {facts.get('format')} and this code reads {FORMAT}; train again.")
     return facts
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names of a stage's tensors.
+
+    Raises:
+        CheckpointError: as `read_facts`.
+    """
+    read_facts(path)
+    with safe_open(str(path), framework="pt") as file:
+        return list(file.keys())
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a stage's file, by name."""
+    with safe_open(str(path), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def check_sources(shown: object, saved: Mapping[str, str], now: Mapping[str, str], remedy: str) -> None:
+    """Refuse weights that were trained on other towers.
+
+    Raises:
+        CheckpointError: naming the tower.
+    """
+    for part in sorted({*saved, *now}):
+        if saved.get(part) != now.get(part):
+            raise CheckpointError(
+                f"{shown} was trained on another {part} (sha256 {str(saved.get(part))[:12]}, here "
+                f"{str(now.get(part))[:12]}); {remedy}."
+            )
 
 
 def mixed_in(stage: Stage, cfg: DictConfig) -> Path | None:

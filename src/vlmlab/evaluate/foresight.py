@@ -18,7 +18,7 @@ from vlmlab.data.collate import Collator
 from vlmlab.data.questions import asked_apart
 from vlmlab.data.skipped import label
 from vlmlab.evaluate.baselines import Limited, image_names
-from vlmlab.evaluate.run import held_out, held_out_limit
+from vlmlab.evaluate.run import held_out_limit, held_out_names
 from vlmlab.model.build import build_collator
 from vlmlab.model.vlm import VLM
 
@@ -47,7 +47,7 @@ def check_evaluation(cfg: DictConfig, model: VLM) -> None:
     look = _Look(cfg, build_collator(longer, model, "chat"))
     for name, benchmark in cfg.data.benchmarks.items():
         look.benchmark(f"data.benchmarks.{name}", benchmark)
-    for name in held_out(cfg):
+    for name in held_out_names(cfg):
         look.held_out(f"data.val.{name}", cfg.data.val[name])
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.contracts.errors import CheckpointError, DataError, Unscored, UserError
 from vlmlab.contracts.sample import Sample, SampleSource, references
+from vlmlab.contracts.tensors import Batch
 from vlmlab.data.questions import asked_apart
 from vlmlab.data.skipped import Replaced, note
 from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled, image_names
@@ -61,7 +62,7 @@ def evaluate_model(
     parts: dict[str, Callable[[], dict[str, float]]] = {
         str(name): partial(_benchmark, model, cfg, folder, str(name), lookup, say) for name in cfg.data.benchmarks
     }
-    for name in held_out(cfg):
+    for name in held_out_names(cfg):
         parts[f"val/{name}"] = partial(_held_out_loss, model, cfg, name, say, folder)
     if before is None:
         return score_each(parts, say)
@@ -187,14 +188,16 @@ def _probed(model: VLM, cfg: DictConfig, name: str, source: SampleSource) -> lis
         return []
     if asked is True:
         probed = probes(cfg, model)
-        best = min(probed, key=lambda probe: mean_loss(probe, cfg, source), default=None)
+        size = cfg.evaluation.batch_size
+        losses = [mean_loss(build_collator(cfg, probe, "chat"), probe, source, size) for probe in probed]
+        best = min(zip(losses, probed, strict=True), key=lambda pair: pair[0], default=(0.0, None))[1]
         return [] if best is None else answer(best, cfg, name, source, benchmark.max_new_tokens)
     known = shipped().get(address(cfg, model, benchmark) or "", {})
     samples = [source[index] for index in range(len(source))] if known else []
     return [_row(name, sample, known[sample.id]) for sample in samples]
 
 
-def held_out(cfg: DictConfig) -> list[str]:
+def held_out_names(cfg: DictConfig) -> list[str]:
     """The names of ``evaluation.held_out`` that the data have."""
     return [str(name) for name in cfg.evaluation.held_out if name in cfg.data.val]
 
@@ -211,21 +214,20 @@ def held_out_losses(model: VLM, cfg: DictConfig, say: Progress = print, folder: 
     Rows of real data that cannot be used are replaced by the next usable ones and, with `folder`, written down there.
     """
     losses: dict[str, float] = {}
-    for name in held_out(cfg):
+    for name in held_out_names(cfg):
         losses |= _held_out_loss(model, cfg, name, say, folder)
     return losses
 
 
 def _held_out_loss(model: VLM, cfg: DictConfig, name: str, say: Progress, folder: Path | None) -> dict[str, float]:
     losses: dict[str, float] = {}
-    samples, collator = instantiate(cfg.data.val[name]), build_collator(cfg, model, "chat")
-    if OmegaConf.select(cfg, "data.max_bad_fraction") is not None:  # the same rows under every baseline
-        samples = Replaced(samples, collator.encode)
+    collator = build_collator(cfg, model, "chat")
+    samples = held_out(cfg, name, collator.encode)
     source = Limited(samples, held_out_limit(cfg))
     for baseline in ("", *cfg.evaluation.baselines):
         shown = _shown(source, baseline, apart=collator.questions != "conversation")
         key = f"val/{name}/loss" + (f"/{baseline}" if baseline else "")
-        losses[key] = mean_loss(model, cfg, shown)
+        losses[key] = mean_loss(collator, model, shown, cfg.evaluation.batch_size)
         say(f"{key}: {losses[key]:.4f}")
     if folder is not None:
         note(folder, f"data.val.{name}", getattr(samples, "skipped", []))
@@ -248,20 +250,27 @@ def _shown(source: SampleSource, baseline: str, apart: bool) -> SampleSource:
     return kind(source)
 
 
+def held_out(cfg: DictConfig, name: str, encode: Callable[[Sample], object]) -> SampleSource:
+    """The validation set of this name; of files, with the next usable row in the place of one that is not."""
+    source: SampleSource = instantiate(cfg.data.val[name])
+    if OmegaConf.select(cfg, "data.max_bad_fraction") is None:
+        return source
+    return Replaced(source, encode)  # the same rows under every baseline
+
+
 @torch.no_grad()
-def mean_loss(model: VLM, cfg: DictConfig, source: SampleSource) -> float:
-    """Sum of token losses over sum of supervised tokens."""
-    collator = build_collator(cfg, model, "chat")
+def mean_loss(collate: Callable[[list[Sample]], Batch], model: VLM, source: SampleSource, size: int) -> float:
+    """Sum of token losses over sum of supervised tokens, in batches of `size` samples."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    for samples in _chunks(source, cfg.evaluation.batch_size):
-        outputs = VLM.forward(model, collator(samples).to(device))
+    for samples in _chunks(source, size):
+        outputs = VLM.forward(model, collate(samples).to(device))
         loss = torch.nn.functional.cross_entropy(outputs.logits.float(), outputs.targets, reduction="sum")
         total, count = total + float(loss), count + outputs.targets.numel()
     return total / count
 
 
-def _chunks(source: SampleSource, size: int) -> Iterator[Sequence[Sample]]:
+def _chunks(source: SampleSource, size: int) -> Iterator[list[Sample]]:
     if len(source) == 0:
         raise UserError("A benchmark has no samples; raise budget.eval_limit or the size of its source.")
     for start in range(0, len(source), size):

@@ -59,6 +59,8 @@ def leaves(config: Mapping[str, Any], prefix: str = "", deep: bool = False) -> I
 def result_leaves(config: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves that can change what a run computes, and the order of the recipe's stages, which counts too."""
     chosen = {key: value for key, value in leaves(config) if changes_result(key)}
+    if chosen.get("init_from", "") is None:  # as before there was that key
+        del chosen["init_from"]
     recipe = config.get("recipe")
     stages = recipe.get("stages") if isinstance(recipe, Mapping) else None
     if isinstance(stages, Mapping):

@@ -76,6 +76,7 @@ class RunFolder:
                 if not self._learnt_nothing():
                     raise UserError(self._refusal(refused))
                 old = None
+                (self.path / "skipped.jsonl").unlink(missing_ok=True)  # of data that this run may not have
             if is_whole(result) and not changed.scoring:
                 return result
             if old is not None and changed.scoring:
@@ -150,8 +151,6 @@ class RunFolder:
 
     def _begin(self, config: Mapping[str, Any], overrides: Sequence[str], anew: bool) -> None:
         before: dict[str, Any] = {} if anew else self.env()
-        if anew:
-            (self.path / "skipped.jsonl").unlink(missing_ok=True)  # of a run that failed before it had learnt anything
         write_atomic(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         codes = [code for code in before.get("codes", []) if code != code_fingerprint()]
         facts = {"overrides": [str(override) for override in overrides], "codes": [*codes, code_fingerprint()]}

@@ -63,7 +63,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     absent = "(absent)"
     for key in sorted({*before, *after}):
         was, now = before.get(key, absent), after.get(key, absent)
-        if was != now:
+        unsaid = about(key) == "evaluation" and was in (absent, None) and now in (absent, None)
+        if was != now and not unsaid:  # a key that was not there yet and is off
             found[_concern(key, was, now)].append(difference(key, was, now))
     return Changes(**{concern: tuple(texts) for concern, texts in found.items()})
 

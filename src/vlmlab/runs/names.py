@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 NOT_THE_RESULT = (
     "name",
     "fresh",
+    "share_stages",
     "logger",
     "hydra",
     "cache.folder",

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 import lightning as L
@@ -123,6 +123,20 @@ class Recorder(L.Callback):
                 logger.log_metrics({f"train/{key}": value for key, value in row.items()}, self.offset + done)
         if trainer.is_global_zero:
             self.folder.write_state("running", stage.name, done, stage.steps)
+
+
+def mirror(loggers: Iterable[Logger], rows: Iterable[Mapping[str, Any]], offset: int) -> None:
+    """Hand rows of a stage that was trained elsewhere to whoever mirrors ``metrics.jsonl``.
+
+    Args:
+        loggers: Lightning's.
+        rows: as ``metrics.jsonl`` has them.
+        offset: optimizer steps of the stages before.
+    """
+    for logger in loggers:
+        for row in rows if not isinstance(logger, RunLogger) else ():
+            if "loss" in row:
+                logger.log_metrics({f"train/{key}": value for key, value in row.items()}, offset + int(row["step"]))
 
 
 def row_of(module: StageModule, samples_per_s: float) -> dict[str, Any]:

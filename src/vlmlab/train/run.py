@@ -29,6 +29,7 @@ from vlmlab.data.module import Window, Windows, step_loader
 from vlmlab.data.sampler import Order
 from vlmlab.data.skipped import Replaced
 from vlmlab.engine import cost, proof
+from vlmlab.engine.begin import begin_with, fits_as_built, holds
 from vlmlab.engine.finite import nonfinite
 from vlmlab.engine.layers import check_layers, compiled
 from vlmlab.engine.precision import Precision, choose, on_gpu
@@ -43,10 +44,12 @@ from vlmlab.model.vlm import VLM
 from vlmlab.recipe.stage import Stage, check_divides, drawn_from, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.origin import KEY, drop_origin, kept_origin, take_origin
 from vlmlab.train.keeper import Keeper
 from vlmlab.train.looks import Looks
-from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, stage_table, wandb_logger
+from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, mirror, stage_table, wandb_logger
 from vlmlab.train.resume import load_last
+from vlmlab.train.sharing import Sharing
 from vlmlab.train.signals import Interrupted, Signals
 from vlmlab.train.skips import Skips
 
@@ -123,6 +126,11 @@ class Run:
         """What stands before an encoder that is frozen."""
         return build_cache(self.cfg)
 
+    @cached_property
+    def sharing(self) -> Sharing:
+        """Which stages it has in common with other runs."""
+        return Sharing(self.cfg, self.folder, self.say)
+
     @property
     def shards(self) -> bool:
         """Whether the ranks share the towers' weights among them while they train."""
@@ -175,7 +183,7 @@ def _train(run: Run) -> dict[str, Any] | None:
         build_mask(stage)
         if not run.weights(stage).is_file():
             mixed_in(stage, cfg)
-    assert run.precision and run.stamps
+    assert run.precision and run.stamps and run.sharing
     if run.writes:
         device = torch.cuda.get_device_name() if on_gpu(cfg) else "cpu"
         run.folder.update_env(device=device, threads=torch.get_num_threads(), precision=run.precision.name)
@@ -186,25 +194,27 @@ def _train(run: Run) -> dict[str, Any] | None:
     if not any(run.folder.path.glob("stages/*/*")):
         _foresee(run, kinds[stages[-1].index].build)
     ready = True
+    origin = _origin(run, stages[0])
     for stage in stages:
         run.stage, run.step = stage, 0
         build: Builder = kinds[stage.index].build
         if build not in run.trainees and OmegaConf.select(cfg, "debug.steps") is None:  # which leaves out later stages
             own = [other for other in stages if kinds[other.index].build is build]
-            check_fusion_learns(_trainee(run, build).model, own)
+            if OmegaConf.select(cfg, KEY) is None or (origin is not None and not holds(origin, "fusion")):
+                check_fusion_learns(_trainee(run, build).model, own)
         for later in stages[stage.index :]:
             if kinds[later.index].build is build:
                 check_layers(_trainee(run, build).model, later)
         ready = ready and run.weights(stage).is_file()
         if not ready and build in run.finished:  # weights of the stages before, under their own adapters' names
             run.load(build)
-        enter(run.trainees[build], cfg, stage)
+        _enter(run, build, stage, origin if not ready and stage is stages[0] else None)
         if ready:
             run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name} is finished already")
             run.finished[build] = stage
         else:
             run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name}")
-            _run_stage(run, stage, kinds[stage.index])
+            _have_stage(run, stage, kinds[stage.index])
             run.signals.check()
         run.steps_before += stage.steps
     if not run.writes:
@@ -231,18 +241,57 @@ def _foresee(run: Run, build: Builder) -> None:
         check_evaluation(run.cfg, model)
 
 
+def _origin(run: Run, first: Stage) -> Path | None:
+    """The weights that the first stage begins with, as long as it is not finished; None without ``init_from``.
+
+    Raises:
+        UserError: there is no such run, or it has other weights now than this run began with.
+    """
+    value = OmegaConf.select(run.cfg, KEY)
+    if value is None or run.weights(first).is_file():
+        return None
+    return take_origin(run.folder.path, value) if run.writes else kept_origin(run.folder.path, value)
+
+
+def _enter(run: Run, build: Builder, stage: Stage, origin: Path | None) -> None:
+    """Enter a stage, the first one with the weights of an earlier run, before or behind its adapter's wrapping."""
+    trainee = _trainee(run, build)
+    as_built = origin is not None and fits_as_built(trainee, origin)
+    if not as_built:
+        enter(trainee, run.cfg, stage)
+    for note in begin_with(trainee, origin, run.cfg) if origin is not None else ():
+        run.say(f"note: {note}")
+    if as_built:
+        enter(trainee, run.cfg, stage)
+
+
 def _trainee(run: Run, build: Builder) -> Trainee:
     if build not in run.trainees:
         run.trainees[build] = new_trainee(run.cfg, build)
     return run.trainees[build]
 
 
-def _run_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
+def _have_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
+    """Train a stage, or take it from another run that has trained the very same."""
+    source: SampleSource = instantiate(run.cfg.data.train[stage.data])
+    with run.sharing.place(stage, run.trainees[kind.build], source) as common:
+        rows = None if common is None else common.take()
+        if rows is None:
+            _run_stage(run, stage, kind, source)
+            if common is not None:
+                common.give()
+            return
+    run.step = stage.steps
+    run.finished[kind.build] = stage
+    drop_origin(run.folder.path)
+    mirror(run.loggers, rows, run.steps_before)
+
+
+def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSource) -> None:
     """One stage from its table to its file."""
     cfg, home, trainee = run.cfg, run.weights(stage).parent, run.trainees[kind.build]
     if run.writes:
         home.mkdir(parents=True, exist_ok=True)
-    source = instantiate(cfg.data.train[stage.data])
     prompt = stage.prompt or kind.prompt
     run.say(stage_table(stage, trainee, run.precision, prompt, len(source)))
     facts: dict[str, Any] = {"steps": 0, "seconds": 0.0, "unmoved": []}
@@ -278,15 +327,18 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
         write_json(home / "stage.json", facts, durable=True)
         trainee.save(run.weights(stage), stage, cfg, run.stamps[stage.name])
         (home / "last.ckpt").unlink(missing_ok=True)
+        drop_origin(run.folder.path)
 
 
 def _assembled(run: Run, stage: Stage, kind: type[StageModule]) -> Trainee:
     """On every rank a whole model in place of the one whose weights are shards, made as after a restart."""
+    begun = run.trainees[kind.build].begun()
     tensors = gathered(run.trainees.pop(kind.build).kept())
     for past in parse(run.cfg)[: stage.index + 1]:
         if module_class(past).build is kind.build:
             trainee = _trainee(run, kind.build)
             enter(trainee, run.cfg, past)
+    trainee.begun_with(begun)
     trainee.take(tensors)
     return trainee
 
@@ -323,7 +375,7 @@ def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: 
     """Let Lightning run the optimizer steps that are left."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device list, no tips
     looks = [] if run.shards else [Looks(data.source, data.order(), data.collate, run.say)]  # shards look together
-    trainer = _trainer(run, [skips, *looks], keeper)
+    trainer = _trainer(run, [skips, *looks, *_watching(run, module, data)], keeper)
     stage = module.stage
     check_divides(stage.batch_size, stage.accumulate, trainer.world_size, f"recipe.stages.{stage.name}")
     try:
@@ -340,6 +392,21 @@ def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: 
         if no_room(error):  # for the model, or for a batch on its way to the device
             raise OutOfMemory(stage.name, module.done + 1) from error
         raise
+
+
+def _watching(run: Run, module: StageModule, data: StageData) -> list[L.Callback]:
+    """With ``evaluation.every``, what looks at the stage's held-out samples while it trains."""
+    from vlmlab.evaluate.baselines import Limited
+    from vlmlab.evaluate.run import held_out, mean_loss
+    from vlmlab.train.watch import Watch
+
+    cfg, name = run.cfg, module.stage.data
+    every = OmegaConf.select(cfg, "evaluation.every")
+    if not every or name not in cfg.data.get("val", {}):
+        return []
+    source = Limited(held_out(cfg, name, lambda sample: data.collate([sample])), int(cfg.evaluation.held_out_samples))
+    loss = partial(mean_loss, data.collate, size=int(cfg.evaluation.batch_size))
+    return [Watch(source, loss, int(every), run.folder.log)]
 
 
 def _trainer(run: Run, before: Sequence[L.Callback], keeper: Keeper) -> L.Trainer:

@@ -30,8 +30,11 @@ from vlmlab.cli.rules.run import (
     possible_budget,
     possible_cache,
     possible_name,
+    possible_origin,
     possible_seed,
+    possible_sharing,
     possible_sizes,
+    watched,
 )
 from vlmlab.cli.rules.stages import (
     contrastive_counts,
@@ -94,8 +97,11 @@ RULES: tuple[Rule, ...] = (
     possible_sizes,
     known_questions,
     possible_cache,
+    watched,
     features_to_keep,
     possible_name,
+    possible_origin,
+    possible_sharing,
     foreign_keys,
     ranks_need_a_process_tree,
     leaking_mask,

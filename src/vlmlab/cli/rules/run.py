@@ -48,7 +48,11 @@ def possible_budget(cfg: Config, choices: Choices) -> str | None:
 
 def possible_sizes(cfg: Config, choices: Choices) -> str | None:
     """Sizes of rows and batches are counts; a baseline that does not exist would be noticed after training."""
-    keys = {"collate.pack_length": ", or null for one sample a row", "evaluation.lookup_samples": ", or null for none"}
+    keys = {
+        "collate.pack_length": ", or null for one sample a row",
+        "evaluation.lookup_samples": ", or null for none",
+        "evaluation.every": ", or null for none while it trains",
+    }
     for key in ("collate.max_length", "evaluation.batch_size", *keys):
         value = value_at(cfg, key)
         if value is not None and not is_count(value, 1):
@@ -68,6 +72,13 @@ def known_questions(cfg: Config, choices: Choices) -> str | None:
         return f"collate.questions={questions} is unknown; choose from {', '.join(QUESTIONS)}"
     if shares is not None and not isinstance(shares, bool):
         return f"evaluation.share_images={shares} is unknown; choose true or false"
+    return None
+
+
+def watched(cfg: Config, choices: Choices) -> str | None:
+    """Looks between the steps are one rank's own; with shards no rank has a model to look with."""
+    if value_at(cfg, "evaluation.every") is not None and value_at(cfg, "trainer.strategy") == "fsdp2":
+        return "evaluation.every cannot look while trainer.strategy=fsdp2 has cut the model; set evaluation.every=null"
     return None
 
 
@@ -138,6 +149,22 @@ def _filled(file: DictConfig) -> set[str]:
     """The keys that a choice's own defaults list fills from other groups, as in ``/memory_mask@sees: before``."""
     entries = (entry for entry in file.get("defaults") or () if isinstance(entry, Mapping))
     return {str(group).rpartition("@")[2].partition(".")[0] for entry in entries for group in entry}
+
+
+def possible_sharing(cfg: Config, choices: Choices) -> str | None:
+    """Stages are shared within a sweep, in a folder, or not at all."""
+    value = value_at(cfg, "share_stages")
+    if value is None or value is False or (isinstance(value, str) and value):
+        return None
+    return f"share_stages={value} is unknown; choose auto, false, or a folder that runs share stages in"
+
+
+def possible_origin(cfg: Config, choices: Choices) -> str | None:
+    """A run begins with the weights of one other run."""
+    value = value_at(cfg, "init_from")
+    if value is None or (isinstance(value, str) and value):
+        return None
+    return f"init_from={value} is no run; give the folder of one, perhaps with a stage, or null"
 
 
 def possible_seed(cfg: Config, choices: Choices) -> str | None:

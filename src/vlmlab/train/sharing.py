@@ -1,0 +1,225 @@
+"""Stages that several runs have in common, each trained once: what makes two stages the same, and who trains.
+
+The address of a stage is made of everything its weights depend on: the bits of every weight it begins with (and by them
+the towers, the seed and all stages before), the stage's own keys, its data and their fingerprint, every key of the
+configuration that is not known to matter elsewhere only, the code, the versions and the device. A key that nobody
+thought of makes addresses differ, and the stage is trained twice: that is the safe side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from vlmlab.cache.address import code_of
+from vlmlab.contracts.sample import SampleSource
+from vlmlab.data.fingerprint import source_fingerprint
+from vlmlab.data.skipped import Skipped, note, noted
+from vlmlab.engine import proof
+from vlmlab.engine.precision import on_gpu
+from vlmlab.engine.restore import weights_file
+from vlmlab.engine.weights import Trainee, plain_key
+from vlmlab.recipe.stage import Stage
+from vlmlab.runs.config import leaves, plain, result_leaves
+from vlmlab.runs.environment import code_fingerprint
+from vlmlab.runs.files import read_json, write_json
+from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.origin import put_file
+from vlmlab.runs.shared import FACTS, KEY, Place, Shared, held, shelf_of
+
+FORMAT = 1
+"""Of a stage on a shelf; part of its address."""
+
+ELSEWHERE = (
+    "adapter",
+    "budget",
+    "data.benchmarks",
+    "data.probe",
+    "data.train",
+    "data.val",
+    "evaluation",
+    "init_from",
+    "mask",
+    "objective",
+    "preset",
+    "recipe.stages",
+    "recipe.stages (order)",
+)
+"""Keys that a stage does not read: what they say of it is in its own keys, in its first weights, or nowhere."""
+
+
+class Sharing:
+    """What one run shares.
+
+    Args:
+        cfg: its configuration.
+        folder: its folder.
+        say: takes a line.
+
+    Attributes:
+        shelf: the folder of shared stages; None: nothing is shared.
+    """
+
+    def __init__(self, cfg: DictConfig, folder: RunFolder, say: Callable[[str], None]) -> None:
+        self.cfg, self.folder, self.say = cfg, folder, say
+        self.shelf = shelf_of(OmegaConf.select(cfg, KEY), folder.path)
+        if self.shelf is not None and (reason := _unknowable(cfg)):
+            self.say(f"stages are not shared with other runs: {reason}")
+            self.shelf = None
+
+    @contextmanager
+    def place(self, stage: Stage, trainee: Trainee, source: SampleSource) -> Iterator[CommonStage | None]:
+        """The stage's place on the shelf, this run's alone while it is open; None where the stage is not shared."""
+        if self.shelf is None or stage.mix is not None or not (trainee.trained() and stage.steps):
+            yield None
+            return
+        about = describe(self.cfg, stage, trainee, source, self.folder)
+        with ExitStack() as stack:
+            common = None
+            try:
+                place = stack.enter_context(held(self.shelf, address(about), self.say))
+                common = CommonStage(place, about, stage, self.folder, self.say)
+            except OSError as error:
+                self.say(f"this stage is not shared: {self.shelf} cannot be used ({error.strerror})")
+            yield common
+
+
+class CommonStage:
+    """A stage that other runs may have, too, while this run holds it.
+
+    Args:
+        place: on the shelf.
+        about: what its address is made of.
+        stage: the stage.
+        folder: the run folder.
+        say: takes a line.
+    """
+
+    def __init__(
+        self, place: Place, about: Mapping[str, Any], stage: Stage, folder: RunFolder, say: Callable[[str], None]
+    ) -> None:
+        self.place, self.about, self.stage, self.folder, self.say = place, about, stage, folder, say
+        self.weights = weights_file(folder.path, stage)
+        self.data = f"data.train.{stage.data}"
+
+    def take(self) -> list[dict[str, Any]] | None:
+        """Have the run folder be as if the stage had been trained here; its rows of ``metrics.jsonl``, or None."""
+        shared = self.place.look()
+        if shared is None:
+            return None
+        self.weights.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.cut_back(self.stage.name, -1)
+        for row in shared.rows:
+            self.folder.log(row)
+        note(self.folder.path, self.data, [Skipped(str(row["id"]), str(row["reason"])) for row in shared.skipped])
+        write_json(self.weights.with_name(FACTS), shared.facts, durable=True)
+        put_file(shared.weights, self.weights)  # last: where it is, the stage is finished
+        self.weights.with_name("last.ckpt").unlink(missing_ok=True)
+        self.place.sign(self.folder.path)
+        self.say(f"taken from {self.place.folder}: the same stage was trained for another run")
+        return shared.rows
+
+    def give(self) -> None:
+        """Put the stage that was trained here on the shelf, if the disk takes it."""
+        shared = Shared(
+            weights=self.weights,
+            facts=read_json(self.weights.with_name(FACTS)) or {},
+            rows=[row for row in self.folder.metrics() if row.get("stage") == self.stage.name],
+            skipped=[row for row in noted(self.folder.path) if row["data"] == self.data],
+        )
+        try:
+            self.place.put(shared, self.about)
+            self.place.sign(self.folder.path)
+        except OSError as error:
+            self.say(f"this stage is not shared: {self.place.folder} does not take it ({error.strerror})")
+
+
+def _unknowable(cfg: DictConfig) -> str:
+    """Why it cannot be known whether this run's stages equal another's, or cannot be agreed upon; empty: it can."""
+    if any((plain_key(cfg, "debug") or {}).values()):
+        return "debug is on"
+    if OmegaConf.select(cfg, "seed") is None:
+        return "there is no seed"
+    if OmegaConf.select(cfg, "recipe.finish"):
+        return "the recipe ends in recipe.finish, which reads its models"
+    if OmegaConf.select(cfg, "fresh"):
+        return "fresh=true trains again"
+    if cfg.trainer.devices != 1 or int(os.environ.get("WORLD_SIZE", "1")) != 1:
+        return "several ranks would have to agree"
+    return ""
+
+
+def describe(
+    cfg: DictConfig, stage: Stage, trainee: Trainee, source: SampleSource, folder: RunFolder
+) -> dict[str, Any]:
+    """All that the result of a stage depends on, as plain values.
+
+    Args:
+        cfg: the configuration.
+        stage: the stage.
+        trainee: the model, which has entered it.
+        source: its samples.
+        folder: the run's, whose ``env.json`` has the versions.
+    """
+    config = plain(cfg)
+    chosen = {
+        k: v for k, v in result_leaves(config).items() if not any(k == e or k.startswith(f"{e}.") for e in ELSEWHERE)
+    }
+    env = folder.env()
+    about = {
+        "format": FORMAT,
+        "stage": asdict(stage),
+        "source": plain_key(cfg, f"data.train.{stage.data}"),
+        "data": source_fingerprint(source),
+        "watched": _watched(cfg, stage),
+        "config": chosen,
+        "log_every": OmegaConf.select(cfg, "trainer.log_every"),
+        "weights": _weights(trainee),
+        "kept": sorted(trainee.kept()),
+        "begun": trainee.begun(),
+        "towers": trainee.sources(),
+        "code": code_fingerprint(),
+        "versions": {"python": env.get("python"), "platform": env.get("platform"), **env.get("packages", {})},
+        "device": torch.cuda.get_device_name() if on_gpu(cfg) else torch.backends.cpu.get_cpu_capability(),
+    }
+    about = json.loads(json.dumps(about, default=str))
+    return about | {"classes": _digest(code_of([*map(type, trainee.model.modules()), *_named(about)]))}
+
+
+def _watched(cfg: DictConfig, stage: Stage) -> Any:
+    """What the rows of held-out looks depend on, with ``evaluation.every``; None without."""
+    held_out = plain_key(cfg, f"data.val.{stage.data}")
+    if not OmegaConf.select(cfg, "evaluation.every") or held_out is None:
+        return None
+    return [plain_key(cfg, "evaluation"), held_out, source_fingerprint(instantiate(held_out))]
+
+
+def address(about: Mapping[str, Any]) -> str:
+    """32 hexadecimal digits, equal for equal descriptions only."""
+    return _digest(about)
+
+
+def _weights(trainee: Trainee) -> str:
+    tensors = {**trainee.frozen(), **trainee.live()}
+    bits = proof.fingerprints(tensors.items())
+    return _digest(sorted((name, list(t.shape), str(t.dtype), bits[name]) for name, t in tensors.items()))
+
+
+def _named(about: Mapping[str, Any]) -> Iterator[Any]:
+    """The classes and functions that the configuration names."""
+    for key, value in leaves(about, deep=True):
+        if key.rpartition(".")[2] in ("_target_", "module") and isinstance(value, str):
+            yield get_object(value)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,44 @@
+"""Losses on held-out samples between the steps of a stage, and that they change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import tower_lab
+from safetensors.torch import load_file
+from tests.test_conf import composed
+
+from vlmlab.cli.rules.run import watched
+from vlmlab.runs.folder import RunFolder
+from vlmlab.train.run import train
+
+
+def trained(folder: Path, every: int | None) -> dict[str, torch.Tensor]:
+    cfg = tower_lab.config()
+    cfg.evaluation.every, cfg.evaluation.held_out_samples = every, 6
+    cfg.data.val.instruct = {"_target_": "tower_lab.Mixed", "images": 1}
+    with RunFolder(folder) as run:
+        run.open({"data": {}})
+        train(cfg, folder, lambda *args: {"accuracy": 0.5})
+    (weights,) = folder.glob("stages/*/model.safetensors")
+    return load_file(weights)
+
+
+def test_rows_beside_the_training_and_not_a_bit_of_it_changed(tmp_path: Path) -> None:
+    watching, alone = (trained(tmp_path / str(every), every) for every in (2, None))
+    assert watching.keys() == alone.keys()
+    assert all(torch.equal(watching[name], alone[name]) for name in alone)
+    rows = [row for row in RunFolder(tmp_path / "2").metrics() if "held_out/loss" in row]
+    assert [(row["stage"], row["step"]) for row in rows] == [("joint", 0), ("joint", 2), ("joint", 3)]
+    assert all(row["held_out/loss"] != row["held_out/shuffled_loss"] for row in rows)
+    assert rows[-1]["held_out/loss"] < rows[0]["held_out/loss"]
+    assert not any("held_out/loss" in row for row in RunFolder(tmp_path / "None").metrics())
+
+
+def test_what_shards_cannot_do_is_refused() -> None:
+    cfg: Any = composed("evaluation.every=5")
+    assert watched(cfg, {}) is None
+    cfg.trainer.strategy = "fsdp2"
+    assert "evaluation.every" in str(watched(cfg, {}))
