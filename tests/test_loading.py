@@ -105,6 +105,11 @@ def test_a_turned_picture_is_turned_upright(model: LoadedModel, tmp_path: Path) 
         assert np.array_equal(_image(opened), _image(tmp_path / "turned.png")) and _image(opened).shape == (9, 6, 3)
     grey = Pillow.fromarray(np.full((4, 4), 65535, np.uint16))
     assert (_image(grey) == 255).all()
+    deep = Pillow.fromarray(np.array([[0, 2048, 4095]], np.uint16))  # by the range that the run's data were read with
+    deep.save(tmp_path / "deep.png")
+    assert [_image(one, [0, 4095])[0, :, 0].tolist() for one in (deep, tmp_path / "deep.png")] == [[0, 128, 255]] * 2
+    with pytest.raises(UserError, match=r"the image of mode F cannot be read .its pixels are not finite.; convert it"):
+        _image(Pillow.fromarray(np.array([[np.nan]], np.float32)))
 
 
 def test_no_image_several_images_and_sampling(model: LoadedModel) -> None:

@@ -21,7 +21,8 @@ from transformers import GenerationConfig
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
-from vlmlab.data.images import from_pillow, load_image
+from vlmlab.data.images import load_image
+from vlmlab.data.pixels import from_pillow, value_range
 from vlmlab.engine import rng
 from vlmlab.engine.restore import load_trained
 from vlmlab.model.build import build_collator
@@ -102,7 +103,7 @@ class LoadedModel:
         Raises:
             UserError: an image that cannot be used, tags that do not fit the images, or an unknown option.
         """
-        images = _images(image)
+        images = _images(image, OmegaConf.select(self.config, "data.image_range"))
         tags = question.count(IMAGE_TAG)
         if tags not in (0, len(images)):
             raise UserError(
@@ -125,23 +126,27 @@ class LoadedModel:
         return f"LoadedModel({', '.join(names)}; {size:,} parameters on {self.device})"
 
 
-def _images(given: Picture | Sequence[Picture] | None) -> tuple[Image, ...]:
+def _images(given: Picture | Sequence[Picture] | None, values: Any) -> tuple[Image, ...]:
     if given is None:
         return ()
     several = given if isinstance(given, (list, tuple)) else [given]
-    return tuple(_image(one) for one in several)
+    return tuple(_image(one, values) for one in several)
 
 
-def _image(given: Any) -> Image:
+def _image(given: Any, values: Any = None) -> Image:
     """(H, W, 3) uint8, by the rules that training's own files are read with."""
     if isinstance(given, (str, Path)):
         path = Path(given).expanduser()
         if not path.is_file():
             raise UserError(f"{path} is no file; give the path of an image, a Pillow image, or None for no image.")
         real = path.resolve()
-        return load_image(real.name, real.parent)
+        return load_image(real.name, real.parent, values or "auto")
     if isinstance(given, Pillow.Image):
-        return from_pillow(given)
+        try:
+            return from_pillow(given, value_range(values))
+        except Exception as error:  # decoders of damaged files raise nearly anything
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"the image of mode {given.mode} cannot be read ({why}); convert it to RGB.") from None
     if isinstance(given, np.ndarray):
         if given.dtype == np.uint8 and given.ndim == 3 and given.shape[2] == 3 and given.size:
             return given

@@ -14,10 +14,13 @@ from pathlib import Path
 import hydra
 import vlmlab.runs.watchdog as watchdog
 from vlmlab.cli.entry import guard, run_command
+from vlmlab.cli import rules
 from vlmlab.cli.train import train_command
 from vlmlab.contracts.errors import UserError
+from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
 
+rules.admitted = lambda cfg, hydra_cfg, own=(): plain(cfg)  # its keys are no run's
 watchdog.die_with_parent.__defaults__ = (0.1, 20.0)
 
 
@@ -68,6 +71,7 @@ defaults:
 name: null
 seed: 0
 fresh: false
+init_from: null
 x: 1
 y: 1
 precision: {name: fp32}

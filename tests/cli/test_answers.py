@@ -52,7 +52,7 @@ MISTAKES = {
     "train trainer.devices=[1": r"error: the override 'trainer.devices=\[1' cannot be read",
     "train data=vqa": r"error: data.path is needed; write data.path=",
     "train data=vqa data.path=/no/such/file": r"error: data\.[a-z.]*path=/no/such/file does not exist",
-    "train seed=-1": r"error: seed=-1 is no seed",
+    "train seed=-1": r"error: seed=-1 is not possible",
     "train precision=fp16 trainer.accelerator=cpu": r"error: precision=fp16 needs a GPU",
     "train recipe.stages.coarse_align.steps=-5": r"error: recipe.stages.coarse_align.steps=-5 is not possible",
     "train -m mask=bidir,cousal": r"error: mask has no choice 'cousal' \(did you mean causal\?\)",
@@ -165,7 +165,8 @@ def test_a_mistake_inside_instantiate_is_still_one_sentence():
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from vlmlab.cli.entry import guard, mistake_within
+    from vlmlab.cli.entry import guard
+    from vlmlab.contracts.errors import mistake_within
 
     bad = OmegaConf.create(
         {"_target_": "vlmlab.data.world.sources.WorldCaptions", "style": "odd", "split": "train", "size": 1}

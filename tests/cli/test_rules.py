@@ -79,14 +79,7 @@ def test_a_good_composition_passes() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"precision.name": "fp8"}, "precision.name=fp8"),
         ({"precision.name": "fp16", "trainer.accelerator": "cpu"}, "needs a GPU"),
-        ({"seed": -1}, "seed=-1"),
-        ({"seed": 1.5}, "seed=1.5"),
-        ({"trainer.threads": 0}, "trainer.threads=0"),
-        ({"trainer.workers": -1}, "trainer.workers=-1"),
-        ({"budget.steps_scale": 0}, "budget.steps_scale=0"),
-        ({"budget.eval_limit": 0}, "budget.eval_limit=0"),
         ({"mask._target_": CONTROL}, "visual_rows_open leaks"),
         (
             {"recipe.stages.tune.mask": {"_target_": "vlmlab.mask.visual_rows_open.VisualRowsOpen"}},
@@ -195,14 +188,6 @@ def test_an_adapter_that_wants_one_tower() -> None:
 
 
 DISK = {"_target_": "vlmlab.cache.disk.DiskCache", "folder": "x", "max_gb": 50, "dtype": None}
-
-
-@pytest.mark.parametrize(
-    ("key", "value"), [("max_gb", 0), ("max_gb", "much"), ("dtype", "float16"), ("folder", None), ("folder", "")]
-)
-def test_a_cache_of_impossible_values(key: str, value: Any) -> None:
-    passes({"cache": DISK | {"max_gb": None, "dtype": "bfloat16"}})
-    assert refused({"cache": DISK | {key: value}}).startswith(f"cache.{key}={value} ")
 
 
 def test_a_cache_wants_a_whole_tower() -> None:
@@ -363,7 +348,7 @@ def test_a_prompt_that_is_learnt_is_not_read_by_the_fusion() -> None:
 
 DECLARED = {
     "mask": ("leaks", "shows_prompt"),
-    "fusion": ("reads", "in_sequence", "reads_text", "words"),
+    "fusion": ("reads", "in_sequence", "reads_text"),
     "objective": ("per_micro_batch", "pairs", "reads_images", "reads_sequence", "reads_text_side", "reaches_lm"),
     "encoder": ("has_tower", "one_tower", "has_text"),
     "adapter": ("lm_only", "one_tower", "in_layers"),
@@ -398,10 +383,3 @@ def test_a_method_is_found_in_the_text_where_the_class_has_it() -> None:
             assert offers(target, method) is hasattr(get_class(target), method), target
     assert offers("somebody.elses.Class", "attach") is None and offers("vlmlab.no.such.Class", "attach") is None
     assert declared("somebody.elses.Class", "leaks") is None and declared("vlmlab.no.such.Class", "leaks") is None
-
-
-def test_the_keys_of_a_foreign_fusion_mean_what_it_says() -> None:
-    ours = {"_target_": "vlmlab.fusion.lavi.LaViFusion", "every": 0}
-    assert "fusion.every=0 leaves no layer" in refused({"fusion": ours})
-    cfg = changed({"fusion": ours | {"_target_": "somebody.else.Fusion", "sees": "all"}}, None)
-    check(cfg, plain(cfg), CHOICES)

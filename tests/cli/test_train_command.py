@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 from fake_app import call, lay_down, start, trained
+from omegaconf import OmegaConf
+from PIL import Image
 
+from vlmlab.cli.data import check_sources
 from vlmlab.runs.folder import RunFolder
 
 
@@ -63,3 +66,23 @@ def test_a_signal_interrupts_and_the_same_command_goes_on(script: Path, number: 
     (script.parent / "bad").unlink()
     assert call(script)[0] == 0
     assert RunFolder(folder).result() is not None
+
+
+def test_images_on_both_sides_are_said(tmp_path: Path) -> None:
+    for n in range(3):
+        Image.new("RGB", (2, 2), (n, 0, 0)).save(tmp_path / f"{n}.png")
+    (tmp_path / "copy.png").write_bytes((tmp_path / "1.png").read_bytes())
+    rows = [{"question_id": n, "image": name, "question": "q", "answer": "a"}
+            for n, name in enumerate(["0.png", "1.png", "copy.png", "2.png"])]  # fmt: skip
+    (tmp_path / "train.json").write_text(json.dumps(rows[:2]))
+    (tmp_path / "test.json").write_text(json.dumps(rows[2:]))
+    source = {"_target_": "vlmlab.data.readers.vqa.VqaJson", "images": str(tmp_path)}
+    train, test = ({**source, "path": str(tmp_path / f"{name}.json")} for name in ("train", "test"))
+    stages = {"one": {"data": "instruct"}}
+    data = {"train": {"instruct": train}, "benchmarks": {"b": {"source": test}}}
+    cfg = OmegaConf.create({"recipe": {"stages": stages}, "data": data})
+    assert check_sources(cfg) == [
+        "1 image of data.benchmarks.b.source is in data.train.instruct too, byte for byte (1.png is copy.png)"
+    ]
+    cfg.data.benchmarks.b.source = {**train, "multi_turn": False}
+    assert "2 images of data.benchmarks.b.source are in data.train.instruct too" in check_sources(cfg)[0]

@@ -70,6 +70,18 @@ def test_inspect_writes_a_page(
     assert [path.name for path in tmp_path.iterdir()] == ["p.html"]
 
 
+def test_inspect_writes_the_page_of_data_that_training_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = [{"question_id": n, "image": f"{n}.png", "question": "q", "answer": "a"} for n in range(9)]
+    for content in (json.dumps(rows), "{"):
+        (tmp_path / "a.json").write_text(content)
+        code, _, err = call("inspect data=vqa data.path=a.json n=1 out=p.html", monkeypatch, capsys, tmp_path)
+        assert code == 1 and err.startswith("error: ") and "a.json" in err and len(err.splitlines()) == 1
+        assert "a.json" in (tmp_path / "p.html").read_text() and len(err) <= 310
+        (tmp_path / "p.html").unlink()
+
+
 def test_plan_prints_tables_and_writes_numbers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

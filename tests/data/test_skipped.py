@@ -17,7 +17,18 @@ from vlmlab.data.readers.llava import LlavaJson
 from vlmlab.data.readers.place import find_files, is_id, is_there, split_files
 from vlmlab.data.readers.vqa import VqaJson
 from vlmlab.data.sampler import Order
-from vlmlab.data.skipped import Replaced, Skipped, TooManyBad, next_usable, note, noted, screen
+from vlmlab.data.skipped import (
+    Replaced,
+    Skipped,
+    TooManyBad,
+    check_share,
+    grouped,
+    next_usable,
+    note,
+    noted,
+    screen,
+)  # fmt: skip
+from vlmlab.runs.files import read_rows
 from vlmlab.train.skips import Skips
 
 
@@ -81,11 +92,11 @@ def test_ranks_workers_and_resume_see_the_same_samples() -> None:
 def test_screening_ends_a_run_that_cannot_be_saved() -> None:
     check = lambda sample: collate([sample])  # noqa: E731
     assert len(screen(Holed(1000, set(range(10))), check, 2000, 0.01, "data.train.x")) == 10
-    with pytest.raises(TooManyBad, match=r"data.train.x: 20 of 1000 rows .* data.max_bad_fraction=0.01 .*\(20\) n"):
+    with pytest.raises(TooManyBad, match=r"x: 20 of 1000 rows .* data.max_bad_fraction=0.01 .*: 20 like n0: image"):
         screen(Holed(1000, set(range(0, 1000, 50))), check, 2000, 0.01, "data.train.x")
     with pytest.raises(TooManyBad, match=r"a draw of 500 from 10000") as caught:
         screen(Holed(10000, {i for i in range(10000) if i % 20 == 0}), check, 500, 0.01, "x")
-    assert len(caught.value.skipped) > 20 and "more, all of them in skipped.jsonl" in str(caught.value)
+    assert len(caught.value.skipped) > 20 and caught.value.listed and "vlmlab inspect lists all" in str(caught.value)
     some = screen(Holed(10000, {i for i in range(10000) if i % 100 == 0}), check, 500, 0.01, "x")  # as allowed
     assert 0 < len(some) < 15
 
@@ -99,6 +110,59 @@ def test_the_file_has_each_row_once(tmp_path: Path) -> None:
     assert [(r["data"], r["id"], r["reason"]) for r in noted(tmp_path)] == [
         ("d", "a", "broken"), ("d", "ü", "too long"), ("e", "a", "broken")
     ]  # fmt: skip
+
+
+ENDS = [
+    "a\u2028b",
+    "a\u2029b",
+    "a\x85b",
+    "a\x0bb",
+    "a\x0cb",
+    "a\x1cb",
+    "a\x1db",
+    "a\nb",
+    "a\r\nb",
+    'a"b',
+    "a\\",
+    "\ud800",
+    "ü",
+]
+
+
+def test_a_row_counts_once_whatever_it_is_called(tmp_path: Path) -> None:
+    rows = [Skipped(id_, f"bad {id_} reason") for id_ in ENDS]
+    assert [note(tmp_path, "d", rows) for _ in range(3)] == [len(ENDS)] * 3
+    assert (tmp_path / "skipped.jsonl").read_bytes().count(b"\n") == len(ENDS)
+    assert [(row["id"], row["reason"]) for row in noted(tmp_path)] == [(s.id, s.reason) for s in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"a": s}, ensure_ascii=False) + "\n" for s in ENDS[:4]))
+    assert [row["a"] for row in read_rows(tmp_path / "rows.jsonl")] == ENDS[:4]
+
+
+def test_a_line_behind_a_torn_one_is_kept(tmp_path: Path) -> None:
+    note(tmp_path, "d", [Skipped("a", "x")])
+    with (tmp_path / "skipped.jsonl").open("ab") as file:
+        file.write('{"data": "d", "id": "ü'.encode()[:-1])  # killed inside of a character
+    assert note(tmp_path, "d", [Skipped("b", "y")]) == 2 == note(tmp_path, "d", [Skipped("b", "y")])
+    assert [row["id"] for row in noted(tmp_path)] == ["a", "b"]
+
+
+def test_bad_rows_are_grouped_by_what_is_wrong() -> None:
+    said = [Skipped(f"r{n}", f"/d/a.json, row {n}: image '{n}.png' is not in /d; correct it") for n in range(900)]
+    said += [
+        Skipped("e", "/d/a.json, row 5: 'answer' is empty; fill it in"),
+        Skipped("q", "/d/a.json, row 5: 'q' is empty; x"),
+    ]
+    groups = grouped(said)
+    assert [(g.count, g.first) for g in groups] == [(900, "r0"), (1, "e"), (1, "q")]
+    assert [g.line() for g in groups] == [
+        "900 like r0: a.json, row 0: image '0.png' is not in /d", "e: a.json, row 5: 'answer' is empty",
+        "q: a.json, row 5: 'q' is empty",
+    ]  # fmt: skip
+    said += [Skipped("x" * 500, f"{word} {'z' * 400}; y") for word in ("one", "two", "three")]
+    with pytest.raises(TooManyBad) as caught:
+        check_share(said, 10_000, 0.01, "p" * 400)
+    text = str(caught.value)
+    assert len(text) <= 300 and "900 like r0" in text and text.endswith("; 4 other reasons"), text
 
 
 def config(**more: Any) -> Any:
@@ -144,7 +208,7 @@ def test_one_percent_is_skipped_and_two_end_with_the_list(tmp_path: Path) -> Non
         LlavaJson(write_records(tmp_path / "two", 100, 2), max_bad_fraction=0.01)
     text = str(caught.value)
     assert "2 of 100 rows cannot be used, more than data.max_bad_fraction=0.01" in text
-    assert "(1) 0: " in text and "line 1: " in text and "(2) 1: " in text and "line 2: " in text and "\n" not in text
+    assert "2 like 0: a.jsonl, line 1: 'text of turn 2' is empty" in text and "\n" not in text and len(text) <= 300
 
 
 def test_every_line_of_the_broken_file_has_its_decision(shared_data: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra.errors import InstantiationException
 from PIL import Image as Pillow
 from tests import tiny
 from tests.test_conf import composed
@@ -184,10 +183,9 @@ def test_what_is_odd_is_named(tmp_path: Path) -> None:
     records = json.loads(Path(path).read_text())
     records[1] |= {"question": "is it \ufffd", "image": "1.png"}
     Path(path).write_text(json.dumps([*records, records[1] | {"question_id": 7, "image": "missing.png"}]))
-    with pytest.raises(InstantiationException, match=r"missing\.png"):
-        inspected(path)
-    Path(path).write_text(json.dumps(records))
-    problems = " ".join(inspected(path).problems)
+    found = inspected(path)
+    assert len(found.broken) == 1 and "missing.png" in str(found.refused) and len(found.rows) == 1  # all bad, all shown
+    problems = " ".join(found.problems)
     for word in ("one colour", "3 times as long as wide", "replacement characters"):
         assert word in problems
 
@@ -199,3 +197,39 @@ def test_the_words_for_hydra() -> None:
         "--cfg", "hydra/help=inspect", "hydra.run.dir=.",
         "++n=16", "++stage=null", "data=vqa", "++n=3", "++stage=x", "data.n=4",
     ]  # fmt: skip
+
+
+def test_the_page_is_written_whatever_is_wrong_with_the_rows(tmp_path: Path) -> None:
+    path = Path(rows(tmp_path, *["yes"] * 4))
+    records = json.loads(path.read_text())
+    path.write_text(json.dumps([*records, *({"question_id": f"n{k}", "answer": "no"} for k in range(30))]))
+    found = inspected(str(path))
+    text = write_page(found, tmp_path / "page.html").read_text()
+    assert found.refused is not None and "30 like n0: train.json, row 5: key" in str(found.refused)
+    assert text.count("30 samples, the first n0") == 1 and text.count("data:image/png;base64,") == 4
+    for content in ("{", "[]", '{"a": 1}', "[null]"):
+        path.write_text(content)
+        found = inspected(str(path))
+        page = write_page(found, tmp_path / "page.html").read_text()
+        assert "train.json" in str(found.refused) and "train.json" in page and len(str(found.refused)) <= 300
+
+
+def test_dark_images_and_images_of_both_sides_are_named(tmp_path: Path) -> None:
+    path = Path(rows(tmp_path, *["yes"] * 3))
+    Pillow.fromarray(np.array([[0, 4095]], np.uint16)).save(tmp_path / "images" / "0.png")
+    records = json.loads(path.read_text())
+    (tmp_path / "images" / "copy.png").write_bytes((tmp_path / "images" / "1.png").read_bytes())
+    with Pillow.open(tmp_path / "images" / "2.png") as image:
+        image.save(tmp_path / "images" / "again.bmp")
+    test = [{**records[0], "image": name, "question_id": name} for name in ("copy.png", "again.bmp")]
+    (tmp_path / "test.json").write_text(json.dumps(test))
+    auto, wide = (
+        inspected(str(path), f"data.test_path={tmp_path / 'test.json'}", f"data.image_range={given}", n=1)
+        for given in ("auto", "[0,4095]")
+    )
+    both = "image of data.benchmarks.vqa_test is in data.train.instruct too"
+    assert f"1 {both}, byte for byte (1.png is copy.png)" in auto.problems
+    assert f"1 {both}, pixel for pixel (2.png is again.bmp)" in auto.problems
+    dark = [note for note in auto.problems if "under 10% of its value range" in note]
+    assert auto.problems[dark[0]] == ["#0 0.png#0"]
+    assert not any("value range" in note for note in wide.problems)

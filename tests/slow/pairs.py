@@ -15,9 +15,8 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from tests.test_conf import CONF, composed
-from vlmlab.cli.entry import mistake_within
 from vlmlab.cli.rules import check
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import UserError, mistake_within
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
 

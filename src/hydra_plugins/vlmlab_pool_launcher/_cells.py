@@ -14,8 +14,8 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from vlmlab.cli import rules
 from vlmlab.contracts.errors import UserError
-from vlmlab.runs.config import plain
 from vlmlab.runs.data import note_changed
 from vlmlab.runs.files import write_json
 from vlmlab.runs.folder import RunFolder
@@ -127,7 +127,11 @@ def _tail(log: Path, characters: int = 20_000) -> list[str]:
 def plan(
     config: DictConfig, loader: ConfigLoader, job_overrides: Sequence[Sequence[str]], first: int, sweep: Path
 ) -> list[Cell]:
-    """The cells of a sweep, in the sweeper's order, under different names."""
+    """The cells of a sweep, in the sweeper's order, under different names.
+
+    Raises:
+        ConfigError: one of them is impossible; nothing has begun then.
+    """
     given = {str(override) for override in config.hydra.overrides.task}
     cells: list[Cell] = []
     for index, overrides in enumerate(job_overrides, first):
@@ -168,9 +172,7 @@ def _compose(config: DictConfig, loader: ConfigLoader, overrides: list[str], ind
     before = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(cfg)  # values may refer to ${hydra:...}
     try:
-        values: dict[str, Any] = plain(cfg)
-    except UserError:
-        return cell
+        values = rules.admitted(cfg, cfg.hydra)
     finally:
         HydraConfig.instance().cfg = before
     trainer = values.get("trainer") or {}

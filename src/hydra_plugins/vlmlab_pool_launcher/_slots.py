@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Sequence
 
 from hydra_plugins.vlmlab_pool_launcher._cells import Cell
-from vlmlab.contracts.errors import UserError
+from vlmlab.cli.entry import ConfigError
 
 CORES_PER_SLOT = 2
 
@@ -39,10 +39,10 @@ def make_slots(cells: Sequence[Cell], wanted: int | None) -> list[str]:
         wanted: ``hydra.launcher.slots``; several slots share a GPU if there are more slots than GPUs.
 
     Raises:
-        UserError: no cell, or fewer slots than a cell needs.
+        ConfigError: no cell, or fewer slots than a cell needs.
     """
     if wanted is not None and wanted < 1:
-        raise UserError(f"hydra.launcher.slots={wanted} runs nothing; give at least 1, or null for one per device")
+        raise ConfigError(f"hydra.launcher.slots={wanted} runs nothing; give at least 1, or null for one per device")
     gpus = [] if all(cell.accelerator == "cpu" for cell in cells) else visible_gpus()
     count = wanted or (len(gpus) if gpus else max(1, cores() // CORES_PER_SLOT))
     slots = [gpus[i % len(gpus)] if gpus else "" for i in range(count)]
@@ -51,7 +51,7 @@ def make_slots(cells: Sequence[Cell], wanted: int | None) -> list[str]:
             cell.devices = len(slots)
         cell.devices = max(1, cell.devices)
         if cell.devices > len(slots):
-            raise UserError(
+            raise ConfigError(
                 f"cell {cell.name} has trainer.devices={cell.devices} and there are {len(slots)} slots; "
                 f"set hydra.launcher.slots={cell.devices} or fewer devices"
             )

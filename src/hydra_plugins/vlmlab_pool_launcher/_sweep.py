@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
@@ -16,6 +18,8 @@ from hydra_plugins.vlmlab_pool_launcher._cells import FINISHED, Cell, plan
 from hydra_plugins.vlmlab_pool_launcher._display import display
 from hydra_plugins.vlmlab_pool_launcher._pool import Pool
 from hydra_plugins.vlmlab_pool_launcher._slots import make_slots
+from vlmlab.cli.entry import ConfigError
+from vlmlab.cli.rules.values import given_twice
 from vlmlab.contracts.errors import UserError
 from vlmlab.runs.names import override_key
 
@@ -64,10 +68,11 @@ def run_sweep(
         slots: ``hydra.launcher.slots``.
         timeout: ``hydra.launcher.timeout``.
     """
+    refuse_at_once(config, job_overrides)
     sweep = Path(str(config.hydra.sweep.dir))
-    sweep.mkdir(parents=True, exist_ok=True)
     cells = plan(config, loader, job_overrides, first, sweep)
     places = make_slots(cells, slots)
+    sweep.mkdir(parents=True, exist_ok=True)
     for cell in cells:
         if not cell.settle_finished():
             cell.announce()
@@ -89,6 +94,26 @@ def _say_told(cells: Sequence[Cell]) -> None:
     for note in dict.fromkeys(cell.note for cell in cells if cell.state == "done" and cell.note != FINISHED):
         names = [cell.name for cell in cells if cell.note == note]
         print(f"note: {len(names)} finished cells ({', '.join(names[:3])}{', ...' if names[3:] else ''}): {note}")
+
+
+def refuse_at_once(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> None:
+    """Refuse a sweep without cells, without a folder, or with one key on several words.
+
+    Raises:
+        ConfigError: naming the word.
+    """
+    words = [str(word) for word in config.hydra.overrides.task]
+    for sentence in given_twice(words):
+        raise ConfigError(sentence)
+    if not str(config.hydra.sweep.dir):
+        raise ConfigError("hydra.sweep.dir= is no folder; give one, or leave it out and give name=...")
+    if not job_overrides:
+        empty = next((word for word in OverridesParser.create().parse_overrides(words) if _has_no_value(word)), None)
+        raise ConfigError(f"{empty.input_line if empty else 'the sweep'} gives no value, so that nothing would run")
+
+
+def _has_no_value(override: Override) -> bool:
+    return override.is_discrete_sweep() and not [*override.sweep_iterator()]
 
 
 def start_command() -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -41,7 +42,8 @@ class PoolLauncher(Launcher):
         self.hydra_context: HydraContext | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Hydra hands over the sweep's configuration."""
+        """Hydra hands over the sweep's configuration, which is also the present one until a cell is composed."""
+        HydraConfig.instance().set_config(config)
         self.config = config
         self.hydra_context = hydra_context
 

@@ -140,6 +140,16 @@ def select(part: nn.Module, targets: str | Sequence[str]) -> Found:
     return found
 
 
+def check_targets(part: nn.Module, targets: str | Sequence[str]) -> None:
+    """Refuse targets that a tower does not have.
+
+    Raises:
+        UserError: naming them.
+    """
+    if not select(part, targets):
+        raise UserError(_nothing(part, targets))
+
+
 def _nothing(part: nn.Module, targets: Any) -> str:
     names = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
     return f"adapter.targets={names} fits no layer of {type(part).__name__}; name layers of that tower."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from transformers.activations import ACT2FN
 from vlmlab.adapter.base import Layer, check_name, insert
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Adapter
+from vlmlab.contracts.values import Names, NotNegative, Text, Towers, Width
 
 
 class BottleneckAdapter(Adapter):
@@ -31,13 +31,13 @@ class BottleneckAdapter(Adapter):
 
     def __init__(
         self,
-        parts: Sequence[str] = ("lm",),
-        width: int = 16,
-        targets: str | Sequence[str] = ("o_proj", "down_proj"),
+        parts: Towers = ("lm",),
+        width: Width = 16,
+        targets: Text | Names = ("o_proj", "down_proj"),
         norm: bool = True,
-        activation: str = "gelu",
-        lr: float | None = None,
-        name: str = "default",
+        activation: Text = "gelu",
+        lr: NotNegative | None = None,
+        name: Text = "default",
     ) -> None:
         if activation not in ACT2FN:
             raise UserError(f"adapter.activation={activation} is unknown; use one of {', '.join(sorted(ACT2FN))}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from vlmlab.adapter.base import Layer, check_name, insert
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Adapter
+from vlmlab.contracts.values import Drop, Names, Natural, NotNegative, Text, Towers, Width
 
 
 class CompLoraAdapter(Adapter):
@@ -34,14 +34,14 @@ class CompLoraAdapter(Adapter):
 
     def __init__(
         self,
-        parts: Sequence[str] = ("lm",),
-        r: int = 4,
-        k: int = 16,
-        alpha: int = 8,
-        dropout: float = 0.0,
-        targets: str | Sequence[str] = "all-linear",
-        lr: float | None = None,
-        name: str = "default",
+        parts: Towers = ("lm",),
+        r: Width = 4,
+        k: Natural = 16,
+        alpha: Width = 8,
+        dropout: Drop = 0.0,
+        targets: Text | Names = "all-linear",
+        lr: NotNegative | None = None,
+        name: Text = "default",
     ) -> None:
         if r < 1 or k < 0:
             raise UserError(f"adapter.r={r}, adapter.k={k} is not possible; give r of at least 1 and k of at least 0.")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from peft import IA3Config
 from torch import nn
 
 from vlmlab.adapter.base import check_name, inject
 from vlmlab.contracts.parts import Adapter
+from vlmlab.contracts.values import Names, NotNegative, Text, Towers
 
 
 class Ia3Adapter(Adapter):
@@ -24,11 +23,11 @@ class Ia3Adapter(Adapter):
 
     def __init__(
         self,
-        parts: Sequence[str] = ("lm",),
-        targets: Sequence[str] = ("k_proj", "v_proj", "down_proj"),
-        feedforward: Sequence[str] = ("down_proj",),
-        lr: float | None = None,
-        name: str = "default",
+        parts: Towers = ("lm",),
+        targets: Names = ("k_proj", "v_proj", "down_proj"),
+        feedforward: Names = ("down_proj",),
+        lr: NotNegative | None = None,
+        name: Text = "default",
     ) -> None:
         self.parts = tuple(parts)
         self.name = check_name(name)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from peft import LNTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from vlmlab.adapter.base import check_name, inject
 from vlmlab.contracts.parts import Adapter
+from vlmlab.contracts.values import Names, NotNegative, Text, Towers
 
 
 class LnTuningAdapter(Adapter):
@@ -24,10 +23,10 @@ class LnTuningAdapter(Adapter):
 
     def __init__(
         self,
-        parts: Sequence[str] = ("lm",),
-        targets: Sequence[str] | None = None,
-        lr: float | None = None,
-        name: str = "default",
+        parts: Towers = ("lm",),
+        targets: Names | None = None,
+        lr: NotNegative | None = None,
+        name: Text = "default",
     ) -> None:
         self.parts = tuple(parts)
         self.name = check_name(name)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -11,6 +9,7 @@ from torch import nn
 from vlmlab.adapter.base import check_name, inject, layers
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Adapter
+from vlmlab.contracts.values import Drop, Names, NotNegative, Positive, Text, Towers, Width
 
 
 class LoraAdapter(Adapter):
@@ -35,17 +34,17 @@ class LoraAdapter(Adapter):
 
     def __init__(
         self,
-        parts: Sequence[str] = ("lm",),
-        r: int = 16,
-        alpha: int = 32,
-        dropout: float = 0.0,
-        targets: str | Sequence[str] = "all-linear",
-        lr: float | None = None,
+        parts: Towers = ("lm",),
+        r: Width = 16,
+        alpha: Width = 32,
+        dropout: Drop = 0.0,
+        targets: Text | Names = "all-linear",
+        lr: NotNegative | None = None,
         rslora: bool = False,
         pissa: bool = False,
-        lr_ratio: float | None = None,
+        lr_ratio: Positive | None = None,
         dora: bool = False,
-        name: str = "default",
+        name: Text = "default",
     ) -> None:
         if r < 1:
             raise UserError(f"adapter.r={r} is no rank; give a whole number of at least 1.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from vlmlab.adapter.base import Layer, check_name, insert
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Adapter
+from vlmlab.contracts.values import Drop, Names, NotNegative, Positive, Text, Towers, Width
 from vlmlab.lm.inside import LayerPorts, open_ports
 
 GROUPS = 2
@@ -40,14 +40,14 @@ class MmaAdapter(Adapter):
 
     def __init__(
         self,
-        parts: Sequence[str] = ("lm",),
-        width: int = 8,
-        temperature: float = 10.0,
-        scale: float = 1.0,
-        dropout: float = 0.1,
-        targets: Sequence[str] = ("self_attn", "attention"),
-        lr: float | None = None,
-        name: str = "default",
+        parts: Towers = ("lm",),
+        width: Width = 8,
+        temperature: Positive = 10.0,
+        scale: NotNegative = 1.0,
+        dropout: Drop = 0.1,
+        targets: Names = ("self_attn", "attention"),
+        lr: NotNegative | None = None,
+        name: Text = "default",
     ) -> None:
         if width < GROUPS or width % GROUPS:
             raise UserError(f"adapter.width={width} does not split into {GROUPS} groups; give a multiple of {GROUPS}.")

@@ -19,6 +19,7 @@ from vlmlab.cache.shelf import ROW, SUFFIX, Shelf, make_room
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder, FeatureCache
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Positive, Text
 
 
 @dataclass
@@ -64,7 +65,7 @@ class DiskCache(FeatureCache):
         UserError: another dtype.
     """
 
-    def __init__(self, folder: str, max_gb: float | None = 50.0, dtype: Literal["bfloat16"] | None = None) -> None:
+    def __init__(self, folder: Text, max_gb: Positive | None = 50.0, dtype: Literal["bfloat16"] | None = None) -> None:
         if dtype not in (None, "bfloat16"):
             raise UserError(f"cache.dtype={dtype} is unknown; choose bfloat16, or null for features as computed.")
         self.folder = Path(folder).expanduser()

@@ -10,17 +10,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.contracts.errors import DataError, UserError
+from vlmlab.data.overlap import Stored, reads, same_bytes, sentence, stored_images
 from vlmlab.data.provenance import KEY, changed_data, data_of, shown
 from vlmlab.data.skipped import next_usable
 from vlmlab.runs.data import CHANGED
 from vlmlab.runs.folder import RunFolder
 
-FILE = "path"
-"""Key of a source that reads a file; one without it is generated and cannot be broken."""
 
-
-def check_sources(cfg: DictConfig) -> None:
+def check_sources(cfg: DictConfig) -> list[str]:
     """Read every file that training and scoring will need, and one sample of each.
+
+    Returns:
+        What is worth saying: images on both sides.
 
     Args:
         cfg: the composed configuration; read are ``recipe.stages``, ``data`` and ``evaluation.held_out``.
@@ -29,6 +30,7 @@ def check_sources(cfg: DictConfig) -> None:
         UserError: a file or its first sample cannot be used; says which.
     """
     seen: set[str] = set()
+    kept: dict[str, list[Stored]] = {}
     for key, node in _used(cfg):
         described = json.dumps(OmegaConf.to_container(node, resolve=True), sort_keys=True, default=str)
         if described in seen:
@@ -38,6 +40,11 @@ def check_sources(cfg: DictConfig) -> None:
         if not len(source):
             raise DataError(f"{key} has no samples; check the file and the split it is for")
         next_usable(source, 0, None, []) if OmegaConf.select(cfg, "data.max_bad_fraction") else source[0]
+        kept[key] = stored_images(source)
+    trained = [key for key in kept if key.startswith("data.train.")]
+    pairs = [(key, other) for key in trained for other in kept if other not in trained]
+    shared = {pair: same_bytes(kept[pair[0]], kept[pair[1]]) for pair in pairs}
+    return [sentence(found, *pair) for pair, found in shared.items() if found]
 
 
 def check_same(run: RunFolder, cfg: DictConfig) -> None:
@@ -84,8 +91,3 @@ def _used(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
         ),
     ]
     return ((key, node) for key, node in nodes if isinstance(node, DictConfig) and reads(node))
-
-
-def reads(node: DictConfig) -> bool:
-    """Whether a source, or one of those it is mixed from, reads a file."""
-    return node.get(FILE) is not None or any(reads(part) for part in node.get("sources") or ())

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import os
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import UserError, mistake_within
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: fine; the run or its data; the command or the configuration; stopped by a signal."""
+
+
+LONGEST = 300
+"""Characters of a sentence."""
 
 
 class ConfigError(UserError):
@@ -32,9 +43,14 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def short(sentence: str, most: int = LONGEST) -> str:
+    """The sentence without its middle where it is too long: what is wrong stands first and what to do stands last."""
+    return sentence if len(sentence) <= most else f"{sentence[: most - 125]} ... {sentence[-120:]}"
+
+
 def fail(sentence: str, code: int) -> int:
     """Print ``error: sentence`` on stderr, in one line, and return the code."""
-    print(f"error: {one_line(sentence)}", file=sys.stderr, flush=True)
+    print(f"error: {short(one_line(sentence))}", file=sys.stderr, flush=True)
     return code
 
 
@@ -59,16 +75,13 @@ def guard(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
             raise SystemExit(fail(unreachable(error), FAILED)) from error
         except KeyboardInterrupt as error:
             raise SystemExit(INTERRUPTED) from error
+        except Exception as error:  # a fault of ours: all of it, and none of Hydra's own lines
+            if debugging():
+                raise
+            traceback.print_exc()
+            raise SystemExit(FAILED) from error
 
     return guarded
-
-
-def mistake_within(error: BaseException) -> UserError | None:
-    """The user's mistake that Hydra's ``instantiate`` has wrapped, or None."""
-    cause = error.__cause__
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__cause__
-    return cause
 
 
 def unbuildable(error: InstantiationException) -> str:
@@ -106,6 +119,7 @@ def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
     try:
+        check_flags(sys.argv[1:])
         main()
     except UserError as error:
         if debugging():
@@ -125,4 +139,48 @@ def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int
         if sentence is None:
             raise
         return fail(sentence, MISTAKE)
+    finally:
+        _forget_sweep()
     return DONE
+
+
+def check_flags(words: Sequence[str]) -> None:
+    """Refuse an option that Hydra does not have, which its own parser would answer with its whole usage.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    parser = get_args_parser()
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            _, unknown = parser.parse_known_args(list(words))
+        except SystemExit as end:
+            if not end.code:
+                return
+            why = said.getvalue().strip().rpartition("error: ")[2]
+            raise ConfigError(f"{one_line(why)}; --help shows the options") from end
+    for word in unknown:
+        if word.startswith("-"):
+            raise ConfigError(f"{word} is no option; --help shows the groups, keys are given as key=value")
+        raise ConfigError(f"{word} stands behind an option that has keys before it; give the options first")
+
+
+def _forget_sweep() -> None:
+    """Hydra makes a sweep's folder with its ``multirun.yaml`` before it composes a cell; a refused one leaves none."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return
+    try:
+        folder = Path(str(HydraConfig.get().sweep.dir))
+    except OmegaConfBaseException:  # it was never made
+        return
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"multirun.yaml"}:
+        (folder / "multirun.yaml").unlink(missing_ok=True)
+        remove_empty(folder)
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove an empty folder; of a relative one also those that it stands in."""
+    for place in (folder,) if folder.is_absolute() else (folder, *folder.parents):
+        if place != Path():
+            with contextlib.suppress(OSError):
+                place.rmdir()

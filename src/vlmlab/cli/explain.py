@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from vlmlab.cli.rules.asking import class_of
+from vlmlab.cli.rules.constructors import keys_in
+from vlmlab.cli.rules.words import closest, unread
+from vlmlab.recipe.stage import KEYS
 
 INSIDE = ("memory_mask",)
 """Groups that no run has at the top: the files of other groups take a choice of them into one of their keys."""
@@ -27,16 +32,61 @@ def explain(error: Exception, conf: Path, config_name: str, words: Sequence[str]
         words: of the command line; a misspelt key is compared with the keys of the choices that they make.
     """
     if isinstance(error, MissingConfigException):
-        return _missing(error)
+        return _missing(error, words)
     if isinstance(error, OverrideParseException):
         hint = "quote special characters, as in 'key=\"a=b,c\"'"
         return f"the override {error.override!r} cannot be read: {_first(error)}; {hint}"
     if isinstance(error, ConfigCompositionException):
         return _composition(error, conf, config_name, words)
     if isinstance(error, OmegaConfBaseException):
-        key = getattr(error, "full_key", None) or "a value"
-        return f"{key} cannot be resolved: {_first(error)}"
-    return _first(error) if isinstance(error, HydraException) else None
+        referring = next((word for word in words if "${" in word), None)
+        return f"{referring or error.full_key or 'a value'} cannot be resolved: {_first(error)}; give it a value"
+    if isinstance(error, yaml.YAMLError):
+        return _no_yaml(error)
+    if isinstance(error, HydraException):
+        return _of_flags(error, words)
+    return _unreadable(error, conf, words)
+
+
+def _of_flags(error: HydraException, words: Sequence[str]) -> str:
+    """What is wrong with where the configuration is looked for, under the option's name."""
+    given = _flags(words)
+    return f"{given}: {_first(error)}; leave it out, or correct the path" if given else _first(error)
+
+
+def _flags(words: Sequence[str]) -> str:
+    """The options that say where the configuration is, with their values."""
+    flags = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--package", "-p")
+    given = [
+        f"{word} {words[i + 1]}" if word in flags and i + 1 < len(words) else word
+        for i, word in enumerate(words)
+        if word.split("=")[0] in flags
+    ]
+    return " ".join(given)
+
+
+def _no_yaml(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f"{mark.name}, line {mark.line + 1}," if mark is not None else "a configuration file"
+    return f"{where} is no YAML that can be used here ({getattr(error, 'problem', None) or _first(error)}); correct it"
+
+
+def _unreadable(error: Exception, conf: Path, words: Sequence[str]) -> str | None:
+    """A word that Hydra's parser stumbles over without naming it; None where the fault is none of the words'."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = str(trace.tb_frame.f_globals.get("__name__")) if trace is not None else ""
+    if raised_in.partition(".")[0] not in ("hydra", "omegaconf", "antlr4", "yaml"):
+        return None
+    groups = {folder.name for folder in conf.iterdir() if folder.is_dir()}
+    for word in words:
+        key, _, value = word.lstrip("+~").partition("=")
+        if not key:
+            return f"{word} has no key; write key=value"
+        if key.partition("@")[0] in groups and not re.match(r"[A-Za-z_/\[]", value):
+            return f"{word} is no choice of {key}; give the name of a file of conf/{key.partition('@')[0]}"
+    return f"the command {' '.join(words)[:120]!r} cannot be read ({_first(error)}); give each word as key=value"
 
 
 def _first(error: BaseException) -> str:
@@ -44,14 +94,14 @@ def _first(error: BaseException) -> str:
     return lines[0].strip() if lines else type(error).__name__
 
 
-def _missing(error: MissingConfigException) -> str:
+def _missing(error: MissingConfigException, words: Sequence[str]) -> str:
     file = str(error.missing_cfg_file or "")
     group, _, choice = file.rpartition("/")
     if not group or not error.options:
-        return _first(error)
+        return _of_flags(error, words)
     options = sorted(error.options)
     off = "; without vision: fusion=none" if choice == "none" and group in ("encoder", "connector") else ""
-    return f"{group} has no choice {choice!r}{_closest(choice, options)}: choose one of {', '.join(options)}{off}"
+    return f"{group} has no choice {choice!r}{closest(choice, options)}: choose one of {', '.join(options)}{off}"
 
 
 def _composition(error: ConfigCompositionException, conf: Path, config_name: str, words: Sequence[str]) -> str:
@@ -63,23 +113,28 @@ def _composition(error: ConfigCompositionException, conf: Path, config_name: str
         cause = error.__cause__
         return _first(error) + (f" ({_first(cause)})" if cause is not None else "")
     key = named.group(1)
+    if "No match in the defaults list" in text and (flags := _flags(words)):
+        return f"no group {key!r} in the defaults of {flags}; leave out the one or the other"
     if key in INSIDE:
         return _inside(key, conf, config_name, words)
     if "not a ConfigGroup" in text or "already at" in text or "nvalid type" in text or key.startswith("hydra"):
         return _first(error)
     if isinstance(error.__cause__, OmegaConfBaseException) and "is not in struct" not in str(error.__cause__):
         return f"{key}: {_first(error.__cause__)}"
-    known = _known_keys(conf, config_name, words)
+    groups, cfg = _known(conf, config_name, words)
+    known = [*dict.fromkeys([*groups, *_keys(cfg)])]
     if key in known:
-        return _first(error)
-    return f"no key {key!r} in the configuration{_closest(key, known)}; see --cfg job, or add a new one by +{key}=..."
+        return f"{key}: {_first(error)}"
+    return (
+        f"{key} is not in the composition and may be added: write +{key}=..." if takes(cfg, key) else unread(key, known)
+    )
 
 
 def _inside(group: str, conf: Path, config_name: str, words: Sequence[str]) -> str:
     """Where a group that stands inside other choices is chosen, in what the words make; or what has a place for it."""
     word = next((word.lstrip("+~") for word in words if word.lstrip("+~").startswith(group)), group)
     choice = word.partition("=")[2] or "..."
-    keys = [key for key in _known_keys(conf, config_name, words) if key.endswith(".sees")]
+    keys = [key for key in _keys(_known(conf, config_name, words)[1]) if key.endswith(".sees")]
     if keys:
         return f"{word} is not said where it belongs; write {' '.join(f'{group}@{key}={choice}' for key in keys)}"
     files = sorted(conf.glob("*/*.yaml"))
@@ -90,28 +145,32 @@ def _inside(group: str, conf: Path, config_name: str, words: Sequence[str]) -> s
     )
 
 
-def _closest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not close:  # the right last part in the wrong place
-        close = [key for key in known if key.rpartition(".")[2] == word.rpartition(".")[2]][:2]
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
-
-
-def _known_keys(conf: Path, config_name: str, words: Sequence[str]) -> list[str]:
-    """The groups, and all keys under the choices that the words make, of a sweep the first."""
+def _known(conf: Path, config_name: str, words: Sequence[str]) -> tuple[list[str], DictConfig]:
+    """The groups, and the composition of the choices that the words make, of a sweep the first."""
     groups = [folder.name for folder in conf.iterdir() if folder.is_dir()]
     pairs = [word.partition("=")[::2] for word in words]
     chosen = [f"{group}={value.split(',')[0]}" for group, value in pairs if group in groups and group not in INSIDE]
-    return [*dict.fromkeys([*groups, *_composed(conf, config_name, chosen)])]
+    return groups, _composed(conf, config_name, chosen)
 
 
-def _composed(conf: Path, config_name: str, overrides: list[str]) -> list[str]:
+def _composed(conf: Path, config_name: str, overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
-            return [*_keys(compose(config_name=config_name, overrides=overrides))]
+            return compose(config_name=config_name, overrides=overrides)
     except (HydraException, OmegaConfBaseException):
-        return _composed(conf, config_name, []) if overrides else []
+        return _composed(conf, config_name, []) if overrides else OmegaConf.create()
+
+
+def takes(cfg: DictConfig, key: str) -> bool:
+    """Whether something would read a key that is not in the configuration."""
+    above, _, last = key.rpartition(".")
+    node = OmegaConf.select(cfg, above, throw_on_missing=False) if above else cfg
+    if re.fullmatch(r"recipe\.stages\.\w+", above) and isinstance(node, DictConfig):
+        return last in KEYS
+    if isinstance(node, DictConfig) and class_of(node):
+        return last in keys_in(class_of(node))
+    return False
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -9,11 +9,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from vlmlab.cli.entry import ConfigError
-from vlmlab.cli.rules import check, choices_of
-from vlmlab.cli.verb import count, run_verb
-from vlmlab.contracts.errors import UserError
+from vlmlab.cli.rules import admitted
+from vlmlab.cli.verb import count, own_keys, run_verb
 from vlmlab.recipe.stage import Stage, parse
-from vlmlab.runs.config import plain
 
 
 def inspect_command(cfg: DictConfig) -> None:
@@ -21,19 +19,18 @@ def inspect_command(cfg: DictConfig) -> None:
 
     Raises:
         ConfigError: the composition breaks a rule, there is no such stage, or a key has a value it cannot have.
-        UserError: the data cannot be opened.
+        UserError: training would refuse the data; the page says so too.
     """
     n, checked = count(cfg, "n", 1), count(cfg, "check", 0)
-    try:
-        check(cfg, plain(cfg), choices_of(HydraConfig.get()))
-    except UserError as error:
-        raise ConfigError(str(error)) from error
+    admitted(cfg, HydraConfig.get(), own_keys("inspect"))
     stage = chosen_stage(cfg)
     from vlmlab.inspect.inspection import inspect_stage, say, write_page  # from here on torch
 
     found = inspect_stage(cfg, stage, n, checked)
     say(found)
     print(f"\n{write_page(found, Path(str(cfg.out)))}")
+    if found.refused is not None:
+        raise found.refused
 
 
 def chosen_stage(cfg: DictConfig) -> Stage:

@@ -11,13 +11,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.analyse.text import plain_table
-from vlmlab.cli.data import reads
 from vlmlab.cli.entry import ConfigError
-from vlmlab.cli.rules import check, choices_of
-from vlmlab.cli.verb import count, run_verb
+from vlmlab.cli.rules import admitted
+from vlmlab.cli.verb import count, own_keys, run_verb
 from vlmlab.contracts.errors import UserError
+from vlmlab.data.overlap import reads
 from vlmlab.recipe.stage import parse
-from vlmlab.runs.config import plain
 from vlmlab.runs.files import write_json
 
 if TYPE_CHECKING:
@@ -32,11 +31,7 @@ def plan_command(cfg: DictConfig) -> None:
         UserError: the data cannot be read, or the composition cannot be planned.
     """
     _check_values(cfg)
-    try:
-        config = plain(cfg)
-        check(cfg, config, choices_of(HydraConfig.get()))
-    except UserError as error:
-        raise ConfigError(str(error)) from error
+    admitted(cfg, HydraConfig.get(), own_keys("plan"))
     stages = [stage.name for stage in parse(cfg)]
     lengths = {name: _pair(name, value) for name, value in _per_stage(cfg, "lengths", stages).items()}
     samples = {name: _samples(name, value) for name, value in _per_stage(cfg, "samples", stages).items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections.abc import Mapping
@@ -15,18 +14,20 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from vlmlab.analyse.table import final_table
+from vlmlab.cli import rules
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.data import check_same, check_sources
-from vlmlab.cli.entry import ConfigError, guard, mistake_within, one_line, run_command, unbuildable
-from vlmlab.cli.rules import check, choices_of
-from vlmlab.contracts.errors import OutOfMemory, Unscored, UserError
+from vlmlab.cli.entry import ConfigError, guard, one_line, remove_empty, run_command, unbuildable
+from vlmlab.contracts.errors import DataError, OutOfMemory, Unscored, UserError, mistake_within
 from vlmlab.data.skipped import TooManyBad, note
 from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
-from vlmlab.runs.config import plain
 from vlmlab.runs.data import note_changed
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.origin import check_origin
 from vlmlab.runs.watchdog import die_with_parent
+
+NO_MISTAKE = (DataError, OutOfMemory, Unscored)
+"""What the files or the machine are to blame for, and not the command."""
 
 
 def train_command(cfg: DictConfig) -> None:
@@ -41,11 +42,13 @@ def train_command(cfg: DictConfig) -> None:
     folder = _short(Path(hydra_cfg.runtime.output_dir))
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     try:
-        config = plain(cfg)
-        check(cfg, config, choices_of(hydra_cfg))
-    except UserError as error:
-        _remove_if_empty(folder)
-        raise ConfigError(str(error)) from error
+        config = rules.admitted(cfg, hydra_cfg)
+        if not str(hydra_cfg.run.dir):
+            raise ConfigError("hydra.run.dir= is no folder; give one, or leave it out and give name=...")
+    except ConfigError:
+        remove_empty(folder)
+        remove_empty(Path(str(hydra_cfg.run.dir)))
+        raise
     if not first:  # a further rank of a run that rank zero has opened
         _train(cfg, folder)
         return
@@ -78,17 +81,24 @@ def _look_at_data(cfg: DictConfig, config: Mapping[str, Any], folder: Path) -> N
         check_origin(folder, cfg.init_from, fresh=bool(cfg.fresh))
         if not cfg.fresh and RunFolder(folder).holds(config):
             return
-        check_sources(cfg)
+        for line in check_sources(cfg):
+            print(f"note: {line}", flush=True)
     except (UserError, InstantiationException) as error:
         mistake = error if isinstance(error, UserError) else mistake_within(error)
         if isinstance(mistake, TooManyBad) and mistake.listed:
             note(folder, "data", mistake.skipped)
-        _remove_if_empty(folder)
-        raise
+        remove_empty(folder)
+        if isinstance(error, DataError) or isinstance(mistake, DataError):
+            raise
+        raise ConfigError(_said(error)) from error
 
 
 def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
-    """Train, and leave in ``state.json`` how it ended."""
+    """Train, and leave in ``state.json`` how it ended; a composition that cannot be built leaves no new folder.
+
+    Raises:
+        ConfigError: it cannot be built, which was found before anything was learnt.
+    """
     try:
         check_same(run, cfg)
         return _train(cfg, run.path)
@@ -96,11 +106,32 @@ def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
         if isinstance(error, Unscored) and error.scores:
             print(f"\n{final_table(run.result() or {})}\n", flush=True)
         run.end("failed", _said(error))
-        raise
+        mistake = isinstance(error, InstantiationException | UserError) and not isinstance(error, NO_MISTAKE)
+        if not mistake or isinstance(mistake_within(error), DataError) or _learnt(run.path):
+            raise
+        _forget(run.path)
+        raise ConfigError(_said(error)) from error
     except BaseException:  # a signal; what was learnt is saved
         run.end("interrupted")
         print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
         raise
+
+
+def _learnt(folder: Path) -> bool:
+    """Whether a run has come to its first step or further."""
+    rows = folder / "metrics.jsonl"
+    return (rows.is_file() and rows.stat().st_size > 0) or any(folder.glob("stages/*/*"))
+
+
+def _forget(folder: Path) -> None:
+    """Remove a run folder in which nothing is but how the run began."""
+    found = [path for path in folder.rglob("*") if not path.is_dir()]
+    if {path.name for path in found} <= {"config.yaml", "env.json", "state.json", "metrics.jsonl", "lock"}:
+        for path in found:
+            path.unlink()
+        for place in sorted(folder.rglob("*"), reverse=True):
+            place.rmdir()
+        remove_empty(folder)
 
 
 def _said(error: Exception) -> str:
@@ -139,13 +170,6 @@ def _report(cfg: DictConfig, folder: Path, result: dict[str, Any]) -> Path:
 def _short(folder: Path) -> Path:
     """The folder relative to where the user stands, if it is below."""
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-
-
-def _remove_if_empty(folder: Path) -> None:
-    """Hydra makes the folder before anything is checked; a refused run should leave none."""
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-        folder.parent.rmdir()
 
 
 if __name__ == "__main__":

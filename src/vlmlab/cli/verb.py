@@ -29,11 +29,16 @@ def run_verb(verb: str, task: Callable[[DictConfig], object]) -> int:
     conf = conf_folder()
     if any(word in ("-m", "--multirun") for word in sys.argv[1:]):
         return fail(f"vlmlab {verb} looks at one composition; leave out {'-m'} and give one value a key", MISTAKE)
-    own = OmegaConf.to_container(OmegaConf.load(conf / f"{verb}.yaml"))
-    assert isinstance(own, dict)
-    sys.argv[1:] = arguments(verb, sys.argv[1:], {str(key): value for key, value in own.items()})
+    sys.argv[1:] = arguments(verb, sys.argv[1:], own_keys(verb))
     main = hydra.main(config_path=str(conf), config_name=TOP, version_base="1.3")(guard(task))
     return run_command(main, conf, TOP)
+
+
+def own_keys(verb: str) -> dict[str, Any]:
+    """The keys at the top that a verb has beside those of a run, with their values."""
+    own = OmegaConf.to_container(OmegaConf.load(conf_folder() / f"{verb}.yaml"))
+    assert isinstance(own, dict)
+    return {str(key): value for key, value in own.items()}
 
 
 def arguments(verb: str, words: Sequence[str], own: Mapping[str, Any]) -> list[str]:

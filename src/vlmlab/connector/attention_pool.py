@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from vlmlab.connector.base import as_grid, check_counts, check_heads, windows
 from vlmlab.contracts.parts import Connector
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Width
 
 
 class AttentionPoolConnector(Connector):
@@ -30,10 +31,10 @@ class AttentionPoolConnector(Connector):
         self,
         in_width: int,
         out_width: int,
-        window: int = 2,
-        heads: int = 16,
-        width: int | None = None,
-        hidden: int | None = None,
+        window: Width = 2,
+        heads: Width = 16,
+        width: Width | None = None,
+        hidden: Width | None = None,
     ) -> None:
         super().__init__()
         inner = in_width if width is None else width

@@ -11,6 +11,7 @@ from vlmlab.connector.base import check_counts
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Connector
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Depth, Width
 
 
 class Idefics2Connector(Connector):
@@ -34,12 +35,12 @@ class Idefics2Connector(Connector):
         self,
         in_width: int,
         out_width: int,
-        latents: int = 64,
-        depth: int = 3,
-        heads: int = 16,
-        head_dim: int = 96,
-        kv_heads: int = 4,
-        hidden: int | None = None,
+        latents: Width = 64,
+        depth: Depth = 3,
+        heads: Width = 16,
+        head_dim: Width = 96,
+        kv_heads: Width = 4,
+        hidden: Width | None = None,
     ) -> None:
         super().__init__()
         wide = 4 * out_width if hidden is None else hidden

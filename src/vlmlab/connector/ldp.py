@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from vlmlab.connector.base import as_grid, check_counts
 from vlmlab.contracts.parts import Connector
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Width
 
 
 class LdpConnector(Connector):
@@ -21,7 +22,7 @@ class LdpConnector(Connector):
         stride: of the second convolution, in rows and columns (2 in the paper: a quarter of the tokens).
     """
 
-    def __init__(self, in_width: int, out_width: int, stride: int = 2) -> None:
+    def __init__(self, in_width: int, out_width: int, stride: Width = 2) -> None:
         super().__init__()
         check_counts(stride=stride)
         self.stride = stride

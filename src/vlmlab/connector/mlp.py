@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vlmlab.contracts.parts import Connector
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Depth, Width
 
 
 class MlpConnector(Connector):
@@ -21,7 +22,7 @@ class MlpConnector(Connector):
         hidden: width between them; null means the LM's.
     """
 
-    def __init__(self, in_width: int, out_width: int, depth: int = 2, hidden: int | None = None) -> None:
+    def __init__(self, in_width: int, out_width: int, depth: Depth = 2, hidden: Width | None = None) -> None:
         super().__init__()
         widths = [in_width, *[hidden or out_width] * (depth - 1), out_width]
         layers: list[nn.Module] = [nn.Linear(a, b) for a, b in pairwise(widths)]

@@ -12,6 +12,7 @@ from vlmlab.connector.base import as_grid, check_counts, windows
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Connector
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Positive, Width
 
 Tokenize = Literal["softmax", "gumbel_argmax", "st_argmax"]
 INDICATORS = 2
@@ -40,12 +41,12 @@ class OvisConnector(Connector):
         self,
         in_width: int,
         out_width: int,
-        words: int = 16384,
-        stride: int = 1,
+        words: Width = 16384,
+        stride: Width = 1,
         tokenize: Tokenize = "softmax",
-        temperature: float = 1.0,
+        temperature: Positive = 1.0,
         indicators: bool = True,
-        std: float = 0.02,
+        std: Positive = 0.02,
     ) -> None:
         super().__init__()
         if tokenize not in get_args(Tokenize):

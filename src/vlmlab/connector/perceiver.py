@@ -10,6 +10,7 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 from vlmlab.connector.base import check_counts
 from vlmlab.contracts.parts import Connector
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Depth, Width
 
 
 class PerceiverConnector(Connector):
@@ -33,10 +34,10 @@ class PerceiverConnector(Connector):
         self,
         in_width: int,
         out_width: int,
-        latents: int = 64,
-        depth: int = 6,
-        heads: int = 8,
-        head_dim: int = 64,
+        latents: Width = 64,
+        depth: Depth = 6,
+        heads: Width = 8,
+        head_dim: Width = 64,
         qk_norm: bool = False,
     ) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from vlmlab.connector.base import as_grid, check_counts, check_divides, windows
 from vlmlab.contracts.parts import Connector
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Width
 
 
 class PixelShuffleConnector(Connector):
@@ -25,7 +26,7 @@ class PixelShuffleConnector(Connector):
             InternVL refuses too.
     """
 
-    def __init__(self, in_width: int, out_width: int, factor: int = 2) -> None:
+    def __init__(self, in_width: int, out_width: int, factor: Width = 2) -> None:
         super().__init__()
         check_counts(factor=factor)
         self.factor = factor

@@ -8,6 +8,7 @@ from vlmlab.connector.base import as_grid, check_counts, windows
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Connector
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Width
 
 
 class PoolConnector(Connector):
@@ -26,7 +27,7 @@ class PoolConnector(Connector):
             code has no other case either.
     """
 
-    def __init__(self, in_width: int, out_width: int, side: int | None = None, norm: bool = False) -> None:
+    def __init__(self, in_width: int, out_width: int, side: Width | None = None, norm: bool = False) -> None:
         super().__init__()
         if side is not None:
             check_counts(side=side)

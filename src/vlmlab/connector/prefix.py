@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vlmlab.contracts.parts import Connector
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Width
 
 
 class PrefixConnector(Connector):
@@ -20,7 +21,7 @@ class PrefixConnector(Connector):
         tokens: embeddings per image; the paper found 2 best.
     """
 
-    def __init__(self, in_width: int, out_width: int, tokens: int = 2) -> None:
+    def __init__(self, in_width: int, out_width: int, tokens: Width = 2) -> None:
         super().__init__()
         self.tokens = tokens
         self.proj = nn.Linear(in_width, tokens * out_width)

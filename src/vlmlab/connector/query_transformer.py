@@ -13,6 +13,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 from vlmlab.connector.base import check_heads
 from vlmlab.contracts.parts import Connector, Sight
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Depth, Drop, Width
 
 BERT_VOCABULARY = 30522
 
@@ -40,16 +41,16 @@ class QueryTransformer(Connector):
         self,
         in_width: int,
         out_width: int,
-        queries: int = 32,
-        hidden: int | None = None,
-        layers: int = 12,
-        heads: int = 12,
-        cross_every: int = 2,
-        dropout: float = 0.1,
+        queries: Width = 32,
+        hidden: Width | None = None,
+        layers: Depth = 12,
+        heads: Width = 12,
+        cross_every: Width = 2,
+        dropout: Drop = 0.1,
         instruction: bool = False,
         text: bool = False,
-        vocab_size: int | None = None,
-        max_words: int = 512,
+        vocab_size: Width | None = None,
+        max_words: Width = 512,
     ) -> None:
         super().__init__()
         width = hidden or out_width

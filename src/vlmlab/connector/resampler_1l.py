@@ -10,6 +10,7 @@ from vlmlab.connector.base import as_grid, check_counts, check_heads
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Connector
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Width
 
 
 class Resampler1lConnector(Connector):
@@ -31,7 +32,7 @@ class Resampler1lConnector(Connector):
 
     positions: Tensor
 
-    def __init__(self, in_width: int, out_width: int, side: int = 16, heads: int = 32) -> None:
+    def __init__(self, in_width: int, out_width: int, side: Width = 16, heads: Width = 32) -> None:
         super().__init__()
         check_counts(side=side)
         check_heads(heads, out_width, "the LM's width")

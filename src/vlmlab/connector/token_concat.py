@@ -9,6 +9,7 @@ from vlmlab.connector.base import check_counts
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Connector
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Width
 
 
 class TokenConcatConnector(Connector):
@@ -23,7 +24,7 @@ class TokenConcatConnector(Connector):
         UserError: from ``tokens_per_image`` and ``forward``, where ``group`` does not divide the number of features.
     """
 
-    def __init__(self, in_width: int, out_width: int, group: int = 4) -> None:
+    def __init__(self, in_width: int, out_width: int, group: Width = 4) -> None:
         super().__init__()
         check_counts(group=group)
         self.group = group

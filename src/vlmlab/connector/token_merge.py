@@ -13,6 +13,7 @@ from vlmlab.connector.base import check_counts, check_heads
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Connector
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Depth, Drop, Natural, Width
 
 
 class TokenMergeConnector(Connector):
@@ -42,12 +43,12 @@ class TokenMergeConnector(Connector):
         self,
         in_width: int,
         out_width: int,
-        merge: int = 19,
-        layers: int = 12,
-        heads: int = 12,
-        hidden: int | None = None,
+        merge: Natural = 19,
+        layers: Depth = 12,
+        heads: Width = 12,
+        hidden: Width | None = None,
         weighted: bool = True,
-        dropout: float = 0.1,
+        dropout: Drop = 0.1,
     ) -> None:
         super().__init__()
         width = out_width if hidden is None else hidden

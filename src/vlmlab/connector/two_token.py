@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from vlmlab.connector.base import as_grid, check_counts, check_divides
 from vlmlab.connector.query_transformer import QueryTransformer
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Width
 
 
 class TwoTokenConnector(QueryTransformer):
@@ -35,8 +36,8 @@ class TwoTokenConnector(QueryTransformer):
         self,
         in_width: int,
         out_width: int,
-        content: int | None = 1,
-        hidden: int | None = None,
+        content: Width | None = 1,
+        hidden: Width | None = None,
         instruction: bool = True,
         **qformer: Any,
     ) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+LONGEST = 300
+"""Characters of a message about data at most: rows may hold words of any length."""
+
 
 class UserError(Exception):
     """A mistake in the command, the configuration or the data; printed without a traceback.
@@ -14,7 +17,13 @@ class UserError(Exception):
 
 
 class DataError(UserError):
-    """A file or a row of a data set cannot be used; the message names the file and the row or id."""
+    """A file or a row of a data set cannot be used; the message names the file and the row or id.
+
+    It has at most `LONGEST` characters, whatever the rows hold.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(brief(message))
 
 
 class OutOfMemory(UserError):
@@ -68,6 +77,25 @@ class Unscored(UserError):
 
 class CheckpointError(UserError):
     """Saved weights do not fit the composition that wants to load them."""
+
+
+def brief(text: str, limit: int = LONGEST) -> str:
+    """The text in at most `limit` characters: its longest words lose their middle first, then the text does."""
+    while len(text) > limit:
+        word = max(text.split(), key=len, default="")
+        kept = max(len(word) - (len(text) - limit) - 3, 60)
+        if kept >= len(word) - 3:
+            return f"{text[: limit * 2 // 3 - 3].rstrip()}...{text[len(text) - (limit - limit * 2 // 3) :]}"
+        text = text.replace(word, f"{word[: kept // 2]}...{word[len(word) - (kept - kept // 2) :]}", 1)
+    return text
+
+
+def mistake_within(error: BaseException) -> UserError | None:
+    """The user's mistake that Hydra's ``instantiate`` has wrapped, or None."""
+    cause = error.__cause__
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__
+    return cause
 
 
 def check_counts(group: str, /, **counts: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Image, Sample
 from vlmlab.contracts.tensors import Batch, Images, Kind, Layout
 from vlmlab.data.chat import IGNORE, SYSTEM, ChatEncoder, Encoded, asked
@@ -79,7 +80,7 @@ class Collator:
             [] if self.resize is None else [(i, k) for row in rows for i in row for k in range(len(samples[i].images))]
         )
         return Batch(
-            pixels=self._pixels([samples[i].images[k] for i, k in shown]),
+            pixels=self._pixels([(samples[i].id, samples[i].images[k]) for i, k in shown]),
             input_ids=ids,
             labels=labels,
             layout=layout,
@@ -93,10 +94,20 @@ class Collator:
             return None
         return self.text([text for row in rows for i in row for text in asked(samples[i])])
 
-    def _pixels(self, images: list[Image]) -> Tensor:
+    def _pixels(self, images: list[tuple[str, Image]]) -> Tensor:
         if not images or self.resize is None:
             return torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
-        return torch.from_numpy(np.stack([self.resize(image) for image in images]))  # (I, 3, H, W)
+        return torch.from_numpy(np.stack([resized(self.resize, image, name) for name, image in images]))  # (I, 3, H, W)
+
+
+def resized(resize: Resize, image: Image, name: str) -> Image:
+    """The image as the tower takes it; raises DataError, naming the sample, where the memory does not hold that."""
+    try:
+        return resize(image)
+    except MemoryError:
+        height, width = image.shape[:2]
+        problem = f"its image of {width} x {height} pixels does not fit the memory when it is resized"
+        raise DataError(f"Sample {name}: {problem}; shrink the image or remove the row") from None
 
 
 def _image_table(

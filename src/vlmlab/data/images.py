@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import posixpath
+import re
 import stat
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import IO
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image as Pillow
 from PIL import UnidentifiedImageError
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Image
 from vlmlab.data.fingerprint import Facts, images_fingerprint
+from vlmlab.data.overlap import Stored, spread
+from vlmlab.data.pixels import Range, from_halves, from_pillow, lower_bytes, raw_mode, value_range
 
 MAX_PIXELS = 89_478_485
 """Images that claim more pixels are refused before decoding (Pillow's own threshold of a warning: 256 MiB of RGB)."""
@@ -24,8 +26,20 @@ MAX_PIXELS = 89_478_485
 FORMATS = ("BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Decoders in use (JPEG reads MPO too). Others stay shut: EPS starts another program, the rest are not photographs."""
 
-_ORIENTATION = 0x0112
-_BITS_PER_SAMPLE = 258
+MAX_SIDE = 65_535
+"""Rows or columns of an image at most, as in a JPEG; more of them in a line would cost memory in scaling alone."""
+
+ENDINGS = (".jpg", ".jpeg", ".png")
+"""What a name without an ending may stand for, as GQA's image ids do."""
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def embedded(name: str) -> str | None:
+    """Why a name can be none of a file: the image itself, or where it is on the net; None where it can be one."""
+    if name[:5].lower() == "data:":
+        return "is a data URI, and images inside the text are not supported"
+    return "is a URL, and images are not downloaded" if _URL.match(name) else None
 
 
 class ImageFolder:
@@ -33,38 +47,76 @@ class ImageFolder:
 
     Args:
         root: the folder; it may itself be a link.
+        roots: folders that links inside `root` may lead to; none: no link is followed.
+        values: which values are black and white in images of more than 8 bits: "auto" or [low, high].
 
     Raises:
-        DataError: the folder does not exist.
+        DataError: the folder, or one of `roots`, does not exist.
+        UserError: `values` is no range.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(
+        self, root: str | Path, roots: str | Sequence[str | Path] = (), values: str | Sequence[float] = "auto"
+    ) -> None:
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise DataError(f"Image folder {self.root} does not exist; set data.images to the folder of the images")
         self._real = os.path.realpath(self.root)
+        self._roots = [os.path.realpath(folder) for folder in _folders(roots)]
+        self._values = value_range(values)
         self._inside: dict[str, bool] = {}  # whether a sub-folder is reached without links, asked once
 
-    def check(self, name: str) -> str | None:
+    def name(self, given: str) -> str:
+        """The normal form of an image's name: one for ``a.png``, ``./a.png``, ``.//a.png`` and ``b/../a.png``.
+
+        A name without an ending is that of the one file that has it and an ending of `ENDINGS`.
+        """
+        plain = posixpath.normpath(given.strip()) if given.strip() else ""
+        if "." not in posixpath.basename(plain) and "\0" not in plain and not os.path.lexists(self.root / plain):
+            found = [plain + ending for ending in ENDINGS if os.path.isfile(self.root / (plain + ending))]
+            return found[0] if len(found) == 1 else plain
+        return plain
+
+    def same(self, names: Iterable[str]) -> dict[str, str]:
+        """Every name -> the one that stands for its file, the first in the alphabet of all that lead there.
+
+        So a file is one image however it is spelled: by case where the file system has none, by links.
+        """
+        plain = {given: self.name(given) for given in set(names)}
+        files = {name: self._file(name) for name in set(plain.values())}
+        first: dict[object, str] = {}
+        for name, file in files.items():
+            first[file] = min(first.get(file, name), name)
+        return {given: first[files[name]] for given, name in plain.items()}
+
+    def check(self, given: str) -> str | None:
         """Why the image cannot be used, in words that follow its name, or None; does not open the file."""
-        if not name or "\0" in name:
+        if not given.strip() or "\0" in given:
             return "is no file name"
-        if name.startswith("/") or PureWindowsPath(name).drive or PureWindowsPath(name).root:
-            return f"is an absolute path, only names inside {self.root} are allowed"
-        if ".." in PureWindowsPath(name).parts:  # splits at both / and \
-            return f"leaves the image folder {self.root}"
-        path = os.path.join(self.root, name)
+        if reason := embedded(given) or self._outside(given):
+            return reason
+        path = os.path.join(self.root, self.name(given))
         try:
             found = os.lstat(path)
+            if stat.S_ISLNK(found.st_mode) or not self._without_links(os.path.dirname(path)):
+                if reason := self._refused_link(path, found):
+                    return reason
+                found = os.stat(path)
         except (OSError, ValueError):
-            return f"is not in {self.root}{self._hint(name)}"
-        if stat.S_ISLNK(found.st_mode):
-            return f"is a link, only files that lie inside {self.root} are allowed"
-        if not self._without_links(os.path.dirname(path)):
-            return f"is behind a linked folder, only files that lie inside {self.root} are allowed"
+            return f"is not in {self.root}{self._hint(given)}"
         if not stat.S_ISREG(found.st_mode):
             return "is not a file"
         return None if found.st_size else "is an empty file"
+
+    def stored(self, names: Iterable[str], most: int) -> Iterator[Stored]:
+        """At most so many of these image files, for comparing; those that are gone are left out."""
+        for name in spread(names, most):
+            path = self.root / name
+            try:
+                size = path.stat().st_size
+            except OSError:
+                continue
+            yield Stored(name, size, path.read_bytes)
 
     def fingerprint(self, names: Iterable[str]) -> Facts:
         """Facts that change with these images; none is opened."""
@@ -75,12 +127,39 @@ class ImageFolder:
         reason = self.check(name)
         if reason:
             raise DataError(f"Image '{name}' {reason}; correct the row or the image folder")
-        path = self.root / name
+        path = self.root / self.name(name)
         try:
             with open(path, "rb") as file:
-                return decode_image(file, str(path))
+                return decode_image(file, str(path), self._values)
         except OSError as error:  # decoding raises none
             raise DataError(f"Image {path} cannot be read ({error.strerror}); check its permissions") from None
+
+    def _outside(self, given: str) -> str | None:
+        if given.startswith("/") or PureWindowsPath(given).drive or PureWindowsPath(given).root:
+            return f"is an absolute path, only names inside {self.root} are allowed"
+        if ".." in PureWindowsPath(self.name(given)).parts:  # splits at both / and \
+            return f"leaves the image folder {self.root}"
+        return None
+
+    def _refused_link(self, path: str, found: os.stat_result) -> str | None:
+        """Why a path with a link in it may not be followed."""
+        if self._roots:
+            real = os.path.realpath(path)
+            if any(os.path.commonpath([real, root]) == root for root in (self._real, *self._roots)):
+                return None
+            return "leads out of the folders that data.image_roots names"
+        which = "is a link" if stat.S_ISLNK(found.st_mode) else "is behind a linked folder"
+        return f"{which}, only files that lie inside {self.root} are allowed (data.image_roots names further folders)"
+
+    def _file(self, name: str) -> object:
+        """What is equal for two names of one file: device and number, or the name where there is no such file."""
+        try:
+            if embedded(name) or self._outside(name):
+                return name
+            found = os.stat(self.root / name)
+        except (OSError, ValueError):
+            return name
+        return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(self.root / name)
 
     def _without_links(self, folder: str) -> bool:
         if folder not in self._inside:
@@ -97,92 +176,71 @@ class ImageFolder:
         return ""
 
 
-def load_image(path: str, root: str | Path) -> Image:
+def _folders(given: str | Sequence[str | Path]) -> list[Path]:
+    """The folders that `data.image_roots` names."""
+    found = [Path(folder).expanduser() for folder in ([given] if isinstance(given, str | Path) else given or ())]
+    for folder in found:
+        if not folder.is_dir():
+            raise DataError(f"data.image_roots names {folder}, which is no folder; give those that links lead to")
+    return found
+
+
+def load_image(path: str, root: str | Path, values: str | Sequence[float] = "auto") -> Image:
     """One image file as (H, W, 3) uint8 RGB, the same on every machine with the same Pillow.
 
     Rules: the EXIF or XMP orientation is applied; of animations and multi-page files the first frame counts;
     transparency is laid on white; CMYK, palette, grey and bilevel images become RGB; 16 bit pixels are scaled by their
     full range (that of the TIFF's bit depth), floating point by 1, 255 or 65535, whichever is the smallest that holds
-    them. Broken metadata around sound pixels is ignored.
+    them, both by `values` where it is given. Broken metadata around sound pixels is ignored.
 
     Args:
         path: the image's name relative to `root`.
         root: the folder that holds all images.
+        values: which values are black and white where a pixel has more than 8 bits: "auto" or [low, high]; what lies
+            outside is cut off. X-rays of 12 bits in files of 16 need [0, 4095] for their contrast.
 
     Raises:
         DataError: absent, empty, truncated or not an image; more than `MAX_PIXELS`; a path that leaves `root`.
+        UserError: `values` is no range.
     """
-    return ImageFolder(root).load(path)
+    return ImageFolder(root, values=values).load(path)
 
 
-def decode_image(file: IO[bytes], name: str) -> Image:
+def decode_image(file: IO[bytes], name: str, values: Range = None) -> Image:
     """An open image file as (H, W, 3) uint8 RGB by the rules of `load_image`; `name` is what errors call it.
 
     Raises:
-        DataError: empty, truncated or not an image; more than `MAX_PIXELS`.
+        DataError: empty, truncated or not an image; more than `MAX_PIXELS` or `MAX_SIDE`; more than the memory holds.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken metadata; the size has its own limit below
-            with Pillow.open(file, formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise Pillow.DecompressionBombError(f"{width} x {height} pixels")
-                image.load()
-                return from_pillow(image)
+            return _decoded(file, values)
     except Pillow.DecompressionBombError:
-        limit = f"more than {MAX_PIXELS:,} pixels"
+        limit = f"more than {MAX_PIXELS:,} pixels or {MAX_SIDE:,} in a line"
         raise DataError(f"Image {name} claims {limit}; shrink it or remove its row") from None
     except UnidentifiedImageError:
         known = ", ".join(FORMATS)
         raise DataError(f"Image {name} is no readable image ({known}); replace the file or remove its row") from None
+    except MemoryError:
+        raise DataError(f"Image {name} does not fit the memory; shrink it or remove its row") from None
     except Exception as error:  # decoders of damaged files raise nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"Image {name} cannot be decoded ({reason}); replace the file or remove its row") from None
 
 
-def from_pillow(image: Pillow.Image) -> Image:
-    """(H, W, 3) uint8 of an opened image: upright as its EXIF says, its first frame, in RGB."""
-    return np.ascontiguousarray(_upright(_rgb(image), _orientation(image)))
-
-
-def _orientation(image: Pillow.Image) -> int:
-    """EXIF orientation 1..8; asked after loading, because TIFF images turn themselves then."""
-    try:
-        value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # unreadable metadata around sound pixels
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _upright(pixels: Image, orientation: int) -> Image:
-    if orientation >= 5:  # 5..8 are 1..4 with rows and columns exchanged first
-        pixels = pixels.swapaxes(0, 1)
-    flip_rows = orientation in (3, 4, 7, 8)
-    flip_columns = orientation in (2, 3, 6, 7)
-    return pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
-
-
-def _rgb(image: Pillow.Image) -> Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return np.repeat(_eight_bits(image)[:, :, None], 3, axis=2)
-    if image.has_transparency_data:
-        drawn = image.convert("RGBA")
-        white = Pillow.new("RGBA", drawn.size, "white")
-        return np.array(Pillow.alpha_composite(white, drawn).convert("RGB"))
-    return np.array(image.convert("RGB"))
-
-
-def _eight_bits(image: Pillow.Image) -> NDArray[np.uint8]:
-    """Grey pixels of 16 or 32 bit, scaled to 0..255; a plain conversion would clip nearly all of them to white."""
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all() or values.min() < 0:
-        raise ValueError("its pixels are negative or not finite")
-    if image.mode == "F":
-        top = next((t for t in (1.0, 255.0, 65535.0) if values.max() <= t), 0.0)
-    else:
-        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
-        top = 2.0**bits - 1 if 8 < bits <= 16 else 65535.0
-    if values.max() > top:
-        raise ValueError(f"its pixels reach {values.max():g}, beyond 16 bit")
-    return np.rint(values * (255.0 / top)).astype(np.uint8)
+def _decoded(file: IO[bytes], values: Range) -> Image:
+    with Pillow.open(file, formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+            raise Pillow.DecompressionBombError
+        lower = lower_bytes(image, values)
+        if lower is None:
+            return from_pillow(image, values)
+        grey = raw_mode(image.tile[0]).startswith("LA")
+        image.load()
+        file.seek(0)
+        with Pillow.open(file, formats=FORMATS) as again:
+            again.tile = lower
+            again.load()
+            return from_halves(image, again, grey, values)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample, SampleSource, Turn, turns_of
+from vlmlab.contracts.values import Count, NotNegative, Seed
 from vlmlab.data.fingerprint import Facts, source_fingerprint
+from vlmlab.data.overlap import Stored
 from vlmlab.data.skipped import Skipped, label
 
 
@@ -35,9 +37,9 @@ class Mixture:
     def __init__(
         self,
         sources: Sequence[SampleSource],
-        weights: Sequence[float] | None = None,
-        size: int | None = None,
-        seed: int = 0,
+        weights: Sequence[NotNegative] | None = None,
+        size: Count | None = None,
+        seed: Seed = 0,
     ) -> None:
         sizes = [len(source) for source in sources]
         if not sizes or min(sizes) < 1:
@@ -70,6 +72,12 @@ class Mixture:
     def turns(self, index: int) -> Sequence[Turn]:
         """The turns of a sample, as its source tells them."""
         return turns_of(self.sources[self._source[index]], int(self._row[index]))
+
+    def stored(self, most: int) -> Iterator[Stored]:
+        """The images of its sources that keep any."""
+        for source in self.sources:
+            if (told := getattr(source, "stored", None)) is not None:
+                yield from told(most)
 
     def fingerprint(self) -> Facts:
         """Those of its sources, and the places they have here."""

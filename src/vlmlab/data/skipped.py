@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.errors import LONGEST, DataError, brief
 from vlmlab.contracts.sample import Sample, SampleSource
 from vlmlab.data.fingerprint import Facts, source_fingerprint
 from vlmlab.data.sampler import Order
@@ -23,7 +24,13 @@ FILE = "skipped.jsonl"
 """In the run folder: one row per skipped sample, ``{data, id, reason}``."""
 
 SHOWN = 20
-"""Bad rows named in the message; the file has them all."""
+"""So many bad rows and fewer are not worth a file before a run has begun."""
+
+MOST_GROUPS = 3
+"""Reasons named in a message; the file and ``vlmlab inspect`` have them all."""
+
+_PARTICULAR = re.compile(r"'[^']*[/\\\d.][^']*'|\([^)]*\)|\S*[/\\\d]\S*")
+"""What is particular to a row in the words about it: places, names of files, numbers, what is in brackets."""
 
 INSIST = 1000
 """Bad rows in a row after which the search for a usable one is given up."""
@@ -44,8 +51,8 @@ class TooManyBad(DataError):
 
     Attributes:
         skipped: all of them.
-        listed: whether there are more than the message shows and the list is worth keeping; where most rows are bad, it
-            is not the rows that are wrong (but, say, the image folder).
+        listed: whether they are many and the list is worth keeping; where most rows are bad, it is not the rows that
+            are wrong (but, say, the image folder).
     """
 
     def __init__(self, message: str, skipped: Sequence[Skipped], total: float) -> None:
@@ -58,16 +65,48 @@ def check_share(skipped: Sequence[Skipped], total: float, limit: float, where: s
     """Raises TooManyBad, naming the rows, where more than `limit` of `total` are bad."""
     if len(skipped) <= limit * total:
         return
-    listed = "; ".join(f"({n}) {s.id}: {s.reason}" for n, s in enumerate(skipped[:SHOWN], 1))
-    rest = len(skipped) - SHOWN
-    kept = f", all of them in {FILE} of the run folder" if len(skipped) < total / 2 else ""
-    more = f"; and {rest} more{kept}" if rest > 0 else ""
-    raise TooManyBad(
-        f"{where}: {len(skipped)} of {total:g} rows cannot be used, more than data.max_bad_fraction={limit:g} allows; "
-        f"repair or remove them, or raise that share: {listed}{more}",
-        skipped,
-        total,
-    )
+    groups = grouped(skipped)
+    begin = f"{brief(where, 70)}: {len(skipped)} of {total:g} rows cannot be used, more than data.max_bad_fraction="
+    begin += f"{limit:g} allows; repair or remove them (vlmlab inspect lists all): "
+    shown = groups if len(groups) <= MOST_GROUPS else groups[: MOST_GROUPS - 1]
+    rest = f"; {len(groups) - len(shown)} other reasons" if len(shown) < len(groups) else ""
+    room = (LONGEST - len(begin) - len(rest)) // len(shown) - 2
+    lines = [brief(group.line(remedy=len(groups) == 1), room) for group in shown]
+    raise TooManyBad(begin + "; ".join(lines) + rest, skipped, total)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows that are left out for one reason.
+
+    Attributes:
+        count: how many.
+        first: the id of the first of them.
+        reason: why it is left out, in one sentence.
+    """
+
+    count: int
+    first: str
+    reason: str
+
+    def line(self, remedy: bool = False) -> str:
+        """How many, the first, and what is wrong with it, without the folder of its file."""
+        name = self.first if len(self.first) <= 40 else f"{self.first[:37]}..."
+        wrong = re.sub(r"^\S*/", "", self.reason if remedy else _problem(self.reason))
+        return f"{name}: {wrong}" if self.count == 1 else f"{self.count} like {name}: {wrong}"
+
+
+def _problem(reason: str) -> str:
+    return reason.rpartition("; ")[0] or reason
+
+
+def grouped(skipped: Sequence[Skipped]) -> list[Group]:
+    """The bad rows by reason, the most frequent first; what is particular to a row makes no other reason."""
+    found: dict[str, list[Skipped]] = {}
+    for one in skipped:
+        found.setdefault(_PARTICULAR.sub("..", _problem(one.reason)), []).append(one)
+    groups = [Group(len(rows), rows[0].id, rows[0].reason) for rows in found.values()]
+    return sorted(groups, key=lambda group: -group.count)
 
 
 def label(source: SampleSource, index: int) -> str:
@@ -172,6 +211,8 @@ def note(folder: Path, data: str, skipped: Sequence[Skipped]) -> int:
             lines.append(json.dumps({"data": data, "id": one.id, "reason": one.reason}, ensure_ascii=False) + "\n")
     if lines:
         folder.mkdir(parents=True, exist_ok=True)
+        if file.is_file() and file.read_bytes()[-1:] not in (b"", b"\n"):
+            lines.insert(0, "\n")  # a writer was killed in the middle of its line
         handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(handle, "".join(lines).encode("utf-8", "backslashreplace"))
@@ -184,7 +225,8 @@ def noted(folder: Path) -> list[dict[str, Any]]:
     """The rows of ``skipped.jsonl``; a torn last line is left out."""
     file = folder / FILE
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    for line in text.split("\n"):  # and at nothing else: words may hold other ends of lines
         try:
             row = json.loads(line)
         except ValueError:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from vlmlab.contracts.values import Layers, Size, Text
 from vlmlab.encoder.text import TransformersTextTower, open_text_tower
 from vlmlab.encoder.tower import TowerEncoder, open_tower, sides
 from vlmlab.towers.source import embedded
@@ -23,11 +22,11 @@ class EmbeddedEncoder(TowerEncoder):
 
     def __init__(
         self,
-        layers: Sequence[int] | None = None,
+        layers: Layers | None = None,
         pooled: bool = False,
-        image_size: int | Sequence[int] | None = None,
+        image_size: Size | None = None,
         gradient_checkpointing: bool = False,
-        pair: str = "demo",
+        pair: Text = "demo",
     ) -> None:
         tower, preprocess, source = open_tower(str(embedded("vision", pair)), "float32")
         if image_size is not None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
+from vlmlab.contracts.values import Architecture, Dtype, Layers, Size, Text
 from vlmlab.encoder.text import TransformersTextTower, open_text_tower
 from vlmlab.encoder.tower import TowerEncoder, open_tower, sides
-from vlmlab.towers.blueprint import Architecture
 
 
 class HfEncoder(TowerEncoder):
@@ -33,11 +32,11 @@ class HfEncoder(TowerEncoder):
 
     def __init__(
         self,
-        path: str,
-        layers: Sequence[int] | None = None,
+        path: Text,
+        layers: Layers | None = None,
         pooled: bool = False,
-        dtype: str = "float32",
-        image_size: int | Sequence[int] | None = None,
+        dtype: Dtype = "float32",
+        image_size: Size | None = None,
         square: bool = False,
         gradient_checkpointing: bool = False,
         architecture: Architecture | None = None,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
+from annotated_types import Len, MinLen
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Width
 
 Combine = Literal["channel", "token", "average"]
 Size = tuple[int, int]
@@ -44,9 +46,9 @@ class MultiEncoder(Encoder):
 
     def __init__(
         self,
-        encoders: Sequence[Encoder],
+        encoders: Annotated[Sequence[Encoder], MinLen(1)],
         combine: Combine = "channel",
-        grid: Sequence[int] | None = None,
+        grid: Annotated[Sequence[Width], Len(2, 2)] | None = None,
         pooled: bool = False,
     ) -> None:
         super().__init__()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Pixels, Size, Width
 from vlmlab.encoder.preprocess import Preprocess
 
 
@@ -37,9 +36,9 @@ class PatchEncoder(Encoder):
 
     def __init__(
         self,
-        image_size: int | Sequence[int] = 64,
-        patch_size: int = 16,
-        features: int | None = None,
+        image_size: Size = 64,
+        patch_size: Pixels = 16,
+        features: Width | None = None,
         newline: bool = False,
         pooled: bool = False,
     ) -> None:

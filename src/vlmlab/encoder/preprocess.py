@@ -12,6 +12,10 @@ from PIL import Image as Pil
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Image
+from vlmlab.encoder.resample import FILTERS, Line, resample
+
+_THIN = 8
+"""From this many times as long as wide on, an image that is cut or padded is resized only where it is seen."""
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 """Where transformers keeps an image processor's settings: its own file, or a section of the whole processor's."""
@@ -46,6 +50,8 @@ class Preprocess:
 
     def __call__(self, image: Image) -> Image:
         """(H, W, 3) uint8 of any size -> (3, height, width) uint8."""
+        if self._wastes(*image.shape[:2]):
+            return np.ascontiguousarray(self._seen(image).transpose(2, 0, 1))
         if self.square:
             image = self._squared(image)
         rows, columns = self._scaled(*image.shape[:2])
@@ -100,9 +106,33 @@ class Preprocess:
         side = max(rows, columns)
         top, left = (side - rows) // 2, (side - columns) // 2
         out = np.empty((side, side, 3), np.uint8)
-        out[:] = [int(mean * 255) for mean in self.mean]
+        out[:] = self._colour()
         out[top : top + rows, left : left + columns] = image
         return out
+
+    def _wastes(self, rows: int, columns: int) -> bool:
+        """Whether the image is so thin that the usual way makes many pixels for nothing."""
+        thin = max(rows, columns) > _THIN * min(rows, columns) and self.resample in FILTERS
+        return thin and (self.square or (self.shortest_edge or 0) >= min(rows, columns))
+
+    def _seen(self, image: Image) -> Image:
+        """(height, width, 3) of a thin image, the same pixels as by the usual way; what lies outside is black."""
+        sizes = image.shape[:2]
+        side = max(sizes)
+        whole = (side, side) if self.square else sizes
+        out = np.zeros((self.height, self.width, 3), np.uint8)
+        lines, places = [], []
+        for n, before, after, box in zip(sizes, whole, self._scaled(*whole), out.shape[:2], strict=True):
+            cut = (after - box) // 2  # below 0 where the box is larger
+            first, last = max(cut, 0), min(cut + box, after)
+            lines.append(Line(before, after, first, last - first, (before - n) // 2))
+            places.append(slice(first - cut, last - cut))
+        out[places[0], places[1]] = resample(image, lines[0], lines[1], self.resample, self._colour())
+        return out
+
+    def _colour(self) -> tuple[int, ...]:
+        """The mean colour, with which a square is padded."""
+        return tuple(int(mean * 255) for mean in self.mean)
 
     def _scaled(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns after resizing, before the centre is cut out."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from vlmlab.contracts.values import Depth, Layers, Pixels, Width
 from vlmlab.encoder.preprocess import Preprocess
 from vlmlab.encoder.tower import TowerEncoder
 
@@ -22,13 +21,13 @@ class ScratchEncoder(TowerEncoder):
 
     def __init__(
         self,
-        image_size: int,
-        patch_size: int,
-        hidden_size: int,
-        intermediate_size: int,
-        num_hidden_layers: int,
-        num_attention_heads: int,
-        layers: Sequence[int] | None = None,
+        image_size: Pixels,
+        patch_size: Pixels,
+        hidden_size: Width,
+        intermediate_size: Width,
+        num_hidden_layers: Depth,
+        num_attention_heads: Width,
+        layers: Layers | None = None,
         pooled: bool = False,
     ) -> None:
         config = SiglipVisionConfig(

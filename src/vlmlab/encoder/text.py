@@ -23,8 +23,9 @@ from transformers import (
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import TextTower
+from vlmlab.contracts.values import Architecture
 from vlmlab.encoder.tower import autocast, load_tower
-from vlmlab.towers.blueprint import Architecture, read_config, read_tokenizer, weightless
+from vlmlab.towers.blueprint import read_config, read_tokenizer, weightless
 from vlmlab.towers.source import resolve, tower_hash
 
 FAMILIES: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {

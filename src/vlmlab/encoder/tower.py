@@ -23,8 +23,9 @@ from transformers.utils import logging
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.values import Architecture
 from vlmlab.encoder.preprocess import Preprocess, read_preprocess
-from vlmlab.towers.blueprint import Architecture, read_config, weightless
+from vlmlab.towers.blueprint import read_config, weightless
 from vlmlab.towers.source import quiet, resolve, tower_hash
 
 BEHIND_FINAL: dict[type[nn.Module], tuple[str, ...]] = {
@@ -58,7 +59,7 @@ class TowerEncoder(Encoder):
         gradient_checkpointing: recompute the activations of layers that train in the backward pass.
 
     Raises:
-        UserError: the family is unknown, or a layer does not exist.
+        UserError: the family is unknown, a layer does not exist, or an image is smaller than a patch.
     """
 
     def __init__(
@@ -88,6 +89,11 @@ class TowerEncoder(Encoder):
         self.width = int(tower.config.hidden_size) * (1 if self.layers is None else len(self.layers))
         self.pooled_width = int(tower.config.hidden_size)
         self.patch = int(tower.config.patch_size)
+        if min(preprocess.height, preprocess.width) < self.patch:
+            raise UserError(
+                f"encoder.image_size={preprocess.height}x{preprocess.width} has no room for a patch of {self.patch} "
+                f"pixels; give at least {self.patch}."
+            )
         own = sides(tower.config.image_size)
         self.interpolate = isinstance(tower, ONE_SIZE) and own != (preprocess.height, preprocess.width)
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))

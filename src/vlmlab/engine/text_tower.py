@@ -17,6 +17,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder, FeatureCache, Geometry, NamedParameters
 from vlmlab.contracts.sample import Sample, SampleSource
 from vlmlab.contracts.tensors import Batch, Images, Layout, Outputs, Pairing
+from vlmlab.contracts.values import Count, Depth, Width
 from vlmlab.encoder.text import tokenised
 from vlmlab.engine.stage import StageModule
 from vlmlab.lm.tokenizer import texts_of, train_tokenizer
@@ -58,15 +59,15 @@ class ScratchTextTower(nn.Module):
 
     def __init__(
         self,
-        projection_size: int,
-        max_position_embeddings: int,
-        hidden_size: int,
-        intermediate_size: int,
-        num_hidden_layers: int,
-        num_attention_heads: int,
+        projection_size: Width,
+        max_position_embeddings: Count,
+        hidden_size: Width,
+        intermediate_size: Width,
+        num_hidden_layers: Depth,
+        num_attention_heads: Width,
         text: SampleSource | None = None,
-        tokenizer_samples: int = 4000,
-        vocab_size: int = 512,
+        tokenizer_samples: Count = 4000,
+        vocab_size: Width = 512,
     ) -> None:
         super().__init__()
         learnt = None if text is None else train_tokenizer(texts_of(text, tokenizer_samples), vocab_size)

@@ -346,6 +346,16 @@ def check_fusion_learns(model: Any, stages: Sequence[Stage]) -> None:
         )
 
 
+def check_adapter(model: Any, stage: Stage) -> None:
+    """Refuse an adapter that fits nothing of the model, also where its stage is far away.
+
+    Raises:
+        UserError: naming its targets.
+    """
+    if stage.adapter:
+        model.check_adapter(instantiate(stage.adapter))
+
+
 def build_mask(stage: Stage) -> Mask | None:
     """The mask of a stage, None where it keeps the model's.
 

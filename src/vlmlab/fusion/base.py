@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from vlmlab.contracts import errors
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import MemoryMask, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Seen
+
+Positions = Literal["auto"] | bool
+"""Whether the 2-D place of a visual token is added to it."""
 
 
 def check_counts(**counts: int | None) -> None:
@@ -58,15 +62,15 @@ def token_places(model: VisionLanguageModel, wanted: bool | str, width: int) -> 
     return None if grid is None else places_2d(grid[0], grid[1], width)
 
 
-def check_words(known: Mapping[str, Sequence[str]], **given: str) -> None:
-    """Refuse what is none of a fusion's words.
+def check_words(**given: tuple[str, Any]) -> None:
+    """Refuse what is none of a fusion's words; each is given with its ``Literal``.
 
     Raises:
         UserError: names the key and its words.
     """
-    for key, value in given.items():
-        if value not in known[key]:
-            raise UserError(f"fusion.{key}={value} is unknown; choose {' or '.join(known[key])}.")
+    for key, (value, kind) in given.items():
+        if value not in get_args(kind):
+            raise UserError(f"fusion.{key}={value} is unknown; choose {' or '.join(get_args(kind))}.")
 
 
 def chosen_layers(depth: int, every: int, layers: Sequence[int] | None) -> list[int]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,13 @@ from torch.nn import functional as F
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen
-from vlmlab.fusion.base import check_counts, check_words, chosen_layers, memory_tokens, sight, token_places
+from vlmlab.contracts.values import Layers, Positive, Width
+from vlmlab.fusion.base import Positions, check_counts, check_words, chosen_layers, memory_tokens, sight, token_places
 from vlmlab.lm.inside import look, open_ports
+
+Norm = Literal["layer", "rms"]
+Mlp = Literal["gelu", "swiglu"]
+Gate = Literal["scalar", "vector"]
 
 
 class GatedCrossAttention(Fusion):
@@ -46,28 +50,23 @@ class GatedCrossAttention(Fusion):
     reads = "tokens"
     in_sequence = False
     starts_as = "text_only"
-    words: ClassVar[Mapping[str, Sequence[str]]] = {
-        "norm": ("layer", "rms"),
-        "mlp": ("gelu", "swiglu"),
-        "gate": ("scalar", "vector"),
-    }
 
     def __init__(
         self,
         sees: MemoryMask,
-        every: int = 4,
-        layers: Sequence[int] | None = None,
-        heads: int = 8,
-        head_width: int | None = 64,
-        hidden: float = 4.0,
-        norm: str = "layer",
-        mlp: str = "gelu",
-        gate: str = "scalar",
+        every: Width = 4,
+        layers: Layers | None = None,
+        heads: Width = 8,
+        head_width: Width | None = 64,
+        hidden: Positive = 4.0,
+        norm: Norm = "layer",
+        mlp: Mlp = "gelu",
+        gate: Gate = "scalar",
         qk_norm: bool = False,
-        positions: bool | str = "auto",
+        positions: Positions = "auto",
     ) -> None:
         super().__init__()
-        check_words(self.words, norm=norm, mlp=mlp, gate=gate)
+        check_words(norm=(norm, Norm), mlp=(mlp, Mlp), gate=(gate, Gate))
         check_counts(heads=heads, head_width=head_width)
         if hidden <= 0:
             raise UserError(f"fusion.hidden={hidden} is not possible; give the multiple of the LM's width, as 4.")

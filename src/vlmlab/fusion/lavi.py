@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,9 +11,12 @@ from torch.nn import functional as F
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen
-from vlmlab.fusion.base import check_counts, check_words, chosen_layers, memory_tokens, sight, token_places
+from vlmlab.contracts.values import Layers, Width
+from vlmlab.fusion.base import Positions, check_counts, check_words, chosen_layers, memory_tokens, sight, token_places
 from vlmlab.lm.inside import look, open_ports, seen_in_row
 
+Sublayers = Literal["both", "attention", "mlp"]
+Conditioning = Literal["attention", "mlp", "conv"]
 SUBLAYERS = {"both": ("norm.attention", "norm.mlp"), "attention": ("norm.attention",), "mlp": ("norm.mlp",)}
 
 
@@ -57,28 +59,24 @@ class LaViFusion(Fusion):
     reads = "tokens"
     in_sequence = False
     starts_as = "text_only"
-    words: ClassVar[Mapping[str, Sequence[str]]] = {
-        "sublayers": ("both", "attention", "mlp"),
-        "conditioner": ("attention", "mlp", "conv"),
-    }
 
     def __init__(
         self,
         sees: MemoryMask,
-        every: int = 4,
-        layers: Sequence[int] | None = None,
-        sublayers: str = "both",
+        every: Width = 4,
+        layers: Layers | None = None,
+        sublayers: Sublayers = "both",
         scale: bool = True,
         shift: bool = True,
-        conditioner: str = "attention",
-        width: int | None = None,
-        heads: int | None = None,
-        hidden: int | None = None,
-        kernel: int = 5,
-        positions: bool | str = "auto",
+        conditioner: Conditioning = "attention",
+        width: Width | None = None,
+        heads: Width | None = None,
+        hidden: Width | None = None,
+        kernel: Width = 5,
+        positions: Positions = "auto",
     ) -> None:
         super().__init__()
-        check_words(self.words, sublayers=sublayers, conditioner=conditioner)
+        check_words(sublayers=(sublayers, Sublayers), conditioner=(conditioner, Conditioning))
         if not scale and not shift:
             raise UserError(
                 "fusion.scale=false and fusion.shift=false leave vision no way in; set one of them to true."

@@ -6,24 +6,28 @@ adapter's soft prompts are all that is asked of it, by the collator that trains.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.analyse.report import SHOWN_SIDE, png_base64
-from vlmlab.contracts.errors import DataError, UserError
+from vlmlab.contracts.errors import DataError, UserError, brief, mistake_within
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, SampleSource
 from vlmlab.contracts.tensors import Batch, Kind, Role
 from vlmlab.data.chat import PICTURE, Encoded
-from vlmlab.data.collate import Collator
+from vlmlab.data.collate import Collator, resized
+from vlmlab.data.overlap import reads, same_bytes, sentence, spread, stored_images
+from vlmlab.data.skipped import Replaced, Skipped, grouped
 from vlmlab.engine.restore import module_class
 from vlmlab.engine.weights import Trainee
 from vlmlab.model.questions import questions_line
@@ -34,6 +38,9 @@ TEMPLATE = "inspection.html.jinja"
 MARKUP = re.compile(r"</?[a-zA-Z][^<>]*>")
 FLAT = 3.0
 """An image this many times as long as it is wide loses most of its detail in a square."""
+
+DARK = 0.1
+"""An image whose values span less than this share of 0..255 shows a tower next to nothing."""
 
 MOST_NAMED = 8
 
@@ -93,6 +100,7 @@ class Inspection:
         problems: what is wrong -> the samples it is wrong with.
         broken: the samples that training cannot use -> why.
         checked: samples that were looked through.
+        refused: why training would not begin with these data; None where it would.
     """
 
     title: str
@@ -101,6 +109,7 @@ class Inspection:
     problems: dict[str, list[str]] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     checked: int = 0
+    refused: UserError | None = None
 
 
 def inspect_stage(cfg: DictConfig, stage: Stage, n: int = 16, check: int = 200) -> Inspection:
@@ -113,25 +122,93 @@ def inspect_stage(cfg: DictConfig, stage: Stage, n: int = 16, check: int = 200) 
         check: samples that are looked through, spread over the whole data.
 
     Raises:
-        UserError: the data cannot be opened, or the composition cannot be built.
+        UserError: the composition cannot be built; what is wrong with the data stands in the page.
     """
-    source: SampleSource = instantiate(cfg.data.train[stage.data])
-    if not len(source):
-        raise DataError(f"{stage.key('data')}={stage.data} has no samples; check data.train.{stage.data}.")
+    source, refused = _opened(cfg, stage)
+    title, key = f"{stage.name}: {stage.data}", f"data.train.{stage.data}"
+    if source is None or not len(source):
+        refused = refused or DataError(f"{stage.key('data')}={stage.data} has no samples; check {key}.")
+        return Inspection(title, [("data", key)], broken={key: str(refused)}, refused=refused)
     collate, notes, model = _collator(cfg, stage)
     size = len(source)
-    found = Inspection(f"{stage.name}: {stage.data}", _facts(cfg, stage, collate, size))
-    if (line := questions_line(cfg, model, collate.encoder.prompt, source)) is not None:
-        found.facts.append(("questions", line))
+    found = Inspection(title, _facts(cfg, stage, collate, size), refused=refused)
     found.problems = {note: [] for note in notes}
     found.broken = {one.id: one.reason for one in getattr(source, "skipped", ())}  # rows the reader has left out
+    try:
+        if (line := questions_line(cfg, model, collate.encoder.prompt, source)) is not None:
+            found.facts.append(("questions", line))
+    except DataError as error:
+        found.problems[str(error)] = []
     spread = {round(k * (size - 1) / max(1, check - 1)) for k in range(check)} if check < size else set(range(size))
     first = range(min(n, size))
     good = _looked_through(found, source, collate, sorted({*first, *spread}))
     shown = [(index, good[index]) for index in first if index in good]
     micro = max(1, stage.batch_size // (stage.accumulate * _devices(cfg)))
     for start in range(0, len(shown), micro):
-        found.rows += _rows(shown[start : start + micro], collate)
+        try:
+            found.rows += _rows(shown[start : start + micro], collate)
+        except UserError as error:
+            found.problems[str(error)] = [f"#{index}" for index, _ in shown[start : start + micro]]
+    found.problems |= {note: [] for note in _shared(cfg, stage, source, list(good.values()), check)}
+    return found
+
+
+def _opened(cfg: DictConfig, stage: Stage) -> tuple[SampleSource | None, UserError | None]:
+    """The stage's data; where training would refuse them, with all their bad rows left out, and why."""
+    node: Any = OmegaConf.to_container(cfg.data.train[stage.data], resolve=True)
+    refused: UserError | None = None
+    for described in (node, _lenient(node)):
+        try:
+            return instantiate(described), refused
+        except (UserError, InstantiationException) as error:
+            mistake = error if isinstance(error, UserError) else mistake_within(error)
+            if mistake is None:
+                raise
+            refused = refused or mistake
+    return None, refused
+
+
+def _lenient(node: Any) -> Any:
+    """A source's arguments that let any share of bad rows through, and decode no image at once."""
+    if isinstance(node, dict):
+        lenient = {"max_bad_fraction": 1.0, "verify": False}
+        return {key: lenient.get(key, _lenient(value)) for key, value in node.items()}
+    return [_lenient(value) for value in node] if isinstance(node, list) else node
+
+
+def _shared(
+    cfg: DictConfig, stage: Stage, source: SampleSource, samples: Sequence[Sample], check: int
+) -> Iterator[str]:
+    """Images that the stage trains on and is scored on, by their bytes, and by the pixels of some."""
+    others = {f"data.val.{stage.data}": OmegaConf.select(cfg, f"data.val.{stage.data}")}
+    for name, benchmark in (OmegaConf.select(cfg, "data.benchmarks") or {}).items():
+        others[f"data.benchmarks.{name}"] = benchmark.get("source")
+    train, kept, pixels = f"data.train.{stage.data}", stored_images(source), _by_pixels(samples)
+    for key, node in others.items():
+        if not isinstance(node, DictConfig) or not reads(node):
+            continue
+        try:
+            other: SampleSource = instantiate(_lenient(OmegaConf.to_container(node, resolve=True)))
+            bytes_ = same_bytes(kept, stored_images(other))
+            few = (Replaced(other)[k] for k in spread(range(len(other)), check))
+            seen = [(pixels[key_], name) for key_, name in _by_pixels(few).items() if key_ in pixels]
+        except (UserError, InstantiationException) as error:
+            mistake = error if isinstance(error, UserError) else mistake_within(error) or error
+            yield brief(f"{key} cannot be read: {mistake}")
+            continue
+        if bytes_:
+            yield sentence(bytes_, train, key)
+        if new := [pair for pair in seen if pair not in bytes_]:
+            yield sentence(new, train, key, "pixel for pixel")
+
+
+def _by_pixels(samples: Iterable[Sample]) -> dict[bytes, str]:
+    """A hash of the pixels of every image -> its name."""
+    found: dict[bytes, str] = {}
+    for sample in samples:
+        for k, image in enumerate(sample.images):
+            key = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
+            found.setdefault(key, sample.image_ids[k] if sample.image_ids else f"{sample.id}#{k}")
     return found
 
 
@@ -193,7 +270,7 @@ def _looked_through(
             encoded += parts
             if collate.resize is not None:
                 for image in sample.images:
-                    collate.resize(image)
+                    resized(collate.resize, image, sample.id)
         except DataError as error:
             found.broken[name] = str(error)
             continue
@@ -259,8 +336,14 @@ def _of_images(sample: Sample, collate: Collator) -> Iterator[str]:
         height, width = image.shape[:2]
         if max(height, width) > FLAT * min(height, width):
             yield f"an image more than {FLAT:g} times as long as wide: it is squeezed, or most of it is cut off"
-        if int(image.min()) == int(image.max()):
+        between = int(image.max()) - int(image.min())
+        if not between:
             yield "an image of one colour"
+        elif between < DARK * 255:
+            yield (
+                f"an image that uses under {DARK:.0%} of its value range; where its file has 12 bits in 16, "
+                "data.image_range=[0,4095] shows it"
+            )
     if sample.images and collate.resize is None:
         yield "images, and this composition reads none"
 
@@ -383,12 +466,18 @@ def write_page(found: Inspection, path: Path) -> Path:
         loader=PackageLoader("vlmlab.inspect", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     page = environment.get_template(TEMPLATE).render(
-        title=visible(found.title), found=found, problems=list(_named(found)), broken=list(found.broken.items())
+        title=visible(found.title), found=found, problems=list(_named(found)), broken=_broken(found)
     )
     if not path.parent.is_dir():
         raise UserError(f"out={path}: there is no folder {path.parent}; make it, or give another place.")
     write_atomic(path, page)
     return path
+
+
+def _broken(found: Inspection) -> list[tuple[str, str]]:
+    """What training cannot use: one line a reason, with how many samples it is true of and the first of them."""
+    groups = grouped([Skipped(name, why) for name, why in found.broken.items()])
+    return [(g.first if g.count == 1 else f"{g.count} samples, the first {g.first}", g.reason) for g in groups]
 
 
 def _named(found: Inspection) -> Iterator[tuple[str, str]]:
@@ -419,7 +508,7 @@ def say(found: Inspection) -> None:
         if row.padding:
             console.print(Text(f"[pad] {row.padding} positions", style=STYLES["pad"]))
     console.print(Text(f"\nlooked through {found.checked} samples", style="bold"))
-    for name, why in found.broken.items():
+    for name, why in _broken(found):
         console.print(Text(f"  broken  {visible(name)}: {visible(why)}", style="red"))
     for problem, where in _named(found):
         console.print(Text(f"  note    {visible(problem)}{f' ({visible(where)})' if where else ''}", style="yellow"))

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Mask
 from vlmlab.contracts.tensors import Kind, Layout
+from vlmlab.contracts.values import Architecture
 from vlmlab.data.chat import token_id
 from vlmlab.lm.inside import Inside, generating_inside
 from vlmlab.lm.masking import IMPLEMENTATION, generating, plainly_causal, within
-from vlmlab.towers.blueprint import Architecture, read_config, read_tokenizer, weightless
+from vlmlab.towers.blueprint import read_config, read_tokenizer, weightless
 from vlmlab.towers.source import quiet, resolve, tower_hash
 
 LOGIT_RULES = ("final_logit_softcapping", "logits_scaling", "logit_scale")

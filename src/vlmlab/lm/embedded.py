@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vlmlab.contracts.values import Text
 from vlmlab.lm.causal import CausalLanguageModel, open_lm
 from vlmlab.towers.source import embedded
 
@@ -14,7 +15,7 @@ class EmbeddedLanguageModel(CausalLanguageModel):
         pair: "demo" has also read scenes as a picture's tokens give them, a cell a position; "testbed" only sentences.
     """
 
-    def __init__(self, gradient_checkpointing: bool = False, pair: str = "demo") -> None:
+    def __init__(self, gradient_checkpointing: bool = False, pair: Text = "demo") -> None:
         model, tokenizer, source, own = open_lm(str(embedded("lm", pair)), "float32")
         super().__init__(
             model, tokenizer, source=source, own_tokenizer=own, gradient_checkpointing=gradient_checkpointing

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from vlmlab.contracts.values import Architecture, Dtype, Text
 from vlmlab.lm.causal import CausalLanguageModel, open_lm
-from vlmlab.towers.blueprint import Architecture
 
 
 class HfLanguageModel(CausalLanguageModel):
@@ -24,11 +24,11 @@ class HfLanguageModel(CausalLanguageModel):
 
     def __init__(
         self,
-        path: str,
-        dtype: str = "float32",
-        image_token: str = "<|image|>",
+        path: Text,
+        dtype: Dtype = "float32",
+        image_token: Text = "<|image|>",
         gradient_checkpointing: bool = False,
-        chat_template: str | None = None,
+        chat_template: Text | None = None,
         architecture: Architecture | None = None,
     ) -> None:
         model, tokenizer, source, own = open_lm(path, dtype, architecture)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import torch
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import SampleSource
+from vlmlab.contracts.values import Count, Depth, Positive, Texts, Width
 from vlmlab.lm.causal import CausalLanguageModel
 from vlmlab.lm.tokenizer import texts_of, train_tokenizer
 
@@ -30,6 +31,9 @@ class ScratchLanguageModel(CausalLanguageModel):
             parts, as the feature of a patch holds all that is in it. They are read, never predicted, and have no
             weights of their own; None: there are none.
 
+    Raises:
+        UserError: heads do not divide the width, or groups of them the heads.
+
     Attributes:
         plain_tokenizer: the tokenizer without the fused words, which goes with the saved model.
     """
@@ -37,18 +41,28 @@ class ScratchLanguageModel(CausalLanguageModel):
     def __init__(
         self,
         text: SampleSource,
-        tokenizer_samples: int,
-        vocab_size: int,
-        hidden_size: int,
-        intermediate_size: int,
-        num_hidden_layers: int,
-        num_attention_heads: int,
-        num_key_value_heads: int,
-        max_position_embeddings: int = 1024,
-        initializer_range: float = 0.02,
-        rope_theta: float = 1e6,
-        fused: Sequence[str] | None = None,
+        tokenizer_samples: Count,
+        vocab_size: Width,
+        hidden_size: Width,
+        intermediate_size: Width,
+        num_hidden_layers: Depth,
+        num_attention_heads: Width,
+        num_key_value_heads: Width,
+        max_position_embeddings: Count = 1024,
+        initializer_range: Positive = 0.02,
+        rope_theta: Positive = 1e6,
+        fused: Texts | None = None,
     ) -> None:
+        if hidden_size % num_attention_heads:
+            raise UserError(
+                f"lm.num_attention_heads={num_attention_heads} does not divide lm.hidden_size={hidden_size}; "
+                "choose a number that does."
+            )
+        if num_attention_heads % num_key_value_heads:
+            raise UserError(
+                f"lm.num_key_value_heads={num_key_value_heads} does not divide "
+                f"lm.num_attention_heads={num_attention_heads}; choose a number that does."
+            )
         tokenizer = train_tokenizer(texts_of(text, tokenizer_samples), vocab_size)
         config = Qwen2Config(
             vocab_size=len(tokenizer),

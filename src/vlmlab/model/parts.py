@@ -97,6 +97,19 @@ class Parts(nn.Module):
                 others[adapter.name] = Adapted(adapter, set(new), rates)
         self._switch(adapter.parts, adapter.name)
 
+    def check_adapter(self, adapter: Adapter) -> None:
+        """Look for an adapter's targets, long before it is set.
+
+        Raises:
+            UserError: a tower that it wraps has none of them.
+        """
+        from vlmlab.adapter.base import check_targets
+
+        for part in adapter.parts:
+            owner, place = self._tower(part)
+            if (targets := getattr(adapter, "targets", None)) and getattr(owner, place, None) is not None:
+                check_targets(getattr(owner, place), targets)
+
     def switch(self, name: str | None) -> None:
         """Let the adapters of this name act, and no other; None: none, every tower as it was loaded.
 

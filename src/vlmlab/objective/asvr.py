@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch, Kind, Layout, Outputs, Role, Seen
+from vlmlab.contracts.values import Natural, NotNegative, Width
 from vlmlab.objective.base import gathered
 
 
@@ -35,7 +36,12 @@ class SemanticReconstruction(nn.Module):
     reads_sequence = True
 
     def __init__(
-        self, weight: float = 1.0, codes: int = 64, hidden: int | None = None, shift: int = 0, iterations: int = 20
+        self,
+        weight: NotNegative = 1.0,
+        codes: Width = 64,
+        hidden: Width | None = None,
+        shift: Literal[0, 1] = 0,
+        iterations: Natural = 20,
     ) -> None:
         super().__init__()
         if shift not in (0, 1):

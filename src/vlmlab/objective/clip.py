@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch, Outputs
+from vlmlab.contracts.values import Drop, NotNegative, Positive
 from vlmlab.objective.base import gathered, symmetric
 
 
@@ -26,7 +27,7 @@ class Clip:
     per_micro_batch = True
     pairs = True
 
-    def __init__(self, weight: float = 1.0, largest: float = 100.0, smoothing: float = 0.0) -> None:
+    def __init__(self, weight: NotNegative = 1.0, largest: Positive = 100.0, smoothing: Drop = 0.0) -> None:
         self.weight = weight
         self.largest = largest
         self.smoothing = smoothing

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmlab.contracts.tensors import Batch, Outputs
+from vlmlab.contracts.values import Drop, NotNegative
 
 
 class LanguageModelling:
@@ -18,7 +19,7 @@ class LanguageModelling:
 
     per_micro_batch = False
 
-    def __init__(self, weight: float = 1.0, label_smoothing: float = 0.0) -> None:
+    def __init__(self, weight: NotNegative = 1.0, label_smoothing: Drop = 0.0) -> None:
         self.weight = weight
         self.label_smoothing = label_smoothing
 

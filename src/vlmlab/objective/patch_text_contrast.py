@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch, Outputs
+from vlmlab.contracts.values import NotNegative, Positive
 from vlmlab.objective.base import gathered, symmetric
 
 
@@ -27,7 +28,7 @@ class PatchTextContrast:
     reads_sequence = True
     reaches_lm = False
 
-    def __init__(self, weight: float = 1.0, temperature: float = 0.07) -> None:
+    def __init__(self, weight: NotNegative = 1.0, temperature: Positive = 0.07) -> None:
         self.weight = weight
         self.temperature = temperature
 

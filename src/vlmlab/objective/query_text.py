@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import QueryText
 from vlmlab.contracts.tensors import Batch, Outputs, Visual
+from vlmlab.contracts.values import Drop, NotNegative, Positive, Width
 from vlmlab.objective.base import gathered, symmetric
 
 Terms = dict[str, tuple[Tensor, Tensor]]
@@ -42,13 +43,13 @@ class QueryTextAlignment(nn.Module):
 
     def __init__(
         self,
-        weight: float = 1.0,
-        itc: float = 1.0,
-        itm: float = 1.0,
-        itg: float = 1.0,
-        width: int = 256,
-        temperature: float = 0.07,
-        smoothing: float = 0.1,
+        weight: NotNegative = 1.0,
+        itc: NotNegative = 1.0,
+        itm: NotNegative = 1.0,
+        itg: NotNegative = 1.0,
+        width: Width = 256,
+        temperature: Positive = 0.07,
+        smoothing: Drop = 0.1,
     ) -> None:
         super().__init__()
         self.weight = weight

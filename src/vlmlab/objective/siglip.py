@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch, Outputs
+from vlmlab.contracts.values import NotNegative
 
 
 class Siglip:
@@ -23,7 +24,7 @@ class Siglip:
     per_micro_batch = True
     pairs = True
 
-    def __init__(self, weight: float = 1.0) -> None:
+    def __init__(self, weight: NotNegative = 1.0) -> None:
         self.weight = weight
 
     def __call__(self, outputs: Outputs, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:

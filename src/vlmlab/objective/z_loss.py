@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlmlab.contracts.tensors import Batch, Outputs
+from vlmlab.contracts.values import NotNegative
 
 
 class ZLoss:
@@ -17,7 +18,7 @@ class ZLoss:
 
     per_micro_batch = False
 
-    def __init__(self, weight: float = 1.0, coefficient: float = 1e-4) -> None:
+    def __init__(self, weight: NotNegative = 1.0, coefficient: NotNegative = 1e-4) -> None:
         self.weight = weight
         self.coefficient = coefficient
 

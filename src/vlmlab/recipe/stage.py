@@ -7,11 +7,13 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Interval
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.values import Count, Drop, Natural, NotNegative, Positive, Share, hints, nearest, refusal, shown
 
 PARTS = ("encoder", "connector", "fusion", "lm", "pair", "objective")
 """What a stage may train; a part the composition has no weights in is empty (``pair``: a dual encoder's head;
@@ -19,10 +21,6 @@ PARTS = ("encoder", "connector", "fusion", "lm", "pair", "objective")
 
 LAYERED = ("encoder", "lm")
 """Parts made of transformer layers, which a stage may train in a range or at rates that decay with depth."""
-
-SCHEDULES = ("cosine", "linear", "constant")
-OPTIMIZERS = ("adamw", "muon")
-PROMPTS = ("plain", "chat", "text")
 
 
 @dataclass(frozen=True)
@@ -63,22 +61,22 @@ class Stage:
     train: dict[str, float]
     data: str
     objective: dict[str, Any]
-    steps: int
-    batch_size: int
-    prompt: str = ""
+    steps: Natural
+    batch_size: Count
+    prompt: Literal["", "plain", "chat", "text"] = ""
     mask: dict[str, Any] | None = None
     adapter: dict[str, Any] | None = None
-    accumulate: int = 1
-    warmup: float = 0.03
-    schedule: str = "cosine"
-    min_lr_ratio: float = 0.0
-    optimizer: str = "adamw"
+    accumulate: Count = 1
+    warmup: Share = 0.03
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    min_lr_ratio: Share = 0.0
+    optimizer: Literal["adamw", "muon"] = "adamw"
     layers: dict[str, tuple[int, int]] | None = None
-    layer_decay: float = 1.0
+    layer_decay: Annotated[float, Interval(gt=0, le=1)] = 1.0
     mix: dict[str, Any] | None = None
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    gradient_clip: float | None = None
+    weight_decay: NotNegative = 0.0
+    betas: tuple[Drop, Drop] = (0.9, 0.999)
+    gradient_clip: Positive | None = None
 
     def key(self, name: str) -> str:
         """The full name of one of this stage's keys on the command line."""
@@ -97,6 +95,9 @@ class Stage:
 
 
 KEYS = {field.name for field in dataclasses.fields(Stage)} - {"index", "name"}
+BY_HAND = ("module", "train", "objective", "mask", "adapter", "layers", "mix")
+"""Keys whose values are read by functions of their own; those of all others are of the fields' types."""
+
 REQUIRED = ("module", "train", "data", "steps", "batch_size")
 
 
@@ -131,7 +132,8 @@ def _stage(cfg: DictConfig, index: int, name: str, parts: Collection[str]) -> St
         raise UserError(f"{where} is not a mapping; give it {', '.join(REQUIRED)}.")
     keys = {str(key): value for key, value in raw.items()}
     for key in sorted(set(keys) - KEYS):
-        raise UserError(f"{where}.{key} is no key of a stage; choose from {', '.join(sorted(KEYS))}.")
+        near = nearest(key, KEYS) or f"; choose from {', '.join(sorted(KEYS))}"
+        raise UserError(f"{where}.{key} is no key of a stage{near}.")
     for key in REQUIRED:
         if keys.get(key) is None:
             raise UserError(f"{where}.{key} is missing; every stage needs {', '.join(REQUIRED)}.")
@@ -140,6 +142,9 @@ def _stage(cfg: DictConfig, index: int, name: str, parts: Collection[str]) -> St
     keys.setdefault("adapter", _plain(cfg, "adapter"))  # null is a choice: none in this stage
     keys.setdefault("gradient_clip", OmegaConf.select(cfg, "trainer.gradient_clip"))
     keys = {key: value for key, value in keys.items() if value is not None}
+    for key in sorted(set(keys) - set(BY_HAND)):
+        if (sentence := refusal(hints(Stage)[key], keys[key], f"{where}.{key}")) is not None:
+            raise UserError(sentence)
     keys["module"] = _module(keys["module"], where)
     keys["train"] = _rates(keys["train"], where, parts)
     if "layers" in keys:
@@ -170,7 +175,8 @@ def _module(value: Any, where: str) -> str:
     path = value.get("_target_") if isinstance(value, Mapping) else value
     if not isinstance(path, str) or "." not in path:
         raise UserError(
-            f"{where}.module={path} is no class; give its dotted path, as in vlmlab.engine.alignment.AlignmentModule."
+            f"{where}.module={shown(path)} is no class; give its dotted path, as in "
+            "vlmlab.engine.alignment.AlignmentModule."
         )
     return path
 
@@ -184,8 +190,8 @@ def _rates(value: Any, where: str, parts: Collection[str]) -> dict[str, float]:
             raise UserError(f"{where}.train.{part} is no part of the model; choose from {', '.join(parts)}.")
         if rate is None:  # frozen, written out
             continue
-        if not isinstance(rate, (int, float)) or isinstance(rate, bool) or rate < 0:
-            raise UserError(f"{where}.train.{part}={rate} is no learning rate; give a number of at least 0 or null.")
+        if (sentence := refusal(NotNegative | None, rate, f"{where}.train.{part}")) is not None:
+            raise UserError(sentence)
         rates[str(part)] = float(rate)
     return rates
 
@@ -218,46 +224,22 @@ def _mix(value: Any, where: str, name: str) -> dict[str, Any]:
         if key not in ("run", "share", "stage"):
             raise UserError(f"{where}.mix.{key} is no key of mix; choose from run, share, stage.")
     share = value.get("share", 0.5)
-    if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0.0 <= share <= 1.0:
-        raise UserError(f"{where}.mix.share={share} is no share; give a number from 0 (the other run) to 1 (this one).")
+    if (sentence := refusal(Share, share, f"{where}.mix.share")) is not None:
+        raise UserError(sentence)
     return {"run": value["run"], "share": float(share), "stage": str(value.get("stage") or name)}
 
 
 def _check_choices(keys: Mapping[str, Any], where: str, sources: Collection[str]) -> None:
     if keys["data"] not in sources:
-        raise UserError(f"{where}.data={keys['data']} is not in data.train; choose from {', '.join(sources)}.")
-    if keys.get("prompt") and keys["prompt"] not in PROMPTS:
-        raise UserError(f"{where}.prompt={keys['prompt']} is unknown; choose from {', '.join(PROMPTS)}.")
-    if keys.get("schedule", "cosine") not in SCHEDULES:
-        raise UserError(f"{where}.schedule={keys['schedule']} is unknown; choose from {', '.join(SCHEDULES)}.")
-    if keys.get("optimizer", "adamw") not in OPTIMIZERS:
-        raise UserError(f"{where}.optimizer={keys['optimizer']} is unknown; choose from {', '.join(OPTIMIZERS)}.")
+        raise UserError(f"{where}.data={shown(keys['data'])} is not in data.train; choose from {', '.join(sources)}.")
     if not isinstance(keys.get("objective"), Mapping):
         raise UserError(f"{where}.objective is missing; give one with _target_, or a mapping of several.")
 
 
 def _check_numbers(keys: Mapping[str, Any], where: str, devices: Any) -> None:
-    for key, least in (("steps", 0), ("batch_size", 1), ("accumulate", 1)):
-        value = keys.get(key, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{where}.{key}={value} is not possible; give a whole number of at least {least}.")
-    for key in ("warmup", "min_lr_ratio"):
-        value = keys.get(key, 0.0)
-        if not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
-            raise UserError(f"{where}.{key}={value} is no share; give a number from 0 to 1.")
-    decay, clip = keys.get("weight_decay", 0.0), keys.get("gradient_clip")
-    if not isinstance(decay, (int, float)) or decay < 0:
-        raise UserError(f"{where}.weight_decay={decay} is not possible; give a number of at least 0.")
-    if clip is not None and (not isinstance(clip, (int, float)) or clip <= 0):
-        raise UserError(f"{where}.gradient_clip={clip} is not possible; give a number above 0, or null.")
     layer_decay = keys.get("layer_decay", 1.0)
-    if not isinstance(layer_decay, (int, float)) or isinstance(layer_decay, bool) or not 0.0 < layer_decay <= 1.0:
-        raise UserError(f"{where}.layer_decay={layer_decay} is not possible; give a number above 0, and at most 1.")
     if layer_decay != 1.0 and not set(keys["train"]) & set(LAYERED):
         raise UserError(f"{where}.layer_decay={layer_decay} has no layers to act on; train encoder or lm, or give 1.")
-    betas = keys.get("betas", (0.9, 0.999))
-    if not isinstance(betas, (list, tuple)) or len(betas) != 2 or not all(0.0 <= float(b) < 1.0 for b in betas):
-        raise UserError(f"{where}.betas={betas} is not possible; give two numbers from 0 to 1, as in [0.9,0.999].")
     if isinstance(devices, int) and devices > 0:
         check_divides(keys["batch_size"], keys.get("accumulate", 1), devices, where)
 

@@ -6,7 +6,6 @@ weight and without a network: that is what a plan counts. Everywhere else nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.values import Architecture
 from vlmlab.towers.source import embedded, resolve
-
-Architecture = Mapping[str, Any]
-"""``model_type`` and the keys of a ``config.json`` that differ from that type's defaults."""
 
 
 def weightless() -> bool:

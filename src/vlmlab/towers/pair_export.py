@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, SiglipTextModel
 
 from vlmlab.contracts.parts import Encoder
 from vlmlab.contracts.sample import SampleSource
+from vlmlab.contracts.values import Count, Text
 from vlmlab.encoder.preprocess import Preprocess
 from vlmlab.encoder.tower import TowerEncoder, open_tower
 from vlmlab.engine.text_tower import PairedTowers
@@ -59,10 +60,10 @@ class ExportPair:
 
     def __init__(
         self,
-        stage: str,
+        stage: Text,
         pairs: Mapping[str, SampleSource],
         contrasts: SampleSource,
-        batch_size: int = 256,
+        batch_size: Count = 256,
     ) -> None:
         self.stage = stage
         self.pairs = dict(pairs)

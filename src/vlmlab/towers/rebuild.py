@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vlmlab.contracts.sample import SampleSource
+from vlmlab.contracts.values import Count, Text
 from vlmlab.encoder.preprocess import Preprocess
 from vlmlab.engine.contrastive import ContrastiveModule
 from vlmlab.model.dual import DualEncoder
@@ -53,7 +54,7 @@ class ExportTowers:
         batch_size: images among which each caption has to find its own.
     """
 
-    def __init__(self, vision_stage: str, lm_stage: str, pairs: SampleSource, batch_size: int = 256) -> None:
+    def __init__(self, vision_stage: Text, lm_stage: Text, pairs: SampleSource, batch_size: Count = 256) -> None:
         self.vision_stage = vision_stage
         self.lm_stage = lm_stage
         self.pairs = pairs
@@ -124,7 +125,7 @@ class ExportLanguageModel:
         stage: name of the stage whose model it is.
     """
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: Text) -> None:
         self.stage = stage
 
     def __call__(

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, SiglipTextModel
 
 from vlmlab.contracts.parts import Encoder
 from vlmlab.contracts.sample import SampleSource
+from vlmlab.contracts.values import Count, Text
 from vlmlab.encoder.text import tokenised
 from vlmlab.engine.text_tower import PairedTowers, ScratchTextTower
 from vlmlab.towers.card import facts
@@ -56,7 +57,7 @@ class ExportTextTower:
         batch_size: pairs that are read at once.
     """
 
-    def __init__(self, stage: str, pairs: Mapping[str, SampleSource], batch_size: int = 256) -> None:
+    def __init__(self, stage: Text, pairs: Mapping[str, SampleSource], batch_size: Count = 256) -> None:
         self.stage = stage
         self.pairs = dict(pairs)
         self.batch_size = batch_size

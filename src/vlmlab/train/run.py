@@ -37,7 +37,15 @@ from vlmlab.engine.restore import Builder, enter, module_class, new_trainee, wei
 from vlmlab.engine.shards import FSDP2, gathered
 from vlmlab.engine.stage import NonFinite, StageModule, no_room
 from vlmlab.engine.stamp import Stamp, stamps
-from vlmlab.engine.weights import Trainee, build_mask, build_objectives, check_fusion_learns, mixed_in, plain_key
+from vlmlab.engine.weights import (
+    Trainee,
+    build_mask,
+    build_objectives,
+    check_adapter,
+    check_fusion_learns,
+    mixed_in,
+    plain_key,
+)
 from vlmlab.model.build import build_cache
 from vlmlab.model.questions import questions_line
 from vlmlab.model.vlm import VLM
@@ -205,6 +213,7 @@ def _train(run: Run) -> dict[str, Any] | None:
         for later in stages[stage.index :]:
             if kinds[later.index].build is build:
                 check_layers(_trainee(run, build).model, later)
+                check_adapter(_trainee(run, build).model, later)
         ready = ready and run.weights(stage).is_file()
         if not ready and build in run.finished:  # weights of the stages before, under their own adapters' names
             run.load(build)

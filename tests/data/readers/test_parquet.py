@@ -204,3 +204,51 @@ def test_the_same_samples_from_tar(tmp_path: Path) -> None:
     for i in range(8):
         assert plain[i].turns == packed[i].turns and len(plain[i].images) == len(packed[i].images)
         assert all(np.array_equal(a, b) for a, b in zip(plain[i].images, packed[i].images, strict=True))
+
+
+def test_no_number_is_no_value(tmp_path: Path) -> None:
+    """A table of pandas has NaN, and numbers with a point, where a cell is empty."""
+    schema = pa.schema([("image", IMAGE), ("question", pa.string()), ("answer", pa.float64()), ("id", pa.float64())])
+    nan = float("nan")
+    image = {"bytes": png(2), "path": None}
+    rows = [{"image": image, "question": "q?", "answer": a, "id": i} for a, i in ((2.0, 1.0), (nan, 2.0), (3.0, nan))]
+    path = write(tmp_path / "a.parquet", [*rows, {**rows[0], "answer": None, "id": 9.0}], schema)
+    for row, key in ((2, "answer"), (3, "id"), (4, "answer")):
+        with pytest.raises(TooManyBad) as caught:
+            VqaParquet(path, id_key="id", max_bad_fraction=0.1)
+        assert f"row {row}: '{key}' is null (or NaN)" in " ".join(s.reason for s in caught.value.skipped)
+    kept = VqaParquet(path, id_key="id", max_bad_fraction=0.9, multi_turn=False)
+    assert [(kept.label(0), kept.turns(0)[0].answer, len(kept))] == [("1.0", "2.0", 1)]
+    numbers = pa.schema([("id", pa.float64()), ("image", IMAGE), ("conversations", pa.list_(TURN))])
+    talks = [recap(n, id=i, conversations=talk("<image>", a)) for n, (i, a) in enumerate([(nan, "A"), (2.0, None)])]
+    source = LlavaParquet(write(tmp_path / "b.parquet", talks, numbers))
+    assert source[0].turns[0].answer == "A"
+    with pytest.raises(DataError, match="row 2: turn 2 has no text"):
+        source[1]
+    assert [len(LlavaParquet(str(tmp_path / "b.parquet"), split=s, val_fraction=0.0)) for s in ("train",)] == [2]
+
+
+def test_held_out_rows_share_no_path_of_an_image(tmp_path: Path) -> None:
+    rows = [recap(n, image={"bytes": png(n % 40 + 1), "path": f"{'./' * (n % 3)}{n % 40}.png"}) for n in range(120)]
+    path = write(tmp_path / "a.parquet", rows, group=50)
+    train, val = (LlavaParquet(path, split=split, val_fraction=0.3) for split in ("train", "val"))
+    widths = [{s[i].images[0].shape[1] for i in range(len(s))} for s in (train, val)]
+    assert not widths[0] & widths[1] and len(train) + len(val) == 120 and len(widths[1]) > 3
+    many = pa.schema([("images", pa.list_(IMAGE)), ("conversations", pa.list_(TURN))])
+    pairs = [{"images": [r["image"], r["image"]], "conversations": talk("<image><image>")} for r in rows]
+    write(tmp_path / "b.parquet", pairs, many)
+    train, val = (LlavaParquet(str(tmp_path / "b.parquet"), split=s, val_fraction=0.3) for s in ("train", "val"))
+    widths = [{s[i].images[0].shape[1] for i in range(len(s))} for s in (train, val)]
+    assert not widths[0] & widths[1] and len(train) + len(val) == 120
+    one = write(tmp_path / "c.parquet", [recap(n, image={"bytes": png(1), "path": "image.jpg"}) for n in range(60)])
+    assert len(LlavaParquet(one, split="val", val_fraction=0.3)) > 6  # a path that all have says nothing
+
+
+def test_deep_pixels_inside(tmp_path: Path) -> None:
+    deep = io.BytesIO()
+    Image.fromarray(np.array([[0, 4095]], np.uint16)).save(deep, "png")
+    path = write(tmp_path / "a.parquet", [recap(0, image={"bytes": deep.getvalue(), "path": None})])
+    assert [LlavaParquet(path, image_range=r)[0].images[0].max() for r in ("auto", [0, 4095])] == [16, 255]
+    rows = [{"image": {"bytes": deep.getvalue(), "path": None}, "question": "q", "answer": "a"}]
+    path = write(tmp_path / "b.parquet", rows, VQA)
+    assert VqaParquet(path, image_range=[0, 4095])[0].images[0].max() == 255

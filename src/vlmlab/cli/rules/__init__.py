@@ -7,6 +7,7 @@ To add a rule, write a function ``(cfg, choices) -> sentence or None`` beside th
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from hydra.conf import HydraConf
@@ -17,23 +18,13 @@ from vlmlab.cli.rules.asking import Choices, Config, Rule
 from vlmlab.cli.rules.machine import (
     compiler_at_hand,
     fp16_needs_gpu,
-    known_precision,
-    possible_trainer,
     ranks_need_a_process_tree,
     shards_for_several,
 )
 from vlmlab.cli.rules.run import (
     features_to_keep,
     files_exist,
-    foreign_keys,
-    known_questions,
-    possible_budget,
-    possible_cache,
     possible_name,
-    possible_origin,
-    possible_seed,
-    possible_sharing,
-    possible_sizes,
     watched,
 )
 from vlmlab.cli.rules.stages import (
@@ -50,15 +41,38 @@ from vlmlab.cli.rules.stages import (
     towers_to_adapt,
     trees_show_images_once,
 )
+from vlmlab.cli.rules.values import wrong_values
 from vlmlab.cli.rules.vision import (
     instruction_is_learnt,
     leaking_mask,
-    possible_fusion,
     prompt_learnt_in_the_open,
     text_to_mix,
 )
 from vlmlab.contracts.errors import UserError
 from vlmlab.recipe.stage import parse
+from vlmlab.runs.config import plain
+
+
+def admitted(cfg: DictConfig, hydra_cfg: HydraConf, own: Collection[str] = ()) -> dict[str, Any]:
+    """The resolved configuration of a composition in which everything is possible.
+
+    Args:
+        cfg: the composed configuration.
+        hydra_cfg: Hydra's own.
+        own: keys at the top that a verb has beside those of a run.
+
+    Raises:
+        ConfigError: the first thing that is not, in one sentence.
+    """
+    try:
+        config = plain(cfg)
+    except UserError as error:
+        raise ConfigError(str(error)) from error
+    choices = choices_of(hydra_cfg)
+    for sentence in wrong_values(cfg, config, choices, own):
+        raise ConfigError(sentence)
+    check(cfg, config, choices)
+    return config
 
 
 def check(cfg: DictConfig, config: Config, choices: Choices) -> None:
@@ -87,25 +101,14 @@ def check(cfg: DictConfig, config: Config, choices: Choices) -> None:
 
 
 RULES: tuple[Rule, ...] = (
-    known_precision,
     fp16_needs_gpu,
-    possible_seed,
-    possible_trainer,
     shards_for_several,
     compiler_at_hand,
-    possible_budget,
-    possible_sizes,
-    known_questions,
-    possible_cache,
     watched,
     features_to_keep,
     possible_name,
-    possible_origin,
-    possible_sharing,
-    foreign_keys,
     ranks_need_a_process_tree,
     leaking_mask,
-    possible_fusion,
     text_to_mix,
     files_exist,
 )

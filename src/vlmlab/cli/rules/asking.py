@@ -18,16 +18,6 @@ Choices = Mapping[str, Any]
 Rule = Callable[[Config, Choices], str | None]
 
 
-def described(node: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every part of the configuration from `node` on that describes a class, with its key."""
-    if not isinstance(node, Mapping):
-        return
-    if class_of(node):
-        yield where, node
-    for key, value in node.items():
-        yield from described(value, f"{where}.{key}")
-
-
 def value_at(cfg: Config, key: str) -> Any:
     """The value of a dotted key, None where it is not there."""
     node: Any = cfg
@@ -50,11 +40,6 @@ def keeps_features(cfg: Config) -> bool:
     """Whether features are kept on disk."""
     target = class_of(cfg.get("cache"))
     return target != "" and declared(target, "keeps") is not False
-
-
-def is_count(value: Any, least: int) -> bool:
-    """Whether a value is a whole number of at least so much."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def class_of(node: Any) -> str:

@@ -49,10 +49,21 @@ def offers(target: str, method: str) -> bool | None:
 def _lineage(target: str) -> Iterator[ast.ClassDef]:
     """A class of this package and those of ours that it inherits from, itself first."""
     found = source_of(target)
-    if found is None:
+    if found is None or not isinstance(found[1], ast.ClassDef):
         return
+    yield found[1]
+    for base in bases_of(target):
+        yield from _lineage(base)
+
+
+def bases_of(target: str) -> list[str]:
+    """Dotted paths of what a class of this package inherits from, itself left out."""
+    found = source_of(target)
+    if found is None:
+        return []
     module, kind = found
-    yield kind
+    if not isinstance(kind, ast.ClassDef):
+        return []
     here = target.rpartition(".")[0]
     origin = {
         alias.asname or alias.name: f"{node.module}.{alias.name}"
@@ -60,19 +71,23 @@ def _lineage(target: str) -> Iterator[ast.ClassDef]:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    for base in kind.bases:
-        if isinstance(base, ast.Name):
-            yield from _lineage(origin.get(base.id, f"{here}.{base.id}"))
+    return [origin.get(base.id, f"{here}.{base.id}") for base in kind.bases if isinstance(base, ast.Name)]
+
+
+def inherits(target: str, base: str) -> bool:
+    """Whether a class of this package is another one or comes from it."""
+    return target == base or any(inherits(parent, base) for parent in bases_of(target))
 
 
 @cache
-def source_of(target: str) -> tuple[ast.Module, ast.ClassDef] | None:
-    """The parsed file of a class of this package, and the class in it."""
+def source_of(target: str) -> tuple[ast.Module, ast.ClassDef | ast.FunctionDef] | None:
+    """The parsed file of a class or function of this package, and that in it."""
     module, _, name = target.rpartition(".")
     package, *rest = module.split(".")
     file = package_folder().joinpath(*rest).with_suffix(".py") if rest else Path()
     if package != package_folder().name or not file.is_file():
         return None
     parsed = ast.parse(file.read_text(encoding="utf-8"))
-    found = (node for node in parsed.body if isinstance(node, ast.ClassDef) and node.name == name)
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    found = (node for node in parsed.body if isinstance(node, kinds) and node.name == name)
     return next(((parsed, node) for node in found), None)

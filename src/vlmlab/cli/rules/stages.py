@@ -20,8 +20,6 @@ from vlmlab.cli.rules.asking import (
 )
 from vlmlab.cli.rules.declared import declared, offers
 
-TOWERS = ("lm", "encoder")
-
 LANGUAGE = ("vlmlab.engine.alignment.AlignmentModule", "vlmlab.engine.instruction.InstructionTuningModule")
 
 CONTRASTIVE = "vlmlab.engine.contrastive.ContrastiveModule"
@@ -124,12 +122,9 @@ def towers_to_adapt(cfg: Config, choices: Choices) -> str | None:
     for name, stage in each_stage(cfg):
         adapter = stage.get("adapter", cfg.get("adapter"))
         parts = adapter.get("parts") if isinstance(adapter, Mapping) else None
-        if not isinstance(adapter, Mapping) or parts is None:
+        if not isinstance(adapter, Mapping) or not isinstance(parts, list):
             continue
         where = f"the adapter of recipe.stages.{name} has parts"
-        wrong = [part for part in (parts if isinstance(parts, list) else [parts]) if part not in TOWERS]
-        if wrong or not isinstance(parts, list):
-            return f"{where}={parts}, which is no list of towers; set adapter.parts to [lm], [encoder] or both"
         kind = class_of(adapter)
         if declared(kind, "lm_only") is True and parts != ["lm"]:
             chosen = choice_of("adapter", kind)

@@ -8,13 +8,11 @@ from vlmlab.cli.rules.asking import (
     choice_of,
     class_of,
     classes_in,
-    described,
     each_stage,
-    is_count,
     reading_key,
     value_at,
 )
-from vlmlab.cli.rules.declared import declared, source_of
+from vlmlab.cli.rules.declared import declared
 
 WORDLESS = ("dinov2",)
 """Families of towers, as a config.json names them, that were trained without texts."""
@@ -29,23 +27,6 @@ def leaking_mask(cfg: Config, choices: Choices) -> str | None:
         if declared(target, "leaks") is True:
             chosen = choice_of("mask", target)
             return f"{key}={chosen} leaks later answers and is a control for tests only; choose mask=bidir"
-    return None
-
-
-def possible_fusion(cfg: Config, choices: Choices) -> str | None:
-    """Keys of a fusion, or of several: words that its class knows, blocks at some layer, a memory mask."""
-    for where, node in described(cfg.get("fusion"), "fusion"):
-        if source_of(class_of(node)) is None:  # a key of a foreign class may mean anything
-            continue
-        known = declared(class_of(node), "words") or {}
-        for key, value in node.items():
-            name = f"{where}.{key}"
-            if key in known and value not in known[key]:
-                return f"{name}={value} is unknown; choose {' or '.join(known[key])}"
-            if key == "every" and not is_count(value, 1):
-                return f"{name}={value} leaves no layer; give a whole number of at least 1; 1 is every layer"
-            if key == "sees" and not class_of(value):
-                return f"{name}={value} is not a memory mask; write memory_mask@{name}={value}"
     return None
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.data.fingerprint import Facts, files_fingerprint
 from vlmlab.data.images import ImageFolder
+from vlmlab.data.overlap import Stored
 from vlmlab.data.readers.split import subset
 
 
@@ -71,6 +72,10 @@ class CaptionSamples:
         """The turns of a sample, without its image."""
         texts = self._items[index][2]
         return (Turn(self._prompt, texts[0], "caption", texts if len(texts) > 1 else ()),)
+
+    def stored(self, most: int) -> Iterator[Stored]:
+        """Its images as they are kept."""
+        return self._folder.stored((image for _, image, _ in self._items), most)
 
     def fingerprint(self) -> Facts:
         """Facts that change with the content of its files."""

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.values import Count, Seed, Share, Text
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.captions import Captioned, CaptionSamples
-from vlmlab.data.readers.records import Row, describe, each_row, read_json
+from vlmlab.data.readers.records import Row, checked_image, describe, each_row, read_json
 from vlmlab.data.readers.sieve import Sieve, verified
-from vlmlab.data.readers.split import check_split, split_of
+from vlmlab.data.readers.split import Split, check_split, split_of
 
 
 def _number(row: Row, key: str) -> str:
@@ -24,10 +25,7 @@ def _number(row: Row, key: str) -> str:
 def parse_image(row: Row, folder: ImageFolder) -> tuple[str, str]:
     """Id and file name of a row of `images`; raises DataError where it cannot be used."""
     name = row.text(row.get("file_name"), "file_name")
-    reason = folder.check(name)
-    if reason:
-        raise row.error(f"image '{name}' {reason}", "correct the row, or set data.images to the images' folder")
-    return _number(row, "id"), name
+    return _number(row, "id"), checked_image(row, name, folder)
 
 
 def parse_caption(row: Row) -> tuple[str, str, str]:
@@ -57,6 +55,7 @@ class CocoCaptions(CaptionSamples):
         max_bad_fraction: share of the rows that may be unusable and are left out; 0: the first is an error. The
             captions of an image that is left out go with it.
         verify: decode all images at once, to leave out the broken ones (for sets that are scored).
+        image_roots, image_range: see `vlmlab.data.images.ImageFolder`.
 
     Attributes:
         skipped: the rows that were left out.
@@ -67,32 +66,34 @@ class CocoCaptions(CaptionSamples):
 
     def __init__(
         self,
-        path: str,
-        images: str,
-        split: str | None = None,
-        test_path: str | None = None,
-        test_images: str | None = None,
+        path: Text,
+        images: Text,
+        split: Split | None = None,
+        test_path: Text | None = None,
+        test_images: Text | None = None,
         all_references: bool = False,
         prompt: str = "Describe the picture briefly.",
-        size: int | None = None,
-        seed: int = 0,
-        split_seed: int = 0,
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.1,
-        max_bad_fraction: float = 0.0,
+        size: Count | None = None,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
+        val_fraction: Share = 0.05,
+        test_fraction: Share = 0.1,
+        max_bad_fraction: Share = 0.0,
         verify: bool = False,
+        image_roots: Sequence[str] = (),
+        image_range: str | Sequence[float] = "auto",
     ) -> None:
         check_split(split, val_fraction, test_fraction)
         sieve = Sieve(max_bad_fraction)
         if test_path is not None and split == "test":
-            folder = ImageFolder(images if test_images is None else test_images)
+            folder = ImageFolder(images if test_images is None else test_images, image_roots, image_range)
             file = Path(test_path).expanduser()
             found = read_captions(file, folder, sieve)
         else:
-            folder = ImageFolder(images)
+            folder = ImageFolder(images, image_roots, image_range)
             file = Path(path).expanduser()
             fractions = (val_fraction, 0.0 if test_path is not None else test_fraction)
-            found = _of_split(file, read_captions(file, folder, sieve), split, fractions, split_seed)
+            found = _of_split(file, folder, read_captions(file, folder, sieve), split, fractions, split_seed)
         if verify:
             found = verified(found, sieve, lambda c: folder.load(c.image), lambda c: c.id)
         self.skipped = sieve.finish(path)
@@ -142,9 +143,15 @@ def read_captions(file: Path, folder: ImageFolder, sieve: Sieve | None = None) -
 
 
 def _of_split(
-    file: Path, found: Sequence[Captioned], split: str | None, fractions: tuple[float, float], seed: int
+    file: Path,
+    folder: ImageFolder,
+    found: Sequence[Captioned],
+    split: str | None,
+    fractions: tuple[float, float],
+    seed: int,
 ) -> list[Captioned]:
-    kept = [c for c in found if split in (None, split_of(c.image, *fractions, seed))]
+    same = folder.same(c.image for c in found) if split is not None else {}
+    kept = [c for c in found if split is None or split_of(same[c.image], *fractions, seed) == split]
     if not kept:
         problem = f"has no captioned image for the split '{split}' ({len(found)} in all)"
         raise DataError(f"Data file {file} {problem}; raise the split's fraction or give a larger file")

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.values import Count, Seed, Share, Text
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.captions import Captioned, CaptionSamples
 from vlmlab.data.readers.place import find_files
-from vlmlab.data.readers.records import Row, read_each, read_text
+from vlmlab.data.readers.records import Row, checked_image, parse_json, read_each, read_text
 from vlmlab.data.readers.sieve import Sieve, verified
-from vlmlab.data.readers.split import check_split, named_split, split_of
+from vlmlab.data.readers.split import Split, check_split, named_split, split_of
 
 SUFFIXES = (".json", ".csv", ".token")
 RESTVAL = "restval"
 """COCO's validation images beyond the 5,000 of val and 5,000 of test (Karpathy and Fei-Fei, arXiv 1412.2306); papers
 train on them."""
+
+
+EMPTY = ("", "nan", "-nan", "<na>", "nat", "none", "null", "inf", "-inf", "infinity")
+"""What a cell of a table holds where nothing, or no number, was written."""
 
 
 class KarpathyCaptions(CaptionSamples):
@@ -42,6 +46,7 @@ class KarpathyCaptions(CaptionSamples):
         val_fraction, test_fraction: shares of the images, likewise.
         max_bad_fraction: share of the images that may be unusable and are left out; 0: the first is an error.
         verify: decode all images at once, to leave out the broken ones (for sets that are scored).
+        image_roots, image_range: see `vlmlab.data.images.ImageFolder`.
 
     Attributes:
         skipped: the images that were left out.
@@ -52,22 +57,24 @@ class KarpathyCaptions(CaptionSamples):
 
     def __init__(
         self,
-        path: str,
-        images: str,
-        split: str | None = None,
+        path: Text,
+        images: Text,
+        split: Split | None = None,
         restval: bool = True,
         all_references: bool = False,
         prompt: str = "Describe the picture briefly.",
-        size: int | None = None,
-        seed: int = 0,
-        split_seed: int = 0,
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.1,
-        max_bad_fraction: float = 0.0,
+        size: Count | None = None,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
+        val_fraction: Share = 0.05,
+        test_fraction: Share = 0.1,
+        max_bad_fraction: Share = 0.0,
         verify: bool = False,
+        image_roots: Sequence[str] = (),
+        image_range: str | Sequence[float] = "auto",
     ) -> None:
         check_split(split, val_fraction, test_fraction)
-        folder = ImageFolder(images)
+        folder = ImageFolder(images, image_roots, image_range)
         fractions = (val_fraction, test_fraction)
         sieve = Sieve(max_bad_fraction)
         found: list[Captioned] = []
@@ -75,7 +82,7 @@ class KarpathyCaptions(CaptionSamples):
         for file in files:
             found += sieve.keep(sieve.rows(_rows(file)), lambda row: parse_captioned(row, folder))
         sieve.finish(path)
-        kept = [c for c in found if split is None or _split(c, restval, fractions, split_seed) == split]
+        kept = found if split is None else _of_split(found, folder, split, restval, fractions, split_seed)
         if not kept:
             raise DataError(f"{path} has no image for the split '{split}' ({len(found)} in all); give the whole file")
         if verify:
@@ -89,9 +96,7 @@ def parse_captioned(row: Row, folder: ImageFolder) -> Captioned:
     name = row.text(row.get("filename"), "filename")
     if row.data.get("filepath"):
         name = f"{row.text(row.data['filepath'], 'filepath').rstrip('/')}/{name}"
-    reason = folder.check(name)
-    if reason:
-        raise row.error(f"image '{name}' {reason}", "correct the row, or set data.images to the images' folder")
+    name = checked_image(row, name, folder)
     sentences = row.get("sentences")
     if not isinstance(sentences, list) or not sentences:
         raise row.error("'sentences' is not a list of captions", "fill it in or remove the row")
@@ -99,19 +104,48 @@ def parse_captioned(row: Row, folder: ImageFolder) -> Captioned:
     for number, sentence in enumerate(sentences):
         if not isinstance(sentence, dict):
             raise row.error(f"sentence {number + 1} is no object", "repair or remove the row")
-        id_ = sentence.get("sentid")
+        id_ = _id(row, sentence.get("sentid"), f"sentid of sentence {number + 1}")
         text = row.untagged(sentence.get("raw"), f"raw of sentence {number + 1}")
-        captions.append((f"{name}#{number}" if id_ is None else str(id_), text))
-    id_ = next((row.data[key] for key in ("cocoid", "imgid", "img_id") if row.data.get(key) is not None), name)
-    return Captioned(str(id_), name, tuple(captions), str(row.data.get("split") or "").strip().lower())
+        captions.append((id_ or f"{name}#{number}", text))
+    key = next((key for key in ("cocoid", "imgid", "img_id") if row.data.get(key) is not None), "cocoid")
+    return Captioned(_id(row, row.data.get(key), key) or name, name, tuple(captions), _word(row))
 
 
-def _split(item: Captioned, restval: bool, fractions: tuple[float, float], seed: int) -> str | None:
-    if not item.split:
-        return split_of(item.image, *fractions, seed)
-    if item.split == RESTVAL:
-        return "train" if restval else None
-    return named_split(item.split)
+def _id(row: Row, value: object, key: str) -> str | None:
+    """An id as text; None where there is none."""
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return None if value is None else str(value)
+    return row.text(value, key)
+
+
+def _word(row: Row) -> str:
+    """The file's own word for an image's split; "" where it has none."""
+    word = row.data.get("split")
+    word = row.text(word, "split").lower() if word not in (None, "") else ""
+    if word not in ("", RESTVAL) and named_split(word) is None:
+        raise row.error(f"'split' is '{word}', no known split", f"use train, val, test or {RESTVAL}")
+    return word
+
+
+def _of_split(
+    found: Sequence[Captioned],
+    folder: ImageFolder,
+    split: str,
+    restval: bool,
+    fractions: tuple[float, float],
+    seed: int,
+) -> list[Captioned]:
+    """The images of a split: by the file's word, or by a hash of the name where it has none."""
+    same = folder.same(c.image for c in found if not c.split)
+
+    def of(item: Captioned) -> str | None:
+        if not item.split:
+            return split_of(same[item.image], *fractions, seed)
+        if item.split == RESTVAL:
+            return "train" if restval else None
+        return named_split(item.split)
+
+    return [c for c in found if of(c) == split]
 
 
 def _rows(file: Path) -> Iterator[Row | DataError]:
@@ -124,7 +158,7 @@ def _rows(file: Path) -> Iterator[Row | DataError]:
 def _tabled(file: Path) -> Iterator[Row | DataError]:
     text = read_text(file)
     if file.suffix.lower() == ".token":
-        lines = (line.partition("\t") for line in text.splitlines() if line.strip())
+        lines = (line.rstrip("\r").partition("\t") for line in text.split("\n") if line.strip())
         return _grouped(file, ((number, name, words) for number, (name, _, words) in enumerate(lines, 1)))
     lines_of_text = io.StringIO(text, newline="")
     if "|" in text.partition("\n")[0]:  # quotes are words there
@@ -150,8 +184,8 @@ def _tabled(file: Path) -> Iterator[Row | DataError]:
 def _annotated(row: Row) -> Row | DataError:
     """A row of flickr_annotations_30k.csv, whose lists are JSON inside a cell."""
     try:
-        raw, ids = json.loads(row.data["raw"]), json.loads(row.data.get("sentids") or "[]")
-    except (TypeError, ValueError):
+        raw, ids = parse_json(row.data["raw"]), parse_json(row.data.get("sentids") or "[]")
+    except (TypeError, ValueError, RecursionError):
         return row.error("'raw' or 'sentids' is no JSON list", "repair or remove the row")
     if not isinstance(raw, list) or not isinstance(ids, list):
         return row.error("'raw' or 'sentids' is no JSON list", "repair or remove the row")
@@ -165,7 +199,7 @@ def _grouped(file: Path, lines: Iterator[tuple[int, str, str]]) -> Iterator[Row 
     bad: list[Row | DataError] = []
     for number, name, words in lines:
         image = name.partition("#")[0].strip()
-        if not image or not words.strip():
+        if image.lower() in EMPTY or words.strip().lower() in EMPTY:
             row = Row(file, number, {}, "line")
             bad.append(row.error("has no image name or no caption", "repair or remove the line"))
             continue

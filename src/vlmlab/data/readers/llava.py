@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.errors import DataError, brief
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
+from vlmlab.contracts.values import Count, Seed, Share, Text, Texts
 from vlmlab.data.fingerprint import Facts, files_fingerprint
 from vlmlab.data.images import ImageFolder
+from vlmlab.data.overlap import Stored
 from vlmlab.data.readers.place import find_files, split_files
-from vlmlab.data.readers.records import Row, describe, read_each
+from vlmlab.data.readers.records import Row, checked_image, describe, read_each, some
 from vlmlab.data.readers.sieve import Sieve, verified
-from vlmlab.data.readers.split import check_split, split_of, subset
+from vlmlab.data.readers.split import Split, check_split, split_of, subset, together
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 TURN_KEYS = ("conversations", "conversation", "messages")
@@ -90,11 +92,7 @@ def parse_turns(row: Row, form: LlavaFormat, count: int | None = None) -> Conver
 def parse_record(row: Row, form: LlavaFormat, folder: ImageFolder) -> Conversation:
     """One record, checked; raises DataError (file, row, key, remedy) where it cannot be used."""
     record = parse_turns(row, form)
-    for name in record.images:
-        reason = folder.check(name)
-        if reason:
-            raise row.error(f"image '{name}' {reason}", "correct the row, or set data.images to the images' folder")
-    return record
+    return replace(record, images=tuple(checked_image(row, name, folder) for name in record.images))
 
 
 def _id(row: Row) -> str:
@@ -109,7 +107,7 @@ def _id(row: Row) -> str:
 def _turns(row: Row) -> list[Any]:
     key = next((key for key in TURN_KEYS if key in row.data), None)
     if key is None:
-        keys = ", ".join(row.data) or "none"
+        keys = some(row.data)
         remedy = f"give the turns as a list under {' or '.join(TURN_KEYS)}"
         raise row.error(f"no '{TURN_KEYS[0]}' (keys: {keys})", remedy)
     turns = row.data[key]
@@ -126,10 +124,10 @@ def _message(row: Row, number: int, value: object, form: LlavaFormat) -> _Messag
     role = ROLES.get(word) if isinstance(word, str) else None
     if role is None:
         known = ", ".join(ROLES)
-        raise row.error(f"turn {number} has the role {word!r}", f"use one of {known}, or remove the row")
+        raise row.error(f"turn {number} has the role {brief(repr(word), 60)}", f"use one of {known}, or remove the row")
     content = value.get("value", value.get("content"))
     if content is None:
-        keys = ", ".join(value)
+        keys = some(value)
         raise row.error(f"turn {number} has no text (keys: {keys})", "give it under 'value' or 'content'")
     text, images = _content(row, number, content, form) if isinstance(content, list) else (content, [])
     text = row.text(text, f"text of turn {number}")
@@ -146,7 +144,9 @@ def _content(row: Row, number: int, parts: list[Any], form: LlavaFormat) -> tupl
     words: list[str] = []
     images: list[str] = []
     for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else describe(part)
+        if not isinstance(part, dict):
+            raise row.error(f"turn {number} has {describe(part)} as a part", "give parts as objects with a 'type'")
+        kind = part.get("type")
         if kind == "text":
             words.append(row.text(part.get("text"), f"text of turn {number}"))
         elif kind in ("image", "image_url"):
@@ -156,7 +156,7 @@ def _content(row: Row, number: int, parts: list[Any], form: LlavaFormat) -> tupl
             words.append(IMAGE_TAG)
         else:
             remedy = "only text and images are supported: remove the row"
-            raise row.error(f"turn {number} has a part of type '{kind}'", remedy)
+            raise row.error(f"turn {number} has a part of type '{brief(str(kind), 60)}'", remedy)
     tagged = any(tag in word for word in words if word != IMAGE_TAG for tag in form.tags)
     return "\n".join(word for word in words if not (tagged and word == IMAGE_TAG)), images
 
@@ -196,7 +196,7 @@ class LlavaJson:
         path: a JSON list or JSON lines (.jsonl); or a folder or glob of them, or an id of the hub.
         images: the image folder; null is the folder of the (first) file itself.
         split: train or val, or null for every record: by the files' names (train.json, val.json), otherwise by a hash
-            of the first image's name, or of the id of a text.
+            of the first image's name, or of the id of a text; records that share an image stay together.
         size: only so many samples, chosen by seed; null for all.
         seed: of the choice of `size`.
         split_seed: of the split; apart from `seed`, so that runs with other seeds share their held-out records.
@@ -204,6 +204,7 @@ class LlavaJson:
         tags, prepend_images: see `LlavaFormat`.
         max_bad_fraction: share of the records that may be unusable and are left out; 0: the first is an error.
         verify: decode all images at once, to leave out records of broken ones (for sets that are scored).
+        image_roots, image_range: see `vlmlab.data.images.ImageFolder`.
 
     Attributes:
         skipped: the records that were left out.
@@ -216,21 +217,24 @@ class LlavaJson:
 
     def __init__(
         self,
-        path: str,
-        images: str | None = None,
-        split: str | None = None,
-        size: int | None = None,
-        seed: int = 0,
-        split_seed: int = 0,
-        val_fraction: float = 0.05,
-        tags: Sequence[str] = (IMAGE_TAG, "<IMG_CONTEXT>", "<ImageHere>"),
+        path: Text,
+        images: Text | None = None,
+        split: Split | None = None,
+        size: Count | None = None,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
+        val_fraction: Share = 0.05,
+        tags: Texts = (IMAGE_TAG, "<IMG_CONTEXT>", "<ImageHere>"),
         prepend_images: bool = False,
-        max_bad_fraction: float = 0.0,
+        max_bad_fraction: Share = 0.0,
         verify: bool = False,
+        image_roots: Sequence[str] = (),
+        image_range: str | Sequence[float] = "auto",
     ) -> None:
         check_split(split, val_fraction, 0.0)
         files, shares = split_files(find_files(path, SUFFIXES), split, val_fraction, 0.0)
-        self._folder = ImageFolder(images if images is not None else files[0].parent if files else path)
+        folder = images if images is not None else files[0].parent if files else path
+        self._folder = ImageFolder(folder, image_roots, image_range)
         self._files = files
         form, sieve = LlavaFormat(tuple(tags), prepend_images), Sieve(max_bad_fraction)
         records: list[Conversation] = []
@@ -239,8 +243,9 @@ class LlavaJson:
         sieve.finish(path)
         kept = list(zip(_unique([record.id for record in records]), records, strict=True))
         if shares is not None:
-            first = [(record.images or (name,))[0] for name, record in kept]
-            splits = [split_of(image, *shares, split_seed) for image in first]
+            same = self._folder.same(image for record in records for image in record.images)
+            groups = together([[same[image] for image in record.images] or [name] for name, record in kept])
+            splits = [split_of(name, *shares, split_seed) for name in groups]
             kept = [entry for entry, found in zip(kept, splits, strict=True) if found == split]
         if not kept:
             remedy = "raise data.val_fraction, or give a larger file"
@@ -260,6 +265,10 @@ class LlavaJson:
     def turns(self, index: int) -> tuple[Turn, ...]:
         """The turns of a sample, without its images."""
         return self._records[index][1].turns
+
+    def stored(self, most: int) -> Iterator[Stored]:
+        """Its images as they are kept."""
+        return self._folder.stored((image for _, record in self._records for image in record.images), most)
 
     def fingerprint(self) -> Facts:
         """Facts that change with the content of its files."""

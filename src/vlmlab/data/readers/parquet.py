@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import posixpath
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,15 +20,17 @@ from numpy.typing import NDArray
 
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
+from vlmlab.contracts.values import Count, Seed, Share, Text, Texts, Width
 from vlmlab.data.fingerprint import Facts, shards_fingerprint
 from vlmlab.data.images import ImageFolder, decode_image
+from vlmlab.data.pixels import Range, value_range
 from vlmlab.data.readers.llava import TURN_KEYS, Conversation, LlavaFormat, parse_turns
 from vlmlab.data.readers.place import find_files, split_files
-from vlmlab.data.readers.records import Row, describe
+from vlmlab.data.readers.records import Row, checked_image, describe, without_nan
 from vlmlab.data.readers.sieve import Sieve, verified
-from vlmlab.data.readers.split import check_split, split_of, subset
+from vlmlab.data.readers.split import Split, check_split, split_of, subset, together
 from vlmlab.data.readers.tar import write_shard
-from vlmlab.data.readers.vqa import Question, VqaFormat, choose_rows, conversations, unique_questions
+from vlmlab.data.readers.vqa import Question, VqaFormat, choose_rows, conversations, image_words, unique_questions
 
 SUFFIXES = (".parquet",)
 IMAGE_KEYS = ("image", "images")
@@ -99,7 +102,7 @@ class ParquetRows:
     def __getitem__(self, index: int) -> Row:
         """One row with all its columns; its number counts from 1 within its file."""
         place = bisect_right(self._first, index) - 1
-        data = self._table(place).slice(index - self._first[place], 1).to_pylist()[0]
+        data = without_nan(self._table(place).slice(index - self._first[place], 1).to_pylist()[0])
         return Row(*self.at(index), data)
 
     def at(self, index: int) -> tuple[Path, int]:
@@ -115,7 +118,14 @@ class ParquetRows:
     def read(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """These columns of all rows, in order; a part of a struct is named by a dot (image.path)."""
         for number, group in self._groups:
-            yield from self._file(number).read_row_group(group, columns=list(columns), use_threads=False).to_pylist()
+            table = self._file(number).read_row_group(group, columns=list(columns), use_threads=False)
+            yield from map(without_nan, table.to_pylist())
+
+    def paths(self, keys: Sequence[str]) -> list[str]:
+        """The columns, named by dots, that hold the paths of the images under these keys."""
+        schema = self._file(0).schema
+        names = [schema.column(i).path for i in range(len(schema))]
+        return [name for name in names if name.endswith(".path") and name.partition(".")[0] in keys]
 
     def has(self, column: str) -> bool:
         """Whether the files have this column or, named by a dot, this part of a struct."""
@@ -169,24 +179,23 @@ def pictures(row: Row, keys: Sequence[str]) -> list[tuple[str | None, bytes | No
     return found
 
 
-def open_picture(row: Row, picture: tuple[str | None, bytes | None], folder: ImageFolder | None) -> Image:
-    """One image: its bytes, or the file its path names inside the image folder."""
+def open_picture(
+    row: Row, picture: tuple[str | None, bytes | None], folder: ImageFolder | None, values: Range = None
+) -> Image:
+    """One image: its bytes, or the file its path names inside the image folder; `values` are black and white."""
     path, data = picture
     if data is not None:
         if not data:
             raise row.error("its image is empty", "repair or remove the row")
         try:
-            return decode_image(io.BytesIO(data), path or "of the row")
+            return decode_image(io.BytesIO(data), path or "of the row", values)
         except DataError as error:
             raise DataError(f"{row.file}, {row.unit} {row.number}: {error}") from None
     if not path:
         raise row.error("its image has neither bytes nor a path", "repair or remove the row")
     if folder is None:
         raise row.error(f"its image is only the path '{path}'", "set data.images to the folder of the images")
-    reason = folder.check(path)
-    if reason:
-        raise row.error(f"image '{path}' {reason}", "correct the row, or set data.images to the images' folder")
-    return folder.load(path)
+    return folder.load(checked_image(row, path, folder))
 
 
 def to_tar(path: str, folder: Path, rows: int = 2000) -> list[Path]:
@@ -219,6 +228,12 @@ def to_tar(path: str, folder: Path, rows: int = 2000) -> list[Path]:
     return [write_shard(folder / f"train-{n:05d}.tar", members(start)) for n, start in enumerate(starts)]
 
 
+def _paths(value: Any) -> list[str]:
+    """The paths in an image struct or a list of them."""
+    entries = value if isinstance(value, list) else [value]
+    return [str(entry["path"]) for entry in entries if isinstance(entry, dict) and entry.get("path")]
+
+
 class LlavaParquet:
     """Conversations with their images inside, as in LLaVA-ReCap and LLaVA-NeXT-Data; rows are read when asked for.
 
@@ -237,6 +252,7 @@ class LlavaParquet:
         tags, prepend_images: see `vlmlab.data.readers.llava.LlavaFormat`.
         max_bad_fraction, verify: with `verify` all rows are read and decoded at once, and up to that share of bad ones
             is left out (for sets that are scored); 0: the first is an error.
+        image_roots, image_range: see `vlmlab.data.images.ImageFolder`.
 
     Attributes:
         skipped: the rows that were left out at construction.
@@ -248,17 +264,19 @@ class LlavaParquet:
 
     def __init__(
         self,
-        path: str,
-        images: str | None = None,
-        split: str | None = None,
-        size: int | None = None,
-        seed: int = 0,
-        split_seed: int = 0,
-        val_fraction: float = 0.005,
-        tags: Sequence[str] = (IMAGE_TAG,),
+        path: Text,
+        images: Text | None = None,
+        split: Split | None = None,
+        size: Count | None = None,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
+        val_fraction: Share = 0.005,
+        tags: Texts = (IMAGE_TAG,),
         prepend_images: bool = False,
-        max_bad_fraction: float = 0.0,
+        max_bad_fraction: Share = 0.0,
         verify: bool = False,
+        image_roots: Sequence[str] = (),
+        image_range: str | Sequence[float] = "auto",
     ) -> None:
         check_split(split, val_fraction, 0.0)
         _arrow()
@@ -268,10 +286,11 @@ class LlavaParquet:
             columns = ", ".join(self._rows.columns)
             raise DataError(f"{path} has no column '{TURN_KEYS[0]}' (columns: {columns}); choose the data=... it is of")
         self._form = LlavaFormat(tuple(tags), prepend_images)
-        self._folder = ImageFolder(images) if images is not None else None
+        self._folder = ImageFolder(images, image_roots, image_range) if images is not None else None
+        self._values = value_range(image_range)
         self._index: Sequence[int] | NDArray[np.int64] = range(len(self._rows))
         if shares is not None:
-            keep = [split_of(name, *shares, split_seed) == split for name in self._ids()]
+            keep = [split_of(name, *shares, split_seed) == split for name in together(self._split_by())]
             self._index = np.flatnonzero(np.array(keep, dtype=bool))
         if not len(self._index):
             remedy = "raise data.val_fraction, or give more rows"
@@ -285,12 +304,20 @@ class LlavaParquet:
             self._index = verified([int(i) for i in self._index], sieve, self._sample, self._rows.label)
         self.skipped = sieve.finish(path)
 
-    def _ids(self) -> Iterator[str]:
-        """What a row is split by: conversations about one image mostly share its number as id."""
-        if not self._rows.has("id"):
-            return (self._rows.label(i) for i in range(len(self._rows)))
-        values = self._rows.read(["id"])
-        return (self._rows.label(i) if r["id"] is None else str(r["id"]) for i, r in enumerate(values))
+    def _split_by(self) -> list[list[str]]:
+        """What a row is split by: its id, as conversations about one image mostly share it, and its images' paths."""
+        columns = ["id"] if self._rows.has("id") else []
+        found: list[list[str]] = [[self._rows.label(i)] for i in range(len(self._rows))]
+        for i, row in enumerate(self._rows.read(columns) if columns else ()):
+            if row["id"] is not None:
+                found[i] = [str(row["id"])]
+        for column in self._rows.paths(IMAGE_KEYS):
+            key = column.partition(".")[0]
+            named = [_paths(row[key]) for row in self._rows.read([column])]
+            if len({path for paths in named for path in paths}) > 1:  # one word for all images tells nothing
+                for members, paths in zip(found, named, strict=True):
+                    members += [f"image {posixpath.normpath(path)}" for path in paths]
+        return found
 
     def __len__(self) -> int:
         return len(self._index)
@@ -327,7 +354,7 @@ class LlavaParquet:
     def _sample(self, place: int) -> Sample:
         row, name = self._rows[place], self._rows.label(place)
         record, found = self._record(row)
-        images = tuple(open_picture(row, one, self._folder) for one in found)
+        images = tuple(open_picture(row, one, self._folder, self._values) for one in found)
         return Sample(name, images, record.turns, record.system, tuple(f"{name}#{k}" for k in range(len(found))))
 
 
@@ -350,6 +377,7 @@ class VqaParquet:
         question_key, id_key, answer_key, answers_key, kind_keys, suffix: see `vqa.VqaFormat`.
         max_bad_fraction: share of the rows that may be unusable and are left out; 0: the first is an error.
         verify: decode all images at once, to leave out questions about broken ones (for sets that are scored).
+        image_range: see `vlmlab.data.images.ImageFolder`.
 
     Attributes:
         skipped: the rows that were left out.
@@ -363,36 +391,38 @@ class VqaParquet:
 
     def __init__(
         self,
-        path: str,
-        split: str | None = None,
+        path: Text,
+        split: Split | None = None,
         multi_turn: bool = True,
-        max_turns: int = 8,
-        size: int | None = None,
-        seed: int = 0,
-        split_seed: int = 0,
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.1,
+        max_turns: Width = 8,
+        size: Count | None = None,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
+        val_fraction: Share = 0.05,
+        test_fraction: Share = 0.1,
         where: Mapping[str, Sequence[Any]] | None = None,
-        image_key: str = "image",
-        question_key: str = "question",
-        id_key: str | None = None,
-        answer_key: str = "answer",
-        answers_key: str = "answers",
-        kind_keys: Sequence[str] = ("answer_type", "question_type"),
+        image_key: Text = "image",
+        question_key: Text = "question",
+        id_key: Text | None = None,
+        answer_key: Text = "answer",
+        answers_key: Text = "answers",
+        kind_keys: Texts = ("answer_type", "question_type"),
         suffix: str = "",
-        max_bad_fraction: float = 0.0,
+        max_bad_fraction: Share = 0.0,
         verify: bool = False,
+        image_range: str | Sequence[float] = "auto",
     ) -> None:
         check_split(split, val_fraction, test_fraction)
         _arrow()
         files, shares = split_files(find_files(path, SUFFIXES), split, val_fraction, test_fraction)
-        self._rows, self._key = ParquetRows(files), image_key
+        self._rows, self._key, self._values = ParquetRows(files), image_key, value_range(image_range)
         self._check_columns(path, question_key)
         form = VqaFormat(image_key, question_key, id_key, answer_key, answers_key, tuple(kind_keys), suffix)
         sieve = Sieve(max_bad_fraction)
         rows = self._texts()
         rows = [row for row in rows if all(row.data.get(k, v[0]) in v for k, v in (where or {}).items())]
-        rows = choose_rows(rows, image_key, split if shares is not None else None, (), shares or (0.0, 0.0), split_seed)
+        named, names = split if shares is not None else None, image_words(rows, image_key)
+        rows = choose_rows(rows, names, named, (), shares or (0.0, 0.0), split_seed, sieve)
         asked = unique_questions(rows, form, None, sieve)
         sieve.finish(path)
         self._place = {question.id: int(row.data["_place"]) for row, question in asked}
@@ -426,7 +456,7 @@ class VqaParquet:
         if self._rows.has(f"{self._key}.path"):
             paths = [(r[self._key] or {}).get("path") for r in self._rows.read([f"{self._key}.path"])]
             if all(paths) and len(set(paths)) > 1:
-                return iter([str(path) for path in paths])
+                return iter([posixpath.normpath(str(path)) for path in paths])
         values = (row[self._key] for row in self._rows.read([self._key]))
         images = (value.get("bytes") if isinstance(value, dict) else value for value in values)
         return (hashlib.sha256(data).hexdigest()[:16] if data else "" for data in images)
@@ -456,4 +486,4 @@ class VqaParquet:
         found = pictures(row, (self._key,))
         if len(found) != 1:
             raise row.error(f"has {len(found)} images where one is needed", "repair or remove the row")
-        return open_picture(row, found[0], None)
+        return open_picture(row, found[0], None, self._values)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.errors import DataError, brief
 from vlmlab.contracts.sample import IMAGE_TAG
+from vlmlab.data.images import ImageFolder, embedded
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 """Files with one JSON object per line; every other file is read as one JSON value."""
@@ -51,18 +53,43 @@ class Row:
         return text
 
     def get(self, key: str) -> Any:
-        """The value of a mandatory key."""
+        """The value of a mandatory key; null, as which an empty cell or a NaN is read, is one."""
         if key not in self.data:
-            keys = ", ".join(self.data) or "none"
+            keys = some(self.data)
             remedy = "add it, or name the right key in the configuration"
             raise self.error(f"key '{key}' is missing (keys: {keys})", remedy)
         return self.data[key]
 
 
+def some(keys: Iterable[str]) -> str:
+    """Names of keys for a message: all of a few."""
+    return brief(", ".join(keys) or "none", 120)
+
+
 def describe(value: object) -> str:
     """A JSON value's type in words, for error messages."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+    return "null (or NaN)" if value is None else names.get(type(value), type(value).__name__)
+
+
+def checked_image(row: Row, name: str, folder: ImageFolder) -> str:
+    """The normal form of an image's name; raises DataError (file, row, remedy) where its file cannot be used."""
+    reason = folder.check(name)
+    if reason:
+        remedy = "correct the row, or set data.images to the images' folder"
+        if embedded(name):
+            remedy = "write the image to a file and give its name"
+        raise row.error(f"image '{brief(name, 120)}' {reason}", remedy)
+    return folder.name(name)
+
+
+def without_nan(value: Any) -> Any:
+    """A value read from a table, with null in place of every number that is none (NaN, infinite): an empty cell."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return [without_nan(item) for item in value] if isinstance(value, list) else value
 
 
 def read_text(path: Path) -> str:
@@ -96,9 +123,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+def _number(text: str) -> float | None:
+    """A JSON number; null where it is too large for one, as for NaN and Infinity, which are no JSON."""
+    number = float(text)
+    return number if isfinite(number) else None
+
+
+def parse_json(text: str) -> Any:
+    """A JSON value, with null in place of NaN and infinite numbers; raises ValueError or RecursionError."""
+    return json.loads(text, object_pairs_hook=_unique, parse_float=_number, parse_constant=lambda _: None)
+
+
 def _parse(text: str, place: str, remedy: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is not valid JSON ({error}); {remedy}") from None
 
@@ -160,19 +198,30 @@ def read_rows(path: Path, keys: Sequence[str] = ()) -> list[Row]:
     return rows
 
 
-def read_each(path: Path, keys: Sequence[str] = ()) -> Iterator[Row | DataError]:
-    """Like `read_rows`, with the error in place of a row that is no object; raises where the whole file is at fault."""
+def read_each(path: Path, keys: Sequence[str] = (), by_id: str | None = None) -> Iterator[Row | DataError]:
+    """Like `read_rows`, with the error in place of a row that is no object; raises where the whole file is at fault.
+
+    With `by_id`, a file may also be one object of rows by their ids (as GQA's), which they then have under that key.
+    """
     if path.suffix.lower() in LINE_SUFFIXES:
         return _lines(path)
     value = read_json(path)
     if isinstance(value, dict):
         found = next((key for key in keys if key in value), None)
+        if found is None and by_id is not None and _is_by_id(value):
+            named = [{by_id: id_, **row} if isinstance(row, dict) else row for id_, row in value.items()]
+            return each_row(path, named, "its content")
         if found is None:
             wanted = " or ".join(f"'{key}'" for key in keys)
             remedy = f"put the rows into a list{f' under {wanted}' if wanted else ''}"
-            raise DataError(f"Data file {path} is one object (keys: {', '.join(value)}) instead of a list; {remedy}")
+            raise DataError(f"Data file {path} is one object (keys: {some(value)}) instead of a list; {remedy}")
         return each_row(path, value[found], f"'{found}'")
     return each_row(path, value, "its content")
+
+
+def _is_by_id(value: dict[str, Any]) -> bool:
+    """Whether an object is one of rows by their ids; some of them may be null."""
+    return any(value.values()) and all(row is None or isinstance(row, dict) for row in value.values())
 
 
 def parse_object(text: str, place: str) -> dict[str, Any]:

@@ -50,6 +50,11 @@ class Sieve:
                 self.skip(_id_of(row), error)
         return kept
 
+    def refuse(self, row: Row, error: DataError) -> None:
+        """Leave a row out that is not asked for again, or raise where none may be left out."""
+        self.seen += 1
+        self.skip(_id_of(row), error)
+
     def skip(self, id_: str, error: DataError) -> None:
         """Leave a row out, or raise where none may be left out."""
         if not self.limit:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 from vlmlab.contracts.errors import UserError
 
-SPLITS = ("train", "val", "test")
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 _ALIASES = {
     "train": ("train", "training"),
@@ -30,6 +32,29 @@ def split_of(name: str, val: float, test: float, seed: int) -> str:
     """
     place = unit_hash(name, seed)
     return "test" if place < test else "val" if place < test + val else "train"
+
+
+def together(members: Sequence[Sequence[str]]) -> list[str]:
+    """What each row is split by, so that no two splits share a member: rows that share one, directly or through other
+    rows, get the same name, the smallest of their first members.
+
+    Args:
+        members: of each row, such as the names of its images; at least one.
+    """
+    over: dict[str, str] = {}
+
+    def top(name: str) -> str:
+        while over.setdefault(name, name) != name:
+            over[name] = name = over[over[name]]
+        return name
+
+    for first, *others in members:
+        for other in others:
+            over[top(other)] = top(first)
+    smallest: dict[str, str] = {}
+    for first, *_ in members:
+        smallest[top(first)] = min(first, smallest.get(top(first), first))
+    return [smallest[top(first)] for first, *_ in members]
 
 
 def named_split(value: str) -> str | None:

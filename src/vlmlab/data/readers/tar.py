@@ -1,8 +1,11 @@
 """Tar shards with an index beside them: the samples of a set in a few large files, each read at its offset.
 
-The layout inside is that of webdataset: the members of one sample share their name up to its first dot, such as
-``00017.jpg`` with ``00017.json`` (a record in one of the forms of `LlavaJson`) or ``00017.txt`` (a caption). Nothing is
-ever unpacked to disk, so a member's name cannot lead anywhere.
+The layout inside is that of webdataset: the members of one sample share their folder and their name up to its first
+dot, such as ``00017.jpg`` with ``00017.json`` (a record in one of the forms of `LlavaJson`) or ``00017.txt`` (a
+caption). With a caption beside it, a ``.json`` without turns is what img2dataset has noted about the download, and is
+not read. Of several pictures, ``00017.seg.png`` and the like are not the sample's where there is ``00017.jpg``;
+``00017.0.jpg``, ``00017.1.jpg`` are. Hidden members (``._00017.jpg``) are none. Nothing is ever unpacked to disk, so a
+member's name cannot lead anywhere.
 """
 
 from __future__ import annotations
@@ -10,21 +13,27 @@ from __future__ import annotations
 import io
 import json
 import os
+import posixpath
+import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.errors import DataError, brief
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
+from vlmlab.contracts.values import Count, Seed, Share, Text, Texts
 from vlmlab.data.fingerprint import Facts, shards_fingerprint
-from vlmlab.data.images import decode_image
+from vlmlab.data.images import decode_image, embedded
+from vlmlab.data.overlap import Stored, spread
+from vlmlab.data.pixels import value_range
 from vlmlab.data.readers.llava import IMAGE_KEYS, TURN_KEYS, Conversation, LlavaFormat, parse_turns
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, parse_object
 from vlmlab.data.readers.sieve import Sieve, verified
-from vlmlab.data.readers.split import check_split, split_of, subset
+from vlmlab.data.readers.split import Split, check_split, split_of, subset, together
 from vlmlab.data.skipped import Skipped
 
 SUFFIXES = (".tar",)
@@ -33,6 +42,8 @@ INDEX = ".index.json"
 FORMAT = 1
 _END = bytes(1024)
 """How every tar file ends; without it the walk through a file that was cut would stop early and say nothing."""
+_OWN = re.compile(r"(\d+\.)?\w+")
+"""The ending of a member that is the sample's own rather than something about it: plain, or numbered."""
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2", "ico")
 
 Place = tuple[int, int]
@@ -109,15 +120,18 @@ def _indexed(shard: Path) -> tuple[dict[str, Place], list[str]]:
     return members, []
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Group:
-    """The members of one sample: its text by kind, with its number in the shard, and its pictures in their order."""
+    """The members of one sample, its own or else those about it: records, captions, pictures in their order.
+
+    `number` is that of its text in the shard.
+    """
 
     shard: int
     key: str
     number: int = 0
-    record: str | None = None
-    caption: str | None = None
+    records: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)
 
 
@@ -125,7 +139,8 @@ class TarShards:
     """Conversations or captions out of tar shards, as samples; members are read when a sample is asked for.
 
     A record without `image` or `images` means the pictures of its own name; one that names images means members of its
-    shard. Links, devices, and further members of the same name are never read.
+    shard. Links, devices, and further members of the same name are never read. Samples that name the same members are
+    in one split; where split by key, one with pictures of its own may not name others'.
 
     Args:
         path: a shard, a folder or a glob of shards, or an id of the hub.
@@ -138,6 +153,7 @@ class TarShards:
         tags, prepend_images: see `vlmlab.data.readers.llava.LlavaFormat`.
         max_bad_fraction: share of the samples that may be unusable and are left out; 0: the first is an error.
         verify: read and decode all samples at once (for sets that are scored).
+        image_range: see `vlmlab.data.images.ImageFolder`.
 
     Attributes:
         skipped: the members and samples that were left out at construction.
@@ -148,22 +164,24 @@ class TarShards:
 
     def __init__(
         self,
-        path: str,
-        split: str | None = None,
+        path: Text,
+        split: Split | None = None,
         prompt: str = "Describe the picture briefly.",
-        size: int | None = None,
-        seed: int = 0,
-        split_seed: int = 0,
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.0,
-        tags: Sequence[str] = (IMAGE_TAG,),
+        size: Count | None = None,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
+        val_fraction: Share = 0.05,
+        test_fraction: Share = 0.0,
+        tags: Texts = (IMAGE_TAG,),
         prepend_images: bool = False,
-        max_bad_fraction: float = 0.0,
+        max_bad_fraction: Share = 0.0,
         verify: bool = False,
+        image_range: str | Sequence[float] = "auto",
     ) -> None:
         check_split(split, val_fraction, test_fraction)
         self._files, shares = split_files(find_files(path, SUFFIXES), split, val_fraction, test_fraction)
         self._prompt, self._form = prompt, LlavaFormat(tuple(tags), prepend_images)
+        self._values = value_range(image_range)
         self._members: list[dict[str, Place]] = []
         sieve = Sieve(max_bad_fraction)
         groups: list[_Group] = []
@@ -174,8 +192,10 @@ class TarShards:
                 sieve.skip(f"{shard.stem}/{name}", DataError(f"{shard}, member {name} is no plain file; remove it"))
             groups += _grouped(number, members)
         sieve.seen = len(groups) + len(sieve.skipped)
+        self._alone = shares is not None
         if shares is not None:
-            groups = [g for g in groups if split_of(self._name(g), *shares, split_seed) == split]
+            names = together([self._split_by(g) for g in groups])
+            groups = [g for g, name in zip(groups, names, strict=True) if split_of(name, *shares, split_seed) == split]
         if not groups:
             raise DataError(
                 f"{path} has no sample for the split '{split}'; put .json or .txt members beside the images"
@@ -191,6 +211,13 @@ class TarShards:
 
     def __getitem__(self, index: int) -> Sample:
         return self._sample(self._groups[index])
+
+    def stored(self, most: int) -> Iterator[Stored]:
+        """The pictures of its samples as they are kept; those that records name are left out."""
+        for group in spread(self._groups, most):
+            for member in group.pictures:
+                name = f"{self._files[group.shard].stem}/{member}"
+                yield Stored(name, self._members[group.shard][member][1], partial(self._bytes, group, member))
 
     def fingerprint(self) -> Facts:
         """Facts that change with the content of its files."""
@@ -215,28 +242,57 @@ class TarShards:
 
     def _words(self, group: _Group) -> tuple[tuple[Turn, ...], str, list[str]]:
         """Turns and system line of a sample, and the names of its pictures."""
-        if group.record is not None:
-            record, pictures = self._record(group, group.record)
-            return record.turns, record.system, pictures
-        caption = self._row(group, {}).untagged(self._text(group, group.caption or ""), "the caption")
+        row = self._row(group, {})
+        for texts in (group.records, group.captions):
+            if len(texts) > 1:
+                remedy = "what stands before the first dot names a sample: give each its own, as in a-b.txt"
+                raise row.error(f"members {' and '.join(texts[:2])} are of one sample", remedy)
+        if group.records:
+            said = self._said(group, group.records[0])
+            if not group.captions or any(key in said.data for key in TURN_KEYS):
+                record, pictures = self._record(group, said)
+                return record.turns, record.system, pictures
+        caption = row.untagged(self._text(group, group.captions[0]), "the caption")
         if len(group.pictures) != 1:
-            raise self._row(group, {}).error(f"has {len(group.pictures)} images", "give a caption one image")
+            raise row.error(f"has {len(group.pictures)} images", "give a caption one image")
         return (Turn(self._prompt, caption, "caption"),), "", group.pictures
 
-    def _record(self, group: _Group, member: str) -> tuple[Conversation, list[str]]:
-        row = self._row(group, parse_object(self._text(group, member), f"{self._place(group)}, member {member}"))
+    def _said(self, group: _Group, member: str) -> Row:
+        """A record as it stands in its member."""
+        return self._row(group, parse_object(self._text(group, member), f"{self._place(group)}, member {member}"))
+
+    def _record(self, group: _Group, row: Row) -> tuple[Conversation, list[str]]:
         parts = (m for key in TURN_KEYS for m in row.data.get(key) or () if isinstance(m, dict))
         inside = any(isinstance(message.get("content", message.get("value")), list) for message in parts)
         if not inside and all(row.data.get(key) is None for key in IMAGE_KEYS):
             return parse_turns(row, self._form, len(group.pictures)), group.pictures
         record = parse_turns(row, self._form)
+        return record, [self._named(group, row, name) for name in record.images]
+
+    def _named(self, group: _Group, row: Row, name: str) -> str:
+        """The member that a record means by an image's name."""
         known = self._members[group.shard]
-        for name in record.images:
-            if name not in known:
-                raise row.error(
-                    f"image '{name}' is no member of the shard", "name a member, or leave the image key out"
-                )
-        return record, list(record.images)
+        plain = posixpath.normpath(name)
+        member = next((m for m in (name, plain, f"./{plain}") if m in known), None)
+        if member is None:
+            reason, remedy = embedded(name), "name a member, or leave the image key out"
+            raise row.error(f"image '{brief(name, 120)}' {reason or 'is no member of the shard'}", remedy)
+        if self._alone and group.pictures and _key(member) != group.key:
+            remedy = "name its own, or name the shards after splits (train-0.tar, val-0.tar)"
+            raise row.error(f"has pictures and names '{member}', which is another sample's", remedy)
+        return member
+
+    def _split_by(self, group: _Group) -> list[str]:
+        """What a sample is split by: its name, and those of the samples whose pictures its record names."""
+        names = [self._name(group)]
+        if group.pictures or not group.records:
+            return names
+        try:
+            _, pictures = self._record(group, self._said(group, group.records[0]))
+        except DataError:  # it is met again, and named, when it is asked for
+            return names
+        stem = self._files[group.shard].stem
+        return [*names, *(f"{stem}/{_key(picture)}" for picture in pictures)]
 
     def _place(self, group: _Group) -> Path:
         return self._files[group.shard]
@@ -254,7 +310,7 @@ class TarShards:
         data = self._bytes(group, member)
         if not data:
             raise DataError(f"{self._place(group)}, member {member} is an empty file; replace it or remove its sample")
-        return decode_image(io.BytesIO(data), f"{self._place(group)}/{member}")
+        return decode_image(io.BytesIO(data), f"{self._place(group)}/{member}", self._values)
 
     def _bytes(self, group: _Group, member: str) -> bytes:
         offset, size = self._members[group.shard][member]
@@ -268,18 +324,41 @@ class TarShards:
         return data
 
 
+def _key(name: str) -> str:
+    """What a member's sample is called: its name up to the first dot behind its folder."""
+    folder, slash, base = name.rpartition("/")
+    return f"{folder}{slash}{base.partition('.')[0]}"
+
+
 def _grouped(shard: int, members: Mapping[str, Place]) -> list[_Group]:
     """Members by key; keys with pictures alone are no samples (records may name them)."""
     groups: dict[str, _Group] = {}
+    about: dict[str, _Group] = {}
     for number, name in enumerate(members, 1):
-        folder, slash, base = name.rpartition("/")
-        stem, _, ending = base.partition(".")
-        group = groups.setdefault(f"{folder}{slash}{stem}", _Group(shard, f"{folder}{slash}{stem}"))
-        kind = ending.lower()
-        if kind == "json":
-            group.record, group.number = name, number
-        elif kind == "txt":
-            group.caption, group.number = name, number
-        elif kind.rpartition(".")[2] in PICTURES:
+        base = name.rpartition("/")[2]
+        ending = base.partition(".")[2].lower()
+        if base.startswith("."):
+            continue
+        key = _key(name)
+        own = groups.setdefault(key, _Group(shard, key))
+        group = own if _OWN.fullmatch(ending) else about.setdefault(key, _Group(shard, key))
+        kind = ending.rpartition(".")[2]
+        if kind in ("json", "txt"):
+            (group.records if kind == "json" else group.captions).append(name)
+            group.number = number
+        elif kind in PICTURES:
             group.pictures.append(name)
-    return [group for group in groups.values() if group.record or group.caption]
+    return [group for group in map(_with_others, groups.values(), map(about.get, groups)) if _has_text(group)]
+
+
+def _with_others(own: _Group, about: _Group | None) -> _Group:
+    """A sample; where it has no member of a kind that is plainly its own, the others of its name count."""
+    if about is not None:
+        if not _has_text(own):
+            own.records, own.captions, own.number = about.records, about.captions, about.number
+        own.pictures = own.pictures or about.pictures
+    return own
+
+
+def _has_text(group: _Group) -> bool:
+    return bool(group.records or group.captions)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample, Turn
+from vlmlab.contracts.values import Count, Seed, Share, Text, Texts, Width
 from vlmlab.data.fingerprint import Facts, files_fingerprint
 from vlmlab.data.images import ImageFolder
+from vlmlab.data.overlap import Stored
 from vlmlab.data.readers.place import find_files, split_files
-from vlmlab.data.readers.records import Row, read_each
+from vlmlab.data.readers.records import Row, checked_image, read_each
 from vlmlab.data.readers.sieve import Sieve, verified
-from vlmlab.data.readers.split import check_split, named_split, split_of, subset, unit_hash
+from vlmlab.data.readers.split import Split, check_split, named_split, split_of, subset, unit_hash
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 
@@ -68,9 +70,8 @@ def parse_question(row: Row, form: VqaFormat, folder: ImageFolder | None) -> Que
     """
     key = first_key(row, form.image_key)
     image = row.text(row.get(key), key)
-    reason = folder.check(image) if folder is not None else None
-    if reason:
-        raise row.error(f"image '{image}' {reason}", "correct the row, or set data.images to the images' folder")
+    if folder is not None:
+        image = checked_image(row, image, folder)
     question = row.untagged(row.get(form.question_key), form.question_key)
     answer, references = _answers(row, form)
     id_ = f"{row.file.stem}-{row.number}"
@@ -129,11 +130,12 @@ def answer_kind(answer: str) -> str:
 
 def choose_rows(
     rows: list[Row],
-    image_key: str | Sequence[str],
+    images: Sequence[str],
     split: str | None,
     split_keys: Sequence[str],
     fractions: tuple[float, float],
     seed: int,
+    sieve: Sieve,
     words: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Row]:
     """The rows of a split: by the first of `split_keys` the file has, otherwise by a hash of the image's name.
@@ -142,53 +144,66 @@ def choose_rows(
 
     Args:
         rows: all rows of the file.
-        image_key: key of the image's name.
+        images: what the image of each row is split by, the same for rows with the same image.
         split: train, val, test, or None for all rows.
         split_keys: keys that may hold the split's name.
         fractions: shares of val and test where the file has no word on it.
         seed: of the hash.
+        sieve: takes the rows without the split's name, or with an unknown one.
         words: a file's own words for a split, beside the usual ones.
 
     Raises:
-        DataError: a row without the split's name, or with an unknown one; a split without rows.
+        DataError: a split without rows, or a bad row where the sieve lets none through.
     """
     if split is None:
         return rows
     val, test = fractions
     own = {word.strip().lower(): name for name, many in (words or {}).items() for word in many}
     key = next((key for key in split_keys if any(key in row.data for row in rows)), None)
-    names = [str(row.data.get(first_key(row, image_key))) for row in rows]
+    named: list[str | None]
     if key is None:
-        named = [split_of(name, val, test, seed) for name in names]
+        named = [split_of(name, val, test, seed) for name in images]
     else:
-        named = [_named(row, key, own) for row in rows]
+        named = [_named(row, key, own, sieve) for row in rows]
         if "val" not in named:
-            hashed = (split_of(name, val, 0.0, seed) for name in names)
+            hashed = (split_of(name, val, 0.0, seed) for name in images)
             named = [h if n == "train" else n for n, h in zip(named, hashed, strict=True)]
     chosen = [row for row, name in zip(rows, named, strict=True) if name == split]
     if not chosen:
-        counts = ", ".join(f"{name} {n}" for name, n in sorted(Counter(named).items()))
+        sieve.finish(rows[0].file if rows else "The data")  # it may be that all are bad
+        counts = ", ".join(f"{name} {n}" for name, n in sorted(Counter(filter(None, named)).items()))
         remedy = "set data.test_path, raise the split's fraction, or split by image with data.split_keys=[]"
         file = rows[0].file if rows else "without usable rows"
         raise DataError(f"Data file {file} has no rows for the split '{split}' ({counts}); {remedy}")
     return chosen
 
 
-def _named(row: Row, key: str, words: Mapping[str, str]) -> str:
-    value = row.text(row.get(key), key)
-    found = words.get(value.strip().lower()) or named_split(value)
-    if found is None:
-        raise row.error(f"'{key}' is '{value}', no known split", "use train, val or test, or set data.split_keys=[]")
-    return found
+def _named(row: Row, key: str, words: Mapping[str, str], sieve: Sieve) -> str | None:
+    """The split that a row names; None where the row is left out for want of one."""
+    try:
+        value = row.text(row.get(key), key)
+        found = words.get(value.lower()) or named_split(value)
+        if found is None:
+            remedy = "use train, val or test, or set data.split_keys=[]"
+            raise row.error(f"'{key}' is '{value}', no known split", remedy)
+        return found
+    except DataError as error:
+        sieve.refuse(row, error)
+        return None
+
+
+def image_words(rows: Sequence[Row], image_key: str | Sequence[str]) -> list[str]:
+    """What stands in each row for its image's name, right or wrong."""
+    return [str(row.data.get(first_key(row, image_key))) for row in rows]
 
 
 class VqaJson:
     """Questions about images as samples; records are read and checked at once, pixels when a sample is asked for.
 
-    The file is a JSON list, JSON lines, or an object with the list under `questions` or `data`. Image names are
-    relative to `images`. Without `test_path`, train, val and test come out of `path`: by the first of `split_keys` its
-    rows have, otherwise by a hash of the image's name, so that no image is in two splits. With `test_path`, the whole
-    of that file is the test split and `path` gives train and val.
+    The file is a JSON list, JSON lines, an object with the list under `questions` or `data`, or an object of rows by
+    their ids, as GQA's. Image names are relative to `images`. Without `test_path`, train, val and test come out of
+    `path`: by the first of `split_keys` its rows have, otherwise by a hash of the image's name, so that no image is in
+    two splits. With `test_path`, the whole of that file is the test split and `path` gives train and val.
 
     Args:
         path: the JSON file; or a folder or glob of them, or an id of the hub. Files named after a split (train.json,
@@ -208,6 +223,7 @@ class VqaJson:
         image_key, question_key, id_key, answer_key, answers_key, kind_keys, suffix: see `VqaFormat`.
         max_bad_fraction: share of the rows that may be unusable and are left out; 0: the first is an error.
         verify: decode all images at once, to leave out questions about broken ones (for sets that are scored).
+        image_roots, image_range: see `vlmlab.data.images.ImageFolder`.
 
     Attributes:
         skipped: the rows that were left out.
@@ -220,29 +236,31 @@ class VqaJson:
 
     def __init__(
         self,
-        path: str,
-        images: str | None = None,
-        split: str | None = None,
-        test_path: str | None = None,
+        path: Text,
+        images: Text | None = None,
+        split: Split | None = None,
+        test_path: Text | None = None,
         multi_turn: bool = True,
-        max_turns: int = 8,
-        size: int | None = None,
-        seed: int = 0,
-        split_seed: int = 0,
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.1,
-        split_keys: Sequence[str] = ("official_split", "split"),
+        max_turns: Width = 8,
+        size: Count | None = None,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
+        val_fraction: Share = 0.05,
+        test_fraction: Share = 0.1,
+        split_keys: Texts = ("official_split", "split"),
         split_words: Mapping[str, Sequence[str]] | None = None,
         where: Mapping[str, Sequence[Any]] | None = None,
-        image_key: str | Sequence[str] = "image",
-        question_key: str = "question",
-        id_key: str | Sequence[str] | None = "question_id",
-        answer_key: str = "answer",
-        answers_key: str = "answers",
-        kind_keys: Sequence[str] = ("answer_type", "question_type"),
+        image_key: Text | Texts = "image",
+        question_key: Text = "question",
+        id_key: Text | Texts | None = "question_id",
+        answer_key: Text = "answer",
+        answers_key: Text = "answers",
+        kind_keys: Texts = ("answer_type", "question_type"),
         suffix: str = "",
-        max_bad_fraction: float = 0.0,
+        max_bad_fraction: Share = 0.0,
         verify: bool = False,
+        image_roots: Sequence[str] = (),
+        image_range: str | Sequence[float] = "auto",
     ) -> None:
         check_split(split, val_fraction, test_fraction)
         form = VqaFormat(image_key, question_key, id_key, answer_key, answers_key, tuple(kind_keys), suffix)
@@ -251,14 +269,21 @@ class VqaJson:
         found = find_files(source, SUFFIXES)
         test = 0.0 if test_path is not None else test_fraction
         files, shares = split_files(found, None if separate else split, val_fraction, test)
-        self._folder = ImageFolder(images if images is not None else found[0].parent)
+        self._folder = ImageFolder(images if images is not None else found[0].parent, image_roots, image_range)
         self._files = files
         sieve = Sieve(max_bad_fraction)
-        rows = [row for file in files for row in sieve.rows(read_each(file, ("questions", "data")))]
+        by_id = id_key if isinstance(id_key, str) else next(iter(id_key or ()), "id")
+        rows = [row for file in files for row in sieve.rows(read_each(file, ("questions", "data"), by_id))]
+        if not rows:
+            sieve.finish(source)
         rows = [row for row in rows if all(row.data.get(k, v[0]) in v for k, v in (where or {}).items())]
         named = split if shares is not None else None
         keys = tuple(split_keys)
-        rows = choose_rows(rows, image_key, named, keys, shares or (0.0, 0.0), split_seed, split_words)
+        names = image_words(rows, image_key)
+        if named is not None:
+            same = self._folder.same(names)
+            names = [same[name] for name in names]
+        rows = choose_rows(rows, names, named, keys, shares or (0.0, 0.0), split_seed, sieve, split_words)
         questions = [question for _, question in unique_questions(rows, form, self._folder, sieve)]
         sieve.finish(source)
         if verify:
@@ -280,6 +305,10 @@ class VqaJson:
     def turns(self, index: int) -> tuple[Turn, ...]:
         """The turns of a sample, without its image."""
         return tuple(question.turn() for question in self._groups[index][1])
+
+    def stored(self, most: int) -> Iterator[Stored]:
+        """Its images as they are kept."""
+        return self._folder.stored((question.image for _, group in self._groups for question in group), most)
 
     def fingerprint(self) -> Facts:
         """Facts that change with the content of its files."""

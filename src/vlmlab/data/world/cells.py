@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample
+from vlmlab.contracts.values import Count, Seed
 from vlmlab.data.world.captions import cell_words, full_phrase, placed_names
 from vlmlab.data.world.draw import GRID, SIDE
 from vlmlab.data.world.render import render
-from vlmlab.data.world.scene import Object, Scene, check_split, sample_scene
+from vlmlab.data.world.scene import Object, Scene, Split, check_split, sample_scene
 
 FORMS = ("sentence", "compound")
 
@@ -29,7 +30,7 @@ class WorldCells:
         UserError: for an unknown split or a size below 1.
     """
 
-    def __init__(self, split: str, size: int, seed: int = 0) -> None:
+    def __init__(self, split: Split, size: Count, seed: Seed = 0) -> None:
         check_split(split)
         if size < 1:
             raise UserError(f"The world cannot have {size} samples; set size to 1 or more.")

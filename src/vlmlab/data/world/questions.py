@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
+
+from annotated_types import MinLen
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Turn
@@ -32,7 +34,9 @@ from vlmlab.data.world.words import (
     with_article,
 )
 
-KINDS = ("attribute", "existence", "count", "relation", "comparison", "position", "two_hop")
+Kind = Literal["attribute", "existence", "count", "relation", "comparison", "position", "two_hop"]
+Kinds = Annotated[Sequence[Kind], MinLen(1)]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 GROUPS = ("held_out_pair", "other")
 """Parts of the compositional split: questions that turn on a pair which was never trained, and those that do not."""
 BITS = {"color": COLOR, "shape": SHAPE, "size": SIZE, "texture": TEXTURE}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.data.world.draw import CELL, GRID, bounds
@@ -10,7 +11,8 @@ from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.words import lexicon
 
 NAME = "world-v1"
-SPLITS = ("train", "val", "test", "compositional")
+Split = Literal["train", "val", "test", "compositional"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 COLORS, SHAPES, SIZES, TEXTURES = 8, 6, 2, 2
 MOST = 5
 """Largest number of objects in a scene."""

@@ -5,30 +5,36 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, Turn
+from vlmlab.contracts.values import Count, Seed, Share
 from vlmlab.data.world.captions import dense_caption, loose_caption, short_captions
 from vlmlab.data.world.contrasts import contrasts
 from vlmlab.data.world.loose import LooseScene, render_loose, sample_loose
-from vlmlab.data.world.questions import View, check_kinds, dialogue, draw_class, single
+from vlmlab.data.world.questions import Kinds, View, check_kinds, dialogue, draw_class, single
 from vlmlab.data.world.render import render
-from vlmlab.data.world.scene import Scene, check_split, sample_scene, scene_id
+from vlmlab.data.world.scene import Scene, Split, check_split, sample_scene, scene_id
 from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.text import (
     CAPTION_REQUEST,
     FORMS,
     PLACED_CELLS_PROMPT,
+    Form,
     caption_turn,
     check_forms,
     describe,
     text_sample,
 )
-from vlmlab.data.world.words import COLOR, SHAPE, lexicon, phrase
+from vlmlab.data.world.words import COLOR, SHAPE, Domain, lexicon, phrase
 
-CONTRASTS = ("dense", "coordinates", "short")
-STATEMENTS = ("caption", "dense", "answered", "question")
-STYLES = ("short", "dense", "mixed", "cells", "placed_cells")
+Contrast = Literal["dense", "coordinates", "short"]
+Statement = Literal["caption", "dense", "answered", "question"]
+Style = Literal["short", "dense", "mixed", "cells", "placed_cells"]
+CONTRASTS: tuple[Contrast, ...] = get_args(Contrast)
+STATEMENTS: tuple[Statement, ...] = get_args(Statement)
+STYLES: tuple[Style, ...] = get_args(Style)
 _STRIDE = 1024
 """Scenes set aside for one question or one interleaved sample: they are tried in turn until one fits."""
 _INSIST = 64
@@ -64,7 +70,7 @@ class _WorldSource(ABC):
         UserError: for an unknown split or domain, or a size below 1.
     """
 
-    def __init__(self, split: str, size: int, seed: int = 0, domain: str = "base") -> None:
+    def __init__(self, split: Split, size: Count, seed: Seed = 0, domain: Domain = "base") -> None:
         check_split(split)
         lexicon(domain)
         _check_size(size)
@@ -122,7 +128,7 @@ class WorldCaptions(_WorldSource):
         UserError: for an unknown style, split or domain, or a size below 1.
     """
 
-    def __init__(self, style: str, split: str, size: int, seed: int = 0, domain: str = "base") -> None:
+    def __init__(self, style: Style, split: Split, size: Count, seed: Seed = 0, domain: Domain = "base") -> None:
         super().__init__(split, size, seed, domain)
         if style not in STYLES:
             raise UserError(f"The world has no caption style {style!r}; set style to one of: {', '.join(STYLES)}.")
@@ -145,7 +151,7 @@ class LooseCaptions:
         UserError: for an unknown split or a size below 1.
     """
 
-    def __init__(self, split: str, size: int, seed: int = 0) -> None:
+    def __init__(self, split: Split, size: Count, seed: Seed = 0) -> None:
         check_split(split)
         _check_size(size)
         self.split, self.size, self.seed = split, size, seed
@@ -188,12 +194,12 @@ class WorldQuestions(_WorldSource):
 
     def __init__(
         self,
-        split: str,
-        size: int,
-        seed: int = 0,
-        domain: str = "base",
+        split: Split,
+        size: Count,
+        seed: Seed = 0,
+        domain: Domain = "base",
         multi_turn: bool = False,
-        kinds: Sequence[str] | None = None,
+        kinds: Kinds | None = None,
     ) -> None:
         super().__init__(split, size, seed, domain)
         self.multi_turn = multi_turn
@@ -233,7 +239,7 @@ class WorldInstruct(_WorldSource):
     """
 
     def __init__(
-        self, split: str, size: int, seed: int = 0, domain: str = "base", caption_fraction: float = 0.15
+        self, split: Split, size: Count, seed: Seed = 0, domain: Domain = "base", caption_fraction: Share = 0.15
     ) -> None:
         super().__init__(split, size, seed, domain)
         _check_share(caption_fraction)
@@ -304,13 +310,13 @@ class WorldText(_WorldSource):
 
     def __init__(
         self,
-        split: str,
-        size: int,
-        seed: int = 0,
-        domain: str = "base",
-        forms: Sequence[str] | None = None,
-        focus: Sequence[str] | None = None,
-        caption_fraction: float = CAPTION_REQUEST,
+        split: Split,
+        size: Count,
+        seed: Seed = 0,
+        domain: Domain = "base",
+        forms: Sequence[Form] | None = None,
+        focus: Kinds | None = None,
+        caption_fraction: Share = CAPTION_REQUEST,
     ) -> None:
         super().__init__(split, size, seed, domain)
         _check_share(caption_fraction)
@@ -339,7 +345,12 @@ class WorldStatements(_WorldSource):
     """
 
     def __init__(
-        self, split: str, size: int, seed: int = 0, domain: str = "base", forms: Sequence[str] | None = None
+        self,
+        split: Split,
+        size: Count,
+        seed: Seed = 0,
+        domain: Domain = "base",
+        forms: Sequence[Statement] | None = None,
     ) -> None:
         super().__init__(split, size, seed, domain)
         chosen = STATEMENTS if forms is None else tuple(forms)
@@ -374,12 +385,12 @@ class WorldContrasts(_WorldSource):
 
     def __init__(
         self,
-        split: str,
-        size: int,
-        seed: int = 0,
-        domain: str = "base",
-        scenes: int = 4,
-        forms: Sequence[str] = CONTRASTS,
+        split: Split,
+        size: Count,
+        seed: Seed = 0,
+        domain: Domain = "base",
+        scenes: Count = 4,
+        forms: Sequence[Contrast] = CONTRASTS,
     ) -> None:
         super().__init__(split, size, seed, domain)
         unknown = [form for form in forms if form not in CONTRASTS]

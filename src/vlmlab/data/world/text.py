@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal, get_args
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample, Turn
@@ -95,7 +96,8 @@ _FORMS: dict[str, Callable[[Scene, Stream], str]] = {
     "placed": _placed,
     "fused": _fused,
 }
-FORMS = (*_FORMS, "caption")
+Form = Literal["dense", "cells", "coordinates", "told", "compound", "placed", "fused", "caption"]
+FORMS: tuple[Form, ...] = get_args(Form)
 """Forms of a text-only sample; ``caption`` is caption text alone, without a question."""
 USUAL_FORMS = ("dense", "cells", "coordinates", "told", "caption")
 """What a source without a choice of forms mixes; never to be extended, since that would change its samples."""

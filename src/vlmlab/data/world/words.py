@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal, get_args
 
 from vlmlab.contracts.errors import UserError
 
@@ -168,7 +169,8 @@ _SHIFTED = Lexicon(
 )
 
 _LEXICONS = {lexicon.domain: lexicon for lexicon in (_BASE, _SHIFTED)}
-DOMAINS = tuple(_LEXICONS)
+Domain = Literal["base", "shifted"]
+DOMAINS: tuple[Domain, ...] = get_args(Domain)
 
 
 def lexicon(domain: str) -> Lexicon:

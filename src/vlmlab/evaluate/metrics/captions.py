@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.evaluate.metrics.bleu import bleu
@@ -30,7 +30,8 @@ def mean_rouge_l(candidates: Sequence[Tokens], references: Sequence[Sequence[Tok
 CORPUS_SCORES: dict[str, CorpusScore] = {"cider_d": mean_cider_d, "bleu_4": bleu, "rouge_l": mean_rouge_l}
 
 
-CEILINGS = {"people": "human", "grammar": "grammar"}
+Writers = Literal["people", "grammar"]
+CEILINGS: dict[Writers, str] = {"people": "human", "grammar": "grammar"}
 """Who wrote the references, and the first part of the keys of their own scores."""
 LEFT_OUT = "leave_one_out"
 
@@ -53,7 +54,7 @@ class CaptionScores:
     least_rows: ClassVar[int] = 2
     """CIDEr-D weighs words by how many other images have them."""
 
-    def __init__(self, references_by: str | None = "people") -> None:
+    def __init__(self, references_by: Writers | None = "people") -> None:
         if references_by is not None and references_by not in CEILINGS:
             choices = ", ".join(CEILINGS)
             raise UserError(f"CaptionScores: references_by={references_by} is unknown; choose from {choices}, or null.")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.values import Count
 from vlmlab.evaluate.metrics.rows import Row
 
 ACCURACY = "vqa_accuracy"
@@ -89,7 +90,7 @@ class VqaAccuracy:
             benchmarks have 10 people per question); with fewer, any reference that matches exactly counts.
     """
 
-    def __init__(self, annotators: int = 10) -> None:
+    def __init__(self, annotators: Count = 10) -> None:
         if annotators < 2:
             raise UserError(f"VqaAccuracy: annotators is {annotators} but agreement needs at least 2; the norm is 10.")
         self.annotators = annotators

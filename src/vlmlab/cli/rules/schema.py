@@ -1,0 +1,179 @@
+"""Every key that a run has outside its plug-ins, with its type and range.
+
+This is the one place to add such a key: a line in its section here, and one with a comment in ``conf/``. What stands
+under a ``_target_`` is not here: its keys are the arguments of that class, with the types of its annotations. The keys
+of a stage are the fields of ``vlmlab.recipe.stage.Stage``. A key in ``NotRequired`` may be absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+from annotated_types import Interval, MinLen
+
+from vlmlab.contracts.values import Count, Natural, NotNegative, Part, Positive, Seed, Share, Text, Texts, Width
+
+Threads = Annotated[int, Interval(ge=1, le=4096)]
+Workers = Annotated[int, Interval(ge=0, le=4096)]
+Devices = Literal["auto", -1] | Annotated[int, Interval(ge=1, le=4096)]
+Accelerator = Literal["auto", "cpu", "gpu", "cuda"]
+Strategy = Literal["auto", "ddp", "ddp_fork", "ddp_spawn", "ddp_find_unused_parameters_true", "fsdp2"]
+Precisions = Literal["auto", "fp32", "bf16", "fp16"]
+Loggers = Literal["jsonl", "none", "wandb"]
+Baselines = Sequence[Literal["shuffled", "no_image"]]
+Questions = Literal["conversation", "rows", "tree"]
+
+
+# What is described by a `_target_`, by the name of its contract.
+Adapter = Annotated[Mapping[str, Any], Part("Adapter")]
+Connector = Annotated[Mapping[str, Any], Part("Connector")]
+Encoder = Annotated[Mapping[str, Any], Part("Encoder")]
+FeatureCache = Annotated[Mapping[str, Any], Part("FeatureCache")]
+Finish = Annotated[Mapping[str, Any], Part("Finish")]
+Fusion = Annotated[Mapping[str, Any], Part("Fusion")]
+CausalLanguageModel = Annotated[Mapping[str, Any], Part("CausalLanguageModel")]
+Mask = Annotated[Mapping[str, Any], Part("Mask")]
+Metric = Annotated[Mapping[str, Any], Part("Metric")]
+Objective = Annotated[Mapping[str, Any], Part("Objective")]
+SampleSource = Annotated[Mapping[str, Any], Part("SampleSource")]
+TextTower = Annotated[Mapping[str, Any], Part("TextTower")]
+
+
+class Collate(TypedDict):
+    """How samples become rows of tokens."""
+
+    max_length: Count
+    pack_length: Count | None
+    questions: NotRequired[Questions]
+
+
+class Evaluation(TypedDict):
+    """How a trained model is scored."""
+
+    batch_size: Count
+    share_images: NotRequired[bool]
+    baselines: Baselines
+    probe: NotRequired[Literal["auto"] | bool]
+    lookup_samples: NotRequired[Count | None]
+    held_out: Texts
+    held_out_samples: Count
+    every: NotRequired[Count | None]
+
+
+class Precision(TypedDict):
+    """What training computes in."""
+
+    name: Precisions
+
+
+class Trainer(TypedDict):
+    """How a run executes."""
+
+    accelerator: Accelerator
+    devices: Devices
+    strategy: Strategy
+    compile: NotRequired[bool]
+    threads: Threads
+    workers: Workers
+    gradient_clip: Positive | None
+    save_every_s: NotNegative
+    progress: NotRequired[Literal["auto"] | bool]
+    log_every: NotRequired[Count]
+
+
+class Logger(TypedDict):
+    """Where a run is logged beside its folder; the keys behind the first are W&B's."""
+
+    name: Loggers
+    project: NotRequired[Text]
+    entity: NotRequired[Text | None]
+    tags: NotRequired[Texts]
+
+
+class Budget(TypedDict):
+    """How much of the recipe is run."""
+
+    steps_scale: Positive
+    max_steps: Count | None
+    eval_limit: Count | None
+
+
+class Debug(TypedDict):
+    """Less than a run."""
+
+    steps: Count | None
+    overfit: Natural
+    profile: bool
+
+
+class Benchmark(TypedDict):
+    """Questions, and what scores the answers."""
+
+    source: SampleSource
+    metrics: Annotated[Sequence[Metric], MinLen(1)]
+    max_new_tokens: Count
+
+
+class Data(TypedDict):
+    """Sources by name; further keys are what a data file's own sources refer to."""
+
+    train: Annotated[Mapping[str, SampleSource | None], MinLen(1)]
+    val: NotRequired[Mapping[str, SampleSource | None]]
+    benchmarks: NotRequired[Mapping[str, Benchmark | None]]
+    probe: NotRequired[SampleSource | None]
+    max_bad_fraction: NotRequired[Share]
+    screen: NotRequired[Natural]
+
+
+class Recipe(TypedDict):
+    """Stages in order."""
+
+    stages: Annotated[Mapping[str, Mapping[str, Any]], MinLen(1)]
+    finish: NotRequired[Finish | None]
+
+
+class DualEncoder(TypedDict, total=False):
+    """What a stage of ``ContrastiveModule`` makes of the groups."""
+
+    width: Width
+    parallel: bool
+    scale: Positive
+    bias: float
+
+
+class Preset(TypedDict):
+    """Nothing of its own: a preset sets keys of the other groups."""
+
+
+class Root(TypedDict):
+    """The top of a run's configuration."""
+
+    name: Text | Count | None
+    seed: Seed
+    init_from: NotRequired[Text | None]
+    share_stages: NotRequired[Text | Literal[False] | None]
+    fresh: bool
+    collate: Collate
+    evaluation: Evaluation
+    encoder: Encoder
+    cache: NotRequired[FeatureCache]
+    connector: Connector
+    lm: CausalLanguageModel
+    mask: Mask
+    fusion: Fusion
+    adapter: Adapter
+    objective: Objective | Mapping[str, Objective | None]
+    precision: Precision
+    data: Data
+    recipe: Recipe
+    trainer: Trainer
+    logger: Logger
+    budget: Budget
+    debug: Debug
+    preset: NotRequired[Preset | None]
+    dual_encoder: NotRequired[DualEncoder]
+    text_tower: NotRequired[TextTower | None]
+
+
+ROOT: Any = Root
