@@ -51,6 +51,7 @@ def test_parse_overrides() -> None:
         ({"result": '{"format'}, "failed", "cannot be read"),
         ({"result": "[]"}, "failed", "cannot be read"),
         ({"result": {"metrics": []}}, "failed", "holds no metrics"),
+        ({"result": {"metrics": {"a/b": 1}, "failed": {"c": "too long"}}}, "failed", "c: too long"),
         ({"state": {"state": "failed", "error": "UserError: too\n  hot"}}, "failed", "UserError: too hot"),
         ({"state": {"state": "failed", "stage": "align", "step": 3}}, "failed", "stage align step 3"),
         ({"state": {"state": "running", "stage": "align", "step": 3}}, "interrupted", "stopped in stage align step 3"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tests import tiny
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import Unscored, UserError
 from vlmlab.contracts.sample import SampleSource
 from vlmlab.data.questions import asked_apart
 from vlmlab.evaluate.baselines import NoImage
 from vlmlab.evaluate.gallery import side_by_side, write_gallery
 from vlmlab.evaluate.lookup import Lookup
 from vlmlab.evaluate.metrics.rows import read_rows
+from vlmlab.evaluate.metrics.vqa import VqaAccuracy
 from vlmlab.evaluate.run import evaluate_model, held_out_losses, mean_loss
 from vlmlab.mask.prefix_lm import PrefixLM
 from vlmlab.model.build import build_collator
@@ -197,6 +199,71 @@ def test_without_images_too_each_question_is_asked_alone(model: VLM, questions: 
     assert losses["val/captions/loss/no_image"] == pytest.approx(loss(model, cfg, alone), rel=1e-6)
     together = loss(model, config(), [NoImage([sample])[0] for sample in Dialogues()])
     assert abs(losses["val/captions/loss/no_image"] - together) > 1e-3
+
+
+class Broken(VqaAccuracy):
+    """A metric that counts nothing, or does not know its rows."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def compute(self, floors: Mapping[str, Mapping[str, float]] | None = None) -> dict[str, float]:
+        if self.how == "crash":
+            raise KeyError("row")
+        return {"score": {"nan": float("nan"), "inf": float("inf")}.get(self.how, 0.5)}
+
+
+def with_broken(how: str) -> DictConfig:
+    """The toy benchmark behind one whose metric fails, with held-out losses."""
+    cfg, name = config(), f"{__name__}.Broken"
+    broken = OmegaConf.merge(cfg.data.benchmarks.toy, {"metrics": [{"_target_": name, "how": how}]})
+    if how == "empty":
+        broken = OmegaConf.merge(cfg.data.benchmarks.toy, {"source": {"count": 0}})
+    cfg.data.benchmarks = {"broken": broken, "toy": cfg.data.benchmarks.toy}
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("nan", "broken/score is nan"),
+        ("inf", "broken/score is inf"),
+        ("crash", "KeyError: 'row'"),
+        ("empty", "no samples"),
+    ],
+)
+def test_a_benchmark_that_fails_leaves_the_others_and_is_tried_again_alone(
+    model: VLM, tmp_path: Path, how: str, why: str
+) -> None:
+    with pytest.raises(Unscored, match=f"^broken could not be scored .*{why}") as caught:
+        evaluate_model(model, with_broken(how), tmp_path, print)
+    error = caught.value
+    assert len(str(error)) <= 300 and list(error.failed) == ["broken"] and why in error.failed["broken"]
+    assert "toy/vqa_accuracy" in error.scores and "val/captions/loss" in error.scores
+    assert not any(key.startswith("broken") for key in error.scores)
+    before = {"metrics": {**error.scores, "toy/vqa_accuracy": 0.123}, "failed": error.failed}
+    said: list[str] = []
+    now = evaluate_model(model, with_broken("mended"), tmp_path, said.append, before)
+    assert now == {**before["metrics"], "broken/score": 0.5, **{k: v for k, v in now.items() if k.startswith("broken")}}
+    assert {line.split()[0].rstrip(":") for line in said} == {"broken"}
+
+
+def test_a_held_out_set_that_fails_leaves_the_benchmarks(model: VLM, tmp_path: Path) -> None:
+    cfg = config()
+    cfg.data.val.captions.count = 1
+    with pytest.raises(Unscored, match=r"val/captions could not be scored .*two different images") as caught:
+        evaluate_model(model, cfg, tmp_path, print)
+    assert list(caught.value.failed) == ["val/captions"] and "toy/vqa_accuracy" in caught.value.scores
+
+
+def test_weights_that_give_no_number_give_no_score(tmp_path: Path) -> None:
+    broken = tiny.vlm().eval()
+    broken.lm.model.get_input_embeddings().weight.data[:] = float("nan")
+    cfg = config()
+    cfg.data.benchmarks = {}
+    with pytest.raises(Unscored, match="val/captions/loss is nan"):
+        evaluate_model(broken, cfg, tmp_path, print)
 
 
 def test_an_empty_benchmark_is_refused(model: VLM, tmp_path: Path) -> None:

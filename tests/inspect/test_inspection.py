@@ -154,7 +154,7 @@ def test_the_questions_of_a_tree_are_told_apart(tmp_path: Path, capsys: pytest.C
 def test_an_image_without_positions_is_shown_at_its_place(
     fusion: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, size = rows(tmp_path, "yes", "no"), "data.caption_size=3"
+    path, size = rows(tmp_path, "yes", "a longer answer"), "data.caption_size=3"
     found, beside = (inspected(path, f"fusion={kind}", size) for kind in (fusion, "concat"))
     assert ("visual tokens", "0 an image: vision acts inside the LM") in found.facts
     assert len(found.rows[0].samples) == 2  # packed

@@ -60,6 +60,120 @@ def test_another_configuration_is_refused_naming_keys_and_values(tmp_path: Path,
     assert not is_locked(tmp_path)
 
 
+SCORED = {**CONFIG, "evaluation": {"batch_size": 64}, "trainer": {"threads": 1}, "collate": {"max_length": 100}}
+SCORING = {
+    "evaluation": {"evaluation": {"batch_size": 4}},
+    "limit": {"budget": {"eval_limit": 3}},
+    "benchmarks": {"data": {"benchmarks": {"b": {"max_new_tokens": 9}}}},
+    "longer": {"collate": {"max_length": 200}},
+}
+
+
+def train(path: Path) -> None:
+    """Leave the weights of the only stage."""
+    (path / "stages" / "0_a").mkdir(parents=True)
+    (path / "stages" / "0_a" / "model.safetensors").write_bytes(b"weights")
+
+
+@pytest.mark.parametrize("change", SCORING.values(), ids=SCORING)
+def test_another_evaluation_of_the_same_training_keeps_the_weights_and_the_old_result(
+    tmp_path: Path, change: dict
+) -> None:
+    train(tmp_path)
+    old = finish(tmp_path, SCORED)
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions" / "b.jsonl").write_text("said")
+    for k in (1, 2):
+        with RunFolder(tmp_path) as run:
+            assert run.open(SCORED | (change if k == 1 else {})) is None or (k == 2 and "collate" in change)
+            if k == 1:
+                assert run.result() is None and run.config() == SCORED | change
+                run.finish({"b/c": 0.1}, {})
+        if k == 1:
+            assert json.loads((tmp_path / "result.old-1.json").read_text()) == old
+            assert (tmp_path / "predictions.old-1" / "b.jsonl").read_text() == "said"
+            assert "batch_size: 64" in (tmp_path / "config.old-1.yaml").read_text()
+            assert RunFolder(tmp_path).holds(SCORED | change) and not RunFolder(tmp_path).holds(SCORED)
+        if "collate" in change:
+            break  # a shorter one is another training
+    assert (tmp_path / "stages" / "0_a" / "model.safetensors").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("change", SCORING.values(), ids=SCORING)
+def test_a_training_that_is_not_over_goes_on_under_another_evaluation(tmp_path: Path, change: dict) -> None:
+    with RunFolder(tmp_path) as run:
+        run.open(SCORED)
+        run.write_state("running", "a", 1, 2)
+    with RunFolder(tmp_path) as run:
+        assert run.open(SCORED | change) is None and run.state()["step"] == 1
+
+
+def test_a_longer_length_is_refused_where_rows_were_left_out_of_a_training_that_is_not_over(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as run:
+        run.open(SCORED)
+    (tmp_path / "skipped.jsonl").write_text('{"data": "data.train.x", "id": "1", "reason": "too long"}\n')
+    with pytest.raises(UserError, match="max_length: 100 -> 200"):
+        RunFolder(tmp_path).open(SCORED | SCORING["longer"])
+
+
+def test_another_machine_is_refused_in_the_middle_and_no_matter_afterwards(tmp_path: Path) -> None:
+    other = SCORED | {"trainer": {"threads": 2}}
+    with RunFolder(tmp_path) as run:
+        run.open(SCORED)
+    with pytest.raises(UserError, match="threads: 1 -> 2"):
+        RunFolder(tmp_path).open(other)
+    train(tmp_path)
+    with RunFolder(tmp_path) as run:
+        assert run.open(other) is None  # to be scored
+        result = run.finish(METRICS, {})
+    with RunFolder(tmp_path) as run:
+        assert run.open(SCORED) == result and run.differs(SCORED).execution == ("trainer.threads: 2 -> 1",)
+
+
+def test_a_result_whose_weights_were_deleted_is_not_thrown_away(tmp_path: Path) -> None:
+    finish(tmp_path, SCORED)
+    with pytest.raises(UserError, match="batch_size: 64 -> 4"):
+        RunFolder(tmp_path).open(SCORED | SCORING["evaluation"])
+    assert RunFolder(tmp_path).result() is not None
+
+
+def test_a_result_that_lacks_a_benchmark_is_gone_on_with(tmp_path: Path) -> None:
+    train(tmp_path)
+    with RunFolder(tmp_path) as run:
+        run.open(SCORED)
+        assert run.finish(METRICS, {}, {"b": "too long"})["failed"] == {"b": "too long"}
+    with RunFolder(tmp_path) as run:
+        assert not run.holds(SCORED)
+        assert run.open(SCORED) is None
+        known = run.result()
+        assert known is not None and known["metrics"] == METRICS
+
+
+def test_a_run_that_failed_before_it_had_learnt_anything_keeps_no_name(tmp_path: Path) -> None:
+    other = {**SCORED, "seed": 5}
+    with RunFolder(tmp_path) as run:
+        run.open(SCORED)
+        run.end("failed", "data.val_fraction is too small")
+    (tmp_path / "skipped.jsonl").write_text('{"data": "data.train.x", "id": "1"}\n')
+    with RunFolder(tmp_path) as run:
+        assert run.open(other) is None and run.config() == other
+        assert not (tmp_path / "skipped.jsonl").exists()
+        (tmp_path / "stages" / "0_a").mkdir(parents=True)
+        (tmp_path / "stages" / "0_a" / "last.ckpt").write_bytes(b"learnt")
+        run.end("failed", "later")
+    with pytest.raises(UserError, match="seed: 5 -> 0"):
+        RunFolder(tmp_path).open(SCORED)
+
+
+def test_a_refusal_names_as_many_keys_as_fit(tmp_path: Path) -> None:
+    many = {**CONFIG, "x": {f"key_{k}": "v" * 40 for k in range(20)}}
+    with RunFolder(tmp_path) as run:
+        run.open(many)
+    with pytest.raises(UserError, match=r"x\.key_0: .*; and \d+ more") as caught:
+        RunFolder(tmp_path).open({**CONFIG, "x": {f"key_{k}": "w" * 40 for k in range(20)}})
+    assert len(str(caught.value)) <= 300
+
+
 def test_fresh_keeps_the_old_folder_aside(tmp_path: Path) -> None:
     path = tmp_path / "r"
     for k in (1, 2):

@@ -81,7 +81,10 @@ def _table(samples: list[Sample]) -> Images:
 class FakeVLM(nn.Module):
     """Encoder and LM stand for loaded towers, the connector is new; dropout makes the random states matter."""
 
-    def __init__(self, dropout: float = 0.1, drift: bool = False, unused: bool = False, explode: str = "") -> None:
+    def __init__(
+        self, dropout: float = 0.1, drift: bool = False, unused: bool = False, explode: str = "",
+        fragile: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         towers = torch.Generator().manual_seed(1)
         self.encoder = nn.Sequential(nn.Linear(3 * SIDE * SIDE, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(dropout))
@@ -101,6 +104,7 @@ class FakeVLM(nn.Module):
             for p in part.parameters():
                 p.data = torch.randn(p.shape, generator=towers) * 0.3
         self.drift, self.explode, self.mask, self.adapter = drift, explode, None, None
+        self.fragile = fragile
         self.hash = "a" * 64
 
     def forward(self, batch: Batch, mask: Any = None, in_step: bool = False) -> Outputs:
@@ -117,6 +121,8 @@ class FakeVLM(nn.Module):
                 self.encoder[0].weight[0, 0] += 1e-6
         states = self.lm["head"](self.lm["drop"](self.lm["mix"](hidden)[0]))
         if self.explode and any(self.explode in row for row in batch.sample_ids):
+            states = states * float("inf")
+        if self.fragile and float(self.connector.weight.detach().abs().max()) > 10:
             states = states * float("inf")
         chosen = batch.labels[:, 1:] != -100
         return Outputs(states[:, :-1][chosen], batch.labels[:, 1:][chosen], Seen(tokens=tokens))

@@ -11,6 +11,7 @@ from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.engine.begin import begin_with, fits_as_built
 from vlmlab.engine.restore import enter, load_trained
 from vlmlab.engine.stage import StageModule
+from vlmlab.engine.stamp import checksum
 from vlmlab.engine.weights import Trainee, read_facts
 from vlmlab.recipe.stage import parse
 from vlmlab.runs.config import config_hash, plain
@@ -167,6 +168,7 @@ def rewritten(source, tmp_path, change):
     file = find_origin(f"{source}/align")
     tensors, facts = load_file(file), read_facts(file)
     change(tensors, facts)
+    facts["checksum"] = checksum(facts, tensors)
     path = tmp_path / "model.safetensors"
     save_file(tensors, str(path), metadata={"vlmlab": json.dumps(facts)})
     return path
@@ -193,6 +195,15 @@ def test_a_part_that_does_not_fit_is_named(source, tmp_path, change, message):
     with pytest.raises(CheckpointError, match=message) as error:
         begun(config(init_from="outputs/earlier"), path)
     assert str(error.value).startswith("init_from=outputs/earlier") and len(str(error.value)) <= 300
+
+
+def test_a_damaged_source_is_refused(source, tmp_path):
+    path = rewritten(source, tmp_path, lambda t, f: None)
+    octets = bytearray(path.read_bytes())
+    octets[-7] ^= 1
+    path.write_bytes(octets)
+    with pytest.raises(CheckpointError, match="is damaged: its checksum"):
+        begun(config(), path)
 
 
 def test_other_settings_of_a_part_are_said(source, tmp_path):

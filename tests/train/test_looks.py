@@ -11,9 +11,10 @@ from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import Sample
 from vlmlab.data.asking import APART
 from vlmlab.data.sampler import Order
+from vlmlab.engine.finite import as_evaluated
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.model.build import build_collator
-from vlmlab.train.looks import IMAGES, Looks, as_evaluated, differing_share, prompts_proved
+from vlmlab.train.looks import IMAGES, Looks, differing_share, prompts_proved
 
 
 def test_shares_by_hand() -> None:

@@ -72,6 +72,61 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert facts["step"] == (rows[-1]["step"] if rows else 0) + 1
 
 
+def strict(path):
+    import json
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), 1e20])
+@pytest.mark.parametrize("stage", ["align", "tune"])
+def test_a_last_step_that_leaves_no_number_fails_with_its_samples(tmp_path, monkeypatch, stage, rate):
+    """No step follows that would notice, and answers can be read off weights that are no numbers."""
+    from vlmlab.recipe.stage import Stage
+
+    factor = Stage.factor
+
+    def last(self, step):
+        if self.name == stage and step == self.steps - 1:
+            return rate / 1e-3
+        return factor(self, step)
+
+    monkeypatch.setattr(Stage, "factor", last)
+    with pytest.raises(UserError, match=rf"stage {stage}, step \d: .* is not finite \(samples s\d+.*nonfinite.json"):
+        run(config(), tmp_path)
+    facts = strict(tmp_path / "nonfinite.json")
+    assert facts["step"] == (6 if stage == "align" else 5) and len(facts["samples"]) == 8
+    assert not list(tmp_path.glob(f"stages/*_{stage}/model.safetensors"))
+    assert not (tmp_path / "result.json").exists()
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert "NaN" not in line and "Infinity" not in line
+
+
+def test_weights_that_are_numbers_and_give_none_fail_too(tmp_path):
+    """Each weight is finite and so is its norm; what they make of the samples is not."""
+    with pytest.raises(UserError, match=r"stage align, step 1: the loss after it is not finite"):
+        cfg = config(fake__fragile=True, recipe__stages__align__steps=1, recipe__stages__align__train__connector=1e3)
+        run(cfg, tmp_path)
+
+
+def test_the_look_behind_the_last_step_changes_nothing(tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    from vlmlab.engine.stage import StageModule
+
+    def trained(name):
+        run(config(), tmp_path / name)
+        return [load_file(file) for file in sorted((tmp_path / name).glob("stages/*/model.safetensors"))]
+
+    with_look = trained("with")
+    monkeypatch.setattr(StageModule, "_check_last", lambda self, window: None)
+    for one, other in zip(with_look, trained("without"), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_broken_data_stops_with_its_own_sentence(tmp_path):
     from vlmlab.contracts.errors import DataError
 

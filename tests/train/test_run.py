@@ -4,8 +4,10 @@ import pytest
 import tower_lab
 from fake_lab import config, run
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import Unscored, UserError
+from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
+from vlmlab.train.run import train
 
 
 def test_a_run_leaves_its_files(tmp_path, capsys):
@@ -109,3 +111,21 @@ def test_a_fusion_that_nothing_trains_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"joint.train: the fusion has .* add \+recipe.stages.joint.train.fusion"):
         run(tower_lab.config("fusion=lavi"), tmp_path)
     assert not (tmp_path / "stages").exists()
+
+
+def test_a_run_whose_benchmark_fails_is_trained_and_scored_as_far_as_it_goes(tmp_path, capsys):
+    def unscored(model, cfg, folder):
+        raise Unscored({"toy/score": 0.5}, {"other": "too long"})
+
+    with RunFolder(tmp_path) as opened:
+        opened.open(plain(config()))
+        with pytest.raises(Unscored, match="other could not be scored"):
+            train(config(), tmp_path, unscored)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["failed"] == {"other": "too long"} and result["metrics"] == {"toy/score": 0.5}
+    assert result["cost"]["params"] and RunFolder(tmp_path).trained()
+    rows = len(RunFolder(tmp_path).metrics())
+    assert "is finished already" not in capsys.readouterr().out
+    again = run(config(), tmp_path)
+    assert capsys.readouterr().out.count("is finished already") == 2 and len(RunFolder(tmp_path).metrics()) == rows
+    assert again["metrics"] == {"fake/accuracy": 0.5} and "failed" not in again

@@ -8,19 +8,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vlmlab.cli import rules
 from vlmlab.contracts.errors import UserError
-from vlmlab.runs.config import config_hash
+from vlmlab.runs.data import note_changed
 from vlmlab.runs.files import write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.names import cell_name, override_key, short_hash
 from vlmlab.runs.origin import changed_origin
+
+FINISHED = "finished before"
+"""Note of a cell that is as it would be if it were made now."""
 
 State = Literal["waiting", "running", "done", "failed", "interrupted"]
 
@@ -35,7 +38,7 @@ class Cell:
         overrides: its task overrides.
         swept: key -> value of those that differ between cells.
         cfg: the composed configuration with the ``hydra`` node.
-        config_hash: of the configuration; None where it cannot be resolved (its process will say why).
+        config: the plain configuration; None where it cannot be resolved (its process will say why).
         devices: slots it needs.
         state: how it is doing.
         note: a few words beside the state: why it failed, that it was there already.
@@ -49,7 +52,7 @@ class Cell:
     overrides: list[str]
     swept: dict[str, str]
     cfg: DictConfig
-    config_hash: str | None = None
+    config: dict[str, Any] | None = None
     devices: int = 1
     accelerator: str = "auto"
     fresh: bool = False
@@ -72,17 +75,18 @@ class Cell:
 
     def settle_finished(self) -> bool:
         """Whether a result of this very configuration is there already; then the cell is done."""
-        if self.fresh or self.config_hash is None:
+        if self.fresh or self.config is None:
             return False
         try:
-            config, result = self.run.config(), self.run.result()
+            if not self.run.holds(self.config):
+                return False
         except UserError:
             return False
-        if config is None or result is None or config_hash(config) != self.config_hash:
-            return False
-        if changed_origin(self.folder, config.get("init_from")) is not None:
+        if changed_origin(self.folder, self.config.get("init_from")) is not None:
             return False  # its own process says so
-        self.state, self.note = "done", "made by other code" if self.run.by_other_code() else "finished before"
+        told = ["made by other code"] if self.run.by_other_code() else []
+        told += [data] if (data := note_changed(self.run, OmegaConf.create(self.config))) else []
+        self.state, self.note = "done", "; ".join(told) or FINISHED
         return True
 
     def settle_ended(self, code: int, stopping: bool) -> None:
@@ -176,5 +180,5 @@ def _compose(config: DictConfig, loader: ConfigLoader, overrides: list[str], ind
     cell.devices = devices if isinstance(devices, int) else 1
     cell.accelerator = str(trainer.get("accelerator", "auto"))
     cell.fresh = bool(values.get("fresh", False))
-    cell.config_hash = config_hash(values)
+    cell.config = values
     return cell

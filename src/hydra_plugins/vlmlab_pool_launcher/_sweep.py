@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from hydra_plugins.vlmlab_pool_launcher._cells import Cell, plan
+from hydra_plugins.vlmlab_pool_launcher._cells import FINISHED, Cell, plan
 from hydra_plugins.vlmlab_pool_launcher._display import display
 from hydra_plugins.vlmlab_pool_launcher._pool import Pool
 from hydra_plugins.vlmlab_pool_launcher._slots import make_slots
@@ -76,6 +76,7 @@ def run_sweep(
     for cell in cells:
         if not cell.settle_finished():
             cell.announce()
+    _say_told(cells)
     print(f"sweep {sweep}: {len(cells)} cells, {len(places)} at a time; each writes <cell>/log.txt", flush=True)
     start = start_command()
     with display() as show:
@@ -86,6 +87,13 @@ def run_sweep(
     if pool.signals:
         raise KeyboardInterrupt
     return _returns(sweep, cells, table)
+
+
+def _say_told(cells: Sequence[Cell]) -> None:
+    """Which finished cells are not as they would be if they were made now."""
+    for note in dict.fromkeys(cell.note for cell in cells if cell.state == "done" and cell.note != FINISHED):
+        names = [cell.name for cell in cells if cell.note == note]
+        print(f"note: {len(names)} finished cells ({', '.join(names[:3])}{', ...' if names[3:] else ''}): {note}")
 
 
 def refuse_at_once(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> None:

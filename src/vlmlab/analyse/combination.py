@@ -34,8 +34,8 @@ class Combination:
 
     @property
     def state(self) -> str:
-        """``done``, or how many of the cells are in which state; ``*`` marks results made by other code."""
-        mark = "*" if any(record.stale for record in self.records) else ""
+        """``done``, or how many of the cells are in which state; ``*`` marks results made by other code or data."""
+        mark = "*" if any(record.stale or record.other_data for record in self.records) else ""
         states = [record.state for record in self.records]
         if set(states) == {"done"}:
             return f"done{mark}"

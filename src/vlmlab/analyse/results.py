@@ -11,6 +11,7 @@ import yaml
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.evaluate.metrics.scoring import BESIDE
+from vlmlab.runs.data import CHANGED
 from vlmlab.runs.files import read_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.lock import is_locked
@@ -69,6 +70,7 @@ class RunRecord:
         metrics: ``metrics`` of ``result.json``; empty unless done.
         cost: ``cost`` of ``result.json``.
         stale: some part of it was made by other code of the package than the present.
+        other_data: its data had changed when its command was last given.
     """
 
     folder: Path
@@ -78,6 +80,7 @@ class RunRecord:
     metrics: dict[str, float]
     cost: dict[str, float]
     stale: bool = False
+    other_data: bool = False
 
     @property
     def done(self) -> bool:
@@ -98,6 +101,7 @@ def read_run(folder: Path) -> RunRecord:
         metrics=metrics if state == "done" else {},
         cost=numbers(result.get("cost")) if result else {},
         stale=state == "done" and _stale(folder),
+        other_data=state == "done" and bool(RunFolder(folder).env().get(CHANGED)),
     )
 
 
@@ -124,6 +128,8 @@ def numbers(value: Any) -> dict[str, float]:
 
 
 def _state(folder: Path, result: dict[str, Any] | None, metrics: dict[str, float]) -> tuple[str, str]:
+    if result and result.get("failed"):
+        return "failed", _unscored(result["failed"])
     if metrics:
         return "done", ""
     if (folder / "result.json").exists():
@@ -139,6 +145,11 @@ def _state(folder: Path, result: dict[str, Any] | None, metrics: dict[str, float
         error = str(said.get("error") or "")
         return "interrupted", error or (f"stopped in {where}" if where else "its process ended without a result")
     return ("failed", "done without a result.json") if state == "done" else ("not started", "")
+
+
+def _unscored(failed: Any) -> str:
+    """Which benchmarks of a trained run could not be scored, and why."""
+    return "; ".join(f"{name}: {why}" for name, why in failed.items()) if isinstance(failed, Mapping) else str(failed)
 
 
 def _overrides(folder: Path, result: dict[str, Any]) -> list[str]:

@@ -212,6 +212,8 @@ def _notes(rows: Sequence[Combination], shared: str | None) -> list[str]:
         notes.append("\N{PLUS-MINUS SIGN} is the 95 % t interval of the mean over n seeds.")
     if any(record.stale for row in rows for record in row.records):
         notes.append("* made by other code of the package than the present; fresh=true trains again.")
+    if any(record.other_data for row in rows for record in row.records):
+        notes.append("* made with other data than are there now; fresh=true trains again.")
     return ["", *notes] if notes else []
 
 

@@ -9,9 +9,12 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.data.overlap import Stored, reads, same_bytes, sentence, stored_images
+from vlmlab.data.provenance import KEY, changed_data, data_of, shown
 from vlmlab.data.skipped import next_usable
+from vlmlab.runs.data import CHANGED
+from vlmlab.runs.folder import RunFolder
 
 
 def check_sources(cfg: DictConfig) -> list[str]:
@@ -42,6 +45,36 @@ def check_sources(cfg: DictConfig) -> list[str]:
     pairs = [(key, other) for key in trained for other in kept if other not in trained]
     shared = {pair: same_bytes(kept[pair[0]], kept[pair[1]]) for pair in pairs}
     return [sentence(found, *pair) for pair, found in shared.items() if found]
+
+
+def check_same(run: RunFolder, cfg: DictConfig) -> None:
+    """Note the fingerprints of a run's data, and refuse to go on with a training whose data have changed.
+
+    Before anything was learnt, or behind the training, other data are said and taken: what was learnt stands, and
+    scores of a benchmark that is another now are made anew.
+
+    Args:
+        run: the folder, opened.
+        cfg: the composed configuration.
+
+    Raises:
+        UserError: naming the sources and what changed.
+    """
+    before, now = run.env().get(KEY) or {}, data_of(cfg)
+    learnt = changed_data(before, now, ("train",))
+    if learnt and run.learnt() and not run.trained():
+        raise UserError(
+            f"{run.path} has learnt from other data: {shown(learnt)}; put the old data back, or choose another "
+            "name=... or fresh=true to train on the present ones"
+        )
+    scored = changed_data(before, now, ("val", "benchmarks"))
+    if learnt or scored:
+        print(f"note: since this run began its data have changed: {shown([*learnt, *scored])}", flush=True)
+    if scored:
+        run.keep_aside()
+    if learnt and run.trained():
+        now = {**now, "train": before["train"]}  # what it was trained on
+    run.update_env(**{KEY: now, CHANGED: ""})
 
 
 def _used(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:

@@ -8,25 +8,50 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from vlmlab.analyse.table import final_table
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError, guard, run_command
-from vlmlab.cli.finished import finished_run
+from vlmlab.cli.finished import known_run
+from vlmlab.cli.train import train_in
+from vlmlab.runs.config import plain
+from vlmlab.runs.folder import RunFolder, is_whole
 
 
 def evaluate_command(cfg: DictConfig) -> None:
-    """Score a finished run again, from its checkpoint.
+    """Score a run from its checkpoint: a finished one again; one whose training alone is done is finished by it.
 
     Raises:
         ConfigError: ``run`` is missing or no folder of a run, or a key has a value it cannot have.
-        CheckpointError: the run is not finished.
+        CheckpointError: the run is not trained to its end.
     """
-    folder = finished_run(cfg, "python evaluate.py run=outputs/default")
+    folder = known_run(cfg, "python evaluate.py run=outputs/default")
+    run = RunFolder(folder)
+    left = run.trained() and not is_whole(run.result())
+    if not left:
+        run.finished()
     _check_values(cfg)
-    from vlmlab.evaluate.run import evaluate  # from here on torch
-
     if str(cfg.device).startswith("cuda"):
         _check_gpu(str(cfg.device))
+    if left:
+        _finish(cfg, run)
+        return
+    from vlmlab.evaluate.run import evaluate  # from here on torch
+
     evaluate(folder, cfg)
+
+
+def _finish(cfg: DictConfig, run: RunFolder) -> None:
+    """Score what the run's own evaluation has left, with what this one asks for, and write its result."""
+    from vlmlab.evaluate.run import overridden
+
+    config = overridden(run.config() or {}, cfg)
+    if cfg.device != "auto":
+        config.trainer.accelerator = "cpu" if cfg.device == "cpu" else "gpu"
+        _take_gpu(str(cfg.device))
+    with run:
+        run.open(plain(config), run.env().get("overrides", []))
+        result = train_in(run, config)
+    print(final_table(result or {}))
 
 
 def _check_values(cfg: DictConfig) -> None:
@@ -49,6 +74,13 @@ def _check_gpu(device: str) -> None:
     index = torch.device(device).index or 0
     if index >= torch.cuda.device_count():
         raise ConfigError(f"device={device} is not there ({torch.cuda.device_count()} GPUs); choose device=cpu or auto")
+
+
+def _take_gpu(device: str) -> None:
+    if ":" in device:
+        import torch
+
+        torch.cuda.set_device(device)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,13 @@ def finished_run(cfg: DictConfig, example: str) -> Path:
         ConfigError: ``run`` is missing or no folder of a run.
         CheckpointError: the run is damaged or not finished.
     """
+    folder = known_run(cfg, example)
+    RunFolder(folder).finished()
+    return folder
+
+
+def known_run(cfg: DictConfig, example: str) -> Path:
+    """The folder of a run, finished or not; arguments and errors as for ``finished_run``."""
     if OmegaConf.is_missing(cfg, "run"):
         raise ConfigError(f"which run? write run=<folder>, as in: {example}")
     folder = Path(str(cfg.run))
@@ -30,7 +37,6 @@ def finished_run(cfg: DictConfig, example: str) -> Path:
         raise ConfigError(
             f"run={folder} is no run folder (it has no config.yaml); give the folder that training printed"
         )
-    RunFolder(folder).finished()
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,17 @@ from omegaconf import DictConfig
 from vlmlab.analyse.table import final_table
 from vlmlab.cli import rules
 from vlmlab.cli.conf import conf_folder
-from vlmlab.cli.data import check_sources
+from vlmlab.cli.data import check_same, check_sources
 from vlmlab.cli.entry import ConfigError, guard, one_line, remove_empty, run_command, unbuildable
-from vlmlab.contracts.errors import DataError, OutOfMemory, UserError, mistake_within
+from vlmlab.contracts.errors import DataError, OutOfMemory, Unscored, UserError, mistake_within
 from vlmlab.data.skipped import TooManyBad, note
 from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
+from vlmlab.runs.data import note_changed
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.origin import check_origin
 from vlmlab.runs.watchdog import die_with_parent
 
-NO_MISTAKE = (DataError, OutOfMemory)
+NO_MISTAKE = (DataError, OutOfMemory, Unscored)
 """What the files or the machine are to blame for, and not the command."""
 
 
@@ -50,25 +52,34 @@ def train_command(cfg: DictConfig) -> None:
     if not first:  # a further rank of a run that rank zero has opened
         _train(cfg, folder)
         return
-    _look_at_data(cfg, folder)
+    _look_at_data(cfg, config, folder)
     with RunFolder(folder) as run:
         result = run.open(config, list(hydra_cfg.overrides.task), fresh=bool(cfg.fresh))
         if result is not None:
-            code = ", made by other code of this package" if run.by_other_code() else ""
-            print(f"{folder} is finished{code}; fresh=true trains again\n\n{final_table(result)}")
+            told = _told_apart(run, config, cfg)
+            print(f"{folder} is finished{told}; fresh=true trains again\n\n{final_table(result)}")
             return
         print(f"run folder: {folder}", flush=True)
-        result = _train_in(run, cfg)
+        result = train_in(run, cfg)
         if result is not None:
             print(f"\n{final_table(result)}\n{_report(cfg, folder, result)}", flush=True)
 
 
-def _look_at_data(cfg: DictConfig, folder: Path) -> None:
+def _told_apart(run: RunFolder, config: Mapping[str, Any], cfg: DictConfig) -> str:
+    """What of a finished run is not as it would be if it were made now."""
+    told = [", made by other code of this package"] if run.by_other_code() else []
+    if data := note_changed(run, cfg):
+        told.append(f", {data}")
+    if machine := run.differs(config).execution:
+        told.append(f", run with other settings of the machine ({'; '.join(machine)})")
+    return "".join(told)
+
+
+def _look_at_data(cfg: DictConfig, config: Mapping[str, Any], folder: Path) -> None:
     """Refuse missing or broken data before anything trains, leaving no folder but for a long list of bad rows."""
-    run = RunFolder(folder)
     try:
         check_origin(folder, cfg.init_from, fresh=bool(cfg.fresh))
-        if run.result() is not None:
+        if not cfg.fresh and RunFolder(folder).holds(config):
             return
         for line in check_sources(cfg):
             print(f"note: {line}", flush=True)
@@ -82,15 +93,18 @@ def _look_at_data(cfg: DictConfig, folder: Path) -> None:
         raise ConfigError(_said(error)) from error
 
 
-def _train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
+def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
     """Train, and leave in ``state.json`` how it ended; a composition that cannot be built leaves no new folder.
 
     Raises:
         ConfigError: it cannot be built, which was found before anything was learnt.
     """
     try:
+        check_same(run, cfg)
         return _train(cfg, run.path)
     except Exception as error:
+        if isinstance(error, Unscored) and error.scores:
+            print(f"\n{final_table(run.result() or {})}\n", flush=True)
         run.end("failed", _said(error))
         mistake = isinstance(error, InstantiationException | UserError) and not isinstance(error, NO_MISTAKE)
         if not mistake or isinstance(mistake_within(error), DataError) or _learnt(run.path):

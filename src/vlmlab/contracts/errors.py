@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 LONGEST = 300
@@ -50,6 +51,28 @@ class OutOfMemory(UserError):
     def __reduce__(self) -> tuple[Any, ...]:
         facts = (self.samples, self.length, self.asked, self.answered, self.moved)
         return OutOfMemory, (self.stage, self.step, *facts)
+
+
+class Unscored(UserError):
+    """Some benchmarks of a trained model could not be scored; the scores of the others stand.
+
+    Attributes:
+        scores: of the others.
+        failed: those that could not, and why in one sentence.
+    """
+
+    def __init__(self, scores: Mapping[str, float], failed: Mapping[str, str]) -> None:
+        self.scores, self.failed = dict(scores), dict(failed)
+        first = next(iter(failed))
+        why = failed[first] if len(failed[first]) <= 150 else failed[first][:147] + "..."
+        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        super().__init__(
+            f"{first}{more} could not be scored ({why.rstrip('.;')}); the model is trained and all else is scored, "
+            "mend that and the same command tries only this again"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Unscored, (self.scores, self.failed)
 
 
 class CheckpointError(UserError):

@@ -72,7 +72,10 @@ class SampleSource(Protocol):
 
 
 class Metric(Protocol):
-    """What a metric is: rows of predictions in, named scores of the whole set out, over all ranks."""
+    """What a metric is: rows of predictions in, named scores of the whole set out, over all ranks.
+
+    One that is not defined over a single row says how many it needs by ``least_rows``.
+    """
 
     def update(self, prediction: Any) -> None:
         """Add one row (``vlmlab.evaluate.metrics.rows.Row``)."""

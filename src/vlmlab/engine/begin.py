@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from vlmlab.contracts.errors import CheckpointError
+from vlmlab.engine.stamp import check_whole
 from vlmlab.engine.weights import BASE, Trainee, check_sources, plain_key, read_facts, read_tensors, tensor_names
 from vlmlab.runs.config import leaves
 from vlmlab.runs.origin import KEY
@@ -44,10 +45,11 @@ def begin_with(trainee: Trainee, path: Path, cfg: DictConfig) -> list[str]:
         Settings that differ from those the weights were trained with, in words.
 
     Raises:
-        CheckpointError: other towers, or a part that does not fit: missing, of another class or of other shapes.
+        CheckpointError: other towers, or a part that does not fit: missing, of another class or of other shapes; or
+            the file is damaged.
     """
-    facts, named = read_facts(path), trainee.named()
-    tensors = {n: t for n, t in read_tensors(path).items() if n in named or not n.startswith(OBJECTIVES)}
+    facts, named, found = read_facts(path), trainee.named(), read_tensors(path)
+    tensors = {n: t for n, t in found.items() if n in named or not n.startswith(OBJECTIVES)}
     saved, now = dict(facts.get("sources", {})), trainee.sources()
     common = saved.keys() & now.keys()
     shown = f"{KEY}={OmegaConf.select(cfg, KEY)}"
@@ -61,7 +63,8 @@ def begin_with(trainee: Trainee, path: Path, cfg: DictConfig) -> list[str]:
         if named[name].shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)}, here it is {tuple(named[name].shape)}"
             raise _misfit(name, f"has {name} of shape {shapes}", shown)
-    _check_whole(trainee, tensors, shown)
+    _check_parts(trainee, tensors, shown)
+    check_whole(path, facts, found)
     kinds = {name: torch.promote_types(tensor.dtype, named[name].dtype) for name, tensor in tensors.items()}
     trainee.take({name: tensor.to(kinds[name]) for name, tensor in tensors.items()})  # what trains stays float32
     trainee.begun_with(tensors)
@@ -87,7 +90,7 @@ def _word(target: Any) -> str:
     return str(target).rpartition(".")[2]
 
 
-def _check_whole(trainee: Trainee, tensors: Mapping[str, Tensor], shown: str) -> None:
+def _check_parts(trainee: Trainee, tensors: Mapping[str, Tensor], shown: str) -> None:
     """A part that no tower is the source of comes whole or not at all: half of a deeper connector is no connector."""
     parts: Mapping[str, Any] = trainee.model.parts()  # type: ignore[operator]
     for part, owned in parts.items():

@@ -12,8 +12,10 @@ from torch import nn
 from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.engine import rng
 from vlmlab.engine.stage import StageModule
+from vlmlab.engine.stamp import recorded
 from vlmlab.engine.weights import Trainee
 from vlmlab.recipe.stage import Stage, parse
+from vlmlab.runs import folder as folder_module
 
 Builder = Callable[[DictConfig], nn.Module]
 """Makes the model of a stage's kind; stages of the same builder train the same model."""
@@ -49,7 +51,7 @@ def enter(trainee: Trainee, cfg: DictConfig, stage: Stage) -> None:
 
 def weights_file(folder: Path, stage: Stage) -> Path:
     """Where a finished stage's weights are in a run folder."""
-    return folder / "stages" / f"{stage.index}_{stage.name}" / "model.safetensors"
+    return folder_module.weights_file(folder, stage.index, stage.name)
 
 
 def load_trained(cfg: DictConfig, path: Path) -> nn.Module:
@@ -60,7 +62,7 @@ def load_trained(cfg: DictConfig, path: Path) -> nn.Module:
         path: the run folder.
 
     Raises:
-        CheckpointError: a stage's file is missing or does not fit.
+        CheckpointError: a stage's file is missing, damaged, of another run, or does not fit.
     """
     trainees: dict[Builder, Trainee] = {}
     for stage in parse(cfg):
@@ -72,6 +74,6 @@ def load_trained(cfg: DictConfig, path: Path) -> nn.Module:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; finish the run first by starting it again.")
         enter(trainee, cfg, stage)
-    trainee.load(file)
+    trainee.load(file, recorded(folder_module.RunFolder(path), stage))
     trainee.model.requires_grad_(False)
     return trainee.model.eval()

@@ -12,6 +12,7 @@ ranks then go through the same layers together (`in_step` of the model's forward
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from vlmlab.contracts.parts import Fusion, Objective
 from vlmlab.contracts.sample import Sample
 from vlmlab.contracts.tensors import Batch
 from vlmlab.data.module import Window
+from vlmlab.engine.finite import as_evaluated, nonfinite
 from vlmlab.engine.layers import decayed
 from vlmlab.engine.optim import MuonAdamW, hidden_matrices
 from vlmlab.engine.shards import clip, is_shard, total_norm
@@ -194,6 +196,7 @@ class StageModule(L.LightningModule):
                 raise
             raise self._out_of_memory() from error
         optimizer.zero_grad(set_to_none=True)
+        self._check_last(window)
         self.done += 1
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -206,6 +209,28 @@ class StageModule(L.LightningModule):
         if self.stage.gradient_clip is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             clip(parameters, self.stage.gradient_clip, norm)
+
+    def _check_last(self, window: Window) -> None:
+        """After the last step, which no other follows that would notice: weights and loss are numbers on all ranks.
+
+        A cache counts who reads it and shards look together, so that there the weights alone are looked at.
+
+        Raises:
+            NonFinite: they are not; names the samples of the step.
+        """
+        if self.done + 1 < self.stage.steps:
+            return
+        wrong = nonfinite((name, parameter) for name, _, parameter in self.trained())
+        looks = self.shard is None and not getattr(getattr(self.model, "cache", None), "keeps", False)
+        losses: dict[str, float] = {}
+        if looks and not wrong:
+            with as_evaluated(self.model):
+                total, terms = self._loss(window.batches[0])
+            losses = {"loss": float(total), **{name: float(value) for name, value in terms.items()}}
+        bad = bool(wrong) or not all(map(math.isfinite, losses.values()))
+        if self._reduced(torch.tensor(float(bad), device=self.device)):
+            what = f"{wrong[0]}, a weight," if wrong else "the loss after it"
+            raise NonFinite(self.stage.name, self.done + 1, what, losses, self._gathered(self._samples))
 
     def _announce(self, window: Window) -> dict[str, float]:
         """Counts of the whole step over all ranks, before any forward pass."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vlmlab.contracts.parts import Mask, Objective
 from vlmlab.engine.layers import chosen
 from vlmlab.engine.shards import shard
 from vlmlab.engine.stage import check_objectives
+from vlmlab.engine.stamp import CHECKSUM, RUN, Stamp, check_whole, checksum
 from vlmlab.mask.leak import check_mask
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.files import share
@@ -182,8 +184,8 @@ class Trainee:
                 found[name] = buffer.detach()
         return found
 
-    def save(self, path: Path, stage: Stage, cfg: DictConfig) -> None:
-        """Write ``kept()`` at once and durably; the same bytes for the same weights."""
+    def save(self, path: Path, stage: Stage, cfg: DictConfig, stamp: Stamp | None = None) -> None:
+        """Write ``kept()`` at once and durably, with a checksum; equal bytes for equal weights of equal runs."""
         facts = {
             "format": FORMAT,
             "stage": stage.name,
@@ -193,19 +195,30 @@ class Trainee:
         if self._begun:
             facts["begun"] = self.begun()
         tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in sorted(self.kept().items())}
+        facts |= {RUN: asdict(stamp)} if stamp is not None else {}
+        facts = json.loads(json.dumps(facts, default=str))
+        facts[CHECKSUM] = checksum(facts, tensors)
         new = path.with_name(f".{path.name}.new")
         # one key only: safetensors writes several in random order
         save_file(tensors, str(new), metadata={"vlmlab": json.dumps(facts, sort_keys=True, default=str)})
         share(new)
         replace_durably(new, path)
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path, stamp: Stamp | None = None) -> None:
         """Read what ``save`` wrote for this composition and these stages; nothing more and nothing less.
 
+        Args:
+            path: the file.
+            stamp: of the run and stage that it must belong to; None: any.
+
         Raises:
-            CheckpointError: unreadable, other source towers, or a missing, unexpected or differently shaped tensor.
+            CheckpointError: unreadable, damaged, of another run or stage, other source towers, or a missing, unexpected
+                or differently shaped tensor.
         """
-        self.begun_with(read_facts(path).get("begun", ()))
+        facts = read_facts(path)
+        if stamp is not None:
+            stamp.check(path, facts)
+        self.begun_with(facts.get("begun", ()))
         self.take(self._read(path))
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
@@ -238,6 +251,7 @@ class Trainee:
         remedy = "load the tower it was trained on, or train again with fresh=true"
         check_sources(path, facts.get("sources", {}), self.sources(), remedy)
         _check_tensors(path, self.kept(), tensors)
+        check_whole(path, facts, tensors)
         return tensors
 
     def sources(self) -> dict[str, str]:

@@ -5,14 +5,20 @@
 
 from __future__ import annotations
 
+import math
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 
-from vlmlab.contracts.errors import CheckpointError, DataError, UserError
+from vlmlab.contracts.errors import CheckpointError, DataError, Unscored, UserError
 from vlmlab.contracts.sample import Sample, SampleSource, references
 from vlmlab.contracts.tensors import Batch
 from vlmlab.data.questions import asked_apart
@@ -26,14 +32,13 @@ from vlmlab.model.build import build_cache, build_collator
 from vlmlab.model.questions import unequal_in_trees
 from vlmlab.model.vlm import VLM
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
 BASELINES: dict[str, Callable[[SampleSource], SampleSource]] = {"shuffled": Shuffled, "no_image": NoImage}
 Progress = Callable[[str], None]
 
 
-def evaluate_model(model: VLM, cfg: DictConfig, folder: Path, say: Progress = print) -> dict[str, float]:
+def evaluate_model(
+    model: VLM, cfg: DictConfig, folder: Path, say: Progress = print, before: Mapping[str, Any] | None = None
+) -> dict[str, float]:
     """Scores of all benchmarks and held-out losses; predictions go to ``<folder>/predictions``.
 
     Args:
@@ -41,45 +46,107 @@ def evaluate_model(model: VLM, cfg: DictConfig, folder: Path, say: Progress = pr
         cfg: the run's configuration: ``data.benchmarks``, ``data.val``, ``evaluation``, ``budget``.
         folder: the run's folder.
         say: takes one line of progress at a time.
+        before: a ``result.json`` in which some of them ``failed``: only these are tried, the other scores stand.
 
     Returns:
         "<benchmark>/<metric>", and the same with "/shuffled", "/no_image" and "/lookup"; "val/<data>/loss" in nats per
         token.
-    """
-    from hydra.utils import instantiate
 
+    Raises:
+        Unscored: some could not be scored; it has the scores of all others.
+    """
     model.eval()
     if cfg.evaluation.get("share_images") and (why := unequal_in_trees(model)) is not None:
         say(f"note: evaluation.share_images=true: each question reads its images itself, since {why}")
-    scores: dict[str, float] = {}
     lookup = _lookup(cfg, say) if cfg.data.benchmarks else None
-    for name, benchmark in cfg.data.benchmarks.items():
-        questions = instantiate(benchmark.source)
-        note(folder, f"data.benchmarks.{name}", getattr(questions, "skipped", []))
-        source = Limited(questions, cfg.budget.eval_limit)
-        for baseline in ("", *cfg.evaluation.baselines):
-            shown = BASELINES[baseline](source) if baseline else source
-            rows = answer(model, cfg, str(name), shown, benchmark.max_new_tokens)
-            write_rows(predictions_file(folder, str(name), baseline), rows)
-            say(f"{name}{' ' + baseline if baseline else ''}: {len(rows)} answers")
-        floors = list(cfg.evaluation.baselines)
-        if lookup is not None:
-            write_rows(predictions_file(folder, str(name), LOOKUP), looked_up(lookup, folder, str(name)))
-            floors.append(LOOKUP)
-        if probed := _probed(model, cfg, str(name), source):
-            write_rows(predictions_file(folder, str(name), PROBE), probed)
-            say(f"{name} {PROBE}: {len(probed)} answers")
-            floors.append(PROBE)
-        metrics = [instantiate(metric, _partial_=True) for metric in benchmark.metrics]
-        scores.update(score_predictions(folder, str(name), metrics, floors))
-    return {**scores, **held_out_losses(model, cfg, say, folder)}
+    parts: dict[str, Callable[[], dict[str, float]]] = {
+        str(name): partial(_benchmark, model, cfg, folder, str(name), lookup, say) for name in cfg.data.benchmarks
+    }
+    for name in held_out_names(cfg):
+        parts[f"val/{name}"] = partial(_held_out_loss, model, cfg, name, say, folder)
+    if before is None:
+        return score_each(parts, say)
+    left = {name: score for name, score in parts.items() if name in before["failed"]}
+    return score_each(left, say, before["metrics"])
+
+
+def score_each(
+    parts: Mapping[str, Callable[[], Mapping[str, float]]], say: Progress, known: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """The scores of all parts of an evaluation: what is wrong with one of them leaves the others alone.
+
+    Args:
+        parts: what gives the scores of each, by name.
+        say: takes a line about each that fails.
+        known: scores to start from.
+
+    Raises:
+        Unscored: a part raised an error, or gave a score that is no number.
+    """
+    scores, failed = dict(known or {}), {}
+    for name, score in parts.items():
+        try:
+            found = score()
+            check_finite(found)
+            scores.update(found)
+        except Exception as error:
+            if not isinstance(error, UserError | InstantiationException):
+                traceback.print_exc()  # nobody's mistake but the code's
+            failed[name] = _sentence(error)
+            say(f"{name} could not be scored: {failed[name]}")
+    if failed:
+        raise Unscored(scores, failed)
+    return scores
+
+
+def check_finite(scores: Mapping[str, float]) -> None:
+    """Refuse scores that are no numbers.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for name, value in scores.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} is {value}: weights, data or metric give no number; look at its predictions")
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, in one line."""
+    while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "out of memory; lower evaluation.batch_size"
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())
+
+
+def _benchmark(
+    model: VLM, cfg: DictConfig, folder: Path, name: str, lookup: Lookup | None, say: Progress
+) -> dict[str, float]:
+    """The scores of one benchmark."""
+    benchmark = cfg.data.benchmarks[name]
+    questions = instantiate(benchmark.source)
+    note(folder, f"data.benchmarks.{name}", getattr(questions, "skipped", []))
+    source = Limited(questions, cfg.budget.eval_limit)
+    for baseline in ("", *cfg.evaluation.baselines):
+        shown = BASELINES[baseline](source) if baseline else source
+        rows = answer(model, cfg, name, shown, benchmark.max_new_tokens)
+        write_rows(predictions_file(folder, name, baseline), rows)
+        say(f"{name}{' ' + baseline if baseline else ''}: {len(rows)} answers")
+    floors = list(cfg.evaluation.baselines)
+    if lookup is not None:
+        write_rows(predictions_file(folder, name, LOOKUP), looked_up(lookup, folder, name))
+        floors.append(LOOKUP)
+    if probed := _probed(model, cfg, name, source):
+        write_rows(predictions_file(folder, name, PROBE), probed)
+        say(f"{name} {PROBE}: {len(probed)} answers")
+        floors.append(PROBE)
+    metrics = [instantiate(metric, _partial_=True) for metric in benchmark.metrics]
+    return score_predictions(folder, name, metrics, floors)
 
 
 def _lookup(cfg: DictConfig, say: Progress) -> Lookup | None:
     """The table of the run's training answers; None where it is not asked for."""
-    from hydra.errors import InstantiationException
-    from omegaconf import OmegaConf
-
     most = OmegaConf.select(cfg, "evaluation.lookup_samples")
     if not most:
         return None
@@ -130,28 +197,40 @@ def _probed(model: VLM, cfg: DictConfig, name: str, source: SampleSource) -> lis
     return [_row(name, sample, known[sample.id]) for sample in samples]
 
 
+def held_out_names(cfg: DictConfig) -> list[str]:
+    """The names of ``evaluation.held_out`` that the data have."""
+    return [str(name) for name in cfg.evaluation.held_out if name in cfg.data.val]
+
+
+def held_out_limit(cfg: DictConfig) -> int:
+    """Most samples of a held-out set whose loss is taken."""
+    limits = [int(cfg.evaluation.held_out_samples)]
+    return min(limits if cfg.budget.eval_limit is None else [*limits, int(cfg.budget.eval_limit)])
+
+
 def held_out_losses(model: VLM, cfg: DictConfig, say: Progress = print, folder: Path | None = None) -> dict[str, float]:
     """Mean next-token loss (nats per supervised token) of the named validation sets: right, wrong and no images.
 
     Rows of real data that cannot be used are replaced by the next usable ones and, with `folder`, written down there.
     """
     losses: dict[str, float] = {}
-    for name in cfg.evaluation.held_out:
-        if name not in cfg.data.val:
-            continue
-        limit = cfg.evaluation.held_out_samples
-        if cfg.budget.eval_limit is not None:
-            limit = min(limit, cfg.budget.eval_limit)
-        collator = build_collator(cfg, model, "chat")
-        samples = held_out(cfg, name, collator.encode)
-        source = Limited(samples, limit)
-        for baseline in ("", *cfg.evaluation.baselines):
-            shown = _shown(source, baseline, apart=collator.questions != "conversation")
-            key = f"val/{name}/loss" + (f"/{baseline}" if baseline else "")
-            losses[key] = mean_loss(collator, model, shown, cfg.evaluation.batch_size)
-            say(f"{key}: {losses[key]:.4f}")
-        if folder is not None:
-            note(folder, f"data.val.{name}", getattr(samples, "skipped", []))
+    for name in held_out_names(cfg):
+        losses |= _held_out_loss(model, cfg, name, say, folder)
+    return losses
+
+
+def _held_out_loss(model: VLM, cfg: DictConfig, name: str, say: Progress, folder: Path | None) -> dict[str, float]:
+    losses: dict[str, float] = {}
+    collator = build_collator(cfg, model, "chat")
+    samples = held_out(cfg, name, collator.encode)
+    source = Limited(samples, held_out_limit(cfg))
+    for baseline in ("", *cfg.evaluation.baselines):
+        shown = _shown(source, baseline, apart=collator.questions != "conversation")
+        key = f"val/{name}/loss" + (f"/{baseline}" if baseline else "")
+        losses[key] = mean_loss(collator, model, shown, cfg.evaluation.batch_size)
+        say(f"{key}: {losses[key]:.4f}")
+    if folder is not None:
+        note(folder, f"data.val.{name}", getattr(samples, "skipped", []))
     return losses
 
 
@@ -173,9 +252,6 @@ def _shown(source: SampleSource, baseline: str, apart: bool) -> SampleSource:
 
 def held_out(cfg: DictConfig, name: str, encode: Callable[[Sample], object]) -> SampleSource:
     """The validation set of this name; of files, with the next usable row in the place of one that is not."""
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
     source: SampleSource = instantiate(cfg.data.val[name])
     if OmegaConf.select(cfg, "data.max_bad_fraction") is None:
         return source
@@ -229,6 +305,7 @@ def evaluate(folder: Path, cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         UserError: the run is not finished, or a benchmark's name is unknown.
+        Unscored: some benchmarks could not be scored.
     """
     from vlmlab.analyse.table import final_table
     from vlmlab.engine.restore import load_trained
@@ -239,23 +316,27 @@ def evaluate(folder: Path, cfg: DictConfig) -> dict[str, Any]:
     result = run.result()
     if result is None:
         raise CheckpointError(f"{folder} is not finished (no result.json); start its training command again.")
-    config = _overridden(run.config() or {}, cfg)
+    config = overridden(run.config() or {}, cfg)
     torch.set_num_threads(int(config.trainer.threads))
     model = load_trained(config, folder)
     assert isinstance(model, VLM)
     model.to(_device(str(cfg.device)))
-    with build_cache(config).serving(model, print):
-        metrics = evaluate_model(model, config, folder / "evaluate")
+    unscored: Unscored | None = None
+    try:
+        with build_cache(config).serving(model, print):
+            metrics = evaluate_model(model, config, folder / "evaluate")
+    except Unscored as error:
+        unscored, metrics = error, error.scores
     write_json(folder / "evaluate" / "metrics.json", metrics)
     print(final_table({**result, "metrics": metrics}))
     print(_compared(result["metrics"], metrics))
+    if unscored is not None:
+        raise unscored
     return {**result, "metrics": metrics}
 
 
-def _overridden(run: Mapping[str, Any], cfg: DictConfig) -> DictConfig:
+def overridden(run: Mapping[str, Any], cfg: DictConfig) -> DictConfig:
     """The run's configuration with what the evaluation asks for."""
-    from omegaconf import OmegaConf
-
     config = OmegaConf.create(dict(run))
     if cfg.benchmarks is not None:
         unknown = [name for name in cfg.benchmarks if name not in config.data.benchmarks]

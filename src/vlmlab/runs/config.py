@@ -79,7 +79,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     before, after = result_leaves(old), result_leaves(new)
     absent = "(absent)"
     keys = sorted(key for key in {*before, *after} if before.get(key, absent) != after.get(key, absent))
-    return [f"{key}: {_shown(before.get(key, absent))} -> {_shown(after.get(key, absent))}" for key in keys]
+    return [difference(key, before.get(key, absent), after.get(key, absent)) for key in keys]
+
+
+def difference(key: str, old: Any, new: Any) -> str:
+    """``key: old -> new``, long values cut."""
+    return f"{key}: {_shown(old)} -> {_shown(new)}"
 
 
 def _shown(value: Any) -> str:

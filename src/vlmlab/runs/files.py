@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,22 @@ def share(*paths: Path) -> None:
             path.chmod(path.parent.stat().st_mode & 0o666)
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: it knows no NaN and no infinity, which become the words "nan", "inf", "-inf"."""
+    return json.dumps(_worded(value), indent=indent, default=str, allow_nan=False)
+
+
+def _worded(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, Mapping):
+        return {_worded(key): _worded(item) for key, item in value.items()}
+    return [_worded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def write_json(path: Path, value: Any, durable: bool = False) -> None:
-    """Replace a JSON file at once."""
-    write_atomic(path, json.dumps(value, indent=2, default=str) + "\n", durable)
+    """Replace a JSON file at once; see ``to_json``."""
+    write_atomic(path, to_json(value, indent=2) + "\n", durable)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

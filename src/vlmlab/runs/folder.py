@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
+import shutil
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,14 +14,18 @@ from typing import Any, Literal, Self
 import yaml
 
 from vlmlab.contracts.errors import CheckpointError, UserError
-from vlmlab.runs.config import config_hash, differences
+from vlmlab.runs.config import config_hash
 from vlmlab.runs.environment import code_fingerprint, environment
-from vlmlab.runs.files import read_json, read_rows, write_atomic, write_json
+from vlmlab.runs.files import read_json, read_rows, to_json, write_atomic, write_json
+from vlmlab.runs.identity import Changes, changes, training_hash
 from vlmlab.runs.lock import FolderLock, is_locked
 from vlmlab.runs.renamed import with_present_names
 
 FORMAT = 1
 """Version of ``result.json``."""
+
+LONGEST = 300
+"""Characters of a message; it names as many keys as fit."""
 
 StateName = Literal["running", "done", "failed", "interrupted"]
 
@@ -45,6 +50,9 @@ class RunFolder:
     ) -> dict[str, Any] | None:
         """Lock the folder for this configuration and say whether anything is left to do.
 
+        A configuration that asks for another evaluation of the same training takes the folder over: the weights stay,
+        and the result so far is kept aside as ``result.old-<k>.json``, with all that belongs to it.
+
         Args:
             config: the plain resolved configuration (``vlmlab.runs.config.plain``).
             overrides: the task overrides.
@@ -54,7 +62,7 @@ class RunFolder:
             The result of a finished run of the same configuration, or None: train, or go on where it stopped.
 
         Raises:
-            UserError: another process holds the folder, or it belongs to another configuration.
+            UserError: another process holds the folder, or it belongs to another training.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._acquire()
@@ -62,12 +70,19 @@ class RunFolder:
             if fresh and self.config() is not None:
                 self._move_aside()
             old = self.config()
-            if old is not None and config_hash(old) != config_hash(config):
-                raise UserError(self._refusal(old, config))
+            changed = Changes() if old is None else changes(old, config)
             result = self.result()
-            if result is None:
-                self._begin(config, overrides)
-            return result
+            if refused := self._refused(changed, result):
+                if not self._learnt_nothing():
+                    raise UserError(self._refusal(refused))
+                old = None
+                (self.path / "skipped.jsonl").unlink(missing_ok=True)  # of data that this run may not have
+            if is_whole(result) and not changed.scoring:
+                return result
+            if old is not None and changed.scoring:
+                self.keep_aside()
+            self._begin(config, overrides, anew=old is None)
+            return None
         except BaseException:
             self.close()
             raise
@@ -106,21 +121,42 @@ class RunFolder:
         if before is not None:
             before.release()
 
-    def _refusal(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-        changed = differences(old, new)
-        shown = "; ".join(changed[:8]) + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
-        return (
-            f"{self.path} holds a run of another configuration ({shown}); "
-            "choose another name=..., or keep that one aside and train again with fresh=true"
-        )
+    def _refused(self, changed: Changes, result: Mapping[str, Any] | None) -> Sequence[str]:
+        """Those changes of the configuration that what is in this folder cannot follow."""
+        if changed.training:
+            return changed.training
+        if self.trained():
+            return ()
+        if result is not None:  # its weights have been deleted
+            return changed.length + changed.evaluation
+        return changed.execution or (changed.length if self._left_out() else ())
 
-    def _begin(self, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    def _left_out(self) -> bool:
+        """Whether training has left out rows, some perhaps because of their length."""
+        return any(str(row.get("data", "")).startswith("data.train.") for row in read_rows(self.path / "skipped.jsonl"))
+
+    def _refusal(self, changed: Sequence[str]) -> str:
+        remedy = "choose another name=..., or keep that one aside and train again with fresh=true"
+        for shown in range(min(8, len(changed)), 0, -1):
+            more = f"; and {len(changed) - shown} more" if len(changed) > shown else ""
+            text = f"{self.path} holds a run of another configuration ({'; '.join(changed[:shown])}{more}); {remedy}"
+            if len(text) <= LONGEST:
+                break
+        return text
+
+    def _learnt_nothing(self) -> bool:
+        """Whether a run has failed here before it had anything to keep: whatever comes next may have its place."""
+        failed = self.state().get("state") == "failed"
+        return failed and not self.learnt() and not (self.path / "result.json").exists()
+
+    def _begin(self, config: Mapping[str, Any], overrides: Sequence[str], anew: bool) -> None:
+        before: dict[str, Any] = {} if anew else self.env()
         write_atomic(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-        before = read_json(self.path / "env.json") or {}
         codes = [code for code in before.get("codes", []) if code != code_fingerprint()]
         facts = {"overrides": [str(override) for override in overrides], "codes": [*codes, code_fingerprint()]}
-        write_json(self.path / "env.json", environment() | facts)
-        known = self.state()
+        training = {"training": before.get("training") or training_hash(config)}  # as it was when its files were made
+        write_json(self.path / "env.json", before | environment() | training | facts)
+        known: dict[str, Any] = {} if anew else self.state()
         self.write_state("running", known.get("stage"), known.get("step"))
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -157,6 +193,29 @@ class RunFolder:
             )
         return result
 
+    def learnt(self) -> bool:
+        """Whether a training has left anything that it can go on from."""
+        return any(any(self.path.glob(f"stages/*/{name}")) for name in ("model.safetensors", "last.ckpt"))
+
+    def trained(self) -> bool:
+        """Whether every stage of the recipe has left its weights."""
+        recipe = (self.config() or {}).get("recipe")
+        stages = recipe.get("stages") if isinstance(recipe, Mapping) else None
+        files = [weights_file(self.path, index, str(name)) for index, name in enumerate(stages or ())]
+        return bool(files) and all(file.is_file() for file in files)
+
+    def differs(self, config: Mapping[str, Any]) -> Changes:
+        """How a configuration differs from the one this folder belongs to."""
+        return changes(self.config() or {}, config)
+
+    def holds(self, config: Mapping[str, Any]) -> bool:
+        """Whether a whole result of this configuration is there, on whatever machine it was made."""
+        there = self.config()
+        if there is None or not is_whole(self.result()):
+            return False
+        changed = changes(there, config)
+        return not changed.training and not changed.scoring
+
     def finished(self) -> dict[str, Any]:
         """The configuration of a finished run.
 
@@ -192,12 +251,6 @@ class RunFolder:
         """The rows of ``metrics.jsonl``, oldest first."""
         return read_rows(self.path / "metrics.jsonl")
 
-    def stage_folder(self, index: int, name: str) -> Path:
-        """``stages/<index>_<name>``, made if missing; holds ``model.safetensors`` and ``last.ckpt``."""
-        folder = self.path / "stages" / f"{index}_{name}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
     # -- writing -------------------------------------------------------------------------------------------------
 
     def write_state(
@@ -232,17 +285,43 @@ class RunFolder:
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row to ``metrics.jsonl``; it needs ``stage`` and ``step`` to be cut back after a crash."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(row), default=str) + "\n")
+            file.write(to_json(dict(row)) + "\n")
 
     def cut_back(self, stage: str, step: int) -> None:
         """Forget the rows of ``metrics.jsonl`` later than this step of this stage; a replay writes them again."""
         rows = self.metrics()
         first = next((i for i, row in enumerate(rows) if row.get("stage") == stage), len(rows))
         kept = rows[:first] + [r for r in rows[first:] if r.get("stage") == stage and int(r.get("step", 0)) <= step]
-        write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomic(self.path / "metrics.jsonl", "".join(to_json(row) + "\n" for row in kept))
 
-    def finish(self, metrics: Mapping[str, Any], cost: Mapping[str, Any]) -> dict[str, Any]:
-        """Write ``result.json``, the last file of a run, at once and durably; return it."""
+    def keep_aside(self) -> None:
+        """Put a result, and what was made with it, beside itself: ``result.old-1.json``, ``predictions.old-1`` ..."""
+        if not (self.path / "result.json").exists():
+            return
+        k = 1
+        while (self.path / f"result.old-{k}.json").exists():
+            k += 1
+        shutil.copy2(self.path / "config.yaml", self.path / f"config.old-{k}.yaml")
+        for name in ("result.json", "predictions", "cost.json", "report.html"):  # first what says that it is finished
+            if (there := self.path / name).exists():
+                there.rename(there.with_name(f"{there.stem}.old-{k}{there.suffix}"))
+
+    def finish(
+        self, metrics: Mapping[str, Any], cost: Mapping[str, Any], failed: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Write ``result.json``, the last file of a run, at once and durably; return it.
+
+        Args:
+            metrics: every score.
+            cost: what the run took.
+            failed: benchmarks that could not be scored, and why; the same command tries these again.
+
+        Raises:
+            UserError: the folder has no configuration, or a number is none.
+        """
+        for name, value in {**metrics, **cost}.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{name} is {value} and no result; look at {self.path / 'metrics.jsonl'} for its loss")
         config = self.config()
         if config is None:
             raise UserError(f"{self.path} has no config.yaml and cannot be finished; train into another folder")
@@ -253,7 +332,17 @@ class RunFolder:
             "seed": config.get("seed"),
             "metrics": dict(metrics),
             "cost": dict(cost),
-        }
+        } | ({"failed": dict(failed)} if failed else {})
         self.write_state("done")
         write_json(self.path / "result.json", result, durable=True)
         return result
+
+
+def is_whole(result: Mapping[str, Any] | None) -> bool:
+    """Whether the contents of a ``result.json`` have all that was to be scored."""
+    return result is not None and not result.get("failed")
+
+
+def weights_file(folder: Path, index: int, name: str) -> Path:
+    """Where a run folder keeps the weights of a finished stage."""
+    return folder / "stages" / f"{index}_{name}" / "model.safetensors"

@@ -15,6 +15,7 @@ from vlmlab.contracts.errors import OutOfMemory
 from vlmlab.engine import rng
 from vlmlab.engine.shards import scattered
 from vlmlab.engine.stage import StageModule
+from vlmlab.engine.stamp import Stamp
 from vlmlab.engine.weights import Trainee
 from vlmlab.train.resume import content_of, save_last
 from vlmlab.train.signals import Interrupted, Signals
@@ -34,6 +35,7 @@ class Keeper(L.Callback):
         every_s: seconds between checkpoints; 0: after every step.
         seed: the run's seed, which starts the stage's random states.
         saved: what ``load_last`` returned.
+        stamp: of the run and the stage.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class Keeper(L.Callback):
         every_s: float,
         seed: int,
         saved: dict[str, Any] | None,
+        stamp: Stamp | None = None,
     ) -> None:
         self.path, self.trainee, self.signals, self.before = path, trainee, signals, before
-        self.every_s, self.seed, self.saved = every_s, seed, saved
+        self.every_s, self.seed, self.saved, self.stamp = every_s, seed, saved, stamp
         self._earlier = float(saved["seconds"]) if saved else 0.0
         self._began = self._last_save = time.perf_counter()
         self._cost = 0.0
@@ -134,6 +137,7 @@ class Keeper(L.Callback):
             module.pending,
             self.seconds,
             keep=trainer.is_global_zero,
+            stamp=self.stamp,
         )
         if trainer.is_global_zero:
             save_last(self.path, content)

@@ -6,12 +6,11 @@ A prompt that is not the beginning of what is learnt is seen here, and a connect
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import lightning as L
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmlab.cache.none import NoCache
 from vlmlab.contracts.errors import DataError, UserError
@@ -20,6 +19,7 @@ from vlmlab.contracts.tensors import Batch
 from vlmlab.data.asking import proved
 from vlmlab.data.collate import Collator
 from vlmlab.data.sampler import Order
+from vlmlab.engine.finite import as_evaluated
 from vlmlab.model.build import build_collator
 from vlmlab.model.vlm import VLM
 
@@ -125,16 +125,3 @@ class Looks(L.Callback):
             yield batch
             if images >= IMAGES:
                 return
-
-
-@contextmanager
-def as_evaluated(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, and afterwards every module in the mode it was in and the random state as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
@@ -24,6 +25,8 @@ from vlmlab.runs.folder import RunFolder
 
 LOG_EVERY = 10
 LINE_EVERY = 0.1
+WANDB_ID = "wandb_id"
+"""Key of ``env.json``."""
 
 
 class RunLogger(Logger):
@@ -53,7 +56,7 @@ class RunLogger(Logger):
 
 
 def wandb_logger(cfg: DictConfig, folder: RunFolder) -> Logger:
-    """W&B as a mirror of ``metrics.jsonl``: one run per folder, offline unless ``WANDB_MODE`` says otherwise."""
+    """W&B as a mirror of ``metrics.jsonl``: one run per training, offline unless ``WANDB_MODE`` says otherwise."""
     from lightning.pytorch.loggers import WandbLogger
 
     os.environ.setdefault("WANDB_MODE", "offline")
@@ -64,7 +67,7 @@ def wandb_logger(cfg: DictConfig, folder: RunFolder) -> Logger:
     return WandbLogger(
         name=path.name,
         save_dir=str(path),
-        id=hashlib.sha256(str(path).encode()).hexdigest()[:16],
+        id=wandb_id(folder),
         project=cfg.logger.get("project") or "vlmlab",
         group=group,
         resume="allow",
@@ -73,6 +76,17 @@ def wandb_logger(cfg: DictConfig, folder: RunFolder) -> Logger:
         config={key: value for key, value in config.items() if key != "hydra"},
         job_type="train",
     )
+
+
+def wandb_id(folder: RunFolder) -> str:
+    """The id of W&B's run: made when a training begins, kept in ``env.json``, so that a resumed one has the same."""
+    known = folder.env().get(WANDB_ID)
+    if known is None:
+        path = folder.path.resolve()
+        begun = (path / "wandb").is_dir()  # by a version that named the run after its place
+        known = hashlib.sha256(str(path).encode()).hexdigest()[:16] if begun else uuid.uuid4().hex[:16]
+        folder.update_env(**{WANDB_ID: known})
+    return str(known)
 
 
 class Recorder(L.Callback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from vlmlab.contracts.errors import CheckpointError
 from vlmlab.engine.shards import gathered
+from vlmlab.engine.stamp import RUN, Stamp, check_archive
 from vlmlab.engine.weights import Trainee, check_names, put, replace_durably
 from vlmlab.recipe.stage import Stage
 
@@ -43,6 +44,7 @@ def content_of(
     pending: set[str],
     seconds: float,
     keep: bool = True,
+    stamp: Stamp | None = None,
 ) -> dict[str, Any]:
     """What ``last.ckpt`` holds. The schedule and the order of the data are functions of `step`: no state.
 
@@ -60,23 +62,38 @@ def content_of(
         "before": before,
         "pending": sorted(pending),
         "seconds": seconds,
-    }
+    } | ({} if stamp is None else {RUN: asdict(stamp)})
 
 
-def load_last(path: Path, stage: Stage, trainee: Trainee) -> dict[str, Any] | None:
+def load_last(path: Path, stage: Stage, trainee: Trainee, stamp: Stamp | None = None) -> dict[str, Any] | None:
     """Read a checkpoint, put its weights into the model and return it; None where there is none.
 
+    Args:
+        path: of the file.
+        stage: the stage it is of.
+        trainee: the model.
+        stamp: of the run and stage that it must belong to; None: any.
+
     Raises:
-        CheckpointError: it cannot be read, or belongs to another stage or composition.
+        CheckpointError: it cannot be read, is damaged, belongs to another run, stage or composition, or is of a step
+            that the stage does not have.
     """
     if not path.is_file():
         return None
+    check_archive(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a reader says of bytes that mean nothing
         raise CheckpointError(f"{path} cannot be read ({error}); delete it to train that stage again.") from error
-    if saved.get("format") != FORMAT or saved.get("stage") != stage.name:
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or saved.get("stage") != stage.name:
         raise CheckpointError(f"{path} is not a checkpoint of stage {stage.name}; delete it to train that stage again.")
+    if stamp is not None:
+        stamp.check(path, saved)
+    step = saved.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= stage.steps:
+        raise CheckpointError(
+            f"{path} is of step {step} and stage {stage.name} has {stage.steps}; delete it to train that stage again."
+        )
     live = trainee.live()
     check_names(path, live, saved["weights"])
     for name, tensor in saved["weights"].items():

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vlmlab.contracts.errors import CheckpointError, OutOfMemory, UserError
+from vlmlab.contracts.errors import CheckpointError, OutOfMemory, Unscored, UserError
 from vlmlab.contracts.parts import FeatureCache
 from vlmlab.contracts.sample import SampleSource
 from vlmlab.data.module import Window, Windows, step_loader
@@ -30,11 +30,13 @@ from vlmlab.data.sampler import Order
 from vlmlab.data.skipped import Replaced
 from vlmlab.engine import cost, proof
 from vlmlab.engine.begin import begin_with, fits_as_built, holds
+from vlmlab.engine.finite import nonfinite
 from vlmlab.engine.layers import check_layers, compiled
 from vlmlab.engine.precision import Precision, choose, on_gpu
 from vlmlab.engine.restore import Builder, enter, module_class, new_trainee, weights_file
 from vlmlab.engine.shards import FSDP2, gathered
 from vlmlab.engine.stage import NonFinite, StageModule, no_room
+from vlmlab.engine.stamp import Stamp, stamps
 from vlmlab.engine.weights import (
     Trainee,
     build_mask,
@@ -46,6 +48,7 @@ from vlmlab.engine.weights import (
 )
 from vlmlab.model.build import build_cache
 from vlmlab.model.questions import questions_line
+from vlmlab.model.vlm import VLM
 from vlmlab.recipe.stage import Stage, check_divides, drawn_from, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
@@ -74,6 +77,7 @@ def train(cfg: DictConfig, folder: Path, evaluate: Evaluate | None = None) -> di
 
     Raises:
         UserError: a mistake in configuration or data, a loss that is not finite, or a proof that failed.
+        Unscored: it is trained and some benchmarks could not be scored; ``result.json`` has the other scores.
         Interrupted: SIGINT or SIGTERM; everything learnt is saved.
     """
     run = Run(cfg, RunFolder(Path(folder)), evaluate or _benchmarks)
@@ -102,7 +106,7 @@ class Run:
         evaluate: what scores the trained model.
         signals: whether SIGINT or SIGTERM came.
         trainees: the model of every builder, made when its first stage comes.
-        finished: file of the last finished stage of a model that is still to be loaded.
+        finished: the last finished stage of a model, whose file is still to be loaded.
         stage: the present stage.
         step: optimizer steps done in it.
         steps_before: optimizer steps of the stages before.
@@ -114,7 +118,7 @@ class Run:
     evaluate: Evaluate
     signals: Signals = field(default_factory=Signals)
     trainees: dict[Builder, Trainee] = field(default_factory=dict)
-    finished: dict[Builder, Path] = field(default_factory=dict)
+    finished: dict[Builder, Stage] = field(default_factory=dict)
     stage: Stage | None = None
     step: int = 0
     steps_before: int = 0
@@ -162,6 +166,16 @@ class Run:
 
             wandb.finish()
 
+    @cached_property
+    def stamps(self) -> dict[str, Stamp]:
+        """What says of a file that it is of a stage of this run, by the stage's name."""
+        return stamps(self.cfg, parse(self.cfg), self.folder, self.writes)
+
+    def load(self, build: Builder) -> None:
+        """Load the weights of the stages before, all of which the last finished one has."""
+        stage = self.finished.pop(build)
+        self.trainees[build].load(self.weights(stage), self.stamps[stage.name])
+
     def weights(self, stage: Stage) -> Path:
         """Where a finished stage's weights are."""
         return weights_file(self.folder.path, stage)
@@ -177,7 +191,7 @@ def _train(run: Run) -> dict[str, Any] | None:
         build_mask(stage)
         if not run.weights(stage).is_file():
             mixed_in(stage, cfg)
-    assert run.precision and run.sharing
+    assert run.precision and run.stamps and run.sharing
     if run.writes:
         device = torch.cuda.get_device_name() if on_gpu(cfg) else "cpu"
         run.folder.update_env(device=device, threads=torch.get_num_threads(), precision=run.precision.name)
@@ -185,6 +199,8 @@ def _train(run: Run) -> dict[str, Any] | None:
     if cfg.logger.name == "wandb" and run.writes:
         run.loggers.append(wandb_logger(cfg, run.folder))
 
+    if not any(run.folder.path.glob("stages/*/*")):
+        _foresee(run, kinds[stages[-1].index].build)
     ready = True
     origin = _origin(run, stages[0])
     for stage in stages:
@@ -200,11 +216,11 @@ def _train(run: Run) -> dict[str, Any] | None:
                 check_adapter(_trainee(run, build).model, later)
         ready = ready and run.weights(stage).is_file()
         if not ready and build in run.finished:  # weights of the stages before, under their own adapters' names
-            run.trainees[build].load(run.finished.pop(build))
+            run.load(build)
         _enter(run, build, stage, origin if not ready and stage is stages[0] else None)
         if ready:
             run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name} is finished already")
-            run.finished[build] = run.weights(stage)
+            run.finished[build] = stage
         else:
             run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name}")
             _have_stage(run, stage, kinds[stage.index])
@@ -212,8 +228,8 @@ def _train(run: Run) -> dict[str, Any] | None:
         run.steps_before += stage.steps
     if not run.writes:
         return None
-    for build, path in run.finished.items():
-        run.trainees[build].load(path)
+    for build in list(run.finished):
+        run.load(build)
     if not any(trainee.ever_trained() for trainee in run.trainees.values()):
         raise UserError("recipe.stages trains nothing: no part named in train has weights in this composition.")
     if OmegaConf.select(cfg, "debug.steps") is not None:
@@ -221,6 +237,17 @@ def _train(run: Run) -> dict[str, Any] | None:
         run.say("debug.steps is set: the run ends here and is not evaluated")
         return None
     return _finish(run, stages, kinds)
+
+
+def _foresee(run: Run, build: Builder) -> None:
+    """Before the first step: what would end the evaluation behind the last one."""
+    if not run.writes or run.evaluate is not _benchmarks or OmegaConf.select(run.cfg, "debug.steps") is not None:
+        return
+    from vlmlab.evaluate.foresight import check_evaluation
+
+    model = _trainee(run, build).model
+    if isinstance(model, VLM):
+        check_evaluation(run.cfg, model)
 
 
 def _origin(run: Run, first: Stage) -> Path | None:
@@ -264,7 +291,7 @@ def _have_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
                 common.give()
             return
     run.step = stage.steps
-    run.finished[kind.build] = run.weights(stage)
+    run.finished[kind.build] = stage
     drop_origin(run.folder.path)
     mirror(run.loggers, rows, run.steps_before)
 
@@ -309,7 +336,7 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSo
     if run.writes:
         facts["peak_bytes"] = cost.peak_bytes()
         write_json(home / "stage.json", facts, durable=True)
-        trainee.save(run.weights(stage), stage, cfg)
+        trainee.save(run.weights(stage), stage, cfg, run.stamps[stage.name])
         (home / "last.ckpt").unlink(missing_ok=True)
         drop_origin(run.folder.path)
 
@@ -329,7 +356,8 @@ def _assembled(run: Run, stage: Stage, kind: type[StageModule]) -> Trainee:
 
 def _keeper(run: Run, stage: Stage, module: StageModule, trainee: Trainee, path: Path) -> Keeper:
     """Go on from ``last.ckpt`` where there is one; what keeps the next ones."""
-    saved = load_last(path, stage, trainee)
+    stamp = run.stamps[stage.name]
+    saved = load_last(path, stage, trainee, stamp)
     before = _fingerprints(trainee, saved, path)
     if saved:
         module.done = int(saved["step"])
@@ -337,7 +365,8 @@ def _keeper(run: Run, stage: Stage, module: StageModule, trainee: Trainee, path:
         run.say(f"going on after step {module.done}")
     if run.writes:
         run.folder.cut_back(stage.name, module.done)
-    return Keeper(path, trainee, run.signals, before, float(run.cfg.trainer.save_every_s), int(run.cfg.seed), saved)
+    every_s, seed = float(run.cfg.trainer.save_every_s), int(run.cfg.seed)
+    return Keeper(path, trainee, run.signals, before, every_s, seed, saved, stamp)
 
 
 def _fingerprints(trainee: Trainee, saved: dict[str, Any] | None, path: Path) -> dict[str, str]:
@@ -517,6 +546,8 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
     last = run.trainees[kinds[stage.index].build]
     device = torch.device("cuda" if on_gpu(cfg) else "cpu")
     last.model.to(device).requires_grad_(False)
+    if wrong := nonfinite(last.model.named_parameters()):
+        raise UserError(f"the weights {_few(wrong)} are no numbers after the last stage; train again with fresh=true.")
     kind = kinds[stage.index]
     source: SampleSource = instantiate(cfg.data.train[stage.data])
     if OmegaConf.select(cfg, "data.max_bad_fraction") is not None:
@@ -531,23 +562,31 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
         "seconds": round(sum(float(facts.get("seconds", 0.0)) for facts in done), 1),
     }
     run.folder.write_state("running", "evaluation", 0, None)
+    unscored: Unscored | None = None
     with run.cache.serving(last.model, run.say) as used:
-        metrics = run.evaluate(last.model, cfg, run.folder.path)
+        try:
+            metrics = run.evaluate(last.model, cfg, run.folder.path)
+        except Unscored as error:
+            unscored, metrics = error, error.scores
     costs["peak_bytes"] = max(cost.peak_bytes(), *(int(facts.get("peak_bytes", 0)) for facts in done))
     write_json(run.folder.path / "cost.json", costs | cost.cached([*done, used]))
-    if OmegaConf.select(cfg, "recipe.finish"):
+    if unscored is None and OmegaConf.select(cfg, "recipe.finish"):
         models = {s.name: run.trainees[kinds[s.index].build].model for s in stages}
         metrics |= instantiate(cfg.recipe.finish)(models, cfg, run.folder.path, costs, metrics)
     for logger in run.loggers:
         if not isinstance(logger, RunLogger):
             logger.log_metrics({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
-    return run.folder.finish(metrics, costs)
+    result = run.folder.finish(metrics, costs, None if unscored is None else unscored.failed)
+    if unscored is not None:
+        raise unscored
+    return result
 
 
 def _benchmarks(model: nn.Module, cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from vlmlab.evaluate.run import evaluate_model
 
-    return evaluate_model(model, cfg, folder)  # type: ignore[arg-type]  # the last stage's model is a VLM
+    known = RunFolder(folder).result()  # in which some failed
+    return evaluate_model(model, cfg, folder, before=known)  # type: ignore[arg-type]  # the last stage's is a VLM
 
 
 @contextlib.contextmanager

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 import lightning as L
 
 from vlmlab.contracts.sample import SampleSource
+from vlmlab.engine.finite import as_evaluated
 from vlmlab.engine.stage import StageModule
 from vlmlab.evaluate.baselines import Shuffled
 from vlmlab.model.vlm import VLM
-from vlmlab.train.looks import as_evaluated
 
 Loss = Callable[[VLM, SampleSource], float]
 Write = Callable[[Mapping[str, object]], None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.evaluate.metrics.bleu import bleu
@@ -50,6 +50,9 @@ class CaptionScores:
     Raises:
         UserError: another word.
     """
+
+    least_rows: ClassVar[int] = 2
+    """CIDEr-D weighs words by how many other images have them."""
 
     def __init__(self, references_by: Writers | None = "people") -> None:
         if references_by is not None and references_by not in CEILINGS:

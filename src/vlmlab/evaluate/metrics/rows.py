@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -41,8 +42,10 @@ class Row:
     group: str = ""
 
     def to_json(self) -> str:
-        """The row as one line of JSON (no line end)."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        """The row as one line of JSON (no line end); DataError for a chance that is no number."""
+        if self.chance is not None and not math.isfinite(self.chance):
+            raise DataError(f"{self.benchmark} {self.id}: its chance is {self.chance}; give a number from 0 to 1.")
+        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str, where: str = "this line") -> Row:

@@ -1,0 +1,98 @@
+"""What of a configuration makes a training the one it is, and what only says how it is run or scored.
+
+Weights stay what they are whatever is asked of them afterwards. So two configurations that differ in nothing but the
+evaluation belong to the same training, and those that differ in the machine as well once that training is over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vlmlab.runs.config import difference, result_leaves
+
+EVALUATION = ("evaluation", "budget.eval_limit", "data", "recipe.finish")
+"""Keys that only say how a trained model is scored, but for those of `TRAINING` below them.
+
+The keys right below ``data`` are written out where they are used: whatever of them training reads stands in
+``data.train`` too.
+"""
+
+TRAINING = ("data.train", "data.max_bad_fraction")
+"""Keys below those of `EVALUATION` that say what is learnt."""
+
+EXECUTION = ("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.threads", "trainer.compile")
+"""Keys of the machine: they change a training by rounding alone, and one that is over not at all."""
+
+TEST_SPLIT = ("test_path", "test_images")
+"""Arguments of a reader that say where its test split is; for training it only counts whether one is given."""
+
+LENGTH = "collate.max_length"
+"""Longest sample: a larger one changes nothing of a training in which no sample was too long."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How a configuration differs from that of a run, as ``key: old -> new``.
+
+    Attributes:
+        training: what makes it another training.
+        length: the longest sample, made longer.
+        execution: the machine.
+        evaluation: the scoring alone.
+    """
+
+    training: tuple[str, ...] = ()
+    length: tuple[str, ...] = ()
+    execution: tuple[str, ...] = ()
+    evaluation: tuple[str, ...] = ()
+
+    @property
+    def scoring(self) -> bool:
+        """Whether a trained model is scored otherwise."""
+        return bool(self.evaluation or self.length)
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
+    """How two plain configurations differ, by what the differing keys are about."""
+    before, after = result_leaves(old), result_leaves(new)
+    found: dict[str, list[str]] = {"training": [], "length": [], "execution": [], "evaluation": []}
+    absent = "(absent)"
+    for key in sorted({*before, *after}):
+        was, now = before.get(key, absent), after.get(key, absent)
+        unsaid = about(key) == "evaluation" and was in (absent, None) and now in (absent, None)
+        if was != now and not unsaid:  # a key that was not there yet and is off
+            found[_concern(key, was, now)].append(difference(key, was, now))
+    return Changes(**{concern: tuple(texts) for concern, texts in found.items()})
+
+
+def training_hash(config: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that are equal for two runs if and only if they are the same training."""
+    leaves = {key: told(key, value) for key, value in result_leaves(config).items() if about(key) == "training"}
+    leaves.pop(LENGTH, None)
+    return hashlib.sha256(json.dumps(leaves, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def about(key: str) -> str:
+    """``training``, ``execution`` or ``evaluation``: what a key of the configuration says something about."""
+    if _below(key, EXECUTION):
+        return "execution"
+    return "evaluation" if _below(key, EVALUATION) and not _below(key, TRAINING) else "training"
+
+
+def _concern(key: str, was: Any, now: Any) -> str:
+    if key == LENGTH and isinstance(was, int) and isinstance(now, int) and now > was:
+        return "length"
+    return "evaluation" if told(key, was) == told(key, now) else about(key)
+
+
+def told(key: str, value: Any) -> Any:
+    """What training is told by the value of a key."""
+    return value is not None if key.rpartition(".")[2] in TEST_SPLIT and _below(key, TRAINING) else value
+
+
+def _below(key: str, keys: tuple[str, ...]) -> bool:
+    return any(key == one or key.startswith(one + ".") for one in keys)

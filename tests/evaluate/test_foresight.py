@@ -1,0 +1,142 @@
+"""What would end an evaluation is found before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+from tests import tiny
+
+from vlmlab.contracts.errors import DataError, UserError
+from vlmlab.contracts.sample import Sample, Turn
+from vlmlab.evaluate.foresight import check_evaluation
+from vlmlab.model.vlm import VLM
+
+VQA = "vlmlab.evaluate.metrics.vqa.VqaAccuracy"
+CAPTIONS = "vlmlab.evaluate.metrics.captions.CaptionScores"
+
+
+class Records:
+    """`count` questions about `images` pictures; `long` of them, the last, have so many words."""
+
+    turns_in_memory = True
+
+    def __init__(self, count: int = 4, images: int = 4, long: int = 0, words: int = 300) -> None:
+        self.count, self.images, self.long, self.words = count, images, long, words
+        self.decoded = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def turns(self, index: int) -> Sequence[Turn]:
+        words = self.words + index if index >= self.count - self.long else 1
+        return (Turn("is it red ? " * words, "red"),)
+
+    def label(self, index: int) -> str:
+        return f"q{index}"
+
+    def __getitem__(self, index: int) -> Sample:
+        self.decoded += 1
+        assert self.decoded < 20, "looking through decodes a few images only"
+        shown = f"i{index % self.images}"
+        return Sample(self.label(index), (tiny.picture(index),), tuple(self.turns(index)), image_ids=(shown,))
+
+
+class Loaded(Records):
+    """The same without the words apart."""
+
+    turns_in_memory = False
+    turns = None  # type: ignore[assignment]
+
+    def __getitem__(self, index: int) -> Sample:
+        shown = f"i{index % self.images}"
+        turns = tuple(Records.turns(self, index))
+        return Sample(self.label(index), (tiny.picture(index),), turns, image_ids=(shown,))
+
+
+def config(benchmark: dict[str, Any], held_out: dict[str, Any], metric: str = VQA, kind: str = "Records") -> DictConfig:
+    source = {"_target_": f"{__name__}.{kind}"}
+    return OmegaConf.create(
+        {
+            "data": {
+                "val_fraction": 0.05,
+                "benchmarks": {
+                    "toy": {"source": source | benchmark, "metrics": [{"_target_": metric}], "max_new_tokens": 3}
+                },
+                "val": {"captions": source | held_out},
+            },
+            "evaluation": {
+                "batch_size": 3,
+                "baselines": ["shuffled", "no_image"],
+                "held_out": ["captions", "instruct"],
+                "held_out_samples": 10,
+            },
+            "budget": {"eval_limit": None},
+            "collate": {"max_length": 512, "pack_length": None},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> VLM:
+    return tiny.vlm().eval()
+
+
+@pytest.mark.parametrize("kind", ["Records", "Loaded"])
+def test_what_can_be_scored_is_let_through(model: VLM, kind: str) -> None:
+    check_evaluation(config({"count": 1000 if kind == "Records" else 9}, {}, kind=kind), model)
+    check_evaluation(config({}, {}, CAPTIONS, kind), model)
+
+
+@pytest.mark.parametrize("kind", ["Records", "Loaded"])
+@pytest.mark.parametrize(
+    ("benchmark", "held_out", "metric", "words"),
+    [
+        ({"long": 1}, {}, VQA, r"benchmarks\.toy: one row is longer than collate\.max_length=512: sample q3 has \d+"),
+        ({"long": 2}, {}, VQA, r"benchmarks\.toy: 2 rows are longer .* sample q3 has (\d+) tokens; .*max_length=\1,"),
+        ({}, {"long": 2}, VQA, r"data\.val\.captions: 2 rows are longer than collate\.max_length=512"),
+        ({"images": 1}, {}, VQA, r"benchmarks\.toy shows one image only.*evaluation\.baselines=\[no_image\]"),
+        ({}, {"images": 1}, VQA, r"data\.val\.captions shows one image only.*raise data\.val_fraction, or"),
+        ({}, {"count": 1}, VQA, r"data\.val\.captions shows one image only"),
+        ({"count": 1}, {}, CAPTIONS, r"benchmarks\.toy has 1 samples and CaptionScores needs 2"),
+        ({"count": 0}, {}, VQA, r"benchmarks\.toy has 0 samples"),
+        ({}, {"count": 0}, VQA, r"data\.val\.captions has no samples"),
+    ],
+)
+def test_what_could_not_be_scored_is_refused_by_its_key(
+    model: VLM, kind: str, benchmark: dict[str, Any], held_out: dict[str, Any], metric: str, words: str
+) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        check_evaluation(config(benchmark, held_out, metric, kind), model)
+    assert len(str(caught.value)) <= 300
+
+
+def test_the_remedies_do(model: VLM) -> None:
+    cfg = config({"images": 1, "long": 1}, {"count": 1})
+    cfg.evaluation.baselines, cfg.collate.max_length = ["no_image"], 4096
+    check_evaluation(cfg, model)
+
+
+def test_only_what_will_be_asked_is_looked_at(model: VLM) -> None:
+    cfg = config({"count": 4, "images": 2, "long": 2}, {"long": 1})
+    cfg.budget.eval_limit = 2
+    check_evaluation(cfg, model)
+    cfg.budget.eval_limit, cfg.evaluation.held_out = None, []
+    with pytest.raises(DataError, match="toy"):
+        check_evaluation(cfg, model)
+
+
+def test_where_rows_may_be_replaced_long_ones_of_a_held_out_set_are(model: VLM) -> None:
+    cfg = config({}, {"long": 1})
+    cfg.data.max_bad_fraction = 0.1
+    check_evaluation(cfg, model)
+
+
+def test_a_metric_that_cannot_be_built_is_found(model: VLM) -> None:
+    cfg = config({}, {}, CAPTIONS)
+    cfg.data.benchmarks.toy.metrics[0].references_by = "birds"
+    with pytest.raises(Exception, match="references_by=birds") as caught:
+        check_evaluation(cfg, model)
+    assert isinstance(caught.value, UserError) or isinstance(caught.value.__cause__, UserError)
