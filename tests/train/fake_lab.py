@@ -142,6 +142,9 @@ class FakeVLM(nn.Module):
     def set_mask(self, mask: Any) -> None:
         self.mask = mask
 
+    def check_adapter(self, adapter: Any) -> None:
+        pass
+
     def set_adapter(self, adapter: Any) -> None:
         if self.adapter is None:
             self.adapter = nn.Linear(WIDTH, WIDTH)
