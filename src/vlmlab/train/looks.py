@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import lightning as L
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmlab.cache.none import NoCache
 from vlmlab.contracts.errors import DataError, UserError
@@ -25,7 +25,6 @@ from vlmlab.model.vlm import VLM
 
 IMAGES = 32
 """Images that are looked at, at most."""
-
 
 PROVED = 8
 """Rows whose prompts are held against what is learnt."""
