@@ -26,7 +26,6 @@ from vlmlab.model.vlm import VLM
 IMAGES = 32
 """Images that are looked at, at most."""
 
-
 PROVED = 8
 """Rows whose prompts are held against what is learnt."""
 
