@@ -8,7 +8,7 @@ import pytest
 from tests.test_conf import composed
 
 from vlmlab.runs.config import leaves, plain
-from vlmlab.runs.identity import about, changes, training_hash
+from vlmlab.runs.identity import Changes, about, changes, training_hash
 from vlmlab.runs.names import changes_result
 
 VQA = ("data=vqa", "data.path=train.json", "data.images=img", "data.test_path=test.json")
@@ -49,6 +49,21 @@ def test_every_key_that_is_learnt_from_is_about_the_training(config: dict[str, A
         if key != "collate.max_length" and not key.endswith(("test_path", "test_images")):
             other = changed(config, key, "other")
             assert changes(config, other).training and training_hash(other) != training_hash(config), key
+
+
+def test_a_run_made_before_a_key_was_added_is_still_the_same(config: dict[str, Any]) -> None:
+    def without(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        later = ("init_from", "questions", "control_tokens", "image_range", "image_roots")
+        return {key: without(item) for key, item in value.items() if key not in later}
+
+    old = without(config)
+    assert {"image_range", "control_tokens"} <= {key.rpartition(".")[2] for key, _ in leaves(config)}
+    assert changes(old, config) == Changes() and training_hash(old) == training_hash(config)
+    for key, value in (("collate.control_tokens", "text"), ("data.train.instruct.image_range", [0, 4095])):
+        other = changed(config, key, value)
+        assert changes(old, other).training and training_hash(old) != training_hash(other)
 
 
 @pytest.mark.parametrize("key", ["accelerator", "devices", "strategy", "threads", "compile"])

@@ -15,6 +15,15 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.runs.names import changes_result
 from vlmlab.runs.renamed import present_name
 
+BEFORE: Mapping[str, Any] = {
+    "init_from": None,
+    "collate.questions": "conversation",
+    "collate.control_tokens": "refuse",
+    "image_range": "auto",  # of any source of data, as what follows
+    "image_roots": [],
+}
+"""Keys that were added later -> what earlier runs did, so that they are still the same run."""
+
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """The configuration with every reference resolved, as dicts, lists, strings, numbers, booleans and None.
@@ -56,11 +65,16 @@ def leaves(config: Mapping[str, Any], prefix: str = "", deep: bool = False) -> I
             yield name, value
 
 
+def _as_before(key: str, value: Any) -> bool:
+    """Whether this key says what was done before there was such a key."""
+    if key.startswith("data."):
+        key = key.rpartition(".")[2]
+    return key in BEFORE and BEFORE[key] == value
+
+
 def result_leaves(config: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves that can change what a run computes, and the order of the recipe's stages, which counts too."""
-    chosen = {key: value for key, value in leaves(config) if changes_result(key)}
-    if chosen.get("init_from", "") is None:  # as before there was that key
-        del chosen["init_from"]
+    chosen = {key: value for key, value in leaves(config) if changes_result(key) and not _as_before(key, value)}
     recipe = config.get("recipe")
     stages = recipe.get("stages") if isinstance(recipe, Mapping) else None
     if isinstance(stages, Mapping):
