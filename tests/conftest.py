@@ -12,6 +12,7 @@ import pytest
 for _name, _value in {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
+    "MKL_CBWR": "AUTO",  # as vlmlab sets it, also where a test imports torch first
     "OPENBLAS_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",

@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmlab.loading import load as load
 
 __version__ = "0.1.0"
+
+# Else the bits of a product depend on where its factors lie in memory. MKL asks at its first call.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 
 def __getattr__(name: str) -> Any:

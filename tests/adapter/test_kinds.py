@@ -258,6 +258,7 @@ def test_cached_decoding_equals_full_forwards(path: Path, tower: Any) -> None:
 @every_kind
 def test_gradients_reach_every_tensor_and_survive_checkpointing(path: Path) -> None:
     found = []
+    vlm(lm=HfLanguageModel(str(qwen2())))  # makes their files, for which it draws random numbers
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model = vlm(lm=HfLanguageModel(str(qwen2()), gradient_checkpointing=checkpointing)).requires_grad_(False)
@@ -347,7 +348,7 @@ def test_comp_lora_after_merging_keeps_the_protected_directions() -> None:
             u, _, vh = torch.linalg.svd(before[name])
             change = module.weight - before[name]
             assert change.abs().max() > 1e-2
-            assert max((u[:, :2].T @ change).abs().max(), (change @ vh[:2].T).abs().max()) < 1e-6
+            assert max((u[:, :2].T @ change).abs().max(), (change @ vh[:2].T).abs().max()) < 2e-6
     narrow = vlm()
     narrow.set_adapter(CompLoraAdapter(k=16))  # keys and values are 16 wide here
     assert not any("k_proj" in n for n, _ in narrow.parts()["lm"]) and narrow.parts()["lm"]

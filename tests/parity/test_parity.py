@@ -153,7 +153,8 @@ def test_without_fusion_the_lm_is_transformers_bit_for_bit(mask: object) -> None
         assert batch.pixels.shape[0] == 0 and not batch.layout.visual.any()
         want = theirs(input_ids=batch.input_ids).logits
         assert torch.equal(all_logits(model, batch), want)
-        assert torch.equal(model(batch).logits, want[:, :-1][batch.labels[:, 1:] != -100])
+        few = want[:, :-1][batch.labels[:, 1:] != -100]  # a product of fewer rows may be another kernel's
+        assert worst(model(batch).logits, few) < 2e-6
     batch = collator(model)(SAMPLES)
     padded = theirs(input_ids=batch.input_ids, attention_mask=batch.layout.valid.long()).logits
     valid = batch.layout.valid

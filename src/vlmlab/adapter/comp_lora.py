@@ -74,7 +74,7 @@ class CompLora(nn.Module):
         super().__init__()
         rows, columns = weight.shape
         u, _, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
-        self.register_buffer("left", u[:, :k].clone())  # (O, k)
+        self.register_buffer("left", u[:, :k].contiguous())  # (O, k), in memory as what a file gives
         self.register_buffer("right", vh[:k].T.contiguous())  # (I, k)
         self.dropout = nn.Dropout(dropout)
         self.a = nn.Linear(columns, r, bias=False)

@@ -77,9 +77,10 @@ def _told_apart(run: RunFolder, config: Mapping[str, Any], cfg: DictConfig) -> s
 
 def _look_at_data(cfg: DictConfig, config: Mapping[str, Any], folder: Path) -> None:
     """Refuse missing or broken data before anything trains, leaving no folder but for a long list of bad rows."""
+    held = not cfg.fresh and RunFolder(folder).holds(config)
     try:
         check_origin(folder, cfg.init_from, fresh=bool(cfg.fresh))
-        if not cfg.fresh and RunFolder(folder).holds(config):
+        if held:
             return
         for line in check_sources(cfg):
             print(f"note: {line}", flush=True)
