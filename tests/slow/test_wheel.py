@@ -81,7 +81,7 @@ def test_everything_a_run_needs_is_inside(wheel: Path) -> None:
         (["trian"], 2, "error: vlmlab has no verb 'trian' (did you mean train?)"),
         (["train", "--help"], 0, "preset: "),
         (["train", "connector=mpl"], 2, "error: connector has no choice 'mpl' (did you mean mlp?)"),
-        (["sweep", "seed=x,-1"], 1, "error: 2 of 2 cells did not finish: seed-x (seed=x is no seed"),
+        (["sweep", "seed=x,-1"], 2, "error: seed=x is not possible; give a whole number"),
     ],
 )
 def test_the_command_answers(words: list[str], code: int, said: str, bin_folder: Path, tmp_path: Path) -> None:
