@@ -48,7 +48,9 @@ class CpuMuon(Muon):
     def _move(self, parameter: Tensor, group: Group) -> None:
         grad, state = parameter.grad, self.state[parameter]
         assert grad is not None
-        momentum = state.setdefault("momentum_buffer", torch.zeros_like(grad))
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        momentum = state["momentum_buffer"]
         momentum.lerp_(grad, 1 - group["momentum"])
         update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         rate = float(group["lr"])
