@@ -43,6 +43,16 @@ def test_every_choice_composes_and_is_commented(group: str, choice: str) -> None
     assert resolved or choice in ("none",)
 
 
+@pytest.mark.parametrize("file", sorted(CONF.glob("cell/*/*.yaml")), ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_every_cell_of_an_experiment_composes(file: Path) -> None:
+    """Cells that no single key names; the experiment of the folder's name sweeps over all of them."""
+    experiment = file.parent.name
+    cfg = composed(f"+experiment={experiment}", f"+cell/{experiment}={file.stem}")
+    OmegaConf.to_container(cfg.recipe, resolve=True, throw_on_missing=True)
+    swept = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml").hydra.sweeper.params[f"+cell/{experiment}"]
+    assert file.stem in swept.split(",") and file.read_text().splitlines()[1].startswith("# ")
+
+
 @pytest.mark.parametrize("group", ["fusion", "adapter", "cache", "logger", "debug", "preset"])
 def test_every_group_that_can_be_off_has_none(group: str) -> None:
     assert (group, "none") in CHOICES
