@@ -21,7 +21,7 @@ from vlmlab.cli.rules.constructors import constructor
 from vlmlab.cli.rules.values import GIVEN, HYDRA, wrong_values
 from vlmlab.cli.rules.words import MEANT
 from vlmlab.contracts.values import refusal
-from vlmlab.runs import names as names  # registers the resolvers
+from vlmlab.runs import places as places  # registers the resolvers
 from vlmlab.runs.config import plain
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,7 +20,7 @@ from vlmlab.cli.data import check_same, check_sources
 from vlmlab.cli.entry import ConfigError, guard, one_line, remove_empty, run_command, unbuildable
 from vlmlab.contracts.errors import DataError, OutOfMemory, Unscored, UserError, mistake_within
 from vlmlab.data.skipped import TooManyBad, note
-from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
+from vlmlab.runs import places as places  # registers the resolvers that conf/train.yaml uses
 from vlmlab.runs.data import note_changed
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.origin import check_origin
