@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import Tensor
 
-from vlmlab.contracts.errors import CheckpointError
+from vlmlab.contracts.errors import CheckpointError, reason
 from vlmlab.digest import fingerprint
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.config import plain
@@ -123,6 +123,6 @@ def check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except Exception as error:  # whatever a reader says of bytes that mean nothing
-        raise CheckpointError(f"{path} cannot be read ({error}); {REMEDY}.") from error
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}); {REMEDY}.") from error
     if broken is not None:
         raise CheckpointError(f"{path} is damaged: the checksum of {broken} is not that of its content; {REMEDY}.")
