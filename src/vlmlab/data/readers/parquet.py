@@ -128,7 +128,7 @@ class ParquetRows:
             yield from map(without_nan, table.to_pylist())
 
     def read_some(self, places: Iterable[int], columns: Sequence[str], room: int) -> Iterator[tuple[int, Row]]:
-        """These columns of the rows at these places, out of as many row groups, spread over all, as are `room` bytes."""
+        """These columns of rows at these places, of as many row groups, spread over all, as have `room` bytes."""
         each: dict[int, list[int]] = {}
         for place in places:
             each.setdefault(bisect_right(self._first, place) - 1, []).append(place)
@@ -207,7 +207,7 @@ def pictures(row: Row, keys: Sequence[str]) -> list[tuple[str | None, bytes | No
 def stored_pictures(
     rows: ParquetRows, places: Iterable[int], keys: Sequence[str], folder: ImageFolder | None = None
 ) -> Iterator[Stored]:
-    """The images of rows at these places as they are kept: inside the rows, or in the folder for rows that name them."""
+    """The images of rows at these places as they are kept: inside the rows, or in the folder where they name them."""
     named: list[str] = []
     for place, row in rows.read_some(places, keys, COMPARED):
         try:
