@@ -523,7 +523,8 @@ class VqaParquet:
 
     def stored(self, most: int) -> Iterator[Stored]:
         """Its images as they are kept, each once."""
-        first = {q.image: self._place[q.id] for _, group in reversed(self._groups) for q in reversed(group)}
+        asked = sorted((self._place[q.id], q.image) for _, group in self._groups for q in group)
+        first = {image: place for place, image in reversed(asked)}
         return stored_pictures(self._rows, sorted(spread(first.values(), most)), (self._key,))
 
     def fingerprint(self) -> Facts:
