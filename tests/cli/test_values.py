@@ -81,7 +81,10 @@ def first(base: tuple[DictConfig, dict[str, Any]], changes: Mapping[str, Any], o
     ("words", "keys"),
     [
         (("data=llava", "data.path=."), ("data.max_bad_fraction", "data.train", "data.screen", "data.tags")),
-        (("data=slake", "data.path=."), ("data.languages", "data.val.instruct", "data.benchmarks.slake_test")),
+        (
+            ("data=slake", "data.path=.", "data.images=."),
+            ("data.languages", "data.val.instruct", "data.benchmarks.slake_test"),
+        ),
         ((), ("trainer", "data", "recipe", "objective._target_", "data.val.short", "data.benchmarks", "lm")),
     ],
 )
