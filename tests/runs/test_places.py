@@ -16,6 +16,11 @@ from vlmlab.runs.places import folder_of, training_words
 VQA = ("data=vqa", "data.path=train.json", "data.images=img")
 
 
+@pytest.fixture(scope="module")
+def vqa() -> DictConfig:
+    return composed(*VQA)
+
+
 def words(*overrides: str) -> set[str]:
     return set(training_words(overrides, composed(*overrides)))
 
@@ -31,16 +36,16 @@ def words(*overrides: str) -> set[str]:
         ("logger=wandb", "fresh=true", "trainer.workers=2"),
     ],
 )
-def test_what_scores_or_runs_a_training_names_no_folder(more: tuple[str, ...]) -> None:
-    assert words(*VQA, *more) == set(VQA)
+def test_what_scores_or_runs_a_training_names_no_folder(vqa: DictConfig, more: tuple[str, ...]) -> None:
+    assert set(training_words((*VQA, *more), vqa)) == set(VQA)
 
 
 @pytest.mark.parametrize(
     "word",
     ["data.suffix=Briefly.", "data.test_fraction=0.2", "data.train.short.size=9", "collate.max_length=512", "seed=1"],
 )
-def test_what_is_learnt_names_the_folder(word: str) -> None:
-    assert words(*VQA, word) == {*VQA, word}
+def test_what_is_learnt_names_the_folder(vqa: DictConfig, word: str) -> None:
+    assert set(training_words((*VQA, word), vqa)) == {*VQA, word}
 
 
 def test_of_a_test_file_a_training_knows_whether_there_is_one() -> None:

@@ -37,7 +37,7 @@ def training_words(overrides: Iterable[str], cfg: DictConfig) -> list[str]:
         cfg: the composed configuration; in a sweep, of its fixed overrides.
     """
     words = result_overrides(overrides)
-    swept = {o.input_line for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()}
+    swept = {str(o.input_line) for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()}
     any_data = any(override_key(word) == DATA for word in swept)  # the composition has none of them
     training = _leaves(cfg)
     chosen: list[str] = []
