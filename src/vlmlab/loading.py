@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image as Pillow
 from transformers import GenerationConfig
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import UserError, listed, reason
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
 from vlmlab.data.images import load_image
 from vlmlab.data.pixels import from_pillow, value_range
@@ -150,9 +150,9 @@ class LoadedModel:
         except Exception as error:
             if not options:
                 raise
-            why = " ".join(str(error).split())[:150] or type(error).__name__
             raise UserError(
-                f"{', '.join(options)[:80]}: transformers' generate does not take that ({why}); give another value."
+                f"{listed(options, 80)}: transformers' generate does not take that ({reason(error)}); give another "
+                "value."
             ) from error
 
     def __repr__(self) -> str:
@@ -181,8 +181,9 @@ def _image(given: Any, values: Any = None) -> Image:
         try:
             return from_pillow(given, value_range(values))
         except Exception as error:  # decoders of damaged files raise nearly anything
-            why = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"the image of mode {given.mode} cannot be read ({why}); convert it to RGB.") from None
+            raise UserError(
+                f"the image of mode {given.mode} cannot be read ({reason(error)}); convert it to RGB."
+            ) from None
     if isinstance(given, np.ndarray):
         if given.dtype == np.uint8 and given.ndim == 3 and given.shape[2] == 3 and given.size:
             return given

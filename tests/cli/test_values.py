@@ -16,12 +16,13 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.cli.conf import conf_folder
-from vlmlab.cli.rules import choices_of
+from vlmlab.cli.entry import ConfigError
+from vlmlab.cli.rules import admitted, choices_of
 from vlmlab.cli.rules.constructors import constructor
 from vlmlab.cli.rules.values import GIVEN, HYDRA, wrong_values
 from vlmlab.cli.rules.words import MEANT
 from vlmlab.contracts.values import refusal
-from vlmlab.runs import names as names  # registers the resolvers
+from vlmlab.runs import places as places  # registers the resolvers
 from vlmlab.runs.config import plain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +75,31 @@ def first(base: tuple[DictConfig, dict[str, Any]], changes: Mapping[str, Any], o
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     found = wrong_values(cfg, plain(cfg), base[1] | {"_overrides": list(overrides)})
     return next(found, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "keys"),
+    [
+        (("data=llava", "data.path=."), ("data.max_bad_fraction", "data.train", "data.screen", "data.tags")),
+        (
+            ("data=slake", "data.path=.", "data.images=."),
+            ("data.languages", "data.val.instruct", "data.benchmarks.slake_test"),
+        ),
+        ((), ("trainer", "data", "recipe", "objective._target_", "data.val.short", "data.benchmarks", "lm")),
+    ],
+)
+def test_null_in_place_of_what_is_needed_is_refused_by_its_key(words: tuple[str, ...], keys: tuple[str, ...]) -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        cfg = compose("train", list(words), return_hydra_config=True)
+    for key in keys:
+        job = OmegaConf.masked_copy(cfg, [name for name in cfg if name != "hydra"])
+        OmegaConf.set_struct(job, False)
+        OmegaConf.update(job, key, None, merge=False)
+        with pytest.raises(ConfigError) as caught:
+            admitted(job, cfg.hydra)
+        told = str(caught.value)
+        assert told.startswith(f"{key}=null is no") and len(told) <= 300, told
 
 
 def test_what_is_shipped_passes(base: tuple[DictConfig, dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG
 from vlmlab.encoder.hf import HfEncoder
 from vlmlab.lm.hf import HfLanguageModel
-from vlmlab.runs import names as names  # registers the resolvers
+from vlmlab.runs import places as places  # registers the resolvers
 from vlmlab.towers.source import embedded, resolve, tower_hash
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +15,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vlmlab.cli import rules
+from vlmlab.cli.entry import ConfigError
 from vlmlab.contracts.errors import UserError
 from vlmlab.runs.cells_csv import CellsCsv
 from vlmlab.runs.data import note_changed
 from vlmlab.runs.files import write_json
 from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.identity import weights_hash
 from vlmlab.runs.names import cell_name, override_key, short_hash
 from vlmlab.runs.origin import changed_origin
+from vlmlab.runs.shared import KEY, unshared
 
 FINISHED = "finished before"
 """Note of a cell that is as it would be if it were made now."""
@@ -167,7 +170,34 @@ def plan(
                 ),
             )
         )
+    refuse_training_twice(cells)
     return cells
+
+
+def refuse_training_twice(cells: Sequence[Cell]) -> None:
+    """Cells that differ in nothing but their evaluation share their stages, or the sweep does not begin.
+
+    Raises:
+        ConfigError: they cannot, and nobody has said that each is to train by itself.
+    """
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        config = cell.config or {}
+        reason = (unshared(config) or _mixed(config)) if config.get(KEY) else ""
+        if not reason or config.get("seed") is None:
+            continue
+        other = first.setdefault(weights_hash(config), cell)
+        if other is not cell:
+            raise ConfigError(
+                f"the cells {other.name} and {cell.name} are one training, which would be made twice ({reason}); do "
+                f"not sweep what only scores it, or have each train by {KEY}=false"
+            )
+
+
+def _mixed(config: Mapping[str, Any]) -> str:
+    """Which stage is not shared because another run is mixed into it."""
+    mixed = (name for name, stage in config["recipe"]["stages"].items() if stage.get("mix"))
+    return next((f"recipe.stages.{name} is mixed with another run" for name in mixed), "")
 
 
 def _pair(override: str) -> tuple[str, str]:

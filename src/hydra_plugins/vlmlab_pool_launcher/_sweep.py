@@ -20,7 +20,7 @@ from hydra_plugins.vlmlab_pool_launcher._pool import Pool
 from hydra_plugins.vlmlab_pool_launcher._slots import make_slots
 from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.rules.values import given_twice
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import UserError, listed
 from vlmlab.runs.cells_csv import CellsCsv
 from vlmlab.runs.names import override_key
 
@@ -158,7 +158,7 @@ def _returns(sweep: Path, cells: Sequence[Cell], table: bool) -> list[CellReturn
     left = [cell for cell in cells if cell.state != "done"]
     failure: UserError | None = None
     if left:
-        reasons = "; ".join(f"{cell.name} ({cell.note or cell.state})" for cell in left)
+        reasons = listed((f"{cell.name} ({cell.note or cell.state})" for cell in left), 130, "; ")
         failure = SweepError(
             f"{len(left)} of {len(cells)} cells did not finish: {reasons}; see <cell>/log.txt in {sweep}, "
             "the same command runs only these"

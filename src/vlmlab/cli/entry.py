@@ -19,14 +19,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmlab.contracts.errors import UserError, mistake_within
+from vlmlab.contracts.errors import UserError, brief, mistake_within, reason
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: fine; the run or its data; the command or the configuration; stopped by a signal."""
-
-
-LONGEST = 300
-"""Characters of a sentence."""
 
 
 class ConfigError(UserError):
@@ -43,14 +39,9 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def short(sentence: str, most: int = LONGEST) -> str:
-    """The sentence without its middle where it is too long: what is wrong stands first and what to do stands last."""
-    return sentence if len(sentence) <= most else f"{sentence[: most - 125]} ... {sentence[-120:]}"
-
-
 def fail(sentence: str, code: int) -> int:
     """Print ``error: sentence`` on stderr, in one line, and return the code."""
-    print(f"error: {short(one_line(sentence))}", file=sys.stderr, flush=True)
+    print(f"error: {brief(one_line(sentence))}", file=sys.stderr, flush=True)
     return code
 
 
@@ -96,8 +87,7 @@ def unbuildable(error: InstantiationException) -> str:
     if cause is None or text.startswith("Error locating target"):
         shown = target.group(1) if target else ""
         return f"{where}._target_={shown} cannot be imported; give the dotted path of a class that is installed"
-    why = one_line(str(cause)) or type(cause).__name__
-    return f"{where} cannot be built ({why}); correct its keys, VLMLAB_DEBUG=1 shows the whole traceback"
+    return f"{where} cannot be built ({reason(cause, 150)}); correct its keys, VLMLAB_DEBUG=1 shows the whole traceback"
 
 
 def unreachable(error: OSError) -> str:

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vlmlab.cli.rules.asking import class_of
 from vlmlab.cli.rules.constructors import keys_in
 from vlmlab.cli.rules.words import closest, unread
+from vlmlab.contracts.errors import brief, listed
 from vlmlab.recipe.stage import KEYS
 
 INSIDE = ("memory_mask",)
@@ -86,7 +87,7 @@ def _unreadable(error: Exception, conf: Path, words: Sequence[str]) -> str | Non
             return f"{word} has no key; write key=value"
         if key.partition("@")[0] in groups and not re.match(r"[A-Za-z_/\[]", value):
             return f"{word} is no choice of {key}; give the name of a file of conf/{key.partition('@')[0]}"
-    return f"the command {' '.join(words)[:120]!r} cannot be read ({_first(error)}); give each word as key=value"
+    return f"the command {brief(' '.join(words), 120)!r} cannot be read ({_first(error)}); give each word as key=value"
 
 
 def _first(error: BaseException) -> str:
@@ -101,7 +102,7 @@ def _missing(error: MissingConfigException, words: Sequence[str]) -> str:
         return _of_flags(error, words)
     options = sorted(error.options)
     off = "; without vision: fusion=none" if choice == "none" and group in ("encoder", "connector") else ""
-    return f"{group} has no choice {choice!r}{closest(choice, options)}: choose one of {', '.join(options)}{off}"
+    return f"{group} has no choice {choice!r}{closest(choice, options)}: choose one of {listed(options, 200)}{off}"
 
 
 def _composition(error: ConfigCompositionException, conf: Path, config_name: str, words: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.rules import admitted
 from vlmlab.cli.verb import count, own_keys, run_verb
+from vlmlab.contracts.errors import listed
 from vlmlab.recipe.stage import Stage, parse
 
 
@@ -44,7 +45,7 @@ def chosen_stage(cfg: DictConfig) -> Stage:
         return stages[-1]
     found = next((stage for stage in stages if stage.name == str(cfg.stage)), None)
     if found is None:
-        known = ", ".join(stage.name for stage in stages)
+        known = listed(stage.name for stage in stages)
         raise ConfigError(f"stage={cfg.stage} is no stage of this recipe; choose one of {known}")
     return found
 

@@ -14,7 +14,7 @@ from vlmlab.analyse.text import plain_table
 from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.rules import admitted
 from vlmlab.cli.verb import count, own_keys, run_verb
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import UserError, listed
 from vlmlab.data.overlap import reads
 from vlmlab.recipe.stage import parse
 from vlmlab.runs.files import write_json
@@ -74,7 +74,7 @@ def _per_stage(cfg: DictConfig, key: str, stages: Sequence[str]) -> dict[str, An
         raise ConfigError(f"{key}={value} is no mapping; write '{key}={{{stages[0]}: ...}}'")
     for name in value:
         if name not in stages:
-            raise ConfigError(f"{key}.{name} is no stage of this recipe; choose from {', '.join(stages)}")
+            raise ConfigError(f"{key}.{name} is no stage of this recipe; choose from {listed(stages)}")
     return {str(name): item for name, item in value.items()}
 
 

@@ -18,9 +18,9 @@ from vlmlab.cli import rules
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.data import check_same, check_sources
 from vlmlab.cli.entry import ConfigError, guard, one_line, remove_empty, run_command, unbuildable
-from vlmlab.contracts.errors import DataError, OutOfMemory, Unscored, UserError, mistake_within
+from vlmlab.contracts.errors import DataError, OutOfMemory, Unscored, UserError, mistake_within, reason
 from vlmlab.data.skipped import TooManyBad, note
-from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
+from vlmlab.runs import places as places  # registers the resolvers that conf/train.yaml uses
 from vlmlab.runs.data import note_changed
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.origin import check_origin
@@ -156,9 +156,8 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
         if lightning is None or not isinstance(error, lightning.MisconfigurationException):
             raise
         settings = ", ".join(f"trainer.{key}={cfg.trainer[key]}" for key in ("accelerator", "devices", "strategy"))
-        why = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
-            f"{settings} cannot work here ({why}); use trainer.accelerator=auto trainer.devices=1"
+            f"{settings} cannot work here ({reason(error)}); use trainer.accelerator=auto trainer.devices=1"
         ) from error
 
 

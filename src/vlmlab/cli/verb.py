@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import MISTAKE, ConfigError, fail, guard, run_command
-from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
+from vlmlab.runs import places as places  # registers the resolvers that conf/train.yaml uses
+from vlmlab.runs.names import override_key
 
 TOP = "train"
 
@@ -44,7 +45,7 @@ def own_keys(verb: str) -> dict[str, Any]:
 def arguments(verb: str, words: Sequence[str], own: Mapping[str, Any]) -> list[str]:
     """The words for Hydra: the verb's own keys are added with their values, and may then be given like any other."""
     before = [f"++{key}={_written(value)}" for key, value in own.items()]
-    given = [_added(word) if names.override_key(word).split(".")[0] in own and "=" in word else word for word in words]
+    given = [_added(word) if override_key(word).split(".")[0] in own and "=" in word else word for word in words]
     flags = [word for word in given if word.startswith("-")]
     return [*flags, f"hydra/help={verb}", "hydra.run.dir=.", *before, *(w for w in given if not w.startswith("-"))]
 

@@ -27,6 +27,8 @@ from typing import (
 
 from annotated_types import Ge, Gt, Interval, Le, Len, Lt, MinLen
 
+from vlmlab.contracts.errors import listed
+
 MOST = 10**9
 """Largest count; a smaller limit is said in a refusal, this one only to whoever goes beyond."""
 
@@ -188,7 +190,7 @@ def _part_of(annotation: Any) -> Part | None:
 
 def _section_refusal(section: Any, value: Any, where: str) -> str | None:
     if not isinstance(value, Mapping):
-        return f"{where}={shown(value)} is not possible; its keys are {', '.join(hints(section))}"
+        return f"{where}={shown(value)} is not possible; its keys are {listed(hints(section))}"
     known, dot = hints(section), f"{where}." if where else ""
     for key in needed(section):
         if key not in value:

@@ -21,7 +21,7 @@ from transformers import (
     SiglipTextModel,
 )
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import UserError, reason
 from vlmlab.contracts.parts import TextTower
 from vlmlab.contracts.values import Architecture
 from vlmlab.encoder.tower import autocast, load_tower
@@ -137,9 +137,10 @@ def _tokenizer(folder: Path, path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
-        why = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         remedy = "put the files there that the tokenizer's save_pretrained writes"
-        raise UserError(f"encoder.path={path} has a text tower and no readable tokenizer ({why}); {remedy}.") from error
+        raise UserError(
+            f"encoder.path={path} has a text tower and no readable tokenizer ({reason(error, 60)}); {remedy}."
+        ) from error
     return tokenizer
 
 

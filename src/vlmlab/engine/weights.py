@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.contracts.errors import CheckpointError, UserError, listed, reason
 from vlmlab.contracts.parts import Mask, Objective
 from vlmlab.engine.layers import chosen
 from vlmlab.engine.shards import shard
@@ -102,7 +102,7 @@ class Trainee:
         own = {name: objective for name, objective in self.objectives.items() if isinstance(objective, nn.Module)}
         if own and "objective" not in stage.train:
             raise UserError(
-                f"{stage.key('objective')} has weights of its own ({', '.join(own)}) and {stage.key('train')} gives "
+                f"{stage.key('objective')} has weights of its own ({listed(own)}) and {stage.key('train')} gives "
                 "them no learning rate; add train.objective."
             )
         if own or len(getattr(model, "objectives", ())):
@@ -269,7 +269,9 @@ def read_facts(path: Path) -> dict[str, Any]:
         with safe_open(str(path), framework="pt") as file:
             facts: dict[str, Any] = json.loads((file.metadata() or {}).get("vlmlab", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); delete it to train that stage again.") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({reason(error)}); delete it to train that stage again."
+        ) from error
     if facts.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {facts.get('format')} and this code reads {FORMAT}; train again.")
     return facts
@@ -319,7 +321,7 @@ def mixed_in(stage: Stage, cfg: DictConfig) -> Path | None:
     files = sorted((run / "stages").glob("*/model.safetensors"))
     path = next((file for file in files if file.parent.name.partition("_")[2] == name), None)
     if path is None:
-        there = ", ".join(file.parent.name.partition("_")[2] for file in files) or "none"
+        there = listed(file.parent.name.partition("_")[2] for file in files)
         raise UserError(f"{key}: {run} has no finished stage {name} (there: {there}); set {key}.run and {key}.stage.")
     saved = with_present_names(read_facts(path).get("composition", {}))
     for part in COMPOSITION:
@@ -417,8 +419,9 @@ def check_names(path: Path, expected: Mapping[str, Any], found: Mapping[str, Any
     """
     for what, names in (("lacks", expected.keys() - found.keys()), ("also has", found.keys() - expected.keys())):
         if names:
-            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise CheckpointError(f"{path} {what} {shown}; load it with the composition it was trained with.")
+            raise CheckpointError(
+                f"{path} {what} {listed(sorted(names))}; load it with the composition it was trained with."
+            )
 
 
 def _check_tensors(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from vlmlab.contracts.errors import CheckpointError, DataError, Unscored, UserError
+from vlmlab.contracts.errors import CheckpointError, DataError, Unscored, UserError, brief, listed
 from vlmlab.contracts.sample import Sample, SampleSource, references
 from vlmlab.contracts.tensors import Batch
 from vlmlab.data.questions import asked_apart
@@ -117,7 +117,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "out of memory; lower evaluation.batch_size"
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())
+    return brief(" ".join(text.split()))
 
 
 def _benchmark(
@@ -341,7 +341,7 @@ def overridden(run: Mapping[str, Any], cfg: DictConfig) -> DictConfig:
     if cfg.benchmarks is not None:
         unknown = [name for name in cfg.benchmarks if name not in config.data.benchmarks]
         if unknown:
-            known = ", ".join(config.data.benchmarks)
+            known = listed(config.data.benchmarks)
             raise UserError(f"benchmarks={unknown[0]} is not in this run; choose from {known}.")
         config.data.benchmarks = {name: config.data.benchmarks[name] for name in cfg.benchmarks}
     if cfg.limit is not None:

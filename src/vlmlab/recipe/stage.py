@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval
 from omegaconf import DictConfig, OmegaConf
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import UserError, listed
 from vlmlab.contracts.values import Count, Drop, Natural, NotNegative, Positive, Share, hints, nearest, refusal, shown
 
 PARTS = ("encoder", "connector", "fusion", "lm", "pair", "objective")
@@ -231,7 +231,7 @@ def _mix(value: Any, where: str, name: str) -> dict[str, Any]:
 
 def _check_choices(keys: Mapping[str, Any], where: str, sources: Collection[str]) -> None:
     if keys["data"] not in sources:
-        raise UserError(f"{where}.data={shown(keys['data'])} is not in data.train; choose from {', '.join(sources)}.")
+        raise UserError(f"{where}.data={shown(keys['data'])} is not in data.train; choose from {listed(sources)}.")
     if not isinstance(keys.get("objective"), Mapping):
         raise UserError(f"{where}.objective is missing; give one with _target_, or a mapping of several.")
 

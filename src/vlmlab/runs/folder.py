@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 import yaml
 
-from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.contracts.errors import LONGEST, CheckpointError, UserError, brief, listed, reason
 from vlmlab.runs.config import config_hash
 from vlmlab.runs.environment import code_fingerprint, environment
 from vlmlab.runs.files import read_json, read_rows, to_json, write_atomic, write_json
@@ -23,9 +23,6 @@ from vlmlab.runs.renamed import with_present_names
 
 FORMAT = 1
 """Version of ``result.json``."""
-
-LONGEST = 300
-"""Characters of a message; it names as many keys as fit."""
 
 StateName = Literal["running", "done", "failed", "interrupted"]
 
@@ -137,12 +134,9 @@ class RunFolder:
 
     def _refusal(self, changed: Sequence[str]) -> str:
         remedy = "choose another name=..., or keep that one aside and train again with fresh=true"
-        for shown in range(min(8, len(changed)), 0, -1):
-            more = f"; and {len(changed) - shown} more" if len(changed) > shown else ""
-            text = f"{self.path} holds a run of another configuration ({'; '.join(changed[:shown])}{more}); {remedy}"
-            if len(text) <= LONGEST:
-                break
-        return text
+        begin = f"{brief(str(self.path), 100)} holds a run of another configuration"
+        room = LONGEST - len(f"{begin} (); {remedy}")
+        return f"{begin} ({listed(changed, room, '; ')}); {remedy}"
 
     def _learnt_nothing(self) -> bool:
         """Whether a run has failed here before it had anything to keep: whatever comes next may have its place."""
@@ -173,7 +167,9 @@ class RunFolder:
         try:
             value = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is damaged ({error}); delete the folder or choose another name=...") from error
+            raise UserError(
+                f"{file} is damaged ({reason(error)}); delete the folder or choose another name=..."
+            ) from error
         if not isinstance(value, dict):
             raise UserError(f"{file} is no configuration; delete the folder or choose another name=...")
         config: dict[str, Any] = with_present_names(value)

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.contracts.errors import CheckpointError, UserError, listed
 from vlmlab.runs.files import read_json, write_json
 
 KEY = "init_from"
@@ -37,7 +37,7 @@ def find_origin(value: str) -> Path:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{KEY}={value} is no run folder and no stage of one; give the folder that training printed.")
     files = {file.parent.name.partition("_")[2]: file for file in sorted((run / "stages").glob(f"*/{WEIGHTS}"))}
-    there = ", ".join(files) or "none"
+    there = listed(files, 80)
     name = _last_stage(run) if stage is None else stage
     if name not in files:
         raise UserError(

@@ -36,6 +36,8 @@ METRICS, SKIPPED, ENTRY = "metrics.jsonl", "skipped.jsonl", "entry.json"
 CELL = "overrides.json"
 """What a launcher leaves in the folder of every cell of a sweep."""
 
+SEVERAL_RANKS = "several ranks would have to agree"
+
 POLL_S = 0.5
 SAY_EVERY_S = 60.0
 
@@ -74,6 +76,25 @@ def shelf_of(value: Any, folder: Path) -> Path | None:
     if value != "auto":
         return Path(value).expanduser()
     return folder.parent / SHELF if (folder / CELL).is_file() else None
+
+
+def unshared(config: Mapping[str, Any]) -> str:
+    """Why a run's stages are no other run's, or the two cannot agree upon them; empty: they may be shared.
+
+    Args:
+        config: the plain configuration.
+    """
+    if any((config.get("debug") or {}).values()):
+        return "debug is on"
+    if config.get("seed") is None:
+        return "there is no seed"
+    if config["recipe"].get("finish"):
+        return "the recipe ends in recipe.finish, which reads its models"
+    if config.get("fresh"):
+        return "fresh=true trains again"
+    if config["trainer"]["devices"] != 1:
+        return SEVERAL_RANKS
+    return ""
 
 
 class Place:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from vlmlab.contracts.errors import CheckpointError
+from vlmlab.contracts.errors import CheckpointError, reason
 from vlmlab.engine.shards import gathered
 from vlmlab.engine.stamp import RUN, Stamp, check_archive
 from vlmlab.engine.weights import Trainee, check_names, put, replace_durably
@@ -84,7 +84,9 @@ def load_last(path: Path, stage: Stage, trainee: Trainee, stamp: Stamp | None = 
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a reader says of bytes that mean nothing
-        raise CheckpointError(f"{path} cannot be read ({error}); delete it to train that stage again.") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({reason(error)}); delete it to train that stage again."
+        ) from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or saved.get("stage") != stage.name:
         raise CheckpointError(f"{path} is not a checkpoint of stage {stage.name}; delete it to train that stage again.")
     if stamp is not None:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vlmlab.contracts.errors import CheckpointError, OutOfMemory, Unscored, UserError
+from vlmlab.contracts.errors import CheckpointError, OutOfMemory, Unscored, UserError, listed, reason
 from vlmlab.contracts.parts import FeatureCache
 from vlmlab.contracts.sample import SampleSource
 from vlmlab.data.module import Window, Windows, step_loader
@@ -516,25 +516,21 @@ def _prove(stage: Stage, module: StageModule, trainee: Trainee, before: Mapping[
     """
     if touched := proof.changed(before, proof.fingerprints(trainee.frozen().items())):
         raise UserError(
-            f"stage {stage.name}: frozen weights changed ({_few(touched)}); whatever writes to them outside the "
+            f"stage {stage.name}: frozen weights changed ({listed(touched)}); whatever writes to them outside the "
             "optimizer must stop."
         )
     if module.pending:
         raise UserError(
-            f"stage {stage.name}: {_few(sorted(module.pending))} should train and never had a gradient; take the part "
-            f"out of {stage.key('train')} or the unused layer out of the model."
+            f"stage {stage.name}: {listed(sorted(module.pending), 120)} should train and never had a gradient; take "
+            f"the part out of {stage.key('train')} or the unused layer out of the model."
         )
     moved = set(proof.changed(before, proof.fingerprints(trainee.live().items())))
     return [name for name in trainee.trained() if name not in moved]
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _say_end(run: Run, stage: Stage, facts: Mapping[str, Any]) -> None:
     if facts["unmoved"]:
-        run.say(f"note: {_few(facts['unmoved'])} had gradients and did not move")
+        run.say(f"note: {listed(facts['unmoved'])} had gradients and did not move")
     if run.writes:
         row = {"stage": stage.name, "step": stage.steps, "finished": True, **facts}
         run.folder.log(row | {"seconds": round(facts["seconds"], 1)})
@@ -547,7 +543,7 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
     device = torch.device("cuda" if on_gpu(cfg) else "cpu")
     last.model.to(device).requires_grad_(False)
     if wrong := nonfinite(last.model.named_parameters()):
-        raise UserError(f"the weights {_few(wrong)} are no numbers after the last stage; train again with fresh=true.")
+        raise UserError(f"{listed(wrong)} are no numbers after the last stage; train again with fresh=true.")
     kind = kinds[stage.index]
     source: SampleSource = instantiate(cfg.data.train[stage.data])
     if OmegaConf.select(cfg, "data.max_bad_fraction") is not None:
@@ -605,8 +601,9 @@ def _compiled(run: Run, module: StageModule) -> Iterator[None]:
         with compiled(module.model):
             yield
     except TorchDynamoException as error:
-        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"trainer.compile=true cannot compile here ({why}); set trainer.compile=false.") from error
+        raise UserError(
+            f"trainer.compile=true cannot compile here ({reason(error)}); set trainer.compile=false."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ from vlmlab.cli.rules.stages import (
     towers_to_adapt,
     trees_show_images_once,
 )
-from vlmlab.cli.rules.values import wrong_values
+from vlmlab.cli.rules.values import missing_sections, wrong_values
 from vlmlab.cli.rules.vision import (
     instruction_is_learnt,
     leaking_mask,
@@ -64,6 +64,8 @@ def admitted(cfg: DictConfig, hydra_cfg: HydraConf, own: Collection[str] = ()) -
     Raises:
         ConfigError: the first thing that is not, in one sentence.
     """
+    for sentence in missing_sections(cfg):
+        raise ConfigError(sentence)
     try:
         config = plain(cfg)
     except UserError as error:

@@ -121,8 +121,8 @@ class Data(TypedDict):
     """Sources by name; further keys are what a data file's own sources refer to."""
 
     train: Annotated[Mapping[str, SampleSource | None], MinLen(1)]
-    val: NotRequired[Mapping[str, SampleSource | None]]
-    benchmarks: NotRequired[Mapping[str, Benchmark | None]]
+    val: NotRequired[Mapping[str, SampleSource]]
+    benchmarks: NotRequired[Mapping[str, Benchmark]]
     probe: NotRequired[SampleSource | None]
     max_bad_fraction: NotRequired[Share]
     screen: NotRequired[Natural]

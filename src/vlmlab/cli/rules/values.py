@@ -14,6 +14,7 @@ from vlmlab.cli.rules.constructors import constructor
 from vlmlab.cli.rules.declared import inherits, source_of
 from vlmlab.cli.rules.schema import Root
 from vlmlab.cli.rules.words import closest, unread
+from vlmlab.contracts.errors import reason
 from vlmlab.contracts.values import hints, refusal, shown
 from vlmlab.recipe.stage import KEYS
 from vlmlab.runs.config import leaves
@@ -44,11 +45,12 @@ def wrong_values(cfg: DictConfig, config: Config, choices: Choices, own: Collect
     raw = _raw(cfg)
     read = {*own, *_referred(raw)}
     yield from _overrides(config, choices, own)
+    yield from _nothing_there(config)
+    yield from (s for s in [refusal(Root, config, "")] if s is not None)
     typed = [override_key(word) for word in choices.get("_overrides") or ()]
     for name, known in _unread(Root, config, "", read):
         word = next((key for key in typed if key == name or key.startswith(f"{name}.")), name)
         yield unread(word, {*known, *(key for key, _ in leaves(config))} - {word, name})
-    yield from (s for s in [refusal(Root, config, "")] if s is not None)
     for where, node, inside in _described(config, raw, ""):
         yield from _of_part(where, node, inside, choices)
     for name, stage in config["recipe"]["stages"].items():
@@ -59,6 +61,27 @@ def wrong_values(cfg: DictConfig, config: Config, choices: Choices, own: Collect
     for key, value in leaves(config, deep=True):
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key}={value} is no finite number; give one"
+
+
+def missing_sections(cfg: DictConfig) -> Iterator[str]:
+    """Sections that null has taken the place of, before anything that refers into them is resolved."""
+    for key, annotation in hints(Root).items():
+        if key in cfg and not OmegaConf.is_missing(cfg, key) and not OmegaConf.is_interpolation(cfg, key):
+            sentence = refusal(annotation, None, key) if cfg[key] is None else None
+            if sentence is not None:
+                yield sentence
+
+
+def _nothing_there(config: Config) -> Iterator[str]:
+    """Parts, sections and sources that null has taken the place of."""
+    for key, value in leaves(config, deep=True):
+        if key.rpartition(".")[2] == "_target_" and not isinstance(value, str):
+            yield f"{key}={shown(value)} is no class; give its dotted path"
+    for group in ("val", "benchmarks"):
+        sources = value_at(config, f"data.{group}")
+        for name, node in sources.items() if isinstance(sources, Mapping) else ():
+            if node is None:
+                yield f"data.{group}.{name}=null is no source of data; leave it out by ~data.{group}.{name}"
 
 
 def _raw(cfg: DictConfig) -> dict[str, Any]:
@@ -136,7 +159,7 @@ def _of_part(where: str, node: Mapping[str, Any], raw: Mapping[str, Any], choice
     try:
         takes = constructor(target)
     except ImportError as error:
-        why = f" ({shown(str(error), 90)})" if not ours and str(error) else ""
+        why = f" ({reason(error, 90)})" if not ours and str(error) else ""
         key = f"{where}._target_={shown(target)}"
         yield f"{key} cannot be imported{why}; give the dotted path of a class that is installed"
         return
@@ -158,12 +181,14 @@ def _of_part(where: str, node: Mapping[str, Any], raw: Mapping[str, Any], choice
         if (key in takes.types or key in HYDRA) and not class_of(value):  # a part is whatever it makes
             sentence = refusal(takes.types.get(key, HYDRA.get(key)), value, f"{where}.{key}")
             if sentence is not None:
-                yield _as_written(sentence, f"{where}.{key}", raw[key])
+                yield _as_written(sentence, where, raw)
 
 
-def _as_written(sentence: str, key: str, raw: Any) -> str:
-    """The sentence under the key where the value was given, if this one only refers to it."""
-    origin = re.fullmatch(r"\$\{([\w.]+)\}", raw) if isinstance(raw, str) else None
+def _as_written(sentence: str, where: str, raw: Mapping[str, Any]) -> str:
+    """The sentence under the key where the value was given, if the one that it is about only refers to it."""
+    key = sentence.partition("=")[0]
+    value = value_at(raw, key.removeprefix(f"{where}."))
+    origin = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
     return sentence if origin is None else f"{origin.group(1)}{sentence.removeprefix(key)} (it is read as {key})"
 
 
@@ -205,4 +230,4 @@ def _of_stage(where: str, stage: Mapping[str, Any]) -> Iterator[str]:
     try:
         constructor(target)
     except ImportError as error:
-        yield f"{where} cannot be imported ({shown(str(error), 90)}); {remedy}"
+        yield f"{where} cannot be imported ({reason(error, 90)}); {remedy}"
