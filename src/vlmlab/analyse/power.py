@@ -112,7 +112,9 @@ def seeds_needed(
         low, high = high, min(2 * high, MOST_SEEDS)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if power_of(middle, effect, deviation, comparisons, level) >= power else (middle, high)
+        low, high = (
+            (low, middle) if power_of(middle, effect, deviation, comparisons, level) >= power else (middle, high)
+        )
     return high
 
 

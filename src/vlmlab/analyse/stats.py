@@ -1,4 +1,7 @@
-"""What may be said of scores from several seeds: t intervals, sign-flip tests, Holm's correction. The unit is the seed."""
+"""What may be said of scores from several seeds: t intervals, sign-flip tests, Holm's correction.
+
+The unit of inference is the seed: a trained model is one observation, however many questions it was asked.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ MOST_EXACT = 16
 """Up to so many seeds all sign patterns are gone through; beyond, `DRAWN` of them."""
 DRAWN = 2**16
 TIE = 1e-9
-"""Sums that differ by less than this share of the sum of absolute values are equal; they are sums of rounded numbers."""
+"""Sums that differ by less than this share of the sum of absolute values count as equal: they are rounded."""
 
 Numbers = NDArray[np.float64]
 
