@@ -1,4 +1,4 @@
-"""``vlmlab compare`` as typed: a folder without a key, rows with commas and equals signs, one sentence for a mistake."""
+"""``vlmlab compare`` as typed: a folder without a key, rows with commas and equals signs, mistakes in a sentence."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from vlmlab.runs.names import LONGEST, cell_name, override_key, run_name
+from vlmlab.runs.names import LONGEST, cell_name, override_key, run_name, sweep_name
 
 
 def test_a_cell_is_named_by_its_overrides_in_their_order() -> None:
@@ -38,6 +38,17 @@ def test_a_run_is_named_by_what_can_change_its_result() -> None:
         None, ["connector=mlp", "fresh=true", "mask=causal", "trainer.save_every_s=0", "logger=wandb"]
     )
     assert name != run_name(None, ["connector=mlp", "mask=causal", "seed=1"])
+
+
+def test_a_sweep_is_named_by_its_keys_so_that_it_grows() -> None:
+    name = sweep_name(None, ["connector=mlp,qformer", "mask=bidir,causal", "budget=short"])
+    assert name.startswith("budget-short_connector_mask-")
+    more = ["connector=mlp,qformer,pool", "mask=choice(bidir,causal)", "budget=short", "seed=0,1,2"]
+    assert sweep_name(None, more) == sweep_name(None, [*more[:3], "seed=5"]) == name
+    assert sweep_name(None, ["connector=mlp,qformer", "mask=bidir", "budget=short"]) != name
+    assert sweep_name(None, ["connector=mlp,qformer", "mask=bidir,causal", "budget=test"]) != name
+    assert sweep_name("mine", more) == "mine"
+    assert sweep_name(None, ["seed=0,1"]) == "default"
 
 
 def test_a_key_that_only_begins_like_an_ignored_one_counts() -> None:

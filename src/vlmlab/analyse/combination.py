@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from vlmlab.analyse.results import RunRecord
 from vlmlab.analyse.stats import Interval, mean_interval
-
-SEED = "seed"
+from vlmlab.runs.names import SEED
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ VERBS = {
     "export": ["vlmlab.cli.export"],
 }
 
-USAGE = """usage: vlmlab train|sweep|evaluate|inspect|plan|compare|export [group=choice] [key=value] [--help] [--cfg job]
+USAGE = """usage: vlmlab train|sweep|evaluate|inspect|plan|compare|export [group=choice] [key=value] [--help]
 
   vlmlab train                                            train and score the embedded default
   vlmlab sweep connector=mlp,qformer mask=bidir,causal    one process per cell, then the table

@@ -26,6 +26,10 @@ class DataError(UserError):
         super().__init__(brief(message))
 
 
+class InUse(UserError):
+    """Another process holds what this one needs; it may be free later."""
+
+
 class OutOfMemory(UserError):
     """A training step did not fit the memory.
 

@@ -26,6 +26,9 @@ NOT_THE_RESULT = (
 )
 """Keys that do not change what a run computes: they enter neither names nor ``config_hash``."""
 
+SEED = "seed"
+"""The key whose values are repetitions of one composition."""
+
 LONGEST = 100
 """Longest cell name in characters; a longer one is cut and ends with 8 characters of hash."""
 
@@ -80,6 +83,21 @@ def run_name(name: str | None, overrides: Iterable[str]) -> str:
     return f"{readable}-{short_hash(' '.join(chosen))}"
 
 
+def sweep_name(name: str | None, overrides: Iterable[str]) -> str:
+    """The folder of a sweep: the given name, or made from its keys and not from the values that are swept.
+
+    So the same sweep with more seeds or values has the same folder, and grows there.
+    """
+    if name:
+        return str(name)
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # its grammar takes half a second
+
+    parser = OverridesParser.create()
+    chosen = [override for override in overrides if override_key(override) != SEED]
+    swept = {text for text in chosen if parser.parse_override(text).is_sweep_override()}
+    return run_name(None, [override_key(text) if text in swept else text for text in chosen])
+
+
 def register_resolvers() -> None:
     """Register ``vlmlab.run_name``, ``vlmlab.sweep_name`` (one value per command) and ``vlmlab.cell_name``."""
 
@@ -88,7 +106,7 @@ def register_resolvers() -> None:
 
     OmegaConf.register_new_resolver("vlmlab.run_name", run_name, replace=True)
     # Cached: Hydra composes every cell anew, with its own overrides, and all cells belong into one folder.
-    OmegaConf.register_new_resolver("vlmlab.sweep_name", run_name, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("vlmlab.sweep_name", sweep_name, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("vlmlab.cell_name", cell, replace=True)
 
 
