@@ -80,7 +80,7 @@ def run_sweep(
     _say_reach(cells)
     print(f"sweep {sweep}: {len(cells)} cells, {len(places)} at a time; each writes <cell>/log.txt", flush=True)
     start = start_command()
-    with display() as show:
+    with display(len(places)) as show:
         pool = Pool(places, lambda cell: [*start, *cell_arguments(config, cell)], timeout, show)
         pool.run(cells)
         show(cells)
