@@ -116,10 +116,15 @@ def compare(
     key = MetricKey.parse(metric)
     answers = _answers(baseline, key) if single_answers else {}
     found = [_compared(row, base, answers, metric) for row in rows if row is not baseline]
-    tested = [one for one in found if one.p_value is not None]
-    adjusted = holm([one.p_value for one in tested]) if tested else []
-    corrected = {id(one): float(p) for one, p in zip(tested, adjusted, strict=True)}
-    return [replace(one, adjusted=corrected.get(id(one))) for one in found]
+    adjusted = _adjusted([one.p_value for one in found])
+    return [replace(one, adjusted=p) for one, p in zip(found, adjusted, strict=True)]
+
+
+def _adjusted(p_values: Sequence[float | None]) -> list[float | None]:
+    """P values after Holm over those that are there."""
+    known = [p for p in p_values if p is not None]
+    corrected = iter(holm(known).tolist() if known else [])
+    return [None if p is None else next(corrected) for p in p_values]
 
 
 def _compared(row: Combination, base: Mapping[str, float], answers: Mapping[str, Scored], metric: str) -> Comparison:
@@ -214,9 +219,8 @@ def races(rows: Sequence[Combination], baseline: Combination, threshold: Thresho
     tested = [
         replace(one, p_value=logrank_p(one.passages, found[0].passages)) if one.passages else one for one in found[1:]
     ]
-    values = [one.p_value for one in tested if one.p_value is not None]
-    adjusted = iter(holm(values)) if values else iter(())
-    return [found[0], *(one if one.p_value is None else replace(one, adjusted=float(next(adjusted))) for one in tested)]
+    adjusted = _adjusted([one.p_value for one in tested])
+    return [found[0], *(replace(one, adjusted=p) for one, p in zip(tested, adjusted, strict=True))]
 
 
 def _passages(row: Combination, threshold: Threshold) -> list[Passage]:

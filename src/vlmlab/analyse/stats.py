@@ -73,7 +73,7 @@ class PairedDifference:
 # -- intervals over seeds ----------------------------------------------------------------------------------------------
 
 
-def t_quantile(level: float, freedom: ArrayLike) -> Numbers:
+def t_quantile(level: float, freedom: float | Numbers) -> Numbers:
     """The t with P(|T| < t) = `level` (0..1, exclusive) for degrees of freedom that need not be whole; 12.706 for 1."""
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, not {level}")
@@ -157,7 +157,7 @@ def holm(p_values: ArrayLike) -> Numbers:
     order = np.argsort(values, -1, kind="stable")
     factors = values.shape[-1] - np.arange(values.shape[-1])
     stepped = np.maximum.accumulate(np.take_along_axis(values, order, -1) * factors, -1)
-    adjusted = np.empty_like(values)
+    adjusted: Numbers = np.empty(values.shape, dtype=np.float64)
     np.put_along_axis(adjusted, order, np.minimum(stepped, 1.0), -1)
     return adjusted
 

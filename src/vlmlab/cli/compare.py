@@ -35,7 +35,7 @@ def compare_command(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}={folder} is no folder; give an existing one, as in: {EXAMPLE}")
     from vlmlab.analyse.compare_report import write_comparison  # numpy and scipy
 
-    print(write_comparison(sweep, str(cfg.baseline), *(_text(cfg[key]) for key in ("metric", "until")), out=out))
+    print(write_comparison(sweep, str(cfg.baseline), _text(cfg.metric), _text(cfg.until), out))
 
 
 def _text(value: object) -> str | None:
