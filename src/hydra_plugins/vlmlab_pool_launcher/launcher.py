@@ -5,6 +5,7 @@ Hydra runs this file without entering it into ``sys.modules``: a dataclass here 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -22,19 +23,21 @@ class PoolLauncherConf:
     Attributes:
         slots: cells (devices, where a cell asks for several) at a time; None: one per visible GPU, or per 2 cores.
         timeout: seconds after which a cell is stopped; None: never.
+        record: a CSV with a row a finished cell, made where it is not there; a cell with a row is not trained again.
     """
 
     _target_: str = "hydra_plugins.vlmlab_pool_launcher.launcher.PoolLauncher"
     slots: int | None = None
     timeout: float | None = None
+    record: str | None = None
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="pool", node=PoolLauncherConf, provider="vlmlab")
 
 
 @dataclass
-class SeedsLauncherConf:
-    """Keys below ``hydra.launcher`` of ``vlmlab plan -m``.
+class SeedsLauncherConf(PoolLauncherConf):
+    """Keys below ``hydra.launcher`` of ``vlmlab plan -m``, beside those that the sweep itself may set.
 
     Attributes:
         effect: difference to be found; None: the smallest that can be is said.
@@ -75,7 +78,12 @@ class SeedsLauncher(_Told):
     """Trains nothing: says how many seeds the comparisons of a sweep need."""
 
     def __init__(
-        self, effect: float | None = None, power: float = 0.8, pilot: str | None = None, metric: str | None = None
+        self,
+        effect: float | None = None,
+        power: float = 0.8,
+        pilot: str | None = None,
+        metric: str | None = None,
+        **of_the_sweep: Any,
     ) -> None:
         self.wanted = (effect, power, pilot, metric)
 
@@ -95,19 +103,22 @@ class SeedsLauncher(_Told):
 class PoolLauncher(_Told):
     """Runs every cell of a sweep as its own process, whatever happens to the others, and writes the table."""
 
-    def __init__(self, slots: int | None = None, timeout: float | None = None) -> None:
+    def __init__(self, slots: int | None = None, timeout: float | None = None, record: str | None = None) -> None:
         self.slots = slots
         self.timeout = timeout
+        self.record = record
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the cells that are not finished, print the table, report every cell to the sweeper.
 
         Raises:
-            UserError: the slots cannot hold a cell.
+            UserError: the slots cannot hold a cell, or the record cannot be read.
             KeyboardInterrupt: a signal stopped the sweep; cells were told and waited for.
         """
         from hydra_plugins.vlmlab_pool_launcher._sweep import run_sweep
+        from vlmlab.runs.cells_csv import CellsCsv
 
         assert self.config is not None and self.hydra_context is not None
-        arguments: dict[str, Any] = {"slots": self.slots, "timeout": self.timeout}
+        record = CellsCsv(Path(self.record).expanduser()) if self.record else None
+        arguments: dict[str, Any] = {"slots": self.slots, "timeout": self.timeout, "record": record}
         return run_sweep(self.config, self.hydra_context.config_loader, job_overrides, initial_job_idx, **arguments)
