@@ -74,7 +74,7 @@ def page(cells: Sequence[Row], baseline: str, metric: str) -> list[str]:
     lines += [*_differences(compared), "", *(f"- {one.sentence(base.label)}" for one in compared)]
     if (sentence := reach(compared)) is not None:
         lines += ["", f"{sentence[0].upper()}{sentence[1:]}."]
-    lines += ["", f"{len(cells)} cells, {hours:.2f} hours of training on one core; ± and intervals: 95 %, t over seeds."]
+    lines += ["", f"{len(cells)} cells, {hours:.2f} hours of training; ± and intervals: 95 %, t over seeds."]
     return [*lines, "", "![the differences with their intervals](figure.png)"]
 
 

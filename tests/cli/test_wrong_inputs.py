@@ -133,7 +133,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
         1, r"good.json is not in COCO captions format",
     ),
     # folders
-    "train name=locked": (1, r"outputs/locked is in use by process \d+"),
+    "train name=locked": (75, r"outputs/locked is in use by process \d+"),
     "train name=damaged": (1, r"damaged/config.yaml is damaged \(.*\); delete the folder or choose another name="),
     "train name=finished seed=2": (1, r"outputs/finished holds a run of another configuration \(.*another name="),
     "train hydra.run.dir={f}/afile/run": (1, r"afile/run: not a directory; check the path"),

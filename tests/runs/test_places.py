@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from tests.test_conf import CONF, composed
 
 from vlmlab.runs.names import run_name
-from vlmlab.runs.places import folder_of, training_words
+from vlmlab.runs.places import folder_of, sweep_folder_of, training_words
 
 VQA = ("data=vqa", "data.path=train.json", "data.images=img")
 
@@ -92,3 +92,16 @@ def test_the_configuration_asks_for_these_names(tmp_path: Path, monkeypatch: pyt
     assert plain.sweep.dir == scored.sweep.dir == f"sweeps/{run_name(None, ['mask=causal'])}"
     assert folders("name=mine", "evaluation.every=5").run.dir == "outputs/mine"
     assert folders("evaluation.every=5").run.dir == "outputs/default"
+
+
+def test_a_sweep_is_named_by_its_keys_so_that_it_grows() -> None:
+    def name(*words: str, given: str | None = None) -> str:
+        return Path(sweep_folder_of("sweeps", given, words, words)).name
+
+    first = name("connector=mlp,qformer", "mask=bidir,causal", "budget=short")
+    assert first.startswith("budget-short_connector_mask-")
+    more = ["connector=mlp,qformer,pool", "mask=choice(bidir,causal)", "budget=short", "seed=0,1,2"]
+    assert name(*more) == name(*more[:3], "seed=5") == first
+    assert name("connector=mlp,qformer", "mask=bidir", "budget=short") != first
+    assert name("connector=mlp,qformer", "mask=bidir,causal", "budget=test") != first
+    assert name(*more, given="mine") == "mine" and name("seed=0,1") == "default"

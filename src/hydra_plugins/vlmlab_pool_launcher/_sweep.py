@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from hydra_plugins.vlmlab_pool_launcher._cells import FINISHED, Cell, plan
+from hydra_plugins.vlmlab_pool_launcher._cells import FINISHED, Cell, families, plan
 from hydra_plugins.vlmlab_pool_launcher._display import display
 from hydra_plugins.vlmlab_pool_launcher._pool import Pool
 from hydra_plugins.vlmlab_pool_launcher._slots import make_slots
@@ -80,9 +80,10 @@ def run_sweep(
         if not (cell.settle_finished() or cell.settle_recorded(record)):
             cell.announce()
     _say_told(cells)
+    _say_reach(cells)
     print(f"sweep {sweep}: {len(cells)} cells, {len(places)} at a time; each writes <cell>/log.txt", flush=True)
     start = start_command()
-    with display() as show:
+    with display(len(places)) as show:
         pool = Pool(places, lambda cell: [*start, *cell_arguments(config, cell)], timeout, show)
         pool.run(cells)
         show(cells)
@@ -99,6 +100,16 @@ def _say_told(cells: Sequence[Cell]) -> None:
     for note in dict.fromkeys(cell.note for cell in cells if cell.state == "done" and cell.note != FINISHED):
         names = [cell.name for cell in cells if cell.note == note]
         print(f"note: {len(names)} finished cells ({', '.join(names[:3])}{', ...' if names[3:] else ''}): {note}")
+
+
+def _say_reach(cells: Sequence[Cell]) -> None:
+    """Before anything trains: that no comparison of these cells can be significant, where that is so."""
+    seeds = families(cells)
+    if len(seeds) > 1:
+        from vlmlab.analyse.stats import beyond_reach  # numpy
+
+        if (sentence := beyond_reach(max(seeds.values()), len(seeds) - 1)) is not None:
+            print(f"note: {sentence}")
 
 
 def refuse_at_once(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> None:

@@ -14,8 +14,9 @@ import yaml
 from numpy.typing import NDArray
 
 from vlmlab.analyse import curves
+from vlmlab.analyse.answers import intervals_over_questions
 from vlmlab.analyse.results import FIRST, MetricKey, numbers, parse_overrides
-from vlmlab.analyse.table import benchmark_tables, shown
+from vlmlab.analyse.table import OF_ONE_MODEL, benchmark_tables, shown
 from vlmlab.analyse.text import short_number
 from vlmlab.contracts.sample import IMAGE_TAG
 from vlmlab.evaluate.metrics.captions import CEILINGS
@@ -60,6 +61,7 @@ def write_report(folder: Path, items: Sequence[ReportItem], result: Mapping[str,
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     metrics = numbers(result.get("metrics"))
+    intervals = intervals_over_questions(folder, metrics)
     environment = Environment(
         loader=PackageLoader("vlmlab.analyse", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -68,7 +70,8 @@ def write_report(folder: Path, items: Sequence[ReportItem], result: Mapping[str,
         summary=_summary(result),
         headlines=_headlines(metrics),
         items=[_item(item, metrics) for item in items],
-        tables=[asdict(table) for table in benchmark_tables(metrics)],
+        tables=[asdict(table) for table in benchmark_tables(metrics, intervals)],
+        told=OF_ONE_MODEL if intervals else "",
         charts=[curves.draw_chart(stage) for stage in curves.read_curves(read_rows(folder / "metrics.jsonl"))],
         cost=[(name, short_number(value)) for name, value in numbers(result.get("cost")).items()],
         config=_config(folder),

@@ -19,10 +19,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmlab.contracts.errors import UserError, brief, mistake_within, reason
+from vlmlab.contracts.errors import InUse, UserError, brief, mistake_within, reason
 
-DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: fine; the run or its data; the command or the configuration; stopped by a signal."""
+DONE, FAILED, MISTAKE, IN_USE, INTERRUPTED = 0, 1, 2, 75, 130
+"""Exit codes: fine; the run or its data; the command or the configuration; the folder is another process's for now
+(as sendmail's EX_TEMPFAIL); stopped by a signal."""
 
 
 class ConfigError(UserError):
@@ -45,6 +46,13 @@ def fail(sentence: str, code: int) -> int:
     return code
 
 
+def exit_code(error: UserError) -> int:
+    """What a command ends with after this mistake."""
+    if isinstance(error, ConfigError):
+        return MISTAKE
+    return IN_USE if isinstance(error, InUse) else FAILED
+
+
 def guard(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
     """A Hydra task that ends the process itself on a user's mistake, before Hydra adds its own lines."""
 
@@ -55,7 +63,7 @@ def guard(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
         except UserError as error:
             if debugging():
                 raise
-            raise SystemExit(fail(str(error), MISTAKE if isinstance(error, ConfigError) else FAILED)) from error
+            raise SystemExit(fail(str(error), exit_code(error))) from error
         except InstantiationException as error:
             if debugging():
                 raise
@@ -114,7 +122,7 @@ def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int
     except UserError as error:
         if debugging():
             raise
-        return fail(str(error), MISTAKE if isinstance(error, ConfigError) else FAILED)
+        return fail(str(error), exit_code(error))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
         return INTERRUPTED

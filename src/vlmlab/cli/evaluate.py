@@ -51,7 +51,7 @@ def _finish(cfg: DictConfig, run: RunFolder) -> None:
     with run:
         run.open(plain(config), run.env().get("overrides", []))
         result = train_in(run, config)
-    print(final_table(result or {}))
+    print(final_table(result or {}, run.path))
 
 
 def _check_values(cfg: DictConfig) -> None:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from vlmlab.analyse.text import plain_table
 from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.rules import admitted
+from vlmlab.cli.seeds import CLAIM, run_seeds
 from vlmlab.cli.verb import count, own_keys, run_verb
 from vlmlab.contracts.errors import UserError, listed
 from vlmlab.data.overlap import reads
@@ -31,6 +32,9 @@ def plan_command(cfg: DictConfig) -> None:
         UserError: the data cannot be read, or the composition cannot be planned.
     """
     _check_values(cfg)
+    for key in CLAIM:
+        if cfg[key] != own_keys("plan")[key]:
+            raise ConfigError(f"{key}={cfg[key]} is about the seeds of a sweep; write vlmlab plan -m and sweep a key")
     admitted(cfg, HydraConfig.get(), own_keys("plan"))
     stages = [stage.name for stage in parse(cfg)]
     lengths = {name: _pair(name, value) for name, value in _per_stage(cfg, "lengths", stages).items()}
@@ -209,4 +213,5 @@ def generated(cfg: DictConfig, stated: Collection[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_verb("plan", plan_command))
+    many = any(word in ("-m", "--multirun") for word in sys.argv[1:])
+    sys.exit(run_seeds(sys.argv[1:]) if many else run_verb("plan", plan_command))

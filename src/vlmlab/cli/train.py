@@ -57,12 +57,12 @@ def train_command(cfg: DictConfig) -> None:
         result = run.open(config, list(hydra_cfg.overrides.task), fresh=bool(cfg.fresh))
         if result is not None:
             told = _told_apart(run, config, cfg)
-            print(f"{folder} is finished{told}; fresh=true trains again\n\n{final_table(result)}")
+            print(f"{folder} is finished{told}; fresh=true trains again\n\n{final_table(result, folder)}")
             return
         print(f"run folder: {folder}", flush=True)
         result = train_in(run, cfg)
         if result is not None:
-            print(f"\n{final_table(result)}\n{_report(cfg, folder, result)}", flush=True)
+            print(f"\n{final_table(result, folder)}\n{_report(cfg, folder, result)}", flush=True)
 
 
 def _told_apart(run: RunFolder, config: Mapping[str, Any], cfg: DictConfig) -> str:
@@ -105,7 +105,7 @@ def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
         return _train(cfg, run.path)
     except Exception as error:
         if isinstance(error, Unscored) and error.scores:
-            print(f"\n{final_table(run.result() or {})}\n", flush=True)
+            print(f"\n{final_table(run.result() or {}, run.path)}\n", flush=True)
         run.end("failed", _said(error))
         mistake = isinstance(error, InstantiationException | UserError) and not isinstance(error, NO_MISTAKE)
         if not mistake or isinstance(mistake_within(error), DataError) or _learnt(run.path):

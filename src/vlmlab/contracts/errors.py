@@ -24,6 +24,10 @@ class DataError(UserError):
     """A file or a row of a data set cannot be used; the message names the file and the row or id."""
 
 
+class InUse(UserError):
+    """Another process holds what this one needs; it may be free later."""
+
+
 class OutOfMemory(UserError):
     """A training step did not fit the memory.
 

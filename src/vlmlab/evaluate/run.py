@@ -309,6 +309,7 @@ def evaluate(folder: Path, cfg: DictConfig) -> dict[str, Any]:
     """
     from vlmlab.analyse.table import final_table
     from vlmlab.engine.restore import load_trained
+    from vlmlab.runs.config import plain
     from vlmlab.runs.files import write_json
     from vlmlab.runs.folder import RunFolder
 
@@ -328,7 +329,7 @@ def evaluate(folder: Path, cfg: DictConfig) -> dict[str, Any]:
     except Unscored as error:
         unscored, metrics = error, error.scores
     write_json(folder / "evaluate" / "metrics.json", metrics)
-    print(final_table({**result, "metrics": metrics}))
+    print(final_table({**result, "metrics": metrics}, folder / "evaluate", plain(config)))
     print(_compared(result["metrics"], metrics))
     if unscored is not None:
         raise unscored

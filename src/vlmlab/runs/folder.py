@@ -84,6 +84,16 @@ class RunFolder:
             self.close()
             raise
 
+    def refuses(self, config: Mapping[str, Any]) -> str | None:
+        """Why `open` would refuse this configuration, whoever holds the folder; None where it would not.
+
+        Raises:
+            UserError: the folder's own configuration or result cannot be read.
+        """
+        old = self.config()
+        refused = () if old is None else self._refused(changes(old, config), self.result())
+        return self._refusal(refused) if refused and not self._learnt_nothing() else None
+
     def close(self) -> None:
         """Unlock the folder."""
         if self._lock is not None:

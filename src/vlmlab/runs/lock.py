@@ -10,7 +10,7 @@ import time
 import weakref
 from pathlib import Path
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import InUse
 
 ATTEMPTS = 5
 PAUSE_S = 0.1
@@ -31,7 +31,7 @@ class FolderLock:
         """Take the lock.
 
         Raises:
-            UserError: another process holds it; the message says which.
+            InUse: another process holds it; the message says which.
         """
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         for attempt in range(ATTEMPTS):  # somebody who only looks holds it for an instant
@@ -41,7 +41,7 @@ class FolderLock:
             except BlockingIOError:
                 if attempt == ATTEMPTS - 1:
                     os.close(descriptor)
-                    raise UserError(
+                    raise InUse(
                         f"{self.path.parent} is in use by {self.holder()}; wait for it or stop it first"
                     ) from None
                 time.sleep(PAUSE_S)

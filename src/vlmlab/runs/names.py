@@ -21,6 +21,9 @@ NOT_THE_RESULT = (
 )
 """Keys that do not change what a run computes: they enter neither names nor ``config_hash``."""
 
+SEED = "seed"
+"""The key whose values are repetitions of one composition."""
+
 LONGEST = 100
 """Longest cell name in characters; a longer one is cut and ends with 8 characters of hash."""
 

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vlmlab.contracts.errors import UserError
 from vlmlab.runs.config import plain
 from vlmlab.runs.identity import DATA, about, training_leaves
-from vlmlab.runs.names import cell_name, changes_result, override_key, result_overrides, run_name
+from vlmlab.runs.names import SEED, cell_name, changes_result, override_key, result_overrides, run_name
 
 GIVEN = "given"
 """In a name, instead of a value of which a training knows only whether there is one."""
@@ -37,7 +37,7 @@ def training_words(overrides: Iterable[str], cfg: DictConfig) -> list[str]:
         cfg: the composed configuration; in a sweep, of its fixed overrides.
     """
     words = result_overrides(overrides)
-    swept = {str(o.input_line) for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()}
+    swept = _swept(words)
     any_data = any(override_key(word) == DATA for word in swept)  # the composition has none of them
     training = _leaves(cfg)
     chosen: list[str] = []
@@ -76,6 +76,26 @@ def folder_of(parent: str, name: str | None, overrides: Sequence[str], training:
     return str(before if _begun(before) else Path(parent, run_name(name, training)))
 
 
+def sweep_folder_of(parent: str, name: str | None, overrides: Sequence[str], training: Sequence[str]) -> str:
+    """The folder of a sweep, as for `folder_of`: made from its keys and not from the values that are swept.
+
+    So the same sweep with more seeds or values has the same folder, and grows there.
+    """
+    return folder_of(parent, name, overrides, keys_of_swept(training))
+
+
+def keys_of_swept(overrides: Iterable[str]) -> list[str]:
+    """The overrides without the seed, those that are swept by their keys alone."""
+    chosen = [override for override in overrides if override_key(override) != SEED]
+    swept = _swept(chosen)
+    return [override_key(text) if text in swept else text for text in chosen]
+
+
+def _swept(overrides: Sequence[str]) -> set[str]:
+    parsed = OverridesParser.create().parse_overrides([*overrides])
+    return {str(override.input_line) for override in parsed if override.is_sweep_override()}
+
+
 def _begun(folder: Path) -> bool:
     """Whether a run, or a cell of a sweep, has begun in a folder."""
     return (folder / "config.yaml").is_file() or any(folder.glob("*/config.yaml"))
@@ -93,7 +113,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("vlmlab.training", training, replace=True)
     OmegaConf.register_new_resolver("vlmlab.run_folder", folder_of, replace=True)
     # Cached: Hydra composes every cell anew, with its own overrides, and all cells belong into one folder.
-    OmegaConf.register_new_resolver("vlmlab.sweep_folder", folder_of, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("vlmlab.sweep_folder", sweep_folder_of, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("vlmlab.cell_name", cell, replace=True)
 
 
