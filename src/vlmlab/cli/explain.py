@@ -14,6 +14,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vlmlab.cli.flags import overrides_of
 from vlmlab.cli.rules.asking import class_of
 from vlmlab.cli.rules.constructors import keys_in
 from vlmlab.cli.rules.words import closest, unread
@@ -87,7 +88,11 @@ def _unreadable(error: Exception, conf: Path, words: Sequence[str]) -> str | Non
 def _no_choice(words: Sequence[str], conf: Path) -> str | None:
     """A word that gives a group something else than names of files."""
     groups = {folder.name for folder in conf.iterdir() if folder.is_dir()}
-    for override in OverridesParser.create().parse_overrides(list(words)):
+    try:
+        overrides = OverridesParser.create().parse_overrides(overrides_of(words))
+    except OverrideParseException:
+        return None
+    for override in overrides:
         value = override.value() if not override.is_sweep_override() else ""
         names = value if isinstance(value, list) else [value]
         if override.key_or_group in groups and (
