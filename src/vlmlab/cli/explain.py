@@ -82,7 +82,9 @@ def _unreadable(error: Exception, conf: Path, words: Sequence[str]) -> str | Non
     raised_in = str(trace.tb_frame.f_globals.get("__name__")) if trace is not None else ""
     if raised_in.partition(".")[0] not in ("hydra", "omegaconf", "antlr4", "yaml"):
         return None
-    return _no_choice(words, conf) or f"the command {' '.join(words)[:120]!r} cannot be read ({_first(error)}); give each word as key=value"
+    if (sentence := _no_choice(words, conf)) is not None:
+        return sentence
+    return f"the command {' '.join(words)[:120]!r} cannot be read ({_first(error)}); give each word as key=value"
 
 
 def _no_choice(words: Sequence[str], conf: Path) -> str | None:

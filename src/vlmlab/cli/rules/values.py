@@ -100,7 +100,7 @@ def _overrides(config: Config, choices: Choices, own: Collection[str]) -> Iterat
         key, value = override_key(word), word.partition("=")[2]
         there = value_at(config, key)
         if value.startswith("[") and (conf_folder() / key).is_dir():
-            yield f"{key}={shown(value)} is a list, whose choices would be mixed; give the name of one file of conf/{key}"
+            yield f"{key}={shown(value)} is a list, whose choices would be mixed; give the name of a file of conf/{key}"
         if value == "{}" and isinstance(there, Mapping) and there:
             yield f"{key}={{}} changes nothing, since it is merged into what is there; leave it out"
 
