@@ -59,7 +59,7 @@ def asked(words: tuple[str, ...], verb: str = "train") -> tuple[int, str, str, d
 
 def is_refused(line: drawn.Line, code: int, err: str) -> None:
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and len(err) <= 308, err
-    above = {key.rpartition(".")[0] or key for key in line.keys}  # {a: x} in place of a number is said of the number
+    above = [key.split(".")[-2] for key in line.keys if "." in key]  # {a: x} for a number is said of the number
     assert not line.keys or any(key in err for key in (*line.keys, *above)), err
 
 

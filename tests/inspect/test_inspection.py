@@ -196,7 +196,7 @@ def test_the_words_for_hydra() -> None:
     words = ["--config-dir", "d", "data=vqa", "n=3", "+stage=x", "data.n=4", "--cfg", "job"]
     own = {"n": 16, "stage": None}
     assert arguments("inspect", words, own) == [
-        "--config-dir", "d", "hydra/help=inspect", "hydra.run.dir=.",
+        "--config-dir", "d", "hydra/help=inspect", "hydra.run.dir=.", "hydra.mode=RUN",
         "++n=16", "++stage=null", "data=vqa", "++n=3", "++stage=x", "data.n=4", "--cfg", "job",
     ]  # fmt: skip
 

@@ -143,6 +143,8 @@ def _composition(error: ConfigCompositionException, conf: Path, config_name: str
         key = inside.group(1)
     if "No match in the defaults list" in text and (flags := _flags(words)):
         return f"no group {key!r} in the defaults of {flags}; leave out the one or the other"
+    if "No match in the defaults list" in text and key not in INSIDE and (conf / key).is_dir():
+        return f"{key} has no choice that could be changed; write +{key}=... to add one"
     if key in INSIDE:
         return _inside(key, conf, config_name, words)
     if "not a ConfigGroup" in text or "already at" in text or "nvalid type" in text or key.startswith("hydra"):

@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 
-from vlmlab.contracts.values import Count, Positive, refusal, shown
+from vlmlab.contracts.values import Count, Positive, Text, refusal, shown
 
 RUN: Mapping[str, Any] = {"hydra.run.dir": str}
 """Hydra's own keys that a single run reads."""
@@ -25,7 +25,9 @@ SWEEP: Mapping[str, Any] = {
     "hydra.sweep.subdir": str,
     "hydra.launcher.slots": Count | None,
     "hydra.launcher.timeout": Positive | None,
+    "hydra.launcher.record": Text | None,
     "hydra/launcher": str,
+    "hydra.sweeper.params": dict,
 }
 """Those that a sweep reads."""
 
@@ -81,7 +83,7 @@ def _wrong_words(words: Sequence[str], trains: bool) -> Iterator[str]:
             yield f"{shown(word)!r} has no key; write key=value"
         key = re.split(r"[=@]", word.lstrip("+~"), maxsplit=1)[0]
         if re.match(r"hydra(\b|$)", key):
-            yield from _wrong_setting(word, key, several, trains)
+            yield from _wrong_setting(word, key, trains)
 
 
 def _wrong_options(words: Sequence[str], parsed: Namespace) -> Iterator[str]:
@@ -101,21 +103,38 @@ def _wrong_options(words: Sequence[str], parsed: Namespace) -> Iterator[str]:
         yield f"{alone} is about what --cfg prints and has no effect alone; add --cfg job"
 
 
-def _wrong_setting(word: str, key: str, several: bool, trains: bool) -> Iterator[str]:
-    """Hydra has keys for everything; refused are those that nothing here reads, or not in this kind of command."""
+def other_kind(words: Sequence[str], several: bool) -> str | None:
+    """A key of Hydra's that a sweep reads and a single run does not, or the other way round.
+
+    Args:
+        words: those of the command line that are about Hydra.
+        several: whether it is a sweep, which a choice may say too.
+    """
+    for word in words:
+        key = re.split(r"[=@]", word.lstrip("+~"), maxsplit=1)[0]
+        if _known(key, SWEEP) and not several:
+            return f"{shown(word)} is of a sweep; add -m, or leave it out"
+        if key in RUN and several:
+            return f"{shown(word)} is of a single run; give hydra.sweep.dir=... to a sweep"
+    return None
+
+
+def _known(key: str, keys: Mapping[str, Any]) -> bool:
+    """Whether a key is one of these, or stands in the mapping that one of them is."""
+    return any(key == known or (kind is dict and key.startswith(f"{known}.")) for known, kind in keys.items())
+
+
+def _wrong_setting(word: str, key: str, trains: bool) -> Iterator[str]:
+    """Hydra has keys for everything; refused are those that nothing here reads."""
     known = {**ANY, **(RUN | SWEEP if trains else {})}
-    if key not in known or word.startswith("~") or "@" in word.partition("=")[0]:
+    if not _known(key, known) or word.startswith("~") or "@" in word.partition("=")[0]:
         yield f"{shown(word)} would have no effect; of Hydra's own keys a command here reads {', '.join(known)}"
         return
-    if key in SWEEP and not several:
-        yield f"{shown(word)} is of a sweep; add -m, or leave it out"
-    if key in RUN and several:
-        yield f"{shown(word)} is of a single run; give hydra.sweep.dir=... to a sweep"
     try:
         parsed = OverridesParser.create().parse_override(word)
     except OverrideParseException:  # Hydra says so
         return
-    if not parsed.is_sweep_override():
+    if key in known and not parsed.is_sweep_override():
         yield from _wrong_value(key, known[key], parsed)
 
 
@@ -128,7 +147,7 @@ def _wrong_value(key: str, kind: Any, parsed: Override) -> Iterator[str]:
             path = str(place).removeprefix("file://")
             if "://" not in path and not Path(path).is_dir():
                 yield f"{key} has {shown(path)}, which is no folder; give a list of those that have config groups"
-    elif key not in ("hydra.mode", "hydra/launcher", "hydra/help"):  # Hydra knows the choices
+    elif kind is not str and kind is not dict:  # Hydra knows the choices
         sentence = refusal(kind, value, key)
         if sentence is not None:
             yield sentence

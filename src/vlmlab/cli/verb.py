@@ -17,6 +17,9 @@ from vlmlab.runs import names as names  # registers the resolvers that conf/trai
 
 TOP = "train"
 
+ONE_RUN = ("hydra.run.dir=.", "hydra.mode=RUN")
+"""No folder of its own, and no sweep where a choice says one: an experiment is looked at as its first composition."""
+
 
 def run_verb(verb: str, task: Callable[[DictConfig], object]) -> int:
     """Compose ``conf/train.yaml`` with the keys of ``conf/<verb>.yaml`` and call the task; no run folder is made.
@@ -50,7 +53,7 @@ def arguments(verb: str, words: Sequence[str], own: Mapping[str, Any]) -> list[s
 
     They stand before the user's keys and options where they were, since Hydra takes no keys on both sides of one.
     """
-    before = [f"hydra/help={verb}", "hydra.run.dir=.", *(f"++{key}={_written(value)}" for key, value in own.items())]
+    before = [f"hydra/help={verb}", *ONE_RUN, *(f"++{key}={_written(value)}" for key, value in own.items())]
     typed = overrides_of(words)
     given = [_added(word) if names.override_key(word).split(".")[0] in own and "=" in word else word for word in typed]
     place = next(i for i in range(len(words) + 1) if list(words[i : i + len(typed)]) == typed) if typed else len(words)

@@ -13,6 +13,7 @@ from hydra.conf import HydraConf
 from omegaconf import DictConfig
 
 from vlmlab.cli.entry import ConfigError
+from vlmlab.cli.flags import other_kind
 from vlmlab.cli.rules.asking import Choices, Config, Rule
 from vlmlab.cli.rules.machine import (
     compiler_at_hand,
@@ -68,8 +69,10 @@ def admitted(cfg: DictConfig, hydra_cfg: HydraConf, own: Any = None) -> dict[str
     except UserError as error:
         raise ConfigError(str(error)) from error
     choices = choices_of(hydra_cfg)
-    if (sentence := lost_reference(cfg, hydra_cfg)) is not None:
-        raise ConfigError(sentence)
+    words = [str(word) for word in hydra_cfg.overrides.hydra]
+    for found in (lost_reference(cfg, hydra_cfg), other_kind(words, choices["_mode"] == "MULTIRUN")):
+        if found is not None:
+            raise ConfigError(found)
     for sentence in wrong_values(cfg, config, choices, own):
         raise ConfigError(sentence)
     check(cfg, config, choices)

@@ -220,5 +220,3 @@ class Export(TypedDict):
 
     run: Text | Count
     to: Text | Count
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -74,7 +75,8 @@ def _raw(cfg: DictConfig) -> dict[str, Any]:
     """The configuration with its references as they are written."""
     raw = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(raw, dict)
-    return {str(key): value for key, value in raw.items() if key != "hydra"}
+    kept = {key: value for key, value in raw.items() if key != "hydra"}
+    return dict(json.loads(json.dumps(kept, default=str)))  # keys are texts, as in the plain configuration
 
 
 def lost_reference(cfg: DictConfig, hydra_cfg: Any) -> str | None:
