@@ -137,16 +137,16 @@ def _composition(error: ConfigCompositionException, conf: Path, config_name: str
         why = _first(error) + (f" ({_first(cause)})" if cause is not None else "")
         return _no_choice(words, conf) or f"{why}; give it another value, or leave it out"
     key = named.group(1)
+    if key in INSIDE:
+        return _inside(key, conf, config_name, words)
     if "@" in (word := text[named.start(1) :].partition("'")[0]):
         return _elsewhere(word, words)
     if (inside := re.search(r"full_key: (\S+)", str(error.__cause__))) and inside.group(1).startswith(f"{key}."):
         key = inside.group(1)
     if "No match in the defaults list" in text and (flags := _flags(words)):
         return f"no group {key!r} in the defaults of {flags}; leave out the one or the other"
-    if "No match in the defaults list" in text and key not in INSIDE and (conf / key).is_dir():
+    if "No match in the defaults list" in text and (conf / key).is_dir():
         return f"{key} has no choice that could be changed; write +{key}=... to add one"
-    if key in INSIDE:
-        return _inside(key, conf, config_name, words)
     if "not a ConfigGroup" in text or "already at" in text or "nvalid type" in text or key.startswith("hydra"):
         return _first(error)
     if isinstance(error.__cause__, OmegaConfBaseException) and "is not in struct" not in str(error.__cause__):

@@ -53,10 +53,10 @@ def check_own(cfg: DictConfig, section: Any) -> None:
         ConfigError: the first key that is not there or has such a value.
     """
     for key, kind in hints(section).items():
-        if key not in cfg:
-            raise ConfigError(f"{key} is needed here; leave ~{key} out")
         if OmegaConf.is_missing(cfg, key):
             continue
+        if key not in cfg:
+            raise ConfigError(f"{key} is needed here; leave ~{key} out")
         try:
             value = OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
         except OmegaConfBaseException as error:

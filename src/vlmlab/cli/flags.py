@@ -27,6 +27,7 @@ SWEEP: Mapping[str, Any] = {
     "hydra.launcher.timeout": Positive | None,
     "hydra.launcher.record": Text | None,
     "hydra/launcher": str,
+    "hydra/sweeper": str,
     "hydra.sweeper.params": dict,
 }
 """Those that a sweep reads."""
@@ -82,7 +83,7 @@ def _wrong_words(words: Sequence[str], trains: bool) -> Iterator[str]:
         if not re.match(r"\s*[+~]*[^\s=+~]", word):
             yield f"{shown(word)!r} has no key; write key=value"
         key = re.split(r"[=@]", word.lstrip("+~"), maxsplit=1)[0]
-        if re.match(r"hydra(\b|$)", key):
+        if re.match(r"hydra\b", key) and not _of_another(key, parsed.overrides):
             yield from _wrong_setting(word, key, trains)
 
 
@@ -122,6 +123,13 @@ def other_kind(words: Sequence[str], several: bool) -> str | None:
 def _known(key: str, keys: Mapping[str, Any]) -> bool:
     """Whether a key is one of these, or stands in the mapping that one of them is."""
     return any(key == known or (kind is dict and key.startswith(f"{known}.")) for known, kind in keys.items())
+
+
+def _of_another(key: str, words: Sequence[str]) -> bool:
+    """Whether a key is of a launcher or sweeper from elsewhere that the command chooses, and that knows its own."""
+    group = key.split(".")[1] if key.count(".") > 1 else ""
+    chosen = [word for word in words if word.startswith(f"hydra/{group}=")] if group in ("launcher", "sweeper") else []
+    return bool(chosen) and "hydra/launcher=pool" not in chosen
 
 
 def _wrong_setting(word: str, key: str, trains: bool) -> Iterator[str]:
