@@ -134,9 +134,10 @@ def _of_another(key: str, words: Sequence[str]) -> bool:
 
 def _wrong_setting(word: str, key: str, trains: bool) -> Iterator[str]:
     """Hydra has keys for everything; refused are those that nothing here reads."""
-    known = {**ANY, **(RUN | SWEEP if trains else {})}
+    known = {**ANY, **RUN, **SWEEP} if trains else dict(ANY)
     if not _known(key, known) or word.startswith("~") or "@" in word.partition("=")[0]:
-        yield f"{shown(word)} would have no effect; of Hydra's own keys a command here reads {', '.join(known)}"
+        read = ", ".join(name for name in known if name not in ("hydra.mode", "hydra/help"))
+        yield f"{shown(word)} would have no effect; of Hydra's own keys this command reads {read}"
         return
     try:
         parsed = OverridesParser.create().parse_override(word)
