@@ -113,7 +113,7 @@ def _say_reach(cells: Sequence[Cell]) -> None:
 
 
 def refuse_at_once(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> None:
-    """Refuse a sweep without cells, without a folder, or with one key on several words.
+    """Refuse a sweep without cells, or with one key on several words.
 
     Raises:
         ConfigError: naming the word.
@@ -121,8 +121,6 @@ def refuse_at_once(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -
     words = [str(word) for word in config.hydra.overrides.task]
     for sentence in given_twice(words):
         raise ConfigError(sentence)
-    if not str(config.hydra.sweep.dir):
-        raise ConfigError("hydra.sweep.dir= is no folder; give one, or leave it out and give name=...")
     if not job_overrides:
         empty = next((word for word in OverridesParser.create().parse_overrides(words) if _has_no_value(word)), None)
         raise ConfigError(f"{empty.input_line if empty else 'the sweep'} gives no value, so that nothing would run")

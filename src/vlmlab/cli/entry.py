@@ -9,16 +9,16 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from vlmlab.cli.flags import package_of, wrong_word
 from vlmlab.contracts.errors import InUse, UserError, brief, mistake_within, reason
 
 DONE, FAILED, MISTAKE, IN_USE, INTERRUPTED = 0, 1, 2, 75, 130
@@ -117,8 +117,10 @@ def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
     try:
-        check_flags(sys.argv[1:])
-        main()
+        if (sentence := wrong_word(sys.argv[1:], trains=config_name == "train")) is not None:
+            return fail(sentence, MISTAKE)
+        with _package_there() if package_of(sys.argv[1:]) else contextlib.nullcontext():
+            main()
     except UserError as error:
         if debugging():
             raise
@@ -142,25 +144,18 @@ def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int
     return DONE
 
 
-def check_flags(words: Sequence[str]) -> None:
-    """Refuse an option that Hydra does not have, which its own parser would answer with its whole usage.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    parser = get_args_parser()
+@contextlib.contextmanager
+def _package_there() -> Iterator[None]:
+    """``--cfg job --package x`` makes Hydra end with a line of its own where there is no x; here with a sentence."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            _, unknown = parser.parse_known_args(list(words))
+            yield
         except SystemExit as end:
-            if not end.code:
-                return
-            why = said.getvalue().strip().rpartition("error: ")[2]
-            raise ConfigError(f"{one_line(why)}; --help shows the options") from end
-    for word in unknown:
-        if word.startswith("-"):
-            raise ConfigError(f"{word} is no option; --help shows the groups, keys are given as key=value")
-        raise ConfigError(f"{word} stands behind an option that has keys before it; give the options first")
+            if end.code and "not found in config" in said.getvalue():
+                why = one_line(said.getvalue()).removesuffix(" in config")
+                raise ConfigError(f"--{why}, or null there; --cfg job without it shows all there is") from end
+            raise
+    sys.stderr.write(said.getvalue())
 
 
 def _forget_sweep() -> None:

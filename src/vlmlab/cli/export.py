@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError, guard, run_command
-from vlmlab.cli.finished import finished_run
+from vlmlab.cli.finished import check_own, finished_run
+from vlmlab.cli.rules.schema import Export
 from vlmlab.runs.files import is_free
 
 EXAMPLE = "vlmlab export run=outputs/default to=exported"
@@ -23,6 +24,7 @@ def export_command(cfg: DictConfig) -> None:
         ConfigError: ``run`` or ``to`` is missing, ``run`` is no folder of a run, or ``to`` has files in it.
         CheckpointError: the run is not finished, or its files do not fit.
     """
+    check_own(cfg, Export)
     folder = finished_run(cfg, EXAMPLE)
     if OmegaConf.is_missing(cfg, "to"):
         raise ConfigError(f"where to? write to=<folder>, as in: {EXAMPLE}")

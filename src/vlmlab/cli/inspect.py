@@ -10,9 +10,11 @@ from omegaconf import DictConfig
 
 from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.rules import admitted
-from vlmlab.cli.verb import count, own_keys, run_verb
+from vlmlab.cli.rules.schema import Inspect
+from vlmlab.cli.verb import run_verb
 from vlmlab.contracts.errors import listed
 from vlmlab.recipe.stage import Stage, parse
+from vlmlab.runs.files import check_place
 
 
 def inspect_command(cfg: DictConfig) -> None:
@@ -22,14 +24,14 @@ def inspect_command(cfg: DictConfig) -> None:
         ConfigError: the composition breaks a rule, there is no such stage, or a key has a value it cannot have.
         UserError: training would refuse the data; the page says so too.
     """
-    n, checked = count(cfg, "n", 1), count(cfg, "check", 0)
-    admitted(cfg, HydraConfig.get(), own_keys("inspect"))
-    stage = chosen_stage(cfg)
+    admitted(cfg, HydraConfig.get(), Inspect)
+    stage, page = chosen_stage(cfg), Path(str(cfg.out))
+    check_place(page, "out")
     from vlmlab.inspect.inspection import inspect_stage, say, write_page  # from here on torch
 
-    found = inspect_stage(cfg, stage, n, checked)
+    found = inspect_stage(cfg, stage, cfg.n, cfg.check)
     say(found)
-    print(f"\n{write_page(found, Path(str(cfg.out)))}")
+    print(f"\n{write_page(found, page)}")
     if found.refused is not None:
         raise found.refused
 

@@ -38,23 +38,13 @@ def train_command(cfg: DictConfig) -> None:
         UserError: the folder is in use or belongs to another configuration; or training says so.
     """
     die_with_parent()
-    hydra_cfg = HydraConfig.get()
-    folder = _short(Path(hydra_cfg.runtime.output_dir))
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    try:
-        config = rules.admitted(cfg, hydra_cfg)
-        if not str(hydra_cfg.run.dir):
-            raise ConfigError("hydra.run.dir= is no folder; give one, or leave it out and give name=...")
-    except ConfigError:
-        remove_empty(folder)
-        remove_empty(Path(str(hydra_cfg.run.dir)))
-        raise
-    if not first:  # a further rank of a run that rank zero has opened
+    config, folder = admit(cfg)
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:  # a further rank of a run that rank zero has opened
         _train(cfg, folder)
         return
     _look_at_data(cfg, config, folder)
     with RunFolder(folder) as run:
-        result = run.open(config, list(hydra_cfg.overrides.task), fresh=bool(cfg.fresh))
+        result = run.open(config, list(HydraConfig.get().overrides.task), fresh=bool(cfg.fresh))
         if result is not None:
             told = _told_apart(run, config, cfg)
             print(f"{folder} is finished{told}; fresh=true trains again\n\n{final_table(result, folder)}")
@@ -63,6 +53,23 @@ def train_command(cfg: DictConfig) -> None:
         result = train_in(run, cfg)
         if result is not None:
             print(f"\n{final_table(result, folder)}\n{_report(cfg, folder, result)}", flush=True)
+
+
+def admit(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
+    """The resolved configuration and the run's folder, which Hydra has made and which a refused command leaves not.
+
+    Raises:
+        ConfigError: the composition breaks a rule.
+    """
+    hydra_cfg = HydraConfig.get()
+    folder = _short(Path(hydra_cfg.runtime.output_dir))
+    try:
+        config = rules.admitted(cfg, hydra_cfg)
+    except ConfigError:
+        remove_empty(folder)
+        remove_empty(Path(str(hydra_cfg.run.dir)))
+        raise
+    return config, folder
 
 
 def _told_apart(run: RunFolder, config: Mapping[str, Any], cfg: DictConfig) -> str:

@@ -136,8 +136,10 @@ def refusal(annotation: Any, value: Any, key: str) -> str | None:
         return _section_refusal(section, value, key)
     of = next((inner for member in members if (inner := _values_of(member)) is not None), None)
     if of is not None and isinstance(value, Mapping) and value:
-        if isinstance(value.get("_target_"), str) and any(_part_of(member) for member in members):
-            return None
+        if "_target_" in value and any(_part_of(member) for member in members):
+            given = value["_target_"]
+            named = isinstance(given, str) and given
+            return None if named else f"{key}._target_={shown(given)} is no class; give its dotted path"
         found = (refusal(of, inner, f"{key}.{name}") for name, inner in value.items())
         return next((sentence for sentence in found if sentence is not None), None)
     return _plain_refusal(annotation, value, key)

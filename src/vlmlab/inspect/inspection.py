@@ -35,7 +35,7 @@ from vlmlab.model.build import build_collator
 from vlmlab.model.questions import questions_line
 from vlmlab.model.vlm import VLM
 from vlmlab.recipe.stage import Stage
-from vlmlab.runs.files import write_atomic
+from vlmlab.runs.files import check_place, write_atomic
 
 TEMPLATE = "inspection.html.jinja"
 MARKUP = re.compile(r"</?[a-zA-Z][^<>]*>")
@@ -491,8 +491,7 @@ def write_page(found: Inspection, path: Path) -> Path:
     page = environment.get_template(TEMPLATE).render(
         title=visible(found.title), found=found, problems=list(_named(found)), broken=_broken(found)
     )
-    if not path.parent.is_dir():
-        raise UserError(f"out={path}: there is no folder {path.parent}; make it, or give another place.")
+    check_place(path, "out")
     write_atomic(path, page)
     return path
 

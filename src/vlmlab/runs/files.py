@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from vlmlab.contracts.errors import UserError
+
 
 def write_atomic(path: Path, text: str, durable: bool = False) -> None:
     """Replace a file by this text at once; `durable` also waits until it is on the disk."""
@@ -69,6 +71,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def check_place(path: Path, key: str) -> None:
+    """Refuse a place where no file can be written, before the work that it is to hold.
+
+    Raises:
+        UserError: its folder is not there, or it is a folder itself; names the key that gave it.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"{key}={path}: there is no folder {path.parent}; make it, or give another place")
+    if path.is_dir():
+        raise UserError(f"{key}={path} is a folder; give the name of a file in it")
 
 
 def is_free(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -9,6 +10,7 @@ from typing import Any, Literal, get_args, is_typeddict
 
 from omegaconf import DictConfig, OmegaConf
 
+from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.rules.asking import Choices, Config, choice_of, class_of, value_at
 from vlmlab.cli.rules.constructors import constructor
 from vlmlab.cli.rules.declared import inherits, source_of
@@ -33,20 +35,22 @@ HYDRA: Mapping[str, Any] = {"_recursive_": bool, "_convert_": Literal["none", "p
 STAGE_MODULE = "vlmlab.engine.stage.StageModule"
 
 
-def wrong_values(cfg: DictConfig, config: Config, choices: Choices, own: Collection[str] = ()) -> Iterator[str]:
+def wrong_values(cfg: DictConfig, config: Config, choices: Choices, own: Any = None) -> Iterator[str]:
     """A sentence for every wrong key or value, the likeliest reason first.
 
     Args:
         cfg: the composed configuration.
         config: the same as plain values.
         choices: the chosen file of every group, and the overrides.
-        own: keys at the top that a verb has of its own.
+        own: what of the schema has the keys that a verb has beside those of a run.
     """
     raw = _raw(cfg)
-    read = {*own, *_referred(raw)}
-    yield from _overrides(config, choices, own)
+    beside = {} if own is None else hints(own)
+    yield from _overrides(config, choices, beside)
+    yield from wrong_keys(own, {key: value for key, value in config.items() if key in beside})
     yield from _nothing_there(config)
     yield from (s for s in [refusal(Root, config, "")] if s is not None)
+    read = {*beside, *_referred(raw)}
     typed = [override_key(word) for word in choices.get("_overrides") or ()]
     for name, known in _unread(Root, config, "", read):
         word = next((key for key in typed if key == name or key.startswith(f"{name}.")), name)
@@ -84,11 +88,27 @@ def _nothing_there(config: Config) -> Iterator[str]:
                 yield f"data.{group}.{name}=null is no source of data; leave it out by ~data.{group}.{name}"
 
 
+def wrong_keys(section: Any, config: Config) -> Iterator[str]:
+    """What is wrong with the keys that a command has of its own."""
+    if section is not None and (sentence := refusal(section, config, "")) is not None:
+        yield sentence
+
+
 def _raw(cfg: DictConfig) -> dict[str, Any]:
     """The configuration with its references as they are written."""
     raw = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(raw, dict)
-    return {str(key): value for key, value in raw.items() if key != "hydra"}
+    kept = {key: value for key, value in raw.items() if key != "hydra"}
+    return dict(json.loads(json.dumps(kept, default=str)))  # keys are texts, as in the plain configuration
+
+
+def lost_reference(cfg: DictConfig, hydra_cfg: Any) -> str | None:
+    """A reference to a key of Hydra's that is not there, which would be read as null."""
+    for key, value in leaves(_raw(cfg), deep=True):
+        for name in re.findall(r"\$\{hydra:([\w.]+)\}", value) if isinstance(value, str) else ():
+            if OmegaConf.select(OmegaConf.create({"hydra": hydra_cfg}), f"hydra.{name}") is None:
+                return f"{key}={shown(value)} refers to hydra.{name}, which has no value; give it one of its own"
+    return None
 
 
 def _referred(raw: Mapping[str, Any]) -> set[str]:
@@ -104,6 +124,8 @@ def _overrides(config: Config, choices: Choices, own: Collection[str]) -> Iterat
     for word in words:
         key, value = override_key(word), word.partition("=")[2]
         there = value_at(config, key)
+        if value.startswith("[") and (conf_folder() / key).is_dir():
+            yield f"{key}={shown(value)} is a list, whose choices would be mixed; give the name of a file of conf/{key}"
         if value == "{}" and isinstance(there, Mapping) and there:
             yield f"{key}={{}} changes nothing, since it is merged into what is there; leave it out"
 

@@ -198,7 +198,7 @@ def pictures(row: Row, keys: Sequence[str]) -> list[tuple[str | None, bytes | No
         if isinstance(entry, bytes):
             found.append((None, entry))
         elif isinstance(entry, dict) and {"bytes", "path"} & entry.keys():
-            found.append((entry.get("path"), entry.get("bytes")))
+            found.append(_in_struct(row, given[0], entry))
         else:
             raise row.error(f"'{given[0]}' is {describe(entry)} instead of an image", "repair or remove the row")
     return found
@@ -224,6 +224,15 @@ def stored_pictures(
 
 def _octets(rows: ParquetRows, place: int, keys: Sequence[str], number: int) -> bytes:
     return pictures(rows[place], keys)[number][1] or b""
+
+
+def _in_struct(row: Row, key: str, entry: Mapping[str, Any]) -> tuple[str | None, bytes | None]:
+    """Path and bytes of an image struct."""
+    path, data = entry.get("path"), entry.get("bytes")
+    for part, value, kind in (("path", path, str), ("bytes", data, bytes)):
+        if value is not None and not isinstance(value, kind):
+            raise row.error(f"'{key}.{part}' is {describe(value)} instead of the image's", "repair or remove the row")
+    return path, data
 
 
 def open_picture(
@@ -278,7 +287,8 @@ def to_tar(path: str, folder: Path, rows: int = 2000) -> list[Path]:
 def _paths(value: Any) -> list[str]:
     """The paths in an image struct or a list of them."""
     entries = value if isinstance(value, list) else [value]
-    return [str(entry["path"]) for entry in entries if isinstance(entry, dict) and entry.get("path")]
+    paths = (entry.get("path") for entry in entries if isinstance(entry, dict))
+    return [path for path in paths if isinstance(path, str) and path]
 
 
 class LlavaParquet:
@@ -360,7 +370,7 @@ class LlavaParquet:
                 found[i] = [str(row["id"])]
         for column in self._rows.paths(IMAGE_KEYS):
             key = column.partition(".")[0]
-            named = [_paths(row[key]) for row in self._rows.read([column])]
+            named = [_paths(row.get(key)) for row in self._rows.read([column])]
             if len({path for paths in named for path in paths}) > 1:  # one word for all images tells nothing
                 for members, paths in zip(found, named, strict=True):
                     members += [f"image {posixpath.normpath(path)}" for path in paths]
@@ -506,12 +516,12 @@ class VqaParquet:
     def _image_names(self) -> Iterator[str]:
         """The images' paths where they tell them apart, otherwise a hash of their bytes."""
         if self._rows.has(f"{self._key}.path"):
-            paths = [(r[self._key] or {}).get("path") for r in self._rows.read([f"{self._key}.path"])]
-            if all(paths) and len(set(paths)) > 1:
-                return iter([posixpath.normpath(str(path)) for path in paths])
-        values = (row[self._key] for row in self._rows.read([self._key]))
+            paths = [_paths(row.get(self._key)) for row in self._rows.read([f"{self._key}.path"])]
+            if all(paths) and len({path for path, *_ in paths}) > 1:
+                return iter([posixpath.normpath(path) for path, *_ in paths])
+        values = (row.get(self._key) for row in self._rows.read([self._key]))
         images = (value.get("bytes") if isinstance(value, dict) else value for value in values)
-        return (hashlib.sha256(data).hexdigest()[:16] if data else "" for data in images)
+        return (hashlib.sha256(data).hexdigest()[:16] if isinstance(data, bytes) and data else "" for data in images)
 
     def __len__(self) -> int:
         return len(self._groups)
