@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from hydra_plugins.vlmlab_pool_launcher._cells import Cell
+from vlmlab.contracts.terminal import tell, visible
 
 REFRESH_S = 1.0
 
@@ -47,7 +48,7 @@ class Lines:
             if change != self._last.get(cell.name):
                 self._last[cell.name] = change
                 over = sum(other.state in ("done", "failed", "interrupted") for other in cells)
-                print(f"[{over}/{len(cells)}] {cell.name}: {cell.state} {words}".rstrip(), flush=True)
+                tell(f"[{over}/{len(cells)}] {cell.name}: {cell.state} {words}".rstrip())
 
 
 class Table:
@@ -74,10 +75,12 @@ class Table:
             return
         self._drawn = time.monotonic()
         from rich.table import Table as RichTable
+        from rich.text import Text
 
         table = RichTable("cell", "state", "where", "seconds")
         for cell in cells:
-            table.add_row(cell.name, cell.state, progress(cell), f"{cell.seconds:.0f}" if cell.seconds else "")
+            seconds = f"{cell.seconds:.0f}" if cell.seconds else ""
+            table.add_row(cell.name, cell.state, Text(visible(progress(cell))), seconds)
         self._live.update(table, refresh=True)
 
 

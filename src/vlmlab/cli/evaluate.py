@@ -11,10 +11,13 @@ from omegaconf import DictConfig
 from vlmlab.analyse.table import final_table
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError, guard, run_command
-from vlmlab.cli.finished import known_run
+from vlmlab.cli.finished import known_run, trusted
 from vlmlab.cli.train import train_in
+from vlmlab.contracts.terminal import tell
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder, is_whole
+from vlmlab.runs.trust import building, saved_config
+from vlmlab.runs.withheld import stored
 
 
 def evaluate_command(cfg: DictConfig) -> None:
@@ -44,18 +47,20 @@ def _finish(cfg: DictConfig, run: RunFolder) -> None:
     """Score what the run's own evaluation has left, with what this one asks for, and write its result."""
     from vlmlab.evaluate.run import overridden
 
-    config = overridden(run.config() or {}, cfg)
+    config = overridden(saved_config(run.path, trusted(cfg)), cfg)
     if cfg.device != "auto":
         config.trainer.accelerator = "cpu" if cfg.device == "cpu" else "gpu"
         _take_gpu(str(cfg.device))
     with run:
-        run.open(plain(config), run.env().get("overrides", []))
-        result = train_in(run, config)
-    print(final_table(result or {}))
+        run.open(plain(config), run.env().get("overrides", []), written=stored(config))
+        with building(run.path):
+            result = train_in(run, config)
+    tell(final_table(result or {}))
 
 
 def _check_values(cfg: DictConfig) -> None:
     """Sizes are counts, switches are on or off, the device is one, and a single benchmark's name is a list of it."""
+    trusted(cfg)
     for key in ("limit", "batch_size"):
         value = cfg[key]
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError, guard, run_command
-from vlmlab.cli.finished import finished_run
+from vlmlab.cli.finished import finished_run, trusted
+from vlmlab.contracts.terminal import tell
 from vlmlab.runs.files import is_free
 
 EXAMPLE = "vlmlab export run=outputs/default to=exported"
@@ -31,8 +32,8 @@ def export_command(cfg: DictConfig) -> None:
         raise ConfigError(f"to={to} has files in it; give a new or empty folder")
     from vlmlab.export import export  # from here on torch
 
-    for part, path in export(folder, to).items():
-        print(f"{part:<10} {path}")
+    for part, path in export(folder, to, trusted(cfg)).items():
+        tell(f"{part:<10} {path}")
 
 
 if __name__ == "__main__":

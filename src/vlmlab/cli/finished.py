@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.cli.entry import ConfigError
-from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.runs.folder import RunFolder
 
 
@@ -33,21 +31,19 @@ def known_run(cfg: DictConfig, example: str) -> Path:
     if OmegaConf.is_missing(cfg, "run"):
         raise ConfigError(f"which run? write run=<folder>, as in: {example}")
     folder = Path(str(cfg.run))
-    if _config(folder) is None:
+    if RunFolder(folder).config() is None:
         raise ConfigError(
             f"run={folder} is no run folder (it has no config.yaml); give the folder that training printed"
         )
     return folder
 
 
-def _config(folder: Path) -> dict[str, Any] | None:
-    """The run's configuration, or None where there is no run; whoever reads a run can only restore a damaged one."""
-    try:
-        return RunFolder(folder).config()
-    except UserError as error:
-        cause = error.__cause__
-        mark = getattr(cause, "problem_mark", None)
-        why = f"line {mark.line + 1}: {getattr(cause, 'problem', cause)}" if mark else "it is no configuration"
-        raise CheckpointError(
-            f"{folder / 'config.yaml'} is damaged ({why}); restore it, or train the run again"
-        ) from error
+def trusted(cfg: DictConfig) -> bool:
+    """Whether code from outside vlmlab that the run names may be run.
+
+    Raises:
+        ConfigError: ``trust`` is neither true nor false.
+    """
+    if not isinstance(cfg.trust, bool):
+        raise ConfigError(f"trust={cfg.trust} is not possible; give true or false")
+    return cfg.trust

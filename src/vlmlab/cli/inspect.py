@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.rules import admitted
 from vlmlab.cli.verb import count, own_keys, run_verb
+from vlmlab.contracts.terminal import tell
 from vlmlab.recipe.stage import Stage, parse
 
 
@@ -28,7 +29,7 @@ def inspect_command(cfg: DictConfig) -> None:
 
     found = inspect_stage(cfg, stage, n, checked)
     say(found)
-    print(f"\n{write_page(found, Path(str(cfg.out)))}")
+    tell(f"\n{write_page(found, Path(str(cfg.out)))}")
     if found.refused is not None:
         raise found.refused
 

@@ -15,6 +15,7 @@ from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.rules import admitted
 from vlmlab.cli.verb import count, own_keys, run_verb
 from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.terminal import tell
 from vlmlab.data.overlap import reads
 from vlmlab.recipe.stage import parse
 from vlmlab.runs.files import write_json
@@ -50,10 +51,10 @@ def plan_command(cfg: DictConfig) -> None:
     found = plan(cfg, settings)
     if not found:
         raise UserError("recipe.stages trains nothing: no part named in train has weights in this composition.")
-    print("\n".join([*lines(found, settings), *generated(cfg, lengths)]))
+    tell("\n".join([*lines(found, settings), *generated(cfg, lengths)]))
     if cfg.out is not None:
         write_json(Path(str(cfg.out)), as_json(found, settings))
-        print(f"\n{cfg.out}")
+        tell(f"\n{cfg.out}")
 
 
 def _check_values(cfg: DictConfig) -> None:

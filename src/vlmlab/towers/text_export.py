@@ -17,6 +17,7 @@ from vlmlab.contracts.sample import SampleSource
 from vlmlab.contracts.values import Count, Text
 from vlmlab.encoder.text import tokenised
 from vlmlab.engine.text_tower import PairedTowers, ScratchTextTower
+from vlmlab.towers.blueprint import OWN_CODE, SAFE
 from vlmlab.towers.card import facts
 from vlmlab.towers.source import quiet, save_tower, tower_hash
 
@@ -112,9 +113,9 @@ def retrieval(encoder: Encoder, folder: Path, pairs: SampleSource, batch_size: i
     """
     device = next(encoder.parameters()).device
     with quiet():
-        tower: Any = SiglipTextModel.from_pretrained(folder, dtype=torch.float32)
+        tower: Any = SiglipTextModel.from_pretrained(folder, dtype=torch.float32, **SAFE)
     tower.to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **OWN_CODE)
     images, texts = [], []
     for start in range(0, len(pairs), batch_size):
         samples = [pairs[i] for i in range(start, min(start + batch_size, len(pairs)))]
