@@ -33,6 +33,8 @@ def evaluate_command(cfg: DictConfig) -> None:
     if not left:
         run.finished()
     _check_values(cfg)
+    if not trusted(cfg):
+        saved_config(folder)  # refused before torch is imported
     if str(cfg.device).startswith("cuda"):
         _check_gpu(str(cfg.device))
     if left:

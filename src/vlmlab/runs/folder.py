@@ -36,7 +36,7 @@ from vlmlab.runs.withheld import filled, marks
 FORMAT = 1
 """Version of ``result.json``."""
 
-NAMES = ("config.yaml", "result.json", "report.html", "metrics.jsonl", "predictions", "stages")
+NAMES = ("config.yaml", "result.json", "report.html", "metrics.jsonl", "predictions")
 """Of what a run leaves, these can lie in other people's folders as well."""
 
 ENV: Mapping[str, type] = {
@@ -139,12 +139,12 @@ class RunFolder:
         self._lock = lock
 
     def is_run(self) -> bool:
-        """Whether a run has begun here: its configuration has stages, or ``env.json`` says what it was made with."""
+        """Whether a run has begun here: by its configuration, by ``env.json``, or by weights that it has left."""
         try:
             config = self.config() or {}
         except CheckpointError:
             config = {}
-        return "recipe" in config or "codes" in (read_json(self.path / "env.json") or {})
+        return "recipe" in config or "codes" in (read_json(self.path / "env.json") or {}) or self.learnt()
 
     def _refuse_other_contents(self, fresh: bool) -> None:
         """Leave a folder alone that has files of a run's names and is none.
@@ -162,21 +162,24 @@ class RunFolder:
             )
 
     def _mended(self, config: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The configuration of what is here; one that is damaged is written anew by the command that it is of.
+        """The configuration of what is here; one that is damaged or lost is written anew by the command it is of.
 
         Raises:
-            CheckpointError: it is damaged, and ``env.json`` does not say that it is this training's.
+            CheckpointError: it is, and nothing says that it is this training's.
         """
+        result, problem = self.result(), f"{brief(str(self.path / 'config.yaml'), 90)} is missing"
         try:
-            return self.config()
+            if (there := self.config()) is not None or result is None:
+                return there  # without a result, every file of weights says which run it is of
         except CheckpointError as error:
-            if self.env().get("training") != training_hash(config):
-                raise CheckpointError(
-                    f"{error.args[0].partition(';')[0]}, and this is not the command it is of; put it back, choose "
-                    "another name=..., or keep the folder aside with fresh=true"
-                ) from error
-        result = self.result()
-        if result is not None and result.get("config_hash") != config_hash(written):
+            problem = error.args[0].partition(";")[0]
+        same = result is not None and result.get("config_hash") == config_hash(written)
+        if not same and self.env().get("training") != training_hash(config):
+            raise CheckpointError(
+                f"{problem}, and this is not the command it is of; put it back, choose another name=..., or keep the "
+                "folder aside with fresh=true"
+            )
+        if not same:
             self.keep_aside()
         self._write_config(written)
         return dict(written)
@@ -427,8 +430,8 @@ class RunFolder:
         k = 1
         while (self.path / f"result.old-{k}.json").exists():
             k += 1
-        kept = (self.path / "config.yaml").read_text(encoding="utf-8", errors="replace")
-        write_atomic(self.path / f"config.old-{k}.yaml", kept)
+        if (config := self.path / "config.yaml").is_file():
+            write_atomic(self.path / f"config.old-{k}.yaml", config.read_text(encoding="utf-8", errors="replace"))
         for name in ("result.json", "predictions", "cost.json", "report.html"):  # first what says that it is finished
             if (there := self.path / name).exists():
                 there.rename(there.with_name(f"{there.stem}.old-{k}{there.suffix}"))
@@ -469,10 +472,8 @@ def _is_result(result: Mapping[str, Any]) -> bool:
     """Whether the contents of a ``result.json`` are what this code reads; of another format nothing is known."""
     if result.get("format") != FORMAT:
         return "format" in result
-    failed = result.get("failed")
-    return all(isinstance(result.get(key), Mapping) for key in ("metrics", "cost")) and (
-        failed is None or isinstance(failed, Mapping)
-    )
+    others = all(isinstance(result.get(key, {}), Mapping) for key in ("cost", "failed"))
+    return others and isinstance(result.get("metrics"), Mapping)
 
 
 def _wrong(node: Any, where: str = "") -> Iterator[str]:
