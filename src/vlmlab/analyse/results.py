@@ -101,7 +101,7 @@ def read_run(folder: Path) -> RunRecord:
         metrics=metrics if state == "done" else {},
         cost=numbers(result.get("cost")) if result else {},
         stale=state == "done" and _stale(folder),
-        other_data=state == "done" and bool(RunFolder(folder).env().get(CHANGED)),
+        other_data=state == "done" and bool((read_json(folder / "env.json") or {}).get(CHANGED)),
     )
 
 
