@@ -135,7 +135,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     ),
     # folders
     "train name=locked": (1, r"outputs/locked is in use by process \d+"),
-    "train name=damaged": (1, r"outputs/damaged has config.yaml and cannot be told to be a run's folder; choose another name="),
+    "train name=damaged": (1, r"outputs/damaged has config.yaml and cannot be told to be a run's folder"),
     "train name=finished seed=2": (1, r"outputs/finished holds a run of another configuration \(.*another name="),
     "train hydra.run.dir={f}/afile/run": (1, r"afile/run: not a directory; check the path"),
     # evaluation
@@ -153,7 +153,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     "export": (2, r"which run\? write run=<folder>, as in: vlmlab export run=outputs/default to=exported"),
     "export run=nowhere to=out": (2, r"run=nowhere is no run folder"),
     "export run=outputs/unfinished to=out": (1, r"outputs/unfinished is not finished \(no result.json\)"),
-    "export run=outputs/damaged to=out": (1, r"damaged/config.yaml is damaged \(line 1: expected .*\); put it back, or"),
+    "export run=outputs/damaged to=out": (1, r"damaged/config.yaml is damaged \(line 1: expected .*\)"),
     "export run=outputs/finished": (2, r"where to\? write to=<folder>"),
     "export run=outputs/finished to=.": (2, r"to=. has files in it; give a new or empty folder"),
     "export run=outputs/finished to={f}/afile": (2, r"afile has files in it; give a new or empty folder"),

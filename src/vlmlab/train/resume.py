@@ -92,7 +92,7 @@ def load_last(path: Path, stage: Stage, trainee: Trainee, stamp: Stamp | None = 
         raise CheckpointError(
             f"{path} is of step {step} and stage {stage.name} has {stage.steps}; delete it to train that stage again."
         )
-    if (wrong := _wrong_key(saved)) is not None:
+    if (wrong := _wrong_key(saved, trainee)) is not None:
         raise CheckpointError(f"{path} is damaged (its {wrong} is none); delete it to train that stage again.")
     live = trainee.live()
     check_names(path, live, saved["weights"])
@@ -121,6 +121,12 @@ KINDS: Mapping[str, type | tuple[type, ...]] = {
 """Keys of ``last.ckpt`` beside those that say what it is of, and what they hold."""
 
 
-def _wrong_key(saved: Mapping[str, Any]) -> str | None:
+def _wrong_key(saved: Mapping[str, Any], trainee: Trainee) -> str | None:
     """The first key that is missing or holds something else."""
-    return next((key for key, kind in KINDS.items() if not isinstance(saved.get(key), kind)), None)
+    for key, kind in KINDS.items():
+        if not isinstance(saved.get(key), kind):
+            return key
+    live = trainee.live()
+    if saved["before"].keys() != {*live, *trainee.frozen()}:
+        return "before"
+    return None if all(isinstance(name, str) and name in live for name in saved["pending"]) else "pending"
