@@ -471,7 +471,7 @@ class RunFolder:
 def _is_result(result: Mapping[str, Any]) -> bool:
     """Whether the contents of a ``result.json`` are what this code reads; of another format nothing is known."""
     if result.get("format") != FORMAT:
-        return "format" in result
+        return isinstance(result.get("format"), int)  # of other code; anything else is damaged
     others = all(isinstance(result.get(key, {}), Mapping) for key in ("cost", "failed"))
     return others and isinstance(result.get("metrics"), Mapping)
 
