@@ -22,6 +22,7 @@ from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.rules.values import given_twice
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.terminal import tell
+from vlmlab.runs.cells_csv import CellsCsv
 from vlmlab.runs.names import override_key
 
 NOT_PASSED_ON = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweep", "hydra.mode", "hydra.run")
@@ -58,6 +59,7 @@ def run_sweep(
     first: int,
     slots: int | None,
     timeout: float | None,
+    record: CellsCsv | None = None,
 ) -> list[CellReturn]:
     """Run what is not finished, write and print the table whatever happened.
 
@@ -68,6 +70,7 @@ def run_sweep(
         first: number of the first cell.
         slots: ``hydra.launcher.slots``.
         timeout: ``hydra.launcher.timeout``.
+        record: finished cells of other folders and machines, which are not trained again.
     """
     refuse_at_once(config, job_overrides)
     sweep = Path(str(config.hydra.sweep.dir))
@@ -75,7 +78,7 @@ def run_sweep(
     places = make_slots(cells, slots)
     sweep.mkdir(parents=True, exist_ok=True)
     for cell in cells:
-        if not cell.settle_finished():
+        if not (cell.settle_finished() or cell.settle_recorded(record)):
             cell.announce()
     _say_told(cells)
     tell(f"sweep {sweep}: {len(cells)} cells, {len(places)} at a time; each writes <cell>/log.txt")
@@ -84,6 +87,8 @@ def run_sweep(
         pool = Pool(places, lambda cell: [*start, *cell_arguments(config, cell)], timeout, show)
         pool.run(cells)
         show(cells)
+    if record is not None:
+        record.add(cell.folder for cell in cells if cell.state == "done")
     table = _table(sweep)
     if pool.signals:
         raise KeyboardInterrupt

@@ -18,6 +18,7 @@ from vlmlab.contracts.values import Count, Text
 from vlmlab.encoder.preprocess import Preprocess
 from vlmlab.encoder.tower import TowerEncoder, open_tower
 from vlmlab.engine.text_tower import PairedTowers
+from vlmlab.runs.files import write_atomic
 from vlmlab.towers.blueprint import OWN_CODE, SAFE
 from vlmlab.towers.card import facts
 from vlmlab.towers.source import quiet, save_tower, tower_hash
@@ -103,7 +104,7 @@ class ExportPair:
             text_hash=tower_hash(text),
             images=f"{max(map(len, self.pairs.values())):,}",
         )
-        (folder / "towers" / "README.md").write_text(card, encoding="utf-8")
+        write_atomic(folder / "towers" / "README.md", card)
         return scores
 
 

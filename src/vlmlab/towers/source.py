@@ -111,7 +111,14 @@ def quiet() -> Iterator[None]:
 
 
 def save_tower(model: PreTrainedModel, folder: Path) -> None:
-    """``save_pretrained``, readable by whoever may read the folder."""
+    """``save_pretrained``, readable by whoever may read the folder.
+
+    Raises:
+        UserError: a link lies in the folder, through which it would write.
+    """
+    for path in (folder, *folder.glob("*")):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link, and nothing is written through it; remove it.")
     with quiet():
         model.save_pretrained(folder)
     share(*folder.glob("*.safetensors"))
