@@ -321,6 +321,7 @@ def evaluate(folder: Path, cfg: DictConfig) -> dict[str, Any]:
     if result is None:
         raise CheckpointError(f"{folder} is not finished (no result.json); start its training command again.")
     refuse_links(folder)
+    (folder / "evaluate").mkdir(exist_ok=True)
     config = overridden(saved_config(folder, bool(cfg.get("trust"))), cfg)
     torch.set_num_threads(int(config.trainer.threads))
     with building(folder):

@@ -21,6 +21,10 @@ OWN_FOLDERS = ("stages", "stages/*", "predictions", "evaluate", "evaluate/predic
 """Folders inside a run's that runs write into."""
 
 
+ADDED_TO = ("skipped.jsonl", "evaluate/skipped.jsonl")
+"""Files inside a run's that rows are added to while it is scored."""
+
+
 def new_file(path: Path) -> Path:
     """Where the next content of a file is written, beside it; nothing is there."""
     new = path.with_name(f".{path.name}.{os.getpid()}{NEW}")
@@ -79,15 +83,15 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse to write into a run folder whose own folders are links: whoever made it chose where they lead.
+    """Refuse to write into a run folder whose own places are links: whoever made it chose where they lead.
 
     Raises:
         UserError: naming the link.
     """
-    for name in OWN_FOLDERS:
+    for name in (*OWN_FOLDERS, *ADDED_TO):
         for place in folder.glob(name):
             if place.is_symlink():
-                raise UserError(f"{place} is a link, and nothing is written through it; put a folder in its place")
+                raise UserError(f"{place} is a link, and nothing is written through it; remove it")
 
 
 def sync_folder(folder: Path) -> None:
