@@ -16,7 +16,7 @@ from vlmlab.cli.train import train_in
 from vlmlab.contracts.terminal import tell
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder, is_whole
-from vlmlab.runs.trust import building, saved_config
+from vlmlab.runs.trust import saved_config
 from vlmlab.runs.withheld import stored
 
 
@@ -55,8 +55,7 @@ def _finish(cfg: DictConfig, run: RunFolder) -> None:
         _take_gpu(str(cfg.device))
     with run:
         run.open(plain(config), run.env().get("overrides", []), written=stored(config))
-        with building(run.path):
-            result = train_in(run, config)
+        result = train_in(run, config)
     tell(final_table(result or {}))
 
 

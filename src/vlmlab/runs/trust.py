@@ -155,15 +155,15 @@ def _keep_features_inside(cfg: DictConfig, folder: Path) -> None:
 
 @contextmanager
 def building(folder: Path) -> Iterator[None]:
-    """What a saved configuration cannot be built from is said in one sentence.
+    """What cannot be built from a saved configuration is said in one sentence; only building stands in here.
 
     Raises:
-        CheckpointError: for whatever hydra or omegaconf say of it.
+        CheckpointError: for whatever hydra, omegaconf or a value of another type say.
     """
     try:
         yield
     except InstantiationException as error:
         raise CheckpointError(f"{folder / 'config.yaml'}: {brief(unbuildable(error), 220)}") from error
-    except OmegaConfBaseException as error:
-        why = brief(" ".join(str(error).split()), 120)
+    except (OmegaConfBaseException, TypeError, ValueError, KeyError, AttributeError) as error:  # of a value's type
+        why = brief(" ".join(f"{type(error).__name__}: {error}".split()), 100)
         raise CheckpointError(f"{folder / 'config.yaml'} is damaged ({why}); {RunFolder.REMEDY}") from error
