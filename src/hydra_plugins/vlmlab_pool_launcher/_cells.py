@@ -108,7 +108,10 @@ class Cell:
         """Whether the sweep's record has this very cell; then its result is in its folder and the cell is done."""
         if self.fresh or self.config is None or record is None:
             return False
-        note = record.restore(self.folder, self.config, self.overrides)
+        try:
+            note = record.restore(self.folder, self.config, self.overrides)
+        except UserError:  # its own process says so
+            return False
         if not note:
             return False
         self.state, self.note = "done", note

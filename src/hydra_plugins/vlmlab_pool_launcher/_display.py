@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from hydra_plugins.vlmlab_pool_launcher._cells import Cell
+from vlmlab.contracts.terminal import tell, visible
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -173,7 +174,7 @@ class Lines:
                 self._last[cell.name] = change
                 over = sum(other.state in ("done", "failed", "interrupted") for other in cells)
                 said = " ".join(filter(None, [cell.state, words, self._more(cell, cells, now)]))
-                print(f"[{over}/{len(cells)}] {cell.name}: {said}", flush=True)
+                tell(f"[{over}/{len(cells)}] {cell.name}: {said}")
 
     def _more(self, cell: Cell, cells: Sequence[Cell], now: float) -> str:
         """The score of a finished cell, the loss of a running one, and the time that all of them need."""
@@ -223,6 +224,7 @@ def drawn(cells: Sequence[Cell], watcher: Watcher, now: float) -> RichTable:
         now: ``time.monotonic``.
     """
     from rich.table import Table as RichTable
+    from rich.text import Text
 
     states = [cell.state for cell in cells]
     left = duration(watcher.all_left(cells, now))
@@ -237,7 +239,7 @@ def drawn(cells: Sequence[Cell], watcher: Watcher, now: float) -> RichTable:
         spent = duration(cell.seconds) if cell.seconds else ""
         loss = losses(cell.folder) if cell.state in ("running", "failed", "interrupted") else ""
         more = duration(watcher.seconds_left(cell, now))
-        table.add_row(cell.name, cell.state, progress(cell), loss, watcher.score(cell), spent, more)
+        table.add_row(cell.name, cell.state, Text(visible(progress(cell))), loss, watcher.score(cell), spent, more)
     return table
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from hydra_plugins.vlmlab_pool_launcher._cells import ELSEWHERE, Cell
+from vlmlab.runs.files import no_link
 from vlmlab.runs.lock import is_locked
 from vlmlab.runs.watchdog import LAUNCHER
 
@@ -79,7 +80,7 @@ class Pool:
         if any(cell.slots):
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(cell.slots))
         cell.folder.mkdir(parents=True, exist_ok=True)
-        with (cell.folder / "log.txt").open("ab") as log:
+        with open(cell.folder / "log.txt", "ab", opener=no_link) as log:
             cell.process = subprocess.Popen(
                 self.command(cell),
                 stdin=subprocess.DEVNULL,

@@ -21,6 +21,7 @@ from hydra_plugins.vlmlab_pool_launcher._slots import make_slots
 from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.rules.values import given_twice
 from vlmlab.contracts.errors import UserError, listed
+from vlmlab.contracts.terminal import tell
 from vlmlab.runs.cells_csv import CellsCsv
 from vlmlab.runs.names import override_key
 
@@ -81,7 +82,7 @@ def run_sweep(
             cell.announce()
     _say_told(cells)
     _say_reach(cells)
-    print(f"sweep {sweep}: {len(cells)} cells, {len(places)} at a time; each writes <cell>/log.txt", flush=True)
+    tell(f"sweep {sweep}: {len(cells)} cells, {len(places)} at a time; each writes <cell>/log.txt")
     start = start_command()
     with display(len(places)) as show:
         pool = Pool(places, lambda cell: [*start, *cell_arguments(config, cell)], timeout, show)
@@ -99,7 +100,7 @@ def _say_told(cells: Sequence[Cell]) -> None:
     """Which finished cells are not as they would be if they were made now."""
     for note in dict.fromkeys(cell.note for cell in cells if cell.state == "done" and cell.note != FINISHED):
         names = [cell.name for cell in cells if cell.note == note]
-        print(f"note: {len(names)} finished cells ({', '.join(names[:3])}{', ...' if names[3:] else ''}): {note}")
+        tell(f"note: {len(names)} finished cells ({', '.join(names[:3])}{', ...' if names[3:] else ''}): {note}")
 
 
 def _say_reach(cells: Sequence[Cell]) -> None:
@@ -109,7 +110,7 @@ def _say_reach(cells: Sequence[Cell]) -> None:
         from vlmlab.analyse.stats import beyond_reach  # numpy
 
         if (sentence := beyond_reach(max(seeds.values()), len(seeds) - 1)) is not None:
-            print(f"note: {sentence}")
+            tell(f"note: {sentence}")
 
 
 def refuse_at_once(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> None:
@@ -156,9 +157,9 @@ def _table(sweep: Path) -> bool:
     try:
         from vlmlab.analyse.sweep import write_table
 
-        print(write_table(sweep), flush=True)
+        tell(write_table(sweep))
     except Exception as error:
-        print(f"error: no table of {sweep}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        tell(f"error: no table of {sweep}: {type(error).__name__}: {error}", sys.stderr)
         return False
     return True
 

@@ -11,6 +11,7 @@ from vlmlab.analyse.compare import Comparison
 from vlmlab.analyse.results import FIRST, MetricKey
 from vlmlab.evaluate.metrics.captions import CEILINGS
 from vlmlab.evaluate.metrics.scoring import LOOKUP
+from vlmlab.runs.files import replacing
 
 MOST_PANELS = 6
 BAR, INK, SHUFFLED, LOOKED_UP, CHANCE, CEILING = "#4C78A8", "#222222", "#E45756", "#B279A2", "#777777", "#54A24B"
@@ -45,7 +46,8 @@ def draw(path: Path, rows: Sequence[Combination], metrics: Sequence[str]) -> Pat
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")
     return path
 
 

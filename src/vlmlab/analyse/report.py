@@ -23,7 +23,7 @@ from vlmlab.evaluate.metrics.captions import CEILINGS
 from vlmlab.evaluate.metrics.rows import Row
 from vlmlab.evaluate.metrics.scoring import BESIDE
 from vlmlab.evaluate.metrics.vqa import VqaAccuracy
-from vlmlab.runs.files import read_rows, write_atomic
+from vlmlab.runs.files import read_rows, read_yaml, write_atomic
 
 TEMPLATE = "report.html.jinja"
 SHOWN_SIDE = 160
@@ -158,8 +158,8 @@ def _config(folder: Path) -> dict[str, Any] | None:
         return None
     text = file.read_text(encoding="utf-8", errors="replace")
     try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError:
+        config = read_yaml(file)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         config = None
     parts = [(str(name), _part(value)) for name, value in config.items()] if isinstance(config, dict) else []
     return {"parts": [(name, line) for name, line in parts if line], "text": text}

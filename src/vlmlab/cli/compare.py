@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError, guard, run_command
+from vlmlab.contracts.terminal import tell
 
 EXAMPLE = "vlmlab compare sweeps/<name> baseline=mlp,bidir"
 TEXTS = ("sweep", "baseline", "metric", "until", "out")
@@ -35,7 +36,7 @@ def compare_command(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}={folder} is no folder; give an existing one, as in: {EXAMPLE}")
     from vlmlab.analyse.compare_report import write_comparison  # numpy and scipy
 
-    print(write_comparison(sweep, str(cfg.baseline), _text(cfg.metric), _text(cfg.until), out))
+    tell(write_comparison(sweep, str(cfg.baseline), _text(cfg.metric), _text(cfg.until), out))
 
 
 def _text(value: object) -> str | None:

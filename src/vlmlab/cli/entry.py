@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,7 +19,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmlab.cli.flags import package_of, wrong_word
-from vlmlab.contracts.errors import InUse, UserError, brief, mistake_within, reason
+from vlmlab.contracts.errors import InUse, UserError, brief, unbuildable
+from vlmlab.contracts.terminal import tell, visible
 
 DONE, FAILED, MISTAKE, IN_USE, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes: fine; the run or its data; the command or the configuration; the folder is another process's for now
@@ -42,7 +43,7 @@ def one_line(text: str) -> str:
 
 def fail(sentence: str, code: int) -> int:
     """Print ``error: sentence`` on stderr, in one line, and return the code."""
-    print(f"error: {brief(one_line(sentence))}", file=sys.stderr, flush=True)
+    tell(f"error: {brief(visible(one_line(sentence)))}", sys.stderr)
     return code
 
 
@@ -77,29 +78,16 @@ def guard(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
         except Exception as error:  # a fault of ours: all of it, and none of Hydra's own lines
             if debugging():
                 raise
-            traceback.print_exc()
+            tell(traceback.format_exc().rstrip(), sys.stderr)
             raise SystemExit(FAILED) from error
 
     return guarded
 
 
-def unbuildable(error: InstantiationException) -> str:
-    """The user's mistake behind a part that could not be built; or which part, why, and where its keys are."""
-    mistake = mistake_within(error)
-    if mistake is not None:
-        return str(mistake)
-    text = str(error)
-    place, target = (re.search(pattern, text) for pattern in (r"full_key: (\S+)", r"target '([^']+)'"))
-    where = place.group(1) if place else (target.group(1) if target else "a part")
-    cause = error.__cause__
-    if cause is None or text.startswith("Error locating target"):
-        shown = target.group(1) if target else ""
-        return f"{where}._target_={shown} cannot be imported; give the dotted path of a class that is installed"
-    return f"{where} cannot be built ({reason(cause, 150)}); correct its keys, VLMLAB_DEBUG=1 shows the whole traceback"
-
-
 def unreachable(error: OSError) -> str:
     """The file that could not be made, read or written, and why."""
+    if error.errno == errno.ELOOP:
+        return f"{error.filename} is a link, and nothing is written through it; put a file in its place, or remove it"
     why = (error.strerror or type(error).__name__).lower()
     return f"{error.filename}: {why}; check the path, its permissions and the space on its disk"
 
@@ -126,7 +114,7 @@ def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int
             raise
         return fail(str(error), exit_code(error))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        tell("interrupted; the same command goes on from here", sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if debugging():

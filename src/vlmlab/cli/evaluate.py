@@ -11,12 +11,15 @@ from omegaconf import DictConfig
 from vlmlab.analyse.table import final_table
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError, guard, run_command
-from vlmlab.cli.finished import check_own, known_run
+from vlmlab.cli.finished import check_own, known_run, trusted
 from vlmlab.cli.rules.schema import Evaluate
 from vlmlab.cli.train import train_in
+from vlmlab.contracts.terminal import tell
 from vlmlab.contracts.values import shown
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder, is_whole
+from vlmlab.runs.trust import saved_config
+from vlmlab.runs.withheld import stored
 
 
 def evaluate_command(cfg: DictConfig) -> None:
@@ -32,6 +35,8 @@ def evaluate_command(cfg: DictConfig) -> None:
     left = run.trained() and not is_whole(run.result())
     if not left:
         run.finished()
+    if not trusted(cfg):
+        saved_config(folder)  # refused before torch is imported
     if str(cfg.device).startswith("cuda"):
         _check_gpu(str(cfg.device))
     if left:
@@ -46,14 +51,14 @@ def _finish(cfg: DictConfig, run: RunFolder) -> None:
     """Score what the run's own evaluation has left, with what this one asks for, and write its result."""
     from vlmlab.evaluate.run import overridden
 
-    config = overridden(run.config() or {}, cfg)
+    config = overridden(saved_config(run.path, trusted(cfg)), cfg)
     if cfg.device != "auto":
         config.trainer.accelerator = "cpu" if cfg.device == "cpu" else "gpu"
         _take_gpu(str(cfg.device))
     with run:
-        run.open(plain(config), run.env().get("overrides", []))
+        run.open(plain(config), run.env().get("overrides", []), written=stored(config))
         result = train_in(run, config)
-    print(final_table(result or {}, run.path))
+    tell(final_table(result or {}, run.path))
 
 
 def _check_values(cfg: DictConfig) -> None:

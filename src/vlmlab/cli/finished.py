@@ -9,7 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmlab.cli.entry import ConfigError
-from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.contracts.values import hints, refusal
 from vlmlab.runs.folder import RunFolder
 
@@ -35,7 +34,7 @@ def known_run(cfg: DictConfig, example: str) -> Path:
     if OmegaConf.is_missing(cfg, "run"):
         raise ConfigError(f"which run? write run=<folder>, as in: {example}")
     folder = Path(str(cfg.run))
-    if _config(folder) is None:
+    if RunFolder(folder).config() is None:
         raise ConfigError(
             f"run={folder} is no run folder (it has no config.yaml); give the folder that training printed"
         )
@@ -65,14 +64,12 @@ def check_own(cfg: DictConfig, section: Any) -> None:
             raise ConfigError(sentence)
 
 
-def _config(folder: Path) -> dict[str, Any] | None:
-    """The run's configuration, or None where there is no run; whoever reads a run can only restore a damaged one."""
-    try:
-        return RunFolder(folder).config()
-    except UserError as error:
-        cause = error.__cause__
-        mark = getattr(cause, "problem_mark", None)
-        why = f"line {mark.line + 1}: {getattr(cause, 'problem', cause)}" if mark else "it is no configuration"
-        raise CheckpointError(
-            f"{folder / 'config.yaml'} is damaged ({why}); restore it, or train the run again"
-        ) from error
+def trusted(cfg: DictConfig) -> bool:
+    """Whether code from outside vlmlab that the run names may be run.
+
+    Raises:
+        ConfigError: ``trust`` is neither true nor false.
+    """
+    if not isinstance(cfg.trust, bool):
+        raise ConfigError(f"trust={cfg.trust} is not possible; give true or false")
+    return cfg.trust

@@ -13,6 +13,7 @@ from vlmlab.cli.rules import admitted
 from vlmlab.cli.rules.schema import Inspect
 from vlmlab.cli.verb import run_verb
 from vlmlab.contracts.errors import listed
+from vlmlab.contracts.terminal import tell
 from vlmlab.recipe.stage import Stage, parse
 from vlmlab.runs.files import check_place
 
@@ -31,7 +32,7 @@ def inspect_command(cfg: DictConfig) -> None:
 
     found = inspect_stage(cfg, stage, cfg.n, cfg.check)
     say(found)
-    print(f"\n{write_page(found, page)}")
+    tell(f"\n{write_page(found, page)}")
     if found.refused is not None:
         raise found.refused
 

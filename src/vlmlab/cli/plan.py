@@ -18,6 +18,7 @@ from vlmlab.cli.rules.schema import Plan
 from vlmlab.cli.seeds import CLAIM, run_seeds
 from vlmlab.cli.verb import own_keys, run_verb
 from vlmlab.contracts.errors import UserError, listed
+from vlmlab.contracts.terminal import tell
 from vlmlab.data.overlap import reads
 from vlmlab.plan.devices import DEVICES, Device
 from vlmlab.recipe.stage import parse
@@ -59,10 +60,10 @@ def plan_command(cfg: DictConfig) -> None:
     found = plan(cfg, settings)
     if not found:
         raise UserError("recipe.stages trains nothing: no part named in train has weights in this composition.")
-    print("\n".join([*lines(found, settings), *generated(cfg, lengths)]))
+    tell("\n".join([*lines(found, settings), *generated(cfg, lengths)]))
     if cfg.out is not None:
         write_json(Path(str(cfg.out)), as_json(found, settings))
-        print(f"\n{cfg.out}")
+        tell(f"\n{cfg.out}")
 
 
 def _per_stage(cfg: DictConfig, key: str, stages: Sequence[str]) -> dict[str, Any]:

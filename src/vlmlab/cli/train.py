@@ -17,17 +17,22 @@ from vlmlab.analyse.table import final_table
 from vlmlab.cli import rules
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.data import check_same, check_sources
-from vlmlab.cli.entry import ConfigError, guard, one_line, remove_empty, run_command, unbuildable
-from vlmlab.contracts.errors import DataError, OutOfMemory, Unscored, UserError, mistake_within, reason
+from vlmlab.cli.entry import ConfigError, guard, one_line, remove_empty, run_command
+from vlmlab.contracts.errors import DataError, OutOfMemory, Unscored, UserError, mistake_within, reason, unbuildable
+from vlmlab.contracts.terminal import tell
 from vlmlab.data.skipped import TooManyBad, note
 from vlmlab.runs import places as places  # registers the resolvers that conf/train.yaml uses
 from vlmlab.runs.data import note_changed
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.origin import check_origin
 from vlmlab.runs.watchdog import die_with_parent
+from vlmlab.runs.withheld import stored
 
 NO_MISTAKE = (DataError, OutOfMemory, Unscored)
 """What the files or the machine are to blame for, and not the command."""
+
+
+REPORT = "report.html"
 
 
 def train_command(cfg: DictConfig) -> None:
@@ -44,15 +49,18 @@ def train_command(cfg: DictConfig) -> None:
         return
     _look_at_data(cfg, config, folder)
     with RunFolder(folder) as run:
-        result = run.open(config, list(HydraConfig.get().overrides.task), fresh=bool(cfg.fresh))
+        written = stored(cfg, config)
+        result = run.open(config, list(HydraConfig.get().overrides.task), fresh=bool(cfg.fresh), written=written)
         if result is not None:
             told = _told_apart(run, config, cfg)
-            print(f"{folder} is finished{told}; fresh=true trains again\n\n{final_table(result, folder)}")
+            tell(f"{folder} is finished{told}; fresh=true trains again\n\n{final_table(result, folder)}")
+            if not (folder / REPORT).is_file():  # its process ended between the two
+                tell(_report(cfg, folder, result))
             return
-        print(f"run folder: {folder}", flush=True)
+        tell(f"run folder: {folder}")
         result = train_in(run, cfg)
         if result is not None:
-            print(f"\n{final_table(result, folder)}\n{_report(cfg, folder, result)}", flush=True)
+            tell(f"\n{final_table(result, folder)}\n{_report(cfg, folder, result)}")
 
 
 def admit(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
@@ -90,7 +98,7 @@ def _look_at_data(cfg: DictConfig, config: Mapping[str, Any], folder: Path) -> N
         if held:
             return
         for line in check_sources(cfg):
-            print(f"note: {line}", flush=True)
+            tell(f"note: {line}")
     except (UserError, InstantiationException) as error:
         mistake = error if isinstance(error, UserError) else mistake_within(error)
         if isinstance(mistake, TooManyBad) and mistake.listed:
@@ -112,7 +120,7 @@ def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
         return _train(cfg, run.path)
     except Exception as error:
         if isinstance(error, Unscored) and error.scores:
-            print(f"\n{final_table(run.result() or {}, run.path)}\n", flush=True)
+            tell(f"\n{final_table(run.result() or {}, run.path)}\n")
         run.end("failed", _said(error))
         mistake = isinstance(error, InstantiationException | UserError) and not isinstance(error, NO_MISTAKE)
         if not mistake or isinstance(mistake_within(error), DataError) or _learnt(run.path):
@@ -121,7 +129,7 @@ def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
         raise ConfigError(_said(error)) from error
     except BaseException:  # a signal; what was learnt is saved
         run.end("interrupted")
-        print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        tell("interrupted; the same command goes on from here", sys.stderr)
         raise
 
 

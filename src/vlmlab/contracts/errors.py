@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from vlmlab.contracts.terminal import visible
 
 LONGEST = 300
 """Characters of a message at most: paths, values and rows may have any length."""
@@ -13,11 +16,14 @@ class UserError(Exception):
     """A mistake in the command, the configuration or the data; printed without a traceback.
 
     The message is one sentence: what is wrong, where (file, row, key), and what to do. It has at most `LONGEST`
-    characters, whatever it names.
+    characters, whatever it names. It may quote what others have written: as text, its control characters are visible.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(brief(message))
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class DataError(UserError):
@@ -120,6 +126,21 @@ def mistake_within(error: BaseException) -> UserError | None:
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__
     return cause
+
+
+def unbuildable(error: Exception) -> str:
+    """The user's mistake behind a part that hydra could not build; or which part, why, and where its keys are."""
+    mistake = mistake_within(error)
+    if mistake is not None:
+        return str(mistake)
+    text = str(error)
+    place, target = (re.search(pattern, text) for pattern in (r"full_key: (\S+)", r"target '([^']+)'"))
+    where = place.group(1) if place else (target.group(1) if target else "a part")
+    cause = error.__cause__
+    if cause is None or text.startswith("Error locating target"):
+        shown = target.group(1) if target else ""
+        return f"{where}._target_={shown} cannot be imported; give the dotted path of a class that is installed"
+    return f"{where} cannot be built ({reason(cause, 150)}); correct its keys, VLMLAB_DEBUG=1 shows the whole traceback"
 
 
 def check_counts(group: str, /, **counts: int) -> None:

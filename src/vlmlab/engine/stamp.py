@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from vlmlab.contracts.errors import CheckpointError, reason
+from vlmlab.contracts.terminal import tell
 from vlmlab.digest import fingerprint
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.config import plain
@@ -56,7 +57,7 @@ class Stamp:
             raise CheckpointError(f"{path} is of the stage {facts.get('stage')} and not of {self.stage}; {REMEDY}.")
         found = facts.get(RUN)
         if not isinstance(found, Mapping):
-            print(f"note: {path} carries no checksum and no name of its run; it is taken as it is", file=sys.stderr)
+            tell(f"note: {path} carries no checksum and no name of its run; it is taken as it is", sys.stderr)
             return
         for key, mine in asdict(self).items():
             if found.get(key) != mine:

@@ -25,8 +25,9 @@ from vlmlab.engine.stage import check_objectives
 from vlmlab.engine.stamp import CHECKSUM, RUN, Stamp, check_whole, checksum
 from vlmlab.mask.leak import check_mask
 from vlmlab.recipe.stage import Stage
-from vlmlab.runs.files import share
+from vlmlab.runs.files import new_file, share, sync_folder
 from vlmlab.runs.renamed import with_present_names
+from vlmlab.runs.withheld import stored
 
 FORMAT = 1
 """Version of ``model.safetensors``'s metadata."""
@@ -190,7 +191,7 @@ class Trainee:
             "format": FORMAT,
             "stage": stage.name,
             "sources": self.sources(),
-            "composition": {key: plain_key(cfg, key) for key in COMPOSITION},
+            "composition": {key: stored(cfg).get(key) for key in COMPOSITION},
         }
         if self._begun:
             facts["begun"] = self.begun()
@@ -198,7 +199,7 @@ class Trainee:
         facts |= {RUN: asdict(stamp)} if stamp is not None else {}
         facts = json.loads(json.dumps(facts, default=str))
         facts[CHECKSUM] = checksum(facts, tensors)
-        new = path.with_name(f".{path.name}.new")
+        new = new_file(path)
         # one key only: safetensors writes several in random order
         save_file(tensors, str(new), metadata={"vlmlab": json.dumps(facts, sort_keys=True, default=str)})
         share(new)
@@ -272,9 +273,18 @@ def read_facts(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} cannot be read ({reason(error)}); delete it to train that stage again."
         ) from error
+    if not isinstance(facts, dict) or not _well_formed(facts):
+        raise CheckpointError(f"{path} says nothing that can be read of itself; delete it to train that stage again.")
     if facts.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {facts.get('format')} and this code reads {FORMAT}; train again.")
     return facts
+
+
+def _well_formed(facts: Mapping[str, Any]) -> bool:
+    """Whether what a file says of itself has the types that it is written with."""
+    begun = facts.get("begun", [])
+    kinds = all(isinstance(facts.get(key, {}), dict) for key in ("sources", "composition"))
+    return kinds and isinstance(begun, list) and all(isinstance(name, str) for name in begun)
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -325,7 +335,7 @@ def mixed_in(stage: Stage, cfg: DictConfig) -> Path | None:
         raise UserError(f"{key}: {run} has no finished stage {name} (there: {there}); set {key}.run and {key}.stage.")
     saved = with_present_names(read_facts(path).get("composition", {}))
     for part in COMPOSITION:
-        if saved.get(part) != json.loads(json.dumps(plain_key(cfg, part), default=str)):
+        if saved.get(part) != stored(cfg).get(part):
             raise CheckpointError(f"{key}: {path} has another {part}; mix runs of the same composition only.")
     return path
 
@@ -404,11 +414,7 @@ def replace_durably(new: Path, path: Path) -> None:
     with new.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(new, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def check_names(path: Path, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from vlmlab.analyse.report import SHOWN_SIDE, png_base64
 from vlmlab.contracts.errors import DataError, UserError, brief, mistake_within
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, SampleSource
 from vlmlab.contracts.tensors import Batch, Kind, Role
+from vlmlab.contracts.terminal import visible
 from vlmlab.data.asking import parts, proved, sent
 from vlmlab.data.chat import PICTURE, Encoded
 from vlmlab.data.collate import Collator, resized
@@ -467,15 +468,6 @@ def _piece_maker(collate: Collator) -> Callable[[int, str, bool], Piece]:
         return Piece(role, visible(text), supervised, f"{token}")
 
     return make
-
-
-def visible(text: str) -> str:
-    """The text with every control character but the line's end as a picture of itself: a terminal obeys some."""
-    return "".join(
-        chr(0x2400 + ord(c)) if ord(c) < 32 and c != "\n"
-        else "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf") and c != "\n" else c
-        for c in text
-    )  # fmt: skip
 
 
 # -- showing it ------------------------------------------------------------------------------------------------------

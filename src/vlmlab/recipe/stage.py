@@ -115,7 +115,7 @@ def parse(cfg: DictConfig, parts: Collection[str] = PARTS) -> list[Stage]:
     node = OmegaConf.select(cfg, "recipe.stages")
     if not node:
         raise UserError("recipe.stages is empty; give at least one stage, as conf/recipe/four_stage.yaml does.")
-    limit = OmegaConf.select(cfg, "debug.steps")
+    limit = _given(cfg, "debug.steps", Count | None)
     names = [str(name) for name in node]
     stages = [_stage(cfg, index, name, parts) for index, name in enumerate(names)]
     if limit is not None:
@@ -163,10 +163,17 @@ def _plain(cfg: DictConfig, key: str) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
+def _given(cfg: DictConfig, key: str, kind: Any) -> Any:
+    """The value of a key, None where it is absent; a UserError where it has another type."""
+    value = _plain(cfg, key)
+    if (sentence := refusal(kind, value, key)) is not None:
+        raise UserError(sentence)
+    return value
+
+
 def _scaled(steps: int, cfg: DictConfig) -> int:
     """Steps after ``budget.steps_scale`` and ``budget.max_steps``."""
-    scale = OmegaConf.select(cfg, "budget.steps_scale")
-    most = OmegaConf.select(cfg, "budget.max_steps")
+    scale, most = _given(cfg, "budget.steps_scale", Positive | None), _given(cfg, "budget.max_steps", Count | None)
     scaled = math.ceil(round(steps * (1.0 if scale is None else float(scale)), 9))
     return scaled if most is None else min(scaled, int(most))
 

@@ -1,27 +1,106 @@
-"""Small files that are never half there: written beside their place and moved into it."""
+"""Files that are never half there: written beside their place, moved into it, and through no link of others."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import yaml
 
 from vlmlab.contracts.errors import UserError
+
+NEW = ".new"
+"""End of the name of a file that is being written."""
+
+OWN_FOLDERS = ("stages", "stages/*", "predictions", "evaluate", "evaluate/predictions", "towers", "wandb")
+"""Folders inside a run's that runs write into."""
+
+
+ADDED_TO = ("skipped.jsonl", "evaluate/skipped.jsonl")
+"""Files inside a run's that rows are added to while it is scored."""
+
+
+def new_file(path: Path) -> Path:
+    """Where the next content of a file is written, beside it; nothing is there."""
+    new = path.with_name(f".{path.name}.{os.getpid()}{NEW}")
+    new.unlink(missing_ok=True)
+    return new
+
+
+@contextmanager
+def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
+    """A file to write what stands in the place of `path` at once when this ends; a link there is replaced itself.
+
+    Args:
+        path: the file.
+        durable: wait until the content is on the disk.
+    """
+    new = new_file(path)
+    handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        with open(handle, "wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def write_atomic(path: Path, text: str, durable: bool = False) -> None:
     """Replace a file by this text at once; `durable` also waits until it is on the disk."""
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path, durable) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def append(path: Path, text: str) -> None:
+    """Add a text to a file's end in one write; a link in its place is refused with an OSError."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        os.write(handle, text.encode("utf-8", "backslashreplace"))
+    finally:
+        os.close(handle)
+
+
+def no_link(path: str, flags: int) -> int:
+    """An opener for ``open`` that refuses a link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a killed process left of files it was writing into a run folder; its lock must be held."""
+    for place in (folder, *(p for name in OWN_FOLDERS for p in folder.glob(name))):
+        for left in place.glob(f".*{NEW}"):
+            if left.is_file() or left.is_symlink():
+                left.unlink(missing_ok=True)
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse to write into a run folder whose own places are links: whoever made it chose where they lead.
+
+    Raises:
+        UserError: naming the link.
+    """
+    for name in (*OWN_FOLDERS, *ADDED_TO):
+        for place in folder.glob(name):
+            if place.is_symlink():
+                raise UserError(f"{place} is a link, and nothing is written through it; remove it")
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's entries are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def share(*paths: Path) -> None:
@@ -49,11 +128,30 @@ def write_json(path: Path, value: Any, durable: bool = False) -> None:
     write_atomic(path, to_json(value, indent=2) + "\n", durable)
 
 
+class _Plain(yaml.SafeLoader):
+    """Without aliases, of which a few lines can stand for gigabytes, or for a value inside itself."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "it has an alias", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file of plain values says.
+
+    Raises:
+        yaml.YAMLError, UnicodeDecodeError, RecursionError: it is no such file.
+        OSError: it cannot be read.
+    """
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is no such file or it holds no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -63,10 +161,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # words may hold other ends of lines
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # words may hold other ends of lines
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)

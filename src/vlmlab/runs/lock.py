@@ -6,11 +6,12 @@ import contextlib
 import fcntl
 import os
 import socket
+import stat
 import time
 import weakref
 from pathlib import Path
 
-from vlmlab.contracts.errors import InUse
+from vlmlab.contracts.errors import InUse, UserError, brief
 
 ATTEMPTS = 5
 PAUSE_S = 0.1
@@ -33,7 +34,10 @@ class FolderLock:
         Raises:
             InUse: another process holds it; the message says which.
         """
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise UserError(f"{self.path} is no file; remove it, and the same command goes on")
         for attempt in range(ATTEMPTS):  # somebody who only looks holds it for an instant
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,7 +64,8 @@ class FolderLock:
     def holder(self) -> str:
         """Who took the lock last, in words."""
         try:
-            return self.path.read_text(encoding="utf-8").strip() or "another process"
+            said = self.path.read_text(encoding="utf-8", errors="replace").strip()
+            return brief(" ".join(said.split()), 80) or "another process"
         except OSError:
             return "another process"
 
@@ -75,7 +80,7 @@ def _forget(reference: weakref.ref[FolderLock]) -> None:
 def is_locked(folder: Path) -> bool:
     """Whether a live process holds the folder's lock."""
     try:
-        descriptor = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:

@@ -28,6 +28,16 @@ LONGEST = 100
 """Longest cell name in characters; a longer one is cut and ends with 8 characters of hash."""
 
 
+FOLDERS = {"data.benchmarks": "benchmark", "recipe.stages": "stage"}
+"""Keys of a configuration whose own keys become names of files, and what they name."""
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a file of this name lies where it is put: a single name, not hidden, of printable characters."""
+    inside = name.isprintable() and not name.startswith(".") and not set(name) & set("/\\")
+    return inside and 0 < len(name.encode()) <= 120
+
+
 def short_hash(text: str) -> str:
     """The first 8 hexadecimal digits of the text's sha256."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from vlmlab.contracts.errors import CheckpointError, reason
 from vlmlab.engine.shards import gathered
 from vlmlab.engine.stamp import RUN, Stamp, check_archive
-from vlmlab.engine.weights import Trainee, check_names, put, replace_durably
+from vlmlab.engine.weights import Trainee, check_names, put
 from vlmlab.recipe.stage import Stage
+from vlmlab.runs.files import replacing, sync_folder
 
 FORMAT = 1
 """Version of ``last.ckpt``."""
@@ -23,14 +24,11 @@ FORMAT = 1
 
 def save_last(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint at once and durably."""
-    new = path.with_name(f".{path.name}.new")
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with new.open("wb") as file:
+    with replacing(path, durable=True) as file:
         file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    replace_durably(new, path)
+    sync_folder(path.parent)
 
 
 def content_of(
@@ -96,9 +94,13 @@ def load_last(path: Path, stage: Stage, trainee: Trainee, stamp: Stamp | None = 
         raise CheckpointError(
             f"{path} is of step {step} and stage {stage.name} has {stage.steps}; delete it to train that stage again."
         )
+    if (wrong := _wrong_key(saved, trainee)) is not None:
+        raise CheckpointError(f"{path} is damaged (its {wrong} is none); delete it to train that stage again.")
     live = trainee.live()
     check_names(path, live, saved["weights"])
     for name, tensor in saved["weights"].items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{path} is damaged ({name} is no tensor); delete it to train that stage again.")
         if tensor.shape != live[name].shape:
             raise CheckpointError(
                 f"{path}: {name} is {tuple(tensor.shape)} and the model's is {tuple(live[name].shape)}; "
@@ -106,3 +108,27 @@ def load_last(path: Path, stage: Stage, trainee: Trainee, stamp: Stamp | None = 
             )
     put(trainee.model, saved["weights"])
     return saved
+
+
+KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "weights": dict,
+    "names": list,
+    "optimizer": dict,
+    "scaler": dict,
+    "rng": list,
+    "before": dict,
+    "pending": list,
+    "seconds": (int, float),
+}
+"""Keys of ``last.ckpt`` beside those that say what it is of, and what they hold."""
+
+
+def _wrong_key(saved: Mapping[str, Any], trainee: Trainee) -> str | None:
+    """The first key that is missing or holds something else."""
+    for key, kind in KINDS.items():
+        if not isinstance(saved.get(key), kind):
+            return key
+    live = trainee.live()
+    if saved["before"].keys() != {*live, *trainee.frozen()}:
+        return "before"
+    return None if all(isinstance(name, str) and name in live for name in saved["pending"]) else "pending"

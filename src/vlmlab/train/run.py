@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from vlmlab.contracts.errors import CheckpointError, OutOfMemory, Unscored, UserError, listed, reason
 from vlmlab.contracts.parts import FeatureCache
 from vlmlab.contracts.sample import SampleSource
+from vlmlab.contracts.terminal import tell
 from vlmlab.data.module import Window, Windows, step_loader
 from vlmlab.data.sampler import Order
 from vlmlab.data.skipped import Replaced
@@ -50,7 +51,7 @@ from vlmlab.model.build import build_cache
 from vlmlab.model.questions import questions_line
 from vlmlab.model.vlm import VLM
 from vlmlab.recipe.stage import Stage, check_divides, drawn_from, parse
-from vlmlab.runs.files import read_json, write_json
+from vlmlab.runs.files import write_atomic, write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.origin import KEY, drop_origin, kept_origin, take_origin
 from vlmlab.train.keeper import Keeper
@@ -152,7 +153,7 @@ class Run:
     def say(self, text: str) -> None:
         """Print on rank 0."""
         if self.writes:
-            print(text, flush=True)
+            tell(text)
 
     def note_state(self) -> None:
         """Note how far the run is; whoever opened the folder adds how it ended."""
@@ -220,6 +221,7 @@ def _train(run: Run) -> dict[str, Any] | None:
         _enter(run, build, stage, origin if not ready and stage is stages[0] else None)
         if ready:
             run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name} is finished already")
+            _drop_begun(run, stage)
             run.finished[build] = stage
         else:
             run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name}")
@@ -337,7 +339,13 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSo
         facts["peak_bytes"] = cost.peak_bytes()
         write_json(home / "stage.json", facts, durable=True)
         trainee.save(run.weights(stage), stage, cfg, run.stamps[stage.name])
-        (home / "last.ckpt").unlink(missing_ok=True)
+        _drop_begun(run, stage)
+
+
+def _drop_begun(run: Run, stage: Stage) -> None:
+    """Remove what only a stage that is not finished needs."""
+    if run.writes:
+        run.weights(stage).with_name("last.ckpt").unlink(missing_ok=True)
         drop_origin(run.folder.path)
 
 
@@ -550,7 +558,12 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
         source = Replaced(source)
     sample = next((s for s in (source[i] for i in range(min(32, len(source)))) if s.images), source[0])
     one = kind.collator(cfg, last.model, stage.prompt or kind.prompt)([sample])
-    done = [read_json(run.weights(s).with_name("stage.json")) or {} for s in stages]
+    done = []
+    for s in stages:
+        facts, problem = run.folder.stage_facts(s.index, s.name)
+        done.append(facts)
+        if problem:
+            run.say(f"note: {problem}")
     costs = {
         "params": sum(parameter.numel() for parameter in last.model.parameters()),
         "trainable": last.ever_trained(),
@@ -616,5 +629,5 @@ def _profiled(run: Run) -> Iterator[None]:
         yield
     table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
     if run.writes:
-        (run.folder.path / "profile.txt").write_text(table, encoding="utf-8")
+        write_atomic(run.folder.path / "profile.txt", table)
         run.say(f"wrote {run.folder.path / 'profile.txt'}")

@@ -35,6 +35,7 @@ from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.identity import LENGTH, leaves_about, stage_leaves
 from vlmlab.runs.origin import put_file
 from vlmlab.runs.shared import FACTS, KEY, SEVERAL_RANKS, Place, Shared, held, shelf_of, unshared
+from vlmlab.runs.withheld import hidden, stored
 
 FORMAT = 2
 """Of a stage on a shelf; part of its address."""
@@ -71,7 +72,8 @@ class Sharing:
             common = None
             try:
                 place = stack.enter_context(held(self.shelf, address(about), self.say))
-                common = CommonStage(place, about, stage, self.folder, self.say)
+                shown = hidden(about, stored(self.cfg), plain(self.cfg))
+                common = CommonStage(place, shown, stage, self.folder, self.say)
             except OSError as error:
                 self.say(f"this stage is not shared: {self.shelf} cannot be used ({error.strerror})")
             yield common
@@ -82,7 +84,7 @@ class CommonStage:
 
     Args:
         place: on the shelf.
-        about: what its address is made of.
+        about: what its address is made of, as it may be written down.
         stage: the stage.
         folder: the run folder.
         say: takes a line.

@@ -25,6 +25,7 @@ from vlmlab.cli.rules.run import (
     features_to_keep,
     files_exist,
     possible_name,
+    possible_names,
     watched,
 )
 from vlmlab.cli.rules.stages import (
@@ -113,6 +114,7 @@ RULES: tuple[Rule, ...] = (
     watched,
     features_to_keep,
     possible_name,
+    possible_names,
     ranks_need_a_process_tree,
     leaking_mask,
     text_to_mix,

@@ -217,6 +217,7 @@ class Evaluate(TypedDict):
     batch_size: Count | None
     share_images: bool | None
     device: Text
+    trust: bool
 
 
 class Export(TypedDict):
@@ -224,3 +225,4 @@ class Export(TypedDict):
 
     run: Text | Count
     to: Text | Count
+    trust: bool

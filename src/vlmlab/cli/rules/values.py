@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.rules.asking import Choices, Config, choice_of, class_of, value_at
 from vlmlab.cli.rules.constructors import constructor
-from vlmlab.cli.rules.declared import inherits, source_of
+from vlmlab.cli.rules.declared import inherits
 from vlmlab.cli.rules.schema import Root
 from vlmlab.cli.rules.words import closest, unread
 from vlmlab.contracts.errors import reason
@@ -22,6 +22,7 @@ from vlmlab.recipe.stage import KEYS
 from vlmlab.runs.config import leaves
 from vlmlab.runs.environment import package_folder
 from vlmlab.runs.names import override_key
+from vlmlab.runs.trust import source_of
 
 GROUPS = ("encoder", "cache", "connector", "lm", "mask", "fusion", "adapter", "objective")
 """Groups whose choice is one class, in a package of the same name where it is ours."""
