@@ -18,10 +18,12 @@ from hydra_plugins.vlmlab_pool_launcher._cells import FINISHED, Cell, plan
 from hydra_plugins.vlmlab_pool_launcher._display import display
 from hydra_plugins.vlmlab_pool_launcher._pool import Pool
 from hydra_plugins.vlmlab_pool_launcher._slots import make_slots
-from vlmlab.cli.entry import ConfigError
+from vlmlab.cli.data import check_sources
+from vlmlab.cli.entry import FAILED, ConfigError, fail, said
 from vlmlab.cli.rules.values import given_twice
 from vlmlab.contracts.errors import UserError
 from vlmlab.runs.names import override_key
+from vlmlab.runs.origin import check_origin
 
 NOT_PASSED_ON = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweep", "hydra.mode", "hydra.run")
 
@@ -70,7 +72,9 @@ def run_sweep(
     """
     refuse_at_once(config, job_overrides)
     sweep = Path(str(config.hydra.sweep.dir))
-    cells = plan(config, loader, job_overrides, first, sweep)
+    jobs = plan(config, loader, job_overrides, first, sweep)
+    cells = [cell for index, cell in enumerate(jobs) if all(cell is not before for before in jobs[:index])]
+    look_ahead(cells)
     places = make_slots(cells, slots)
     sweep.mkdir(parents=True, exist_ok=True)
     for cell in cells:
@@ -83,10 +87,35 @@ def run_sweep(
         pool = Pool(places, lambda cell: [*start, *cell_arguments(config, cell)], timeout, show)
         pool.run(cells)
         show(cells)
-    table = _table(sweep)
+    for cell in cells:
+        if cell.missing():
+            show(cells)
+    table = _table(sweep, cells)
     if pool.signals:
         raise KeyboardInterrupt
-    return _returns(sweep, cells, table)
+    return _returns(sweep, jobs, cells, table)
+
+
+def look_ahead(cells: Sequence[Cell]) -> None:
+    """Find what is wrong with the data and the first weights of any cell before the first one trains.
+
+    Raises:
+        ConfigError: it begins with the cell's name.
+    """
+    seen: list[Any] = []
+    for cell in cells:
+        config = cell.config or {}
+        read = {key: config.get(key) for key in ("data", "recipe", "evaluation", "init_from")}
+        if read in seen or (not cell.fresh and cell.settle_finished()):
+            continue
+        seen.append(read)
+        try:
+            check_origin(cell.folder, config.get("init_from"), fresh=cell.fresh)
+            check_sources(cell.cfg)
+        except Exception as error:
+            if (sentence := said(error)) is None:
+                raise
+            raise ConfigError(f"cell {cell.name}: {sentence}") from error
 
 
 def _say_told(cells: Sequence[Cell]) -> None:
@@ -137,19 +166,20 @@ def cell_arguments(config: DictConfig, cell: Cell) -> list[str]:
     return [*flags, *cell.overrides, *kept, f"hydra.run.dir='{folder}'", "hydra.mode=RUN"]
 
 
-def _table(sweep: Path) -> bool:
+def _table(sweep: Path, cells: Sequence[Cell]) -> bool:
     """Print the table; a table that cannot be made is an error, and no reason to lose the sweep's own report."""
     try:
         from vlmlab.analyse.sweep import write_table
 
-        print(write_table(sweep), flush=True)
+        failed = [(cell.folder, cell.overrides, cell.note) for cell in cells if cell.state == "failed"]
+        print(write_table(sweep, failed), flush=True)
     except Exception as error:
-        print(f"error: no table of {sweep}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        fail(f"no table of {sweep}: {said(error) or f'{type(error).__name__}: {error}'}", FAILED)
         return False
     return True
 
 
-def _returns(sweep: Path, cells: Sequence[Cell], table: bool) -> list[CellReturn]:
+def _returns(sweep: Path, jobs: Sequence[Cell], cells: Sequence[Cell], table: bool) -> list[CellReturn]:
     left = [cell for cell in cells if cell.state != "done"]
     failure: UserError | None = None
     if left:
@@ -161,7 +191,7 @@ def _returns(sweep: Path, cells: Sequence[Cell], table: bool) -> list[CellReturn
     elif not table:
         failure = SweepError(f"all cells of {sweep} finished and their table could not be written")
     returns = []
-    for cell in cells:
+    for cell in jobs:
         bad = cell.state != "done" or (failure is not None and not left)
         value = failure if bad else (cell.run.result() or {}).get("metrics")
         status = JobStatus.FAILED if bad else JobStatus.COMPLETED

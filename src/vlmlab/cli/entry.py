@@ -20,9 +20,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmlab.contracts.errors import UserError, mistake_within
+from vlmlab.contracts.faults import machine_error, unusable
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: fine; the run or its data; the command or the configuration; stopped by a signal."""
+"""Exit codes: fine; the run, its data or the machine; the command or the configuration; stopped by Ctrl-C (by another
+signal: 128 and its number)."""
 
 
 LONGEST = 300
@@ -61,27 +63,29 @@ def guard(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
     def guarded(cfg: DictConfig) -> None:
         try:
             task(cfg)
-        except UserError as error:
-            if debugging():
-                raise
-            raise SystemExit(fail(str(error), MISTAKE if isinstance(error, ConfigError) else FAILED)) from error
-        except InstantiationException as error:
-            if debugging():
-                raise
-            raise SystemExit(fail(unbuildable(error), FAILED)) from error
-        except OSError as error:
-            if debugging() or error.filename is None:
-                raise
-            raise SystemExit(fail(unreachable(error), FAILED)) from error
         except KeyboardInterrupt as error:
             raise SystemExit(INTERRUPTED) from error
-        except Exception as error:  # a fault of ours: all of it, and none of Hydra's own lines
+        except Exception as error:
             if debugging():
                 raise
-            traceback.print_exc()
+            sentence = said(error)
+            if sentence is not None:
+                raise SystemExit(fail(sentence, MISTAKE if isinstance(error, ConfigError) else FAILED)) from error
+            traceback.print_exc()  # a fault of ours: all of it, and none of Hydra's own lines
             raise SystemExit(FAILED) from error
 
     return guarded
+
+
+def said(error: Exception) -> str | None:
+    """One sentence about what the user, the data or the machine is to blame for; None for a fault of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if (refused := machine_error(error)) is not None:
+        return str(refused)
+    if isinstance(error, InstantiationException):
+        return unbuildable(error)
+    return unusable(error) if isinstance(error, OSError) else None
 
 
 def unbuildable(error: InstantiationException) -> str:
@@ -98,12 +102,6 @@ def unbuildable(error: InstantiationException) -> str:
         return f"{where}._target_={shown} cannot be imported; give the dotted path of a class that is installed"
     why = one_line(str(cause)) or type(cause).__name__
     return f"{where} cannot be built ({why}); correct its keys, VLMLAB_DEBUG=1 shows the whole traceback"
-
-
-def unreachable(error: OSError) -> str:
-    """The file that could not be made, read or written, and why."""
-    why = (error.strerror or type(error).__name__).lower()
-    return f"{error.filename}: {why}; check the path, its permissions and the space on its disk"
 
 
 def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int:
@@ -131,8 +129,8 @@ def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int
     except Exception as error:
         if debugging():
             raise
-        if isinstance(error, OSError) and error.filename is not None:  # Hydra makes the folder before the task starts
-            return fail(unreachable(error), FAILED)
+        if (told := said(error)) is not None:  # Hydra makes the folder before the task starts
+            return fail(told, FAILED)
         from vlmlab.cli.explain import explain
 
         sentence = explain(error, conf, config_name, sys.argv[1:])

@@ -18,7 +18,8 @@ from vlmlab.cli import rules
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.data import check_same, check_sources
 from vlmlab.cli.entry import ConfigError, guard, one_line, remove_empty, run_command, unbuildable
-from vlmlab.contracts.errors import DataError, OutOfMemory, Unscored, UserError, mistake_within
+from vlmlab.contracts.errors import DataError, MachineError, OutOfMemory, Unscored, UserError, mistake_within
+from vlmlab.contracts.faults import machine_error
 from vlmlab.data.skipped import TooManyBad, note
 from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
 from vlmlab.runs.data import note_changed
@@ -26,7 +27,7 @@ from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.origin import check_origin
 from vlmlab.runs.watchdog import die_with_parent
 
-NO_MISTAKE = (DataError, OutOfMemory, Unscored)
+NO_MISTAKE = (DataError, MachineError, OutOfMemory, Unscored)
 """What the files or the machine are to blame for, and not the command."""
 
 
@@ -54,7 +55,12 @@ def train_command(cfg: DictConfig) -> None:
         return
     _look_at_data(cfg, config, folder)
     with RunFolder(folder) as run:
-        result = run.open(config, list(hydra_cfg.overrides.task), fresh=bool(cfg.fresh))
+        try:
+            result = run.open(config, list(hydra_cfg.overrides.task), fresh=bool(cfg.fresh))
+        except OSError:  # a disk that has not even room for that
+            if not _learnt(folder):
+                _forget(folder)
+            raise
         if result is not None:
             told = _told_apart(run, config, cfg)
             print(f"{folder} is finished{told}; fresh=true trains again\n\n{final_table(result)}")
@@ -106,7 +112,10 @@ def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
     except Exception as error:
         if isinstance(error, Unscored) and error.scores:
             print(f"\n{final_table(run.result() or {})}\n", flush=True)
-        run.end("failed", _said(error))
+        refused = None if isinstance(error, UserError) else machine_error(error, run.path)
+        run.end("failed", _said(refused or error))
+        if refused is not None:
+            raise refused from error
         mistake = isinstance(error, InstantiationException | UserError) and not isinstance(error, NO_MISTAKE)
         if not mistake or isinstance(mistake_within(error), DataError) or _learnt(run.path):
             raise
@@ -150,7 +159,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     except OutOfMemory as error:
         from vlmlab.plan.remedies import remedies
 
-        raise UserError(f"{error}; {remedies(cfg, error)}") from error
+        raise MachineError(f"{error}; {remedies(cfg, error)}") from error
     except Exception as error:
         lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
         if lightning is None or not isinstance(error, lightning.MisconfigurationException):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ from vlmlab.engine.stage import check_objectives
 from vlmlab.engine.stamp import CHECKSUM, RUN, Stamp, check_whole, checksum
 from vlmlab.mask.leak import check_mask
 from vlmlab.recipe.stage import Stage
-from vlmlab.runs.files import share
+from vlmlab.runs.files import replacing, share
 from vlmlab.runs.renamed import with_present_names
 
 FORMAT = 1
@@ -198,11 +197,11 @@ class Trainee:
         facts |= {RUN: asdict(stamp)} if stamp is not None else {}
         facts = json.loads(json.dumps(facts, default=str))
         facts[CHECKSUM] = checksum(facts, tensors)
-        new = path.with_name(f".{path.name}.new")
         # one key only: safetensors writes several in random order
-        save_file(tensors, str(new), metadata={"vlmlab": json.dumps(facts, sort_keys=True, default=str)})
-        share(new)
-        replace_durably(new, path)
+        written = {"vlmlab": json.dumps(facts, sort_keys=True, default=str)}
+        with replacing(path, durable=True) as new:
+            save_file(tensors, str(new), metadata=written)
+            share(new)
 
     def load(self, path: Path, stamp: Stamp | None = None) -> None:
         """Read what ``save`` wrote for this composition and these stages; nothing more and nothing less.
@@ -395,18 +394,6 @@ def build_objectives(stage: Stage) -> dict[str, Objective]:
         raise UserError(f"{where} is empty; give one with _target_, or a mapping of several.")
     check_objectives(stage, objectives)
     return objectives
-
-
-def replace_durably(new: Path, path: Path) -> None:
-    """Move a finished file into its place after it is on the disk."""
-    with new.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(new, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def check_names(path: Path, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.contracts.errors import CheckpointError, DataError, Unscored, UserError
+from vlmlab.contracts.faults import machine_error, no_memory
 from vlmlab.contracts.sample import Sample, SampleSource, references
 from vlmlab.contracts.tensors import Batch
 from vlmlab.data.questions import asked_apart
@@ -90,7 +91,7 @@ def score_each(
             check_finite(found)
             scores.update(found)
         except Exception as error:
-            if not isinstance(error, UserError | InstantiationException):
+            if not isinstance(error, UserError | InstantiationException) and machine_error(error) is None:
                 traceback.print_exc()  # nobody's mistake but the code's
             failed[name] = _sentence(error)
             say(f"{name} could not be scored: {failed[name]}")
@@ -114,9 +115,10 @@ def _sentence(error: Exception) -> str:
     """What went wrong, in one line."""
     while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if no_memory(error):
         return "out of memory; lower evaluation.batch_size"
-    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    known = error if isinstance(error, UserError) else machine_error(error)
+    text = f"{type(error).__name__}: {error}" if known is None else str(known)
     return " ".join(text.split())
 
 

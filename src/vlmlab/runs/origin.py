@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from vlmlab.contracts.errors import CheckpointError, UserError
-from vlmlab.runs.files import read_json, write_json
+from vlmlab.runs.files import read_json, replacing, write_json
 
 KEY = "init_from"
 FILE = "origin.json"
@@ -120,15 +120,11 @@ def drop_origin(folder: Path) -> None:
 
 def put_file(source: Path, target: Path) -> None:
     """Have a file in a second place at once: as a hard link where the disk knows them, otherwise as a copy."""
-    new = target.with_name(f".{target.name}.new")
-    new.unlink(missing_ok=True)
-    try:
-        os.link(source, new)
-    except OSError:
-        shutil.copyfile(source, new)
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
-    os.replace(new, target)
+    with replacing(target, durable=True) as new:
+        try:
+            os.link(source, new)
+        except OSError:
+            shutil.copyfile(source, new)
     new.unlink(missing_ok=True)  # replacing a link by another to the same file does nothing at all
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from torch.optim import Optimizer
 from vlmlab.contracts.errors import CheckpointError
 from vlmlab.engine.shards import gathered
 from vlmlab.engine.stamp import RUN, Stamp, check_archive
-from vlmlab.engine.weights import Trainee, check_names, put, replace_durably
+from vlmlab.engine.weights import Trainee, check_names, put
 from vlmlab.recipe.stage import Stage
+from vlmlab.runs.files import replacing
 
 FORMAT = 1
 """Version of ``last.ckpt``."""
@@ -23,14 +23,11 @@ FORMAT = 1
 
 def save_last(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint at once and durably."""
-    new = path.with_name(f".{path.name}.new")
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with new.open("wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    replace_durably(new, path)
+    # let go of at once: a view that an exception keeps can crash the interpreter when both are collected
+    with replacing(path, durable=True) as new, buffer.getbuffer() as view, new.open("wb") as file:
+        file.write(view)
 
 
 def content_of(

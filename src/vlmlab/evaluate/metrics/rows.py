@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmlab.contracts.errors import DataError
+from vlmlab.runs.files import replacing
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,8 @@ def read_rows(path: Path) -> list[Row]:
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write a predictions file as a whole: a reader sees the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as lines:
+    with replacing(path) as new, new.open("w", encoding="utf-8") as lines:
         lines.writelines(row.to_json() + "\n" for row in rows)
-    os.replace(part, path)
 
 
 def _text(raw: dict[str, Any], key: str, where: str) -> str:
