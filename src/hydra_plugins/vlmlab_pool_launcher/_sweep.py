@@ -74,12 +74,12 @@ def run_sweep(
     sweep = Path(str(config.hydra.sweep.dir))
     jobs = plan(config, loader, job_overrides, first, sweep)
     cells = [cell for index, cell in enumerate(jobs) if all(cell is not before for before in jobs[:index])]
-    look_ahead(cells)
+    left = [cell for cell in cells if not cell.settle_finished()]
+    look_ahead(left)
     places = make_slots(cells, slots)
     sweep.mkdir(parents=True, exist_ok=True)
-    for cell in cells:
-        if not cell.settle_finished():
-            cell.announce()
+    for cell in left:
+        cell.announce()
     _say_told(cells)
     print(f"sweep {sweep}: {len(cells)} cells, {len(places)} at a time; each writes <cell>/log.txt", flush=True)
     start = start_command()
@@ -97,7 +97,7 @@ def run_sweep(
 
 
 def look_ahead(cells: Sequence[Cell]) -> None:
-    """Find what is wrong with the data and the first weights of any cell before the first one trains.
+    """Find what is wrong with the data and the first weights of any cell that is left, before the first one trains.
 
     Raises:
         ConfigError: it begins with the cell's name.
@@ -106,11 +106,12 @@ def look_ahead(cells: Sequence[Cell]) -> None:
     for cell in cells:
         config = cell.config or {}
         read = {key: config.get(key) for key in ("data", "recipe", "evaluation", "init_from")}
-        if read in seen or (not cell.fresh and cell.settle_finished()):
+        if read in seen:
             continue
         seen.append(read)
         try:
-            check_origin(cell.folder, config.get("init_from"), fresh=cell.fresh)
+            if not cell.folder.is_dir():  # one that has begun asks for itself
+                check_origin(cell.folder, config.get("init_from"))
             check_sources(cell.cfg)
         except Exception as error:
             if (sentence := said(error)) is None:

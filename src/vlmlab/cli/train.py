@@ -27,8 +27,12 @@ from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.origin import check_origin
 from vlmlab.runs.watchdog import die_with_parent
 
-NO_MISTAKE = (DataError, MachineError, OutOfMemory, Unscored)
-"""What the files or the machine are to blame for, and not the command."""
+OF_THE_MACHINE = (MachineError, OutOfMemory)
+"""What the same command may come through another time, so that the run says how it ended."""
+
+
+BEGINNING = {"config.yaml", "env.json", "state.json", "metrics.jsonl", "lock", "origin.json", "initial.safetensors"}
+"""Files of a run before its first step that nobody misses."""
 
 
 def train_command(cfg: DictConfig) -> None:
@@ -101,7 +105,7 @@ def _look_at_data(cfg: DictConfig, config: Mapping[str, Any], folder: Path) -> N
 
 
 def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
-    """Train, and leave in ``state.json`` how it ended; a composition that cannot be built leaves no new folder.
+    """Train, and leave in ``state.json`` how it ended; one that is refused before its first step leaves no folder.
 
     Raises:
         ConfigError: it cannot be built, which was found before anything was learnt.
@@ -116,10 +120,12 @@ def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
         run.end("failed", _said(refused or error))
         if refused is not None:
             raise refused from error
-        mistake = isinstance(error, InstantiationException | UserError) and not isinstance(error, NO_MISTAKE)
-        if not mistake or isinstance(mistake_within(error), DataError) or _learnt(run.path):
+        known = isinstance(error, InstantiationException | UserError) and not isinstance(error, OF_THE_MACHINE)
+        if not known or _learnt(run.path):
             raise
         _forget(run.path)
+        if any(isinstance(one, DataError | Unscored) for one in (error, mistake_within(error))):
+            raise
         raise ConfigError(_said(error)) from error
     except BaseException:  # a signal; what was learnt is saved
         run.end("interrupted")
@@ -128,15 +134,14 @@ def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
 
 
 def _learnt(folder: Path) -> bool:
-    """Whether a run has come to its first step or further."""
-    rows = folder / "metrics.jsonl"
-    return (rows.is_file() and rows.stat().st_size > 0) or any(folder.glob("stages/*/*"))
+    """Whether a run has come through its first step or further."""
+    return any(row.get("step") for row in RunFolder(folder).metrics()) or any(folder.glob("stages/*/*"))
 
 
 def _forget(folder: Path) -> None:
     """Remove a run folder in which nothing is but how the run began."""
     found = [path for path in folder.rglob("*") if not path.is_dir()]
-    if {path.name for path in found} <= {"config.yaml", "env.json", "state.json", "metrics.jsonl", "lock"}:
+    if {path.name for path in found} <= BEGINNING:
         for path in found:
             path.unlink()
         for place in sorted(folder.rglob("*"), reverse=True):
