@@ -315,7 +315,7 @@ def mixed_in(stage: Stage, cfg: DictConfig) -> Path | None:
     if stage.mix is None:
         return None
     run, name, key = Path(stage.mix["run"]).expanduser(), stage.mix["stage"], stage.key("mix")
-    files = sorted((run / "stages").glob("*/model.safetensors"))
+    files = sorted(file for file in (run / "stages").glob("*/model.safetensors") if file.is_file())
     path = next((file for file in files if file.parent.name.partition("_")[2] == name), None)
     if path is None:
         there = ", ".join(file.parent.name.partition("_")[2] for file in files) or "none"

@@ -113,8 +113,8 @@ def write_json(path: Path, value: Any, durable: bool = False) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is no such file or it holds no object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

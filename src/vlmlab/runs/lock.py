@@ -61,7 +61,8 @@ class FolderLock:
     def holder(self) -> str:
         """Who took the lock last, in words."""
         try:
-            return self.path.read_text(encoding="utf-8").strip() or "another process"
+            said = self.path.read_text(encoding="utf-8").strip() if self.path.is_file() else ""
+            return said or "another process"
         except OSError:
             return "another process"
 
@@ -76,7 +77,7 @@ def _forget(reference: weakref.ref[FolderLock]) -> None:
 def is_locked(folder: Path) -> bool:
     """Whether a live process holds the folder's lock."""
     try:
-        descriptor = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # should it be a pipe
     except OSError:
         return False
     try:

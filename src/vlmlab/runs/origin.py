@@ -36,7 +36,7 @@ def find_origin(value: str) -> Path:
     run, stage = (given, None) if (given / "config.yaml").is_file() else (given.parent, given.name)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{KEY}={value} is no run folder and no stage of one; give the folder that training printed.")
-    files = {file.parent.name.partition("_")[2]: file for file in sorted((run / "stages").glob(f"*/{WEIGHTS}"))}
+    files = {file.parent.name.partition("_")[2]: file for file in _weights_of(run)}
     there = ", ".join(files) or "none"
     name = _last_stage(run) if stage is None else stage
     if name not in files:
@@ -45,6 +45,10 @@ def find_origin(value: str) -> Path:
             f"{KEY}={run}/<stage>, or finish that run first."
         )
     return files[name]
+
+
+def _weights_of(run: Path) -> list[Path]:
+    return sorted(file for file in (run / "stages").glob(f"*/{WEIGHTS}") if file.is_file())
 
 
 def check_origin(folder: Path, value: str | None, fresh: bool = False) -> None:
