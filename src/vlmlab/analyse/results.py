@@ -161,10 +161,10 @@ def _unscored(failed: Any) -> str:
 def _overrides(folder: Path, result: dict[str, Any]) -> list[str]:
     """Overrides of a cell from whichever of its files has them."""
     for read in (
-        lambda: yaml.safe_load((folder / "overrides.json").read_text(encoding="utf-8")),
+        lambda: _yaml(folder / "overrides.json"),
         lambda: result["overrides"],
         lambda: RunFolder(folder).env()["overrides"],
-        lambda: yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")),
+        lambda: _yaml(folder / ".hydra" / "overrides.yaml"),
     ):
         try:
             found = read()
@@ -173,6 +173,10 @@ def _overrides(folder: Path, result: dict[str, Any]) -> list[str]:
         if isinstance(found, list):
             return [str(item) for item in found]
     return []
+
+
+def _yaml(file: Path) -> Any:
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _stale(folder: Path) -> bool:

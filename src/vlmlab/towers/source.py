@@ -68,7 +68,7 @@ def resolve(path: str, key: str, weights: bool = True) -> Path:
 
 def _safe(folder: Path, path: str, key: str) -> Path:
     """The folder, if its weights are safetensors: others are pickles, and are never loaded."""
-    if not any(folder.glob("*.safetensors")):
+    if not any(file.is_file() for file in folder.glob("*.safetensors")):
         remedy = "load it once in transformers, save_pretrained(folder), and give that folder"
         raise UserError(f"{key}={path} has no weights in safetensors; {remedy}.")
     return folder
@@ -99,7 +99,7 @@ def save_tower(model: PreTrainedModel, folder: Path) -> None:
 def tower_hash(folder: Path) -> str:
     """sha256 over the safetensors files of a tower, in the order of their names."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(file for file in folder.glob("*.safetensors") if file.is_file()):
         with path.open("rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
