@@ -14,8 +14,9 @@ from vlmlab.runs import names as names  # registers the resolvers
 CONF = Path(__file__).resolve().parents[1] / "conf"
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("hydra",))
 MANDATORY = {"path": "x", "images": "y"}
-INSIDE = ("memory_mask",)
-"""Groups that no run has at the top: another choice's file takes one into its keys (``/memory_mask@sees: before``)."""
+ADDED = ("memory_mask", "experiment")
+"""Groups that no run has unless they are added: another choice's file takes one into its keys
+(``/memory_mask@sees: before``), or the command line does (``+experiment=...``)."""
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -32,14 +33,24 @@ def test_the_groups_are_those_of_the_design() -> None:
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes_and_is_commented(group: str, choice: str) -> None:
-    cfg = composed(f"{'+' if group in INSIDE else ''}{group}={choice}")
-    node = cfg.recipe if group == "preset" else OmegaConf.select(cfg, group)  # a preset only sets other groups
+    cfg = composed(f"{'+' if group in ADDED else ''}{group}={choice}")
+    node = cfg.recipe if group in ("preset", "experiment") else OmegaConf.select(cfg, group)  # these set other groups
     assert node is not None
     for key, value in MANDATORY.items():
         if OmegaConf.is_config(node) and OmegaConf.is_missing(node, key):
             OmegaConf.update(cfg, f"{group}.{key}", value)
     resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     assert resolved or choice in ("none",)
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("cell/*/*.yaml")), ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_every_cell_of_an_experiment_composes(file: Path) -> None:
+    """Cells that no single key names; the experiment of the folder's name sweeps over all of them."""
+    experiment = file.parent.name
+    cfg = composed(f"+experiment={experiment}", f"+cell/{experiment}={file.stem}")
+    OmegaConf.to_container(cfg.recipe, resolve=True, throw_on_missing=True)
+    swept = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml").hydra.sweeper.params[f"+cell/{experiment}"]
+    assert file.stem in swept.split(",") and file.read_text().splitlines()[1].startswith("# ")
 
 
 @pytest.mark.parametrize("group", ["fusion", "adapter", "cache", "logger", "debug", "preset"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from fake_app import call, lay_down, start, trained
 from hydra_plugins.vlmlab_pool_launcher import _slots
 from hydra_plugins.vlmlab_pool_launcher._cells import Cell, as_printed
 from hydra_plugins.vlmlab_pool_launcher._slots import make_slots, visible_gpus
+from vlmlab.analyse.results import read_run
 from vlmlab.contracts.errors import UserError
+from vlmlab.runs.cells_csv import CellsCsv, read_cells
 from vlmlab.runs.folder import RunFolder
 
 SWEEP = ("-m", "name=s", "x=1,2", "y=1,2", "seed=0")
@@ -65,6 +69,32 @@ def test_failed_cells_leave_the_others_and_are_the_only_ones_run_again(tmp_path:
 
     code, out, _ = call(script, "x=2", "y=1", "seed=0", f"hydra.run.dir={sweep / CELLS[2]}")
     assert code == 0 and "is finished" in out and counts(sweep) == [1, 1, 3, 1]  # the launcher's hash is the run's
+
+
+def test_a_recorded_cell_is_not_trained_again_on_another_machine(tmp_path: Path) -> None:
+    script, sweep, record = lay_down(tmp_path), tmp_path / "sweeps" / "s", tmp_path / "cells.csv"
+    words = ("-m", "name=s", "x=1", "y=1,2", "seed=0,1", f"hydra.launcher.record={record}")
+    assert call(script, *words)[0] == 0
+    before = {path.name: read_run(path).metrics for path in sweep.glob("y-*")}
+    record.write_text("".join(line for line in record.open() if not line.startswith("y-2_seed-1")))
+    shutil.rmtree(sweep)
+    code, out, _ = call(script, *words)
+    assert code == 0 and "3 finished cells (y-1_seed-0, y-1_seed-1, y-2_seed-0): recorded\n" in out
+    assert {name: trained(sweep / name) for name in before} == dict.fromkeys(before, 0) | {"y-2_seed-1": 1}
+    assert {path.name: read_run(path).metrics for path in sweep.glob("y-*")} == before
+    assert [row["cell"] for row in read_cells(record)] == sorted(before)
+
+
+def test_fresh_trains_a_recorded_cell(tmp_path: Path) -> None:
+    config = {"seed": 0}
+    with RunFolder(tmp_path / "old") as run:
+        run.open(config)
+        run.finish({"a/vqa_accuracy": 0.5}, {})
+    record = CellsCsv(tmp_path / "cells.csv")
+    record.add([tmp_path / "old"])
+    one = replace(cell(), folder=tmp_path / "new", config=config)
+    assert not replace(one, fresh=True).settle_recorded(record)
+    assert one.settle_recorded(record) and one.state == "done"
 
 
 def test_a_killed_launcher_leaves_no_orphan_and_nothing_is_trained_twice(tmp_path: Path) -> None:

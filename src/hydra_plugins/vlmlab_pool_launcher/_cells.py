@@ -22,6 +22,7 @@ from vlmlab.cli import rules
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.faults import machine_error, unusable
 from vlmlab.contracts.stops import STOPS
+from vlmlab.runs.cells_csv import CellsCsv
 from vlmlab.runs.data import note_changed
 from vlmlab.runs.files import write_json
 from vlmlab.runs.folder import RunFolder
@@ -105,6 +106,20 @@ class Cell:
         told = ["made by other code"] if self.run.by_other_code() else []
         told += [data] if (data := note_changed(self.run, OmegaConf.create(self.config))) else []
         self.state, self.note = "done", "; ".join(told) or FINISHED
+        return True
+
+    def settle_recorded(self, record: CellsCsv | None) -> bool:
+        """Whether the sweep's record has this very cell; then its result is in its folder and the cell is done."""
+        if self.fresh or self.config is None or record is None:
+            return False
+        try:
+            note = record.restore(self.folder, self.config, self.overrides)
+        except OSError:  # its beginning says so
+            return False
+        if not note:
+            return False
+        self.state, self.note = "done", note
+        self.announce()
         return True
 
     def settle_ended(self, code: int, stopping: bool) -> None:

@@ -22,6 +22,7 @@ from vlmlab.cli.data import check_sources
 from vlmlab.cli.entry import FAILED, ConfigError, fail, said
 from vlmlab.cli.rules.values import given_twice
 from vlmlab.contracts.errors import UserError
+from vlmlab.runs.cells_csv import CellsCsv
 from vlmlab.runs.names import override_key
 from vlmlab.runs.origin import check_origin
 
@@ -59,6 +60,7 @@ def run_sweep(
     first: int,
     slots: int | None,
     timeout: float | None,
+    record: CellsCsv | None = None,
 ) -> list[CellReturn]:
     """Run what is not finished, write and print the table whatever happened.
 
@@ -69,6 +71,7 @@ def run_sweep(
         first: number of the first cell.
         slots: ``hydra.launcher.slots``.
         timeout: ``hydra.launcher.timeout``.
+        record: finished cells of other folders and machines, which are not trained again.
     """
     refuse_at_once(config, job_overrides)
     sweep = Path(str(config.hydra.sweep.dir))
@@ -79,7 +82,8 @@ def run_sweep(
     places = make_slots(cells, slots)
     sweep.mkdir(parents=True, exist_ok=True)
     for cell in left:
-        cell.announce()
+        if not cell.settle_recorded(record):
+            cell.announce()
     _say_told(cells)
     print(f"sweep {sweep}: {len(cells)} cells, {len(places)} at a time; each writes <cell>/log.txt", flush=True)
     start = start_command()
@@ -90,6 +94,8 @@ def run_sweep(
     for cell in cells:
         if cell.missing():
             show(cells)
+    if record is not None:
+        record.add(cell.folder for cell in cells if cell.state == "done")
     table = _table(sweep, cells)
     if pool.signals:
         raise KeyboardInterrupt

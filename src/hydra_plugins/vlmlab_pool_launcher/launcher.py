@@ -5,6 +5,7 @@ Hydra runs this file without entering it into ``sys.modules``: a dataclass here 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -22,11 +23,13 @@ class PoolLauncherConf:
     Attributes:
         slots: cells (devices, where a cell asks for several) at a time; None: one per visible GPU, or per 2 cores.
         timeout: seconds after which a cell is stopped; None: never.
+        record: a CSV with a row a finished cell, made where it is not there; a cell with a row is not trained again.
     """
 
     _target_: str = "hydra_plugins.vlmlab_pool_launcher.launcher.PoolLauncher"
     slots: int | None = None
     timeout: float | None = None
+    record: str | None = None
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="pool", node=PoolLauncherConf, provider="vlmlab")
@@ -35,9 +38,10 @@ ConfigStore.instance().store(group="hydra/launcher", name="pool", node=PoolLaunc
 class PoolLauncher(Launcher):
     """Runs every cell of a sweep as its own process, whatever happens to the others, and writes the table."""
 
-    def __init__(self, slots: int | None = None, timeout: float | None = None) -> None:
+    def __init__(self, slots: int | None = None, timeout: float | None = None, record: str | None = None) -> None:
         self.slots = slots
         self.timeout = timeout
+        self.record = record
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
 
@@ -51,11 +55,13 @@ class PoolLauncher(Launcher):
         """Run the cells that are not finished, print the table, report every cell to the sweeper.
 
         Raises:
-            UserError: the slots cannot hold a cell.
+            UserError: the slots cannot hold a cell, or the record cannot be read.
             KeyboardInterrupt: a signal stopped the sweep; cells were told and waited for.
         """
         from hydra_plugins.vlmlab_pool_launcher._sweep import run_sweep
+        from vlmlab.runs.cells_csv import CellsCsv
 
         assert self.config is not None and self.hydra_context is not None
-        arguments: dict[str, Any] = {"slots": self.slots, "timeout": self.timeout}
+        record = CellsCsv(Path(self.record).expanduser()) if self.record else None
+        arguments: dict[str, Any] = {"slots": self.slots, "timeout": self.timeout, "record": record}
         return run_sweep(self.config, self.hydra_context.config_loader, job_overrides, initial_job_idx, **arguments)

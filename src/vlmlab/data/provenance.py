@@ -38,7 +38,7 @@ def data_of(config: DictConfig) -> Facts:
         UserError: data that cannot be read.
     """
     trained = (OmegaConf.select(config, "data.train") or {}).values()
-    if not all(isinstance(node, DictConfig) and "_target_" in node for node in trained):
+    if not trained or not all(isinstance(node, DictConfig) and "_target_" in node for node in trained):
         return {}
     asked = [str(name) for name in OmegaConf.select(config, "evaluation.held_out") or []]
     described: Any = OmegaConf.create({key: OmegaConf.to_container(config[key], resolve=True) for key in READ})

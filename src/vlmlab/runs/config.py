@@ -21,6 +21,9 @@ BEFORE: Mapping[str, Any] = {
     "collate.control_tokens": "refuse",
     "image_range": "auto",  # of any source of data, as what follows
     "image_roots": [],
+    "grid": 4,  # of the generated world, as what follows
+    "objects": [1, 5],
+    "kinds": None,
 }
 """Keys that were added later -> what earlier runs did, so that they are still the same run."""
 

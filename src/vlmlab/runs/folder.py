@@ -304,7 +304,11 @@ class RunFolder:
                 there.rename(there.with_name(f"{there.stem}.old-{k}{there.suffix}"))
 
     def finish(
-        self, metrics: Mapping[str, Any], cost: Mapping[str, Any], failed: Mapping[str, str] | None = None
+        self,
+        metrics: Mapping[str, Any],
+        cost: Mapping[str, Any],
+        failed: Mapping[str, str] | None = None,
+        recorded: str = "",
     ) -> dict[str, Any]:
         """Write ``result.json``, the last file of a run, at once and durably; return it.
 
@@ -312,6 +316,7 @@ class RunFolder:
             metrics: every score.
             cost: what the run took.
             failed: benchmarks that could not be scored, and why; the same command tries these again.
+            recorded: the record of cells that this result was taken from, where it was not made here.
 
         Raises:
             UserError: the folder has no configuration, or a number is none.
@@ -329,7 +334,8 @@ class RunFolder:
             "seed": config.get("seed"),
             "metrics": dict(metrics),
             "cost": dict(cost),
-        } | ({"failed": dict(failed)} if failed else {})
+        }
+        result |= ({"failed": dict(failed)} if failed else {}) | ({"recorded": recorded} if recorded else {})
         self.write_state("done")
         write_json(self.path / "result.json", result, durable=True)
         return result

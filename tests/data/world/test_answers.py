@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from vlmlab.data.world.balance import targets
 from vlmlab.data.world.questions import KINDS, dialogue, draw_class, single
-from vlmlab.data.world.scene import HELD_OUT, sample_scene
+from vlmlab.data.world.scene import HELD_OUT, Scale, sample_scene
 from vlmlab.data.world.stream import Stream
 
 WORDS = {
@@ -24,7 +25,7 @@ WORDS = {
     },
 }
 ASKED = {"tone": "color", "form": "shape", "extent": "size", "pattern": "texture"}
-NUMBERS = ["one", "two", "three", "four"]
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 HOPS = {" in the same row as ": "row", " in the same column as ": "column", " nearest to ": "nearest"}
 
 
@@ -166,6 +167,17 @@ def test_answers_of_single_questions(domain, kind):
             assert question.kind == kind
             assert Reader(domain, things(scene)).answer(question.prompt) == question.answer, (scene.id, question)
     assert asked > 50
+
+
+@pytest.mark.parametrize("scale", [Scale(2, 1, 2), Scale(4, 2, 3), Scale(6, 3, 9), Scale(8, 12, 16)])
+def test_answers_at_other_scales(scale):
+    weights = targets(scale)
+    for index in range(100):
+        scene = sample_scene("train", index, scale=scale)
+        reader = Reader("base", things(scene))
+        for question in dialogue(scene, Stream(index), weights=weights):
+            assert reader.answer(question.prompt) == question.answer, (scene.id, question)
+            assert (question.template, question.key) in weights[question.kind] and question.chance < 1
 
 
 def test_the_reader_finds_a_wrong_answer():

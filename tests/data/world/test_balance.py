@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 
 from vlmlab.data.world import sources
-from vlmlab.data.world.balance import TARGETS, WEIGHTS
+from vlmlab.data.world.balance import WEIGHTS, targets
 from vlmlab.data.world.questions import KINDS
+from vlmlab.data.world.scene import STANDARD
 from vlmlab.data.world.sources import WorldQuestions
+
+TARGETS = targets(STANDARD)
 
 
 @pytest.fixture(scope="module")

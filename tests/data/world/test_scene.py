@@ -3,7 +3,8 @@ from collections import Counter
 import pytest
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.data.world.scene import HELD_OUT, SPLITS, sample_scene
+from vlmlab.data.world.render import render
+from vlmlab.data.world.scene import HELD_OUT, SPLITS, STANDARD, Scale, sample_scene, scale_of
 
 
 def _scenes(split: str, count: int = 4000, **address):
@@ -61,6 +62,35 @@ def test_splits_seeds_and_domains_give_other_scenes_and_names():
     assert len({scene.id for scene in scenes}) == len(scenes)
     assert len({(scene.objects, scene.background) for scene in scenes}) == len(scenes)
     assert scenes[0].id == "world-v1/train/3"
+
+
+def test_a_scale_has_its_grid_and_its_objects():
+    scale = scale_of(6, [2, 12])
+    scenes = _scenes("train", 1000, scale=scale)
+    assert set(Counter(len(scene.objects) for scene in scenes)) == set(range(2, 13))
+    places = {(thing.row, thing.col) for scene in scenes for thing in scene.objects}
+    assert len(places) == 36 and scenes[3].id == "world-v1-6x6-2to12/train/3"
+    image = render(scenes[0])
+    assert image.shape == (96, 96, 3)
+    for thing in scenes[0].objects:
+        x0, y0, x1, y1 = thing.box
+        assert thing.col * 16 <= x0 < x1 <= (thing.col + 1) * 16 and thing.row * 16 <= y0 < y1 <= (thing.row + 1) * 16
+        drawn = abs(image[y0:y1, x0:x1].astype(int) - scenes[0].background).max(-1)
+        assert (drawn > 10).mean() > 0.1
+
+
+def test_the_standard_scale_is_what_it_was():
+    assert scale_of(4, (1, 5)) == STANDARD == Scale()
+    assert sample_scene("train", 3, scale=STANDARD) == sample_scene("train", 3)
+
+
+@pytest.mark.parametrize(
+    ("grid", "objects"),
+    [(1, [1, 1]), (9, [1, 5]), (2, [1, 5]), (4, [3, 2]), (4, [0, 3]), (4, [1]), (4, [1, 1]), (8, [1, 17])],
+)
+def test_a_scale_that_cannot_be_is_refused(grid, objects):
+    with pytest.raises(UserError, match=r"within 2 to 8|<= most"):
+        scale_of(grid, objects)
 
 
 def test_unknown_addresses_are_refused_with_the_choices():

@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG
-from vlmlab.data.world import sources
+from vlmlab.data.world import fitting, sources
+from vlmlab.data.world.questions import KINDS
 from vlmlab.data.world.scene import HELD_OUT, sample_scene
 from vlmlab.data.world.sources import (
     LooseCaptions,
@@ -177,6 +179,26 @@ def test_kinds_can_be_chosen():
     assert {turn.kind for turn in turns} == {"existence"}
 
 
+@pytest.mark.parametrize(("grid", "objects"), [(2, [1, 2]), (5, [4, 8])])
+def test_every_kind_is_asked_at_other_scales(grid, objects, monkeypatch):
+    monkeypatch.setattr(sources, "weights_of", lambda scale: fitting.fit(20, 1, scale))  # shares are another test's
+    source = WorldQuestions("test", 70, grid=grid, objects=objects)
+    turns = [source.turns(index)[0] for index in range(70)]
+    assert {turn.kind for turn in turns} == set(KINDS) and all(turn.chance <= 0.5 for turn in turns)
+    assert source[0].images[0].shape == (16 * grid, 16 * grid, 3)
+    instruct = WorldInstruct("train", 10, kinds=["position"], grid=grid, objects=objects, caption_fraction=0)
+    assert {turn.kind for index in range(10) for turn in instruct.turns(index)} == {"position"}
+    assert f"-{grid}x{grid}-" in instruct[0].id
+
+
+def test_a_kind_that_no_scene_offers_is_refused():
+    source = WorldQuestions("test", 1, kinds=["position"], grid=2, objects=[4, 4])
+    assert source[0].turns  # four objects of which one can be singled out
+    full = WorldQuestions("test", 20, kinds=["two_hop"], grid=4, objects=[16, 16])
+    with pytest.raises(UserError, match=r"No scene with grid=4 and objects=\[16, 16\] has a question of kind two_hop"):
+        [full.turns(index) for index in range(20)]
+
+
 def test_the_picture_of_a_question_is_the_scene_it_names():
     from vlmlab.data.world.render import render
 
@@ -214,7 +236,11 @@ def test_interleaved_answers_are_right_and_balanced():
 
 def _config():
     """The configuration, the sources of benchmarks in the place of the benchmarks."""
-    config = yaml.safe_load(CONFIG.read_text())
+    config = OmegaConf.to_container(OmegaConf.create({"data": yaml.safe_load(CONFIG.read_text())}), resolve=True)[
+        "data"
+    ]
+    scale = {key: config.pop(key) for key in ("grid", "objects", "kinds")}
+    assert scale == {"grid": 4, "objects": [1, 5], "kinds": None}
     config["benchmarks"] = {name: keys["source"] for name, keys in config["benchmarks"].items()}
     return config
 

@@ -6,9 +6,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlmlab.data.world.draw import GRID
 from vlmlab.data.world.loose import LooseScene, covering
-from vlmlab.data.world.scene import Object, Scene
+from vlmlab.data.world.scene import STANDARD, Object, Scene
 from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.words import COLOR, NUMBERS, SHAPE, SIZE, TEXTURE, Lexicon, lexicon, phrase, with_article
 
@@ -41,53 +40,56 @@ def cell_words(thing: Object) -> str:
 
 
 def cells_caption(scene: Scene) -> str:
-    """The 16 cells in raster order, four words each: size, colour, texture and shape, or four times ``empty``."""
+    """The cells in raster order, four words each: size, colour, texture and shape, or four times ``empty``."""
     inside = {(thing.row, thing.col): full_phrase(scene, thing) for thing in scene.objects}
-    return "".join(f" {inside.get(divmod(place, GRID), _EMPTY)}" for place in range(GRID * GRID))
+    return "".join(f" {inside.get(divmod(place, scene.scale.grid), _EMPTY)}" for place in range(scene.scale.grid**2))
 
 
 def placed_cells_caption(scene: Scene) -> str:
     """``cells_caption`` with the cell's own name before its four words: ``onetwo large red striped ring``."""
-    return _placed_cells(cells_caption(scene).split())
+    return _placed_cells(cells_caption(scene).split(), scene.scale.grid)
 
 
-def _placed_cells(words: Sequence[str]) -> str:
-    """The names of the 16 cells, each with its four words."""
-    return "".join(f" {' '.join([name, *words[4 * i : 4 * i + 4]])}" for i, name in enumerate(placed_names()))
+def _placed_cells(words: Sequence[str], grid: int) -> str:
+    """The names of the cells, each with its four words."""
+    return "".join(f" {' '.join([name, *words[4 * i : 4 * i + 4]])}" for i, name in enumerate(placed_names(grid)))
 
 
 def loose_caption(scene: LooseScene) -> str:
     """The same for a loose scene: each cell names the shape that covers most of it."""
     known = COLOR | SHAPE | SIZE | TEXTURE
     told = [_EMPTY if kind is None else phrase("base", known, kind) for kind in covering(scene)]
-    return _placed_cells(" ".join(told).split())
+    return _placed_cells(" ".join(told).split(), STANDARD.grid)
 
 
 def compound_caption(scene: Scene) -> str:
-    """The 16 cells in raster order, one word each: ``largeredstripedring`` or ``empty``, each after a blank."""
+    """The cells in raster order, one word each: ``largeredstripedring`` or ``empty``, each after a blank."""
     inside = {(thing.row, thing.col): full_phrase(scene, thing).replace(" ", "") for thing in scene.objects}
-    return "".join(f" {inside.get(divmod(place, GRID), 'empty')}" for place in range(GRID * GRID))
+    return "".join(f" {inside.get(divmod(place, scene.scale.grid), 'empty')}" for place in range(scene.scale.grid**2))
 
 
 def placed_caption(scene: Scene) -> str:
     """Two words an object in raster order, its cell and itself: ``onetwo largeredstripedring``."""
     placed = sorted(scene.objects, key=lambda thing: (thing.row, thing.col))
-    names = placed_names()
+    names = placed_names(scene.scale.grid)
     return "".join(
-        f" {names[thing.row * GRID + thing.col]} {full_phrase(scene, thing).replace(' ', '')}" for thing in placed
+        f" {names[thing.row * scene.scale.grid + thing.col]} {full_phrase(scene, thing).replace(' ', '')}"
+        for thing in placed
     )
 
 
 def fused_caption(scene: Scene) -> str:
-    """The 16 cells in raster order, place and content in one fused word: ``onetwo+largeredstripedring``."""
-    names = placed_names()
+    """The cells in raster order, place and content in one fused word: ``onetwo+largeredstripedring``."""
+    names = placed_names(scene.scale.grid)
     inside = {(thing.row, thing.col): full_phrase(scene, thing).replace(" ", "") for thing in scene.objects}
-    return "".join(f" {name}+{inside.get(divmod(place, GRID), 'empty')}" for place, name in enumerate(names))
+    return "".join(
+        f" {name}+{inside.get(divmod(place, scene.scale.grid), 'empty')}" for place, name in enumerate(names)
+    )
 
 
-def placed_names() -> list[str]:
-    """The names of the 16 cells in raster order: ``onetwo`` is row one, column two."""
-    return [NUMBERS[row + 1] + NUMBERS[column + 1] for row in range(GRID) for column in range(GRID)]
+def placed_names(grid: int = STANDARD.grid) -> list[str]:
+    """The names of the cells in raster order: ``onetwo`` is row one, column two."""
+    return [NUMBERS[row + 1] + NUMBERS[column + 1] for row in range(grid) for column in range(grid)]
 
 
 def fused_words(domain: str = "base") -> list[str]:
@@ -107,9 +109,10 @@ def dense_caption(scene: Scene) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Objects of one colour and shape, which people name together."""
+    """Objects of one colour and shape, which people name together; `last` is the last row and column of their grid."""
 
     members: tuple[Object, ...]
+    last: int
 
     @property
     def salience(self) -> int:
@@ -122,7 +125,7 @@ def _groups(scene: Scene, stream: Stream) -> list[_Group]:
     found: dict[tuple[int, int], list[Object]] = {}
     for thing in scene.objects:
         found.setdefault(thing.pair, []).append(thing)
-    groups = stream.shuffled([_Group(tuple(members)) for members in found.values()])
+    groups = stream.shuffled([_Group(tuple(members), scene.scale.grid - 1) for members in found.values()])
     return sorted(groups, key=lambda group: -group.salience)
 
 
@@ -148,16 +151,16 @@ def _name(words: Lexicon, group: _Group, stream: Stream, article: str = "") -> s
     return " ".join([article or number, *adjectives, words.plurals[first.shape]])
 
 
-def _place(thing: Object, stream: Stream) -> str:
-    """Roughly where an object is."""
+def _place(thing: Object, last: int, stream: Stream) -> str:
+    """Roughly where an object is; `last` is the last row and column."""
     left, right, top, bottom, middle = _PLACES
     fitting = [
         place
         for place, holds in (
             (left, thing.col == 0),
-            (right, thing.col == 3),
+            (right, thing.col == last),
             (top, thing.row == 0),
-            (bottom, thing.row == 3),
+            (bottom, thing.row == last),
         )
         if holds
     ]
@@ -180,7 +183,7 @@ def _counted(words: Lexicon, groups: list[_Group], stream: Stream) -> str:
 
 def _placed(words: Lexicon, groups: list[_Group], stream: Stream) -> str:
     names = [
-        f"{_name(words, group, stream)} {_place(group.members[0], stream)}"
+        f"{_name(words, group, stream)} {_place(group.members[0], group.last, stream)}"
         if len(group.members) == 1 and (position == 0 or stream.chance(0.4))
         else _name(words, group, stream)
         for position, group in enumerate(groups[:2])

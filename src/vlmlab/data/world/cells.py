@@ -8,9 +8,8 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample
 from vlmlab.contracts.values import Count, Seed
 from vlmlab.data.world.captions import cell_words, full_phrase, placed_names
-from vlmlab.data.world.draw import GRID, SIDE
 from vlmlab.data.world.render import render
-from vlmlab.data.world.scene import Object, Scene, Split, check_split, sample_scene
+from vlmlab.data.world.scene import STANDARD, Object, Scene, Split, check_split, sample_scene, scale_of
 
 FORMS = ("sentence", "compound")
 
@@ -25,13 +24,23 @@ class WorldCells:
         split: train, val, test or compositional.
         size: number of scenes.
         seed: another seed gives other scenes.
+        grid, objects: the scenes' scale.
 
     Raises:
-        UserError: for an unknown split or a size below 1.
+        UserError: for an unknown split, a size below 1 or a scale that cannot be.
     """
 
-    def __init__(self, split: Split, size: Count, seed: Seed = 0) -> None:
+    def __init__(
+        self,
+        split: Split,
+        size: Count,
+        seed: Seed = 0,
+        grid: Count = STANDARD.grid,
+        objects: Sequence[Count] = (STANDARD.fewest, STANDARD.most),
+    ) -> None:
         check_split(split)
+        self._scale = scale_of(grid, objects)
+        self.grid, self.objects = grid, tuple(objects)
         if size < 1:
             raise UserError(f"The world cannot have {size} samples; set size to 1 or more.")
         self.split, self.size, self.seed = split, size, seed
@@ -53,20 +62,21 @@ class WorldCells:
     def _scene(self, index: int) -> Scene:
         if not 0 <= index < self.size:
             raise IndexError(f"sample {index} of {self.size}")
-        return sample_scene(self.split, index, self.seed)
+        return sample_scene(self.split, index, self.seed, scale=self._scale)
 
 
 def _told(scene: Scene, form: str, row: int, col: int, rows: int, columns: int) -> str:
     """What covers most of a patch, with the name of its own cell; an empty patch has that of the cell it is in."""
-    box = (col * SIDE / columns, row * SIDE / rows, (col + 1) * SIDE / columns, (row + 1) * SIDE / rows)
+    grid, side = scene.scale.grid, scene.scale.side
+    box = (col * side / columns, row * side / rows, (col + 1) * side / columns, (row + 1) * side / rows)
     area = (box[2] - box[0]) * (box[3] - box[1])
     thing = max(scene.objects, key=lambda other: _overlap(other, box))
     if _overlap(thing, box) < area / 4:
-        middle = (int((row + 0.5) * GRID / rows), int((col + 0.5) * GRID / columns))
-        name = placed_names()[middle[0] * GRID + middle[1]]
+        middle = (int((row + 0.5) * grid / rows), int((col + 0.5) * grid / columns))
+        name = placed_names(grid)[middle[0] * grid + middle[1]]
         return f" {name} empty" if form == "compound" else " empty"
     if form == "compound":
-        return f" {placed_names()[thing.row * GRID + thing.col]} {full_phrase(scene, thing).replace(' ', '')}"
+        return f" {placed_names(grid)[thing.row * grid + thing.col]} {full_phrase(scene, thing).replace(' ', '')}"
     return f" {cell_words(thing)} {full_phrase(scene, thing)}"
 
 

@@ -18,8 +18,8 @@ from annotated_types import MinLen
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Turn
-from vlmlab.data.world.balance import CHANCE, TARGETS, WEIGHTS
-from vlmlab.data.world.scene import COLORS, HELD_OUT, SHAPES, Object, Scene
+from vlmlab.data.world.balance import WEIGHTS, chance, targets
+from vlmlab.data.world.scene import COLORS, HELD_OUT, SHAPES, STANDARD, Object, Scale, Scene
 from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.words import (
     COLOR,
@@ -58,19 +58,22 @@ Weights = Mapping[str, Mapping[Key, float]]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question with its answer; ``template`` and ``key`` name its class (see ``balance``), ``group`` its part."""
+    """One question with its answer.
+
+    Attributes:
+        kind, template, key: its class, see ``balance``.
+        prompt, answer: its words.
+        chance: accuracy in 0..1 of the best answer that does not look.
+        group: its part of the compositional split.
+    """
 
     kind: str
     template: str
     key: str
     prompt: str
     answer: str
+    chance: float
     group: str = ""
-
-    @property
-    def chance(self) -> float:
-        """Accuracy in 0..1 of the best answer that does not look."""
-        return CHANCE[self.kind][self.template]
 
     def turn(self) -> Turn:
         """The question as a turn of a sample."""
@@ -288,7 +291,7 @@ def _two_hop(view: View, stream: Stream) -> Classes:
             bit = BITS[name]
             if view.masks(i, without=bit):
                 out.setdefault((name, "plain"), []).extend((hop, i, j, bit, 0) for hop, j in hops)
-            if (name, "same") in TARGETS["two_hop"] and view.masks(i, including=bit):
+            if (name, "same") in targets(view.scene.scale)["two_hop"] and view.masks(i, including=bit):
                 for hop, j in hops:
                     same = view.attributes[i][position] == view.attributes[j][position]
                     out.setdefault((name, "same" if same else "other"), []).append((hop, i, j, 0, bit))
@@ -375,7 +378,8 @@ def _render(view: View, stream: Stream, kind: str, key: Key, payload: Payload) -
         hop, i, j, without, including = payload
         prompt = _text(view, stream, f"{kind}/{template}/{hop}", ref=the(i, without, including))
         answer = value_word(view.words, template, view.attributes[j][_FIELDS.index(template)])
-    return Question(kind, template, value, prompt, answer, _group(view, told))
+    known = chance(view.scene.scale)[kind][template]
+    return Question(kind, template, value, prompt, answer, known, _group(view, told))
 
 
 def _group(view: View, told: Sequence[tuple[int, Attributes]]) -> str:
@@ -435,7 +439,7 @@ class _Asker:
     def ask(self, kind: str) -> Question | None:
         """A question of this kind that has not been asked, its class chosen by the balancing weights."""
         classes, weights = self.available(kind), self.weights[kind]
-        keys = list(classes)
+        keys = [key for key in classes if key in weights]
         if not keys:
             return None
         for _ in range(4):
@@ -509,7 +513,7 @@ def single(scene: Scene, stream: Stream, kind: str, key: Key, insist: bool) -> Q
     return _render(view, stream, kind, key, stream.choice(focused or payloads))
 
 
-def draw_class(stream: Stream, kind: str) -> Key:
+def draw_class(stream: Stream, kind: str, scale: Scale = STANDARD) -> Key:
     """A class of a kind, drawn by its target share: the answer is chosen before any scene is looked at."""
-    keys = list(TARGETS[kind])
-    return keys[stream.weighted([TARGETS[kind][key] for key in keys])]
+    classes = targets(scale)[kind]
+    return list(classes)[stream.weighted([*classes.values()])]

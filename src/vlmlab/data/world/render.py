@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmlab.contracts.sample import Image
-from vlmlab.data.world.draw import PATCH, SIDE, Bools, coverage
+from vlmlab.data.world.draw import PATCH, Bools, coverage
 from vlmlab.data.world.scene import Scene
 from vlmlab.data.world.stream import noise_bytes
 from vlmlab.data.world.words import lexicon
@@ -42,8 +42,9 @@ def _patch(domain: str, color: int, shape: int, size: int, texture: int) -> tupl
 
 
 def render(scene: Scene) -> Image:
-    """The scene's picture, (64, 64, 3) uint8: a grey background with light noise, and its objects."""
-    noise = np.frombuffer(noise_bytes(SIDE * SIDE, scene.id, scene.seed, "noise"), np.uint8).reshape(SIDE, SIDE, 1)
+    """The scene's picture, (side, side, 3) uint8: a grey background with light noise, and its objects."""
+    side = scene.scale.side
+    noise = np.frombuffer(noise_bytes(side * side, scene.id, scene.seed, "noise"), np.uint8).reshape(side, side, 1)
     grey = (noise % (2 * NOISE + 1)).astype(np.int16) + (scene.background - NOISE)
     canvas = np.repeat(grey, 3, 2)
     for thing in scene.objects:

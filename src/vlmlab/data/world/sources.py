@@ -12,10 +12,11 @@ from vlmlab.contracts.sample import IMAGE_TAG, Sample, Turn
 from vlmlab.contracts.values import Count, Seed, Share
 from vlmlab.data.world.captions import dense_caption, loose_caption, short_captions
 from vlmlab.data.world.contrasts import contrasts
+from vlmlab.data.world.fitting import weights_of
 from vlmlab.data.world.loose import LooseScene, render_loose, sample_loose
 from vlmlab.data.world.questions import Kinds, View, check_kinds, dialogue, draw_class, single
 from vlmlab.data.world.render import render
-from vlmlab.data.world.scene import Scene, Split, check_split, sample_scene, scene_id
+from vlmlab.data.world.scene import STANDARD, Scale, Scene, Split, check_split, sample_scene, scale_of, scene_id
 from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.text import (
     CAPTION_REQUEST,
@@ -98,11 +99,58 @@ class _WorldSource(ABC):
     def _unrendered(self, index: int) -> _Unrendered:
         """The sample of an index within the size."""
 
+    @property
+    def _scale(self) -> Scale:
+        return STANDARD
+
     def _scene(self, index: int) -> Scene:
-        return sample_scene(self.split, index, self.seed, self.domain)
+        return sample_scene(self.split, index, self.seed, self.domain, self._scale)
 
     def _stream(self, index: int, purpose: str) -> Stream:
-        return Stream(scene_id(self.domain, self.split, index, self.seed), self.seed, purpose)
+        return Stream(scene_id(self.domain, self.split, index, self.seed, self._scale), self.seed, purpose)
+
+
+class _ScaledSource(_WorldSource):
+    """A source whose scenes may be of another scale than the shipped towers saw.
+
+    Args:
+        split, size, seed, domain: as for every source of the world.
+        grid: rows, and columns, of the scene, 2 to 8; 16 pixels each.
+        objects: (fewest, most) objects in a scene, at most 16.
+
+    Raises:
+        UserError: as for every source of the world, or a scale that cannot be.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        size: Count,
+        seed: Seed = 0,
+        domain: Domain = "base",
+        grid: Count = STANDARD.grid,
+        objects: Sequence[Count] = (STANDARD.fewest, STANDARD.most),
+    ) -> None:
+        super().__init__(split, size, seed, domain)
+        self.grid = grid
+        self.objects = tuple(objects)
+        self._drawn = scale_of(grid, self.objects)
+
+    @property
+    def _scale(self) -> Scale:
+        return self._drawn
+
+    def _dialogue(self, index: int, kinds: tuple[str, ...]) -> _Unrendered:
+        """A conversation about the index's scene, or about one set aside for it where that offers none of the kinds."""
+        sample, attempt = _dialogue_sample(self._scene(index), kinds), 0
+        while not sample.turns:
+            if attempt == _STRIDE:
+                raise UserError(
+                    f"No scene with grid={self.grid} and objects={[*self.objects]} has a question of kind "
+                    f"{' or '.join(kinds)}; give other kinds, or another range of objects."
+                )
+            sample, attempt = _dialogue_sample(self._scene(index * _STRIDE + attempt), kinds), attempt + 1
+        return sample
 
 
 def _caption_sample(scene: Scene, style: str) -> _Unrendered:
@@ -112,24 +160,34 @@ def _caption_sample(scene: Scene, style: str) -> _Unrendered:
 
 def _dialogue_sample(scene: Scene, kinds: tuple[str, ...]) -> _Unrendered:
     stream = Stream(scene.id, scene.seed, "dialogue", *kinds)
-    turns = tuple(question.turn() for question in dialogue(scene, stream, kinds))
+    turns = tuple(question.turn() for question in dialogue(scene, stream, kinds, weights_of(scene.scale)))
     return _Unrendered(f"{scene.id}/dialogue", (scene,), turns)
 
 
-class WorldCaptions(_WorldSource):
+class WorldCaptions(_ScaledSource):
     """One image and a request for a caption.
 
     Args:
         style: ``short`` (the answer is one of five references), ``dense`` (the re-caption), ``mixed`` (either),
             ``cells`` (four words a cell) or ``placed_cells`` (its place too: what the vision tower learns to name).
         split, size, seed, domain: as for every source of the world.
+        grid, objects: the scenes' scale.
 
     Raises:
-        UserError: for an unknown style, split or domain, or a size below 1.
+        UserError: for an unknown style, split or domain, a size below 1 or a scale that cannot be.
     """
 
-    def __init__(self, style: Style, split: Split, size: Count, seed: Seed = 0, domain: Domain = "base") -> None:
-        super().__init__(split, size, seed, domain)
+    def __init__(
+        self,
+        style: Style,
+        split: Split,
+        size: Count,
+        seed: Seed = 0,
+        domain: Domain = "base",
+        grid: Count = STANDARD.grid,
+        objects: Sequence[Count] = (STANDARD.fewest, STANDARD.most),
+    ) -> None:
+        super().__init__(split, size, seed, domain, grid, objects)
         if style not in STYLES:
             raise UserError(f"The world has no caption style {style!r}; set style to one of: {', '.join(STYLES)}.")
         self.style = style
@@ -177,7 +235,7 @@ def _told(scene: LooseScene) -> tuple[Turn, ...]:
     return (Turn(PLACED_CELLS_PROMPT, loose_caption(scene), "cells_caption"),)
 
 
-class WorldQuestions(_WorldSource):
+class WorldQuestions(_ScaledSource):
     """Questions about an image.
 
     With ``multi_turn`` a sample is six to eight questions about one scene. Without it a sample is one question; kinds
@@ -187,9 +245,10 @@ class WorldQuestions(_WorldSource):
         split, size, seed, domain: as for every source of the world.
         multi_turn: several questions a sample, for training; False for benchmarks.
         kinds: the kinds of question, all for None.
+        grid, objects: the scenes' scale.
 
     Raises:
-        UserError: for an unknown split, domain or kind, or a size below 1.
+        UserError: for an unknown split, domain or kind, a size below 1 or a scale that cannot be.
     """
 
     def __init__(
@@ -200,57 +259,66 @@ class WorldQuestions(_WorldSource):
         domain: Domain = "base",
         multi_turn: bool = False,
         kinds: Kinds | None = None,
+        grid: Count = STANDARD.grid,
+        objects: Sequence[Count] = (STANDARD.fewest, STANDARD.most),
     ) -> None:
-        super().__init__(split, size, seed, domain)
+        super().__init__(split, size, seed, domain, grid, objects)
         self.multi_turn = multi_turn
         self.kinds = check_kinds(kinds)
 
     def _unrendered(self, index: int) -> _Unrendered:
-        return self._several(index) if self.multi_turn else self._single(index)
-
-    def _several(self, index: int) -> _Unrendered:
-        sample, attempt = _dialogue_sample(self._scene(index), self.kinds), 0
-        while not sample.turns:  # few kinds, and a scene that offers none of them
-            sample, attempt = _dialogue_sample(self._scene(index * _STRIDE + attempt), self.kinds), attempt + 1
-        return sample
+        return self._dialogue(index, self.kinds) if self.multi_turn else self._single(index)
 
     def _single(self, index: int) -> _Unrendered:
         kind = self.kinds[index % len(self.kinds)]
         stream = self._stream(index, f"single/{kind}")
-        key = draw_class(stream, kind)
-        attempt = 0
-        while True:
+        key = draw_class(stream, kind, self._scale)
+        for attempt in range(_STRIDE):
             scene = self._scene(index * _STRIDE + attempt)
             question = single(scene, stream, kind, key, insist=attempt < _INSIST)
             if question:
                 return _Unrendered(f"{scene.id}/{index}", (scene,), (question.turn(),))
-            attempt += 1
+        raise UserError(
+            f"No scene with grid={self.grid} and objects={[*self.objects]} has a question of kind {kind} "
+            f"({key[0]}: {key[1]}); leave the kind out of kinds, or give another range of objects."
+        )
 
 
-class WorldInstruct(_WorldSource):
+class WorldInstruct(_ScaledSource):
     """Instruction tuning: conversations of six to eight questions, mixed with requests for captions of both styles.
 
     Args:
         split, size, seed, domain: as for every source of the world.
         caption_fraction: share of caption samples, half of them short, in 0..1.
+        kinds: kinds of question asked; all of them for None.
+        grid, objects: the scenes' scale.
 
     Raises:
-        UserError: for an unknown split or domain, a size below 1 or a fraction outside 0..1.
+        UserError: for an unknown split, domain or kind, a size below 1, a fraction outside 0..1 or an impossible
+            scale.
     """
 
     def __init__(
-        self, split: Split, size: Count, seed: Seed = 0, domain: Domain = "base", caption_fraction: Share = 0.15
+        self,
+        split: Split,
+        size: Count,
+        seed: Seed = 0,
+        domain: Domain = "base",
+        caption_fraction: Share = 0.15,
+        kinds: Kinds | None = None,
+        grid: Count = STANDARD.grid,
+        objects: Sequence[Count] = (STANDARD.fewest, STANDARD.most),
     ) -> None:
-        super().__init__(split, size, seed, domain)
+        super().__init__(split, size, seed, domain, grid, objects)
         _check_share(caption_fraction)
         self.caption_fraction = caption_fraction
-        self.kinds = check_kinds(None)
+        self.kinds = check_kinds(kinds)
 
     def _unrendered(self, index: int) -> _Unrendered:
         stream = self._stream(index, "instruct")
         if stream.chance(self.caption_fraction):
             return _caption_sample(self._scene(index), stream.choice(STYLES[:2]))
-        return _dialogue_sample(self._scene(index), self.kinds)
+        return self._dialogue(index, self.kinds)
 
 
 class WorldInterleaved(_WorldSource):

@@ -9,7 +9,8 @@ from typing import Literal, get_args
 
 from vlmlab.contracts.errors import UserError
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five")
+_TO_TEN = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = (*_TO_TEN, "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen")
 DIRECTIONS = ("left", "right", "above", "below")
 RGB = tuple[int, int, int]
 
