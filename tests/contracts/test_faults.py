@@ -35,7 +35,7 @@ SAID: list[tuple[BaseException, str]] = [
     (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "out of memory; free some"),
     (RuntimeError("can't start new thread"), "no further process or thread can be started here"),
     (RuntimeError(WORKER), "a data worker was killed by signal: Killed, as where memory is short; free some, or lower"),
-    (RuntimeError("DataLoader worker (pid(s) 3, 4) exited unexpectedly"), "a data worker exited unexpectedly, as where"),
+    (RuntimeError("DataLoader worker (pid(s) 3, 4) exited unexpectedly"), "a data worker exited unexpectedly"),
     (RuntimeError(GLOO), "another rank of this run has ended, killed or out of memory; see what it said"),
 ]  # fmt: skip
 

@@ -198,7 +198,7 @@ def plan(
 
 
 def as_printed(words: Iterable[str]) -> set[str]:
-    """The words that are no sweeps as Hydra's sweeper prints them: ``x=False`` as ``x=false``, ``1e-3`` as ``0.001``."""
+    """The words that are no sweeps as Hydra's sweeper prints them: ``1e-3`` as ``0.001``, ``[1, 2]`` as ``[1,2]``."""
     parsed = OverridesParser.create().parse_overrides(list(words))
     return {f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in parsed if not o.is_sweep_override()}
 

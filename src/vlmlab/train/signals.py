@@ -1,4 +1,4 @@
-"""Signals that end a run: during training they wait for the end of the step and for a checkpoint. Never imports torch."""
+"""Signals that end a run; during training they wait for the end of the step and for a checkpoint. Free of torch."""
 
 from __future__ import annotations
 
