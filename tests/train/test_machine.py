@@ -53,7 +53,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("size", "every", "file", "step"),
     [
         (9_000, 0, "stages/0_align/last.ckpt", 1),
-        (1_200, 1000, "metrics.jsonl", 6),
+        (2_000, 1000, "metrics.jsonl", 2),
         (4_000, 1000, "stages/1_tune/model.safetensors", 5),
     ],
     ids=["checkpoint", "metrics", "weights"],
