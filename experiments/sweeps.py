@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 from vlmlab.analyse.stats import Interval  # noqa: E402
+from vlmlab.analyse.text import markdown_table as markdown  # noqa: E402, F401
 from vlmlab.cli.entry import INTERRUPTED  # noqa: E402
 
 
@@ -79,12 +80,6 @@ def _cpu_seconds() -> float:
     """Processor time of all processes that this one started and that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
-
-
-def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    head, *lines = ["| " + " | ".join(cells) + " |" for cells in (titles, *rows)]
-    return [head, "|" + "---|" * len(titles), *lines]
 
 
 def number(value: float | Interval | None, digits: int = 1) -> str:

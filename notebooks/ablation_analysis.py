@@ -91,8 +91,8 @@ plt.show()
 # %% [markdown]
 # ## Differences, paired by seed
 #
-# Against the first row. Below eight common seeds nothing is called a difference: the interval is printed, and no
-# verdict.
+# Against the first row. Below six common seeds nothing is called a difference: the interval is printed, and no
+# verdict. `vlmlab compare` takes any baseline, corrects for several comparisons, and covers other questions too.
 
 # %%
 lines = []

@@ -27,6 +27,8 @@ from vlmlab.encoder.tower import TowerEncoder
 from vlmlab.model.vlm import VLM
 from vlmlab.runs.files import is_free, share
 from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.trust import building, saved_config
+from vlmlab.runs.withheld import stored
 from vlmlab.towers.source import save_tower
 
 PROCESSORS: dict[type[nn.Module], str] = {
@@ -37,25 +39,29 @@ PROCESSORS: dict[type[nn.Module], str] = {
 """The image processor that goes with a family of towers."""
 
 
-def export(run: str | Path, folder: str | Path) -> dict[str, Path]:
+def export(run: str | Path, folder: str | Path, trust: bool = False) -> dict[str, Path]:
     """Write what a finished run has trained in the forms of other libraries.
 
     Args:
         run: the run folder.
         folder: a new or empty one.
+        trust: as for ``vlmlab.load``.
 
     Returns:
         What was written: "lm", "encoder", "connector", "fusion" and "adapter", as far as the run has them.
 
     Raises:
         CheckpointError: the run is not finished, or its files do not fit.
-        UserError: there is no such run, or the folder has files in it.
+        UserError: there is no such run, the folder has files in it, or the run's configuration names a class from
+            outside vlmlab without `trust`.
     """
     from vlmlab.engine.restore import load_trained
 
-    cfg = OmegaConf.create(RunFolder(Path(run)).finished())
+    RunFolder(Path(run)).finished()
+    cfg = saved_config(Path(run), trust)
     _check_empty(Path(folder))
-    model = load_trained(cfg, Path(run))
+    with building(Path(run)):
+        model = load_trained(cfg, Path(run))
     assert isinstance(model, VLM)
     return export_model(model, cfg, Path(folder))
 
@@ -87,7 +93,7 @@ def export_model(model: VLM, cfg: DictConfig, folder: Path) -> dict[str, Path]:
     for part, tensors in beside.items():
         if tensors:
             written[part] = _save_tensors(tensors, folder / f"{part}.safetensors")
-    OmegaConf.save(cfg, folder / "config.yaml")
+    OmegaConf.save(OmegaConf.create(stored(cfg)), folder / "config.yaml")
     return written
 
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image as Pillow
 from transformers import GenerationConfig
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import UserError, listed, reason
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
 from vlmlab.data.images import load_image
 from vlmlab.data.pixels import from_pillow, value_range
@@ -28,6 +28,7 @@ from vlmlab.engine.restore import load_trained
 from vlmlab.model.build import build_collator
 from vlmlab.model.vlm import VLM
 from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.trust import building, saved_config
 
 Picture: TypeAlias = "str | Path | Pillow.Image | Image"
 """A file, a Pillow image, or (H, W, 3) uint8."""
@@ -59,7 +60,9 @@ KEPT_WHOLE = (None, "dynamic", "static")
 ABSENT = object()
 
 
-def load(run: str | Path, overrides: Mapping[str, Any] | None = None, device: str = "auto") -> LoadedModel:
+def load(
+    run: str | Path, overrides: Mapping[str, Any] | None = None, device: str = "auto", trust: bool = False
+) -> LoadedModel:
     """The trained model of a run, after its last stage, in evaluation mode.
 
     The run's folder may have been moved. Towers that were given by a path are read from there again and must have the
@@ -69,22 +72,26 @@ def load(run: str | Path, overrides: Mapping[str, Any] | None = None, device: st
         run: the folder that training printed.
         overrides: keys of the run's configuration with other values.
         device: "auto", "cpu", "cuda" or "cuda:1".
+        trust: also make classes from outside vlmlab that the run's configuration names, and print which. That is code
+            of whoever made the folder.
 
     Raises:
-        UserError: no folder of a run, a key that the run does not have, or a device that is not there.
+        UserError: no folder of a run, a key that the run does not have, a device that is not there, or a class from
+            outside vlmlab without `trust`.
         CheckpointError: the run is not finished, or its weights do not fit its towers.
     """
     folder = RunFolder(Path(run).expanduser())
-    cfg = OmegaConf.create(folder.finished())
+    folder.finished()
+    cfg = saved_config(folder.path, trust)
     for key, value in (overrides or {}).items():
         if OmegaConf.select(cfg, key, default=ABSENT) is ABSENT:
             raise UserError(f"{key} is no key of {folder.path}; its config.yaml has them all.")
         OmegaConf.update(cfg, key, value)
     target = _device(device)
-    with _same_random_numbers():
+    with _same_random_numbers(), building(folder.path):
         model = load_trained(cfg, folder.path)
-    assert isinstance(model, VLM)
-    return LoadedModel(model.to(target), cfg)
+        assert isinstance(model, VLM)
+        return LoadedModel(model.to(target), cfg)
 
 
 class LoadedModel:
@@ -150,9 +157,9 @@ class LoadedModel:
         except Exception as error:
             if not options:
                 raise
-            why = " ".join(str(error).split())[:150] or type(error).__name__
             raise UserError(
-                f"{', '.join(options)[:80]}: transformers' generate does not take that ({why}); give another value."
+                f"{listed(options, 80)}: transformers' generate does not take that ({reason(error)}); give another "
+                "value."
             ) from error
 
     def __repr__(self) -> str:
@@ -181,8 +188,9 @@ def _image(given: Any, values: Any = None) -> Image:
         try:
             return from_pillow(given, value_range(values))
         except Exception as error:  # decoders of damaged files raise nearly anything
-            why = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"the image of mode {given.mode} cannot be read ({why}); convert it to RGB.") from None
+            raise UserError(
+                f"the image of mode {given.mode} cannot be read ({reason(error)}); convert it to RGB."
+            ) from None
     if isinstance(given, np.ndarray):
         if given.dtype == np.uint8 and given.ndim == 3 and given.shape[2] == 3 and given.size:
             return given

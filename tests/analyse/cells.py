@@ -47,6 +47,23 @@ def write_cell(sweep: Path, *overrides: str, **files: Any) -> Path:
     return folder
 
 
+def write_answers(folder: Path, right: list[bool], each: int = 2, benchmark: str = "quiz") -> None:
+    """Predictions of a run to yes-or-no questions, `each` of an image, and the configuration that scores them."""
+    target = "vlmlab.evaluate.metrics.vqa.VqaAccuracy"
+    config = {"data": {"benchmarks": {benchmark: {"metrics": [{"_target_": target}]}}}}
+    (folder / "config.yaml").write_text(json.dumps(config))
+    rows = [
+        {
+            "benchmark": benchmark, "id": f"q{i}", "turn": 0, "kind": ("count", "colour")[i % 2], "prompt": "?",
+            "prediction": "yes" if right[i] else "no", "references": ["yes"], "image_ids": [f"image{i // each}"],
+            "group": "new" if i < 6 else "",
+        }
+        for i in range(len(right))
+    ]  # fmt: skip
+    (folder / "predictions").mkdir()
+    (folder / "predictions" / f"{benchmark}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def result(accuracy: float, cider: float = 0.8) -> dict[str, Any]:
     """Contents of ``result.json``."""
     cost = {"seconds": 12.5, "params": 1_500_000, "visual_tokens": 16}

@@ -9,8 +9,9 @@ from types import ModuleType
 import pytest
 
 from vlmlab.analyse import figure
+from vlmlab.analyse.combination import combinations, short_names, swept_keys
 from vlmlab.analyse.results import read_sweep
-from vlmlab.analyse.sweep import combinations, main_metrics, short_names, swept_keys, write_table
+from vlmlab.analyse.sweep import main_metrics, write_table
 
 
 @pytest.fixture
@@ -155,8 +156,35 @@ def test_differences_are_paired_by_seed(tmp_path: Path, cells: ModuleType) -> No
         cells.write_cell(tmp_path, "mask=causal", f"seed={seed}", result=cells.result(accuracy))
     text = write_table(tmp_path)
     assert "quiz/vqa_accuracy, difference to bidir, paired by seed" in text
-    row = next(line for line in text.splitlines() if line.startswith("causal") and "differs" in line)
-    assert row.split()[1] == "-0.099"
+    row = next(line for line in text.splitlines() if line.startswith("causal") and "lower" in line)
+    assert row.split()[1] == "-0.099" and row.split()[-2:] == ["0.0078", "lower"]
+    assert f"vlmlab compare {tmp_path} baseline=... metric=..." in text and "nothing can" not in text
+
+
+def test_too_few_seeds_are_said_to_be(tmp_path: Path, cells: ModuleType) -> None:
+    for seed in range(3):
+        for mask, accuracy in (("bidir", 0.9), ("causal", 0.1)):
+            cells.write_cell(tmp_path, f"mask={mask}", f"seed={seed}", result=cells.result(accuracy + seed / 1000))
+    text = write_table(tmp_path)
+    assert "note: with 3 seeds and 1 comparison nothing can be significant at 0.05" in text
+    assert next(line for line in text.splitlines() if "not distinguishable" in line).startswith("causal")
+
+
+def test_headings_are_whole_at_eighty_columns(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = write_table(sweep).replace(str(sweep), "sweep")
+    assert max(map(len, text.splitlines())) <= 80
+    for heading in ("connector", "state", "vqa_accuracy", "shuffled", "lookup", "chance", "cider_d", "visual_tokens"):
+        assert heading in text
+
+
+def test_markdown(sweep: Path) -> None:
+    write_table(sweep)
+    head, rule, *rows = (sweep / "table.md").read_text().splitlines()
+    assert head.startswith("| connector | n | state | quiz vqa_accuracy | shuffled | lookup | chance |")
+    assert set(rule) == {"|", "-"} and len(rows) == 3
+    half = 12.7062 * 0.0707107 / 2**0.5
+    assert rows[1].startswith(f"| mlp | 2 | done | 0.850 \N{PLUS-MINUS SIGN} {half:.3f} | 0.300 |")
 
 
 def test_held_out_losses_stand_after_the_scores(tmp_path: Path, cells: ModuleType) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlmlab.analyse.text import plain_table, short_number
+from vlmlab.analyse.text import markdown_table, plain_table, short_number
 
 
 def test_alignment_and_two_line_header() -> None:
@@ -26,6 +26,18 @@ def test_wide_tables_are_continued_with_their_keys() -> None:
     )
     values = [word for line in lines if line.startswith("mlp") for word in line.split()[2:]]
     assert values == [str(i) for i in range(30)]
+
+
+def test_long_names_make_room_at_eighty_columns() -> None:
+    header = ["stages.align.train.connector", "data", "set\na_long_score_name"]
+    lines = plain_table(header, [["x" * 50, "y" * 50, "0.5"]], keys=2, width=80)
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split() == ["stages.align.train.connector", "data", "a_long_score_name"]
+    assert lines[3].split()[-1] == "0.5" and lines[3].startswith("x" * 27)
+
+
+def test_markdown_escapes_its_bars() -> None:
+    assert markdown_table(["a", "set\nb"], [["x|y", "1"]]) == ["| a | set b |", "|---|---|", "| x\\|y | 1 |"]
 
 
 def test_long_cells_are_cut() -> None:

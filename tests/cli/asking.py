@@ -7,32 +7,43 @@ import io
 import json
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
 
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import guard, run_command
 from vlmlab.cli.evaluate import evaluate_command
 from vlmlab.cli.export import export_command
 from vlmlab.cli.train import train_command
+from vlmlab.cli.verb import run_verb
 
 TASKS = {"train": train_command, "evaluate": evaluate_command, "export": export_command}
+VERBS = ("plan", "inspect")
 Answer = tuple[int, str, str, float]
 
 
 def ask(line: str) -> Answer:
     """``train a=b``, ``evaluate run=x``, ``export run=x to=y``, in the current folder; the last number: CPU seconds."""
-    verb, *arguments = line.split(" ")
-    conf, before = str(conf_folder()), sys.argv
-    sys.argv = [verb, *arguments]
+    verb, *words = line.split(" ")
+    return ask_words(verb, words, TASKS[verb])
+
+
+def ask_words(verb: str, words: Sequence[str], task: Callable[[DictConfig], object]) -> Answer:
+    """The same with the words as the shell gives them, and another task behind the composition."""
+    conf, before = conf_folder(), sys.argv
+    sys.argv = [verb, *words]
     GlobalHydra.instance().clear()
-    main = hydra.main(config_path=conf, config_name=verb, version_base="1.3")(guard(TASKS[verb]))
     out, err, since = io.StringIO(), io.StringIO(), time.process_time()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = run_command(main, Path(conf), verb)
+            if verb in VERBS:
+                code = run_verb(verb, task)
+            else:
+                main = hydra.main(config_path=str(conf), config_name=verb, version_base="1.3")(guard(task))
+                code = run_command(main, conf, verb)
     except SystemExit as end:
         code = int(end.code or 0)
     finally:

@@ -86,9 +86,9 @@ recipe:
     one: {module: some.Module, train: {lm: 1.0e-3}, data: short, steps: 2, batch_size: 1}
 hydra:
   run:
-    dir: outputs/${vlmlab.run_name:${name},${hydra.overrides.task}}
+    dir: ${vlmlab.run_folder:outputs,${name},${hydra.overrides.task},${vlmlab.training:${hydra.overrides.task}}}
   sweep:
-    dir: sweeps/${vlmlab.sweep_name:${name},${hydra.overrides.task}}
+    dir: ${vlmlab.sweep_folder:sweeps,${name},${hydra.overrides.task},${vlmlab.training:${hydra.overrides.task}}}
     subdir: ${vlmlab.cell_name:${hydra.overrides.task}}
   launcher:
     slots: 2

@@ -9,14 +9,17 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_app import call, lay_down, start, trained
+from omegaconf import OmegaConf
 
 from hydra_plugins.vlmlab_pool_launcher import _slots
-from hydra_plugins.vlmlab_pool_launcher._cells import Cell, as_printed
+from hydra_plugins.vlmlab_pool_launcher._cells import Cell, as_printed, refuse_training_twice
 from hydra_plugins.vlmlab_pool_launcher._slots import make_slots, visible_gpus
 from vlmlab.analyse.results import read_run
+from vlmlab.cli.entry import ConfigError
 from vlmlab.contracts.errors import UserError
 from vlmlab.runs.cells_csv import CellsCsv, read_cells
 from vlmlab.runs.folder import RunFolder
@@ -179,6 +182,30 @@ def test_a_cell_over_its_time_is_stopped(tmp_path: Path) -> None:
 
 def cell(devices: int = 1, accelerator: str = "auto") -> Cell:
     return Cell("c", Path("c"), [], {}, None, devices=devices, accelerator=accelerator)  # type: ignore[arg-type]
+
+
+def pair(**changes: Any) -> list[Cell]:
+    """Two cells that differ in their evaluation alone, and in these keys from what stages can share."""
+    base = {"seed": 0, "share_stages": "auto", "trainer": {"devices": 1}, "recipe": {"stages": {"one": {"steps": 2}}}}
+    configs = [base | changes | {"evaluation": {"batch_size": size}} for size in (1, 2)]
+    return [Cell(f"size-{k}", Path(), [], {}, OmegaConf.create(), config) for k, config in enumerate(configs)]
+
+
+def test_cells_of_one_training_share_it_or_the_sweep_does_not_begin() -> None:
+    for shared in ({}, {"share_stages": False, "fresh": True}, {"seed": None}):
+        refuse_training_twice(pair(**shared))
+    mixed = {"recipe": {"stages": {"one": {"mix": {"run": "outputs/x"}}}}}
+    for several, words in [
+        ({"trainer": {"devices": 2}}, "several ranks would have to agree"),
+        ({"fresh": True}, "fresh=true trains again"),
+        (mixed, "recipe.stages.one is mixed with another run"),
+    ]:
+        with pytest.raises(ConfigError, match=f"size-0 and size-1 are one training.*{words}.*share_stages=false"):
+            refuse_training_twice(pair(**several))
+        one, other = pair(**several)
+        assert other.config is not None
+        other.config["trainer"] = {"devices": 3}
+        refuse_training_twice([one, other])
 
 
 def test_slots_are_gpus_or_pairs_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:

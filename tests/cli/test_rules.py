@@ -20,7 +20,7 @@ from vlmlab.cli.rules.declared import declared, offers
 from vlmlab.cli.rules.machine import compiler_at_hand
 from vlmlab.cli.rules.run import features_to_keep
 from vlmlab.cli.rules.stages import CONTRASTIVE, LANGUAGE
-from vlmlab.runs import names as names  # registers the resolvers
+from vlmlab.runs import places as places  # registers the resolvers
 from vlmlab.runs.config import leaves, plain
 
 SIGLIP = "vlmlab.objective.siglip.Siglip"

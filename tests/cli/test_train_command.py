@@ -29,14 +29,16 @@ def test_train_then_reuse_then_refuse(script: Path) -> None:
     assert json.loads((folder / "result.json").read_text())["overrides"] == ["name=r", "x=2"]
     code, out, _ = call(script, "x=2", "name=r", "trainer.workers=3")
     assert code == 0 and out.startswith("outputs/r is finished; fresh=true trains again") and "0.200" in out
-    assert trained(folder) == 1
+    assert trained(folder) == 1 and out.endswith("report.html\n")  # which was not there: its process had been killed
+    (folder / "report.html").touch()
+    assert "report.html" not in call(script, "x=2", "name=r")[1]
     code, out, err = call(script, "name=r", "x=3")
     assert (code, out) == (1, "") and err.startswith(
         "error: outputs/r holds a run of another configuration (x: 2 -> 3)"
     )
     assert len(err.splitlines()) == 1
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.yaml", "env.json", "lock", "result.json", "state.json", "trained.txt"}
+    assert names == {"config.yaml", "env.json", "lock", "report.html", "result.json", "state.json", "trained.txt"}
 
 
 @pytest.mark.parametrize(("word", "words"), [("fail", "error: no luck with x\n"), ("crash", "RuntimeError: broken")])

@@ -38,18 +38,28 @@ def call(
         ("inspect stage=tune", "stage=tune is no stage of this recipe; choose one of coarse_align,"),
         ("inspect n=0", "n=0 is not possible; give a whole number of at least 1"),
         ("inspect check=all", "check=all is not possible"),
-        ("inspect -m n=1,2", "vlmlab inspect looks at one composition"),
+        ("inspect -m n=1,2", "-m is for several trainings and this command looks at one"),
+        ("plan --multirun seed=1,2", "-m is for several trainings and this command looks at one"),
+        ("inspect n=1 n=2", "n is given twice, as 1 and as 2"),
+        ("inspect ~n", "n is not in the configuration and a run needs it"),
+        ("inspect out=.", "out=. is a folder"),
+        ("inspect --cfg job -p nothing", "--package 'nothing' not found"),
+        ("inspect hydra.run.dir=x", "hydra.run.dir=x would have no effect"),
+        ("plan --package seed", "add --cfg job"),
+        ("plan device=[1]", "device=[1] is not possible; give a text"),
+        ("plan out=no/plan.json", "out=no/plan.json: there is no folder no"),
         ("inspect data=vqa", "data.path is needed"),
         ("inspect connector=mpl", "connector has no choice 'mpl' (did you mean mlp?)"),
         ("inspect out=no/page.html check=1 n=1", "out=no/page.html: there is no folder no"),
         ("plan device=v100", "device=v100 is unknown; choose one of a100,"),
-        ("plan mfu=2", "mfu=2 is no share; give a number from 0 to 1"),
+        ("plan mfu=2", "mfu=2 is not possible; give a number above 0 and of at most 1"),
         ("plan memory=0", "memory=0 is not possible"),
         ("plan sample=0", "sample=0 is not possible"),
         ("plan lengths={tune:[1,2]}", "lengths.tune is no stage of this recipe; choose from coarse_align,"),
         ("plan lengths={coarse_align:[1]}", "lengths.coarse_align=[1] is no pair; give tokens before the answer"),
         ("plan samples.coarse_align=-3", "samples.coarse_align=-3 is not possible"),
-        ("plan lengths=3", "lengths=3 is no mapping; write 'lengths={coarse_align: ...}'"),
+        ("plan lengths=3", "lengths=3 is not possible; give a mapping"),
+        ("plan lengths={coarse_align:[1,x]}", 'lengths.coarse_align=[1,"x"] is not possible; give a list'),
         ("plan mask=visual_rows_open", "mask=visual_rows_open leaks"),
     ],
 )
@@ -59,6 +69,28 @@ def test_mistakes(
     code, _, err = call(line, monkeypatch, capsys, tmp_path)
     assert code in (1, 2) and err.startswith("error: ") and sentence in err and len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["inspect", "plan"])
+def test_options_work_as_for_training(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Before and behind the keys; with the verb's own keys, and files of one's own."""
+    own, value = {"inspect": ("check", "30"), "plan": ("mfu", "0.3")}[verb]
+    (tmp_path / "mine" / "connector").mkdir(parents=True)
+    (tmp_path / "mine" / "connector" / "wide.yaml").write_text(
+        "_target_: vlmlab.connector.mlp.MlpConnector\nhidden: 77\n"
+    )
+    for line, said in (
+        (f"--cfg job {own}={value} seed=7", (f"{own}: {value}\n", "seed: 7\n")),
+        (f"{own}={value} connector=wide --config-dir mine --cfg job", (f"{own}: {value}\n", "hidden: 77\n")),
+        ("--cfg=job", (f"{own}: ", "seed: 0\n")),
+        ("-cd mine connector=wide -c job --package connector --resolve", ("hidden: 77\n",)),
+        ("--help -cd mine", (f"vlmlab {verb} ", "wide")),
+    ):
+        code, out, err = call(f"{verb} {line}", monkeypatch, capsys, tmp_path)
+        assert (code, err) == (0, "") and all(words in out for words in said), line
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_inspect_writes_a_page(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from asking import Answer, ask
 from PIL import Image
 
@@ -133,23 +134,26 @@ COMPOSITION: dict[str, tuple[int, str]] = {
         1, r"good.json is not in COCO captions format",
     ),
     # folders
-    "train name=locked": (1, r"outputs/locked is in use by process \d+"),
-    "train name=damaged": (1, r"damaged/config.yaml is damaged \(.*\); delete the folder or choose another name="),
+    "train name=locked": (75, r"outputs/locked is in use by process \d+"),
+    "train name=damaged": (1, r"outputs/damaged has config.yaml and cannot be told to be a run's folder"),
     "train name=finished seed=2": (1, r"outputs/finished holds a run of another configuration \(.*another name="),
     "train hydra.run.dir={f}/afile/run": (1, r"afile/run: not a directory; check the path"),
     # evaluation
     "evaluate": (2, r"which run\? write run=<folder>"),
     "evaluate run=nowhere": (2, r"run=nowhere is no run folder"),
     "evaluate run=outputs/unfinished": (1, r"outputs/unfinished is not finished \(no result.json\)"),
-    "evaluate run=outputs/damaged": (1, r"damaged/config.yaml is damaged \(line 1: expected .*\); restore it"),
+    "evaluate run=outputs/damaged": (1, r"damaged/config.yaml is damaged \(line 1: expected .*\); put it back, or"),
     "evaluate run=outputs/finished limit=0": (2, r"limit=0 is not possible"),
     "evaluate run=outputs/finished batch_size=-4": (2, r"batch_size=-4 is not possible"),
+    "evaluate run=outputs/foreign": (1, r"foreign/config.yaml: lm._target_=os.system is code from outside vlmlab and"),
+    "evaluate run=outputs/finished trust=2": (2, r"trust=2 is not possible; give true or false"),
+    "export run=outputs/foreign to=out": (1, r"lm._target_=os.system is code from outside .* trust=true runs it"),
     "evaluate run=outputs/finished device=gpu0": (2, r"device=gpu0 is unknown; choose one of auto, cpu, cuda"),
     # export
     "export": (2, r"which run\? write run=<folder>, as in: vlmlab export run=outputs/default to=exported"),
     "export run=nowhere to=out": (2, r"run=nowhere is no run folder"),
     "export run=outputs/unfinished to=out": (1, r"outputs/unfinished is not finished \(no result.json\)"),
-    "export run=outputs/damaged to=out": (1, r"damaged/config.yaml is damaged \(line 1: expected .*\); restore it"),
+    "export run=outputs/damaged to=out": (1, r"damaged/config.yaml is damaged \(line 1: expected .*\)"),
     "export run=outputs/finished": (2, r"where to\? write to=<folder>"),
     "export run=outputs/finished to=.": (2, r"to=. has files in it; give a new or empty folder"),
     "export run=outputs/finished to={f}/afile": (2, r"afile has files in it; give a new or empty folder"),
@@ -219,15 +223,17 @@ def lay_down(folder: Path) -> None:
     (folder / "binary.json").write_bytes(b'["\xff\xfe"]')
     (folder / "afile").write_text("")
     runs = folder / "outputs"
-    for name in ("finished", "other_weights", "broken_weights", "unfinished", "damaged", "locked"):
+    for name in ("finished", "other_weights", "broken_weights", "foreign", "unfinished", "damaged", "locked"):
         (runs / name).mkdir(parents=True)
     (runs / "damaged" / "config.yaml").write_text("a: [1")
     (runs / "unfinished" / "config.yaml").write_text("seed: 0\n")
     _code, config, _err, _ = ask("train --cfg job --resolve recipe=joint trainer.accelerator=cpu")
-    for name in ("finished", "other_weights", "broken_weights"):
+    for name in ("finished", "other_weights", "broken_weights", "foreign"):
         (runs / name / "config.yaml").write_text(config)
         write_json(runs / name / "result.json", {"format": 1, "metrics": {}, "cost": {}})
         (runs / name / "stages" / "0_joint").mkdir(parents=True)
+    foreign = runs / "foreign" / "config.yaml"
+    foreign.write_text(yaml.safe_dump(yaml.safe_load(config) | {"lm": {"_target_": "os.system", "command": "true"}}))
     (runs / "broken_weights" / "stages" / "0_joint" / "model.safetensors").write_bytes(b"no weights")
 
 
@@ -272,7 +278,7 @@ def test_a_wrong_composition_is_refused_at_once(asked: dict[str, Any], folder: P
 def test_nothing_heavy_was_imported_and_no_folder_is_left(asked: dict[str, Any], folder: Path) -> None:
     assert asked["heavy"] == []
     made = {path.name for path in (folder / "outputs").iterdir()}
-    assert made == {"finished", "other_weights", "broken_weights", "unfinished", "damaged", "locked"}
+    assert made == {"finished", "other_weights", "broken_weights", "foreign", "unfinished", "damaged", "locked"}
 
 
 @pytest.fixture(scope="module")

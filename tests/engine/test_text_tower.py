@@ -20,7 +20,7 @@ from vlmlab.encoder.embedded import EmbeddedEncoder
 from vlmlab.encoder.text import open_text_tower
 from vlmlab.engine.text_tower import PairedTowers, TextTowerModule
 from vlmlab.objective.siglip import Siglip
-from vlmlab.runs import names as names  # registers the resolvers
+from vlmlab.runs import places as places  # registers the resolvers
 from vlmlab.towers.source import embedded, tower_hash
 from vlmlab.towers.text_export import ExportTextTower, retrieval
 

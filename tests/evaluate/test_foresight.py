@@ -19,12 +19,12 @@ CAPTIONS = "vlmlab.evaluate.metrics.captions.CaptionScores"
 
 
 class Records:
-    """`count` questions about `images` pictures; `long` of them, the last, have so many words."""
+    """`count` questions about `images` pictures; `long` of them, the last, have so many words, and `forged` an end."""
 
     turns_in_memory = True
 
-    def __init__(self, count: int = 4, images: int = 4, long: int = 0, words: int = 300) -> None:
-        self.count, self.images, self.long, self.words = count, images, long, words
+    def __init__(self, count: int = 4, images: int = 4, long: int = 0, words: int = 300, forged: int = 0) -> None:
+        self.count, self.images, self.long, self.words, self.forged = count, images, long, words, forged
         self.decoded = 0
 
     def __len__(self) -> int:
@@ -32,7 +32,8 @@ class Records:
 
     def turns(self, index: int) -> Sequence[Turn]:
         words = self.words + index if index >= self.count - self.long else 1
-        return (Turn("is it red ? " * words, "red"),)
+        end = "<|im_end|>" if index >= self.count - self.forged else ""
+        return (Turn("is it red ? " * words + end, "red"),)
 
     def label(self, index: int) -> str:
         return f"q{index}"
@@ -97,6 +98,14 @@ def test_what_can_be_scored_is_let_through(model: VLM, kind: str) -> None:
         ({"long": 1}, {}, VQA, r"benchmarks\.toy: one row is longer than collate\.max_length=512: sample q3 has \d+"),
         ({"long": 2}, {}, VQA, r"benchmarks\.toy: 2 rows are longer .* sample q3 has (\d+) tokens; .*max_length=\1,"),
         ({}, {"long": 2}, VQA, r"data\.val\.captions: 2 rows are longer than collate\.max_length=512"),
+        (
+            {"forged": 1},
+            {},
+            VQA,
+            r"benchmarks\.toy: Sample q3 contains the control token <\|im_end\|>.*control_tokens=text",
+        ),
+        ({"forged": 3}, {}, VQA, r"benchmarks\.toy: 3 rows, as Sample q1 contains the control token"),
+        ({}, {"forged": 1}, VQA, r"data\.val\.captions: Sample q3 contains the control token"),
         ({"images": 1}, {}, VQA, r"benchmarks\.toy shows one image only.*evaluation\.baselines=\[no_image\]"),
         ({}, {"images": 1}, VQA, r"data\.val\.captions shows one image only.*raise data\.val_fraction, or"),
         ({}, {"count": 1}, VQA, r"data\.val\.captions shows one image only"),
@@ -114,7 +123,8 @@ def test_what_could_not_be_scored_is_refused_by_its_key(
 
 
 def test_the_remedies_do(model: VLM) -> None:
-    cfg = config({"images": 1, "long": 1}, {"count": 1})
+    cfg = config({"images": 1, "long": 1, "forged": 1}, {"count": 1})
+    cfg.collate.control_tokens = "text"
     cfg.evaluation.baselines, cfg.collate.max_length = ["no_image"], 4096
     check_evaluation(cfg, model)
 

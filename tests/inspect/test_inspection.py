@@ -193,11 +193,11 @@ def test_what_is_odd_is_named(tmp_path: Path) -> None:
 
 
 def test_the_words_for_hydra() -> None:
-    words = ["data=vqa", "n=3", "--cfg", "+stage=x", "data.n=4"]
+    words = ["--config-dir", "d", "data=vqa", "n=3", "+stage=x", "data.n=4", "--cfg", "job"]
     own = {"n": 16, "stage": None}
     assert arguments("inspect", words, own) == [
-        "--cfg", "hydra/help=inspect", "hydra.run.dir=.",
-        "++n=16", "++stage=null", "data=vqa", "++n=3", "++stage=x", "data.n=4",
+        "--config-dir", "d", "hydra/help=inspect", "hydra.run.dir=.", "hydra.mode=RUN",
+        "++n=16", "++stage=null", "data=vqa", "++n=3", "++stage=x", "data.n=4", "--cfg", "job",
     ]  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from vlmlab.contracts.tensors import Batch
 from vlmlab.engine.restore import module_class
 from vlmlab.engine.weights import Trainee
-from vlmlab.plan.plan import DEVICES, Cost, Settings, Shape, StagePlan, _batch, _shapes, as_json, plan
+from vlmlab.plan.devices import DEVICES
+from vlmlab.plan.plan import Cost, Settings, Shape, StagePlan, _batch, _shapes, as_json, plan
 from vlmlab.plan.simulation import Simulator
 from vlmlab.recipe.stage import Stage, parse
 

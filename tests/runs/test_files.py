@@ -12,7 +12,7 @@ import pytest
 from safetensors import SafetensorError
 
 from vlmlab.contracts.errors import MachineError, UserError
-from vlmlab.runs.files import append_line, read_json, read_rows, replacing, to_json, write_json
+from vlmlab.runs.files import append, placing, read_json, read_rows, to_json, write_json
 from vlmlab.runs.folder import RunFolder
 
 NAN, INF = float("nan"), float("inf")
@@ -85,12 +85,12 @@ def test_what_a_disk_does_not_take_whole_leaves_what_was_there(tmp_path: Path, s
 
 
 def test_a_library_that_says_so_in_words(tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match=r"w\.st: no space left on device"), replacing(tmp_path / "w.st") as new:
+    with pytest.raises(MachineError, match=r"w\.st: no space left on device"), placing(tmp_path / "w.st") as new:
         new.write_text("half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
-    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "w.st"):
+    with pytest.raises(ZeroDivisionError), placing(tmp_path / "w.st"):
         raise ZeroDivisionError
-    with pytest.raises(PermissionError, match="elsewhere"), replacing(tmp_path / "w.st"):
+    with pytest.raises(PermissionError, match="elsewhere"), placing(tmp_path / "w.st"):
         raise PermissionError(13, "Permission denied", "elsewhere")
     assert not list(tmp_path.iterdir())
 
@@ -105,9 +105,9 @@ def test_a_link_in_the_place_of_the_new_file_is_not_followed(tmp_path: Path) -> 
 
 def test_a_line_is_added_whole_or_not_at_all(tmp_path: Path, small_files: None) -> None:
     path = tmp_path / "metrics.jsonl"
-    append_line(path, '{"step": 1}')
+    append(path, '{"step": 1}\n')
     with pytest.raises(OSError, match=rf"File too large: '{path}'"):
-        append_line(path, json.dumps({"step": 2, "long": "x" * 100}))
+        append(path, json.dumps({"step": 2, "long": "x" * 100}))
     assert path.read_text() == '{"step": 1}\n'
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.runs import folder as folder_module
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.lock import is_locked
@@ -330,3 +330,113 @@ def test_cut_back_to_a_stage_without_rows_keeps_the_earlier_ones(tmp_path: Path)
     run.log({"stage": "a", "step": 2})
     run.cut_back("b", 0)
     assert run.metrics() == [{"stage": "a", "step": 2}]
+
+
+@pytest.mark.parametrize("config", ["services: {web: {image: nginx}}\n", "- a list\n", "a: [1", "{a: &x [*x]}"])
+def test_a_folder_that_is_no_run_is_left_alone(config: str, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "config.yaml").write_text(config)
+    (project / "work.py").write_text("important")
+    before = sorted((path, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file())
+    for fresh in (False, True):
+        with pytest.raises(UserError, match=r"project has config\.yaml and cannot be told to be a run's") as caught:
+            RunFolder(project).open(CONFIG, fresh=fresh)
+        assert "fresh" not in str(caught.value) and "\n" not in str(caught.value)
+    assert sorted((path, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()) == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("mine")
+    with RunFolder(tmp_path / "notes") as run:
+        assert run.open(CONFIG, fresh=True) is None and (run.path / "todo.txt").exists()
+    assert not list(tmp_path.glob("*.old-*"))
+
+
+@pytest.mark.parametrize("damage", ["", "a: [1", "- 1", "\0\x01\x02", "seed: &a [*a]", "seed: ???", "recipe: 3"])
+def test_a_damaged_configuration_is_written_anew_by_its_own_command(damage: str, tmp_path: Path) -> None:
+    result = finish(tmp_path)
+    whole = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(damage)
+    with pytest.raises(CheckpointError, match=r"config\.yaml is damaged \(.+, and this is not the command it is of"):
+        RunFolder(tmp_path).open({**CONFIG, "seed": 3})
+    with pytest.raises(CheckpointError, match=r"config\.yaml is damaged .*give the run's training command again") as e:
+        RunFolder(tmp_path).finished()
+    assert len(str(e.value)) <= 300 and not RunFolder(tmp_path).holds(CONFIG)
+    with RunFolder(tmp_path) as run:
+        assert run.open(CONFIG) == result
+    assert (tmp_path / "config.yaml").read_text() == whole
+    (tmp_path / "config.yaml").write_text(damage)
+    with RunFolder(tmp_path) as run:
+        assert run.open(CONFIG, fresh=True) is None
+    assert (tmp_path.parent / f"{tmp_path.name}.old-1" / "result.json").is_file()
+
+
+def test_a_lost_configuration_gives_nobody_elses_result(tmp_path: Path) -> None:
+    result = finish(tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.yaml is missing, and this is not the command it is of"):
+        RunFolder(tmp_path).open({**CONFIG, "seed": 3})
+    with RunFolder(tmp_path) as run:
+        assert run.open(CONFIG) == result
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"\xff\x00", b'{"codes": 3}', b'{"stages": []}', b"[" * 5000])
+def test_a_damaged_env_is_named_with_what_is_lost(damage: bytes, tmp_path: Path) -> None:
+    result = finish(tmp_path)
+    (tmp_path / "env.json").write_bytes(damage)
+    with pytest.raises(CheckpointError, match=r"env\.json is damaged.*; delete it and give the same command: only"):
+        RunFolder(tmp_path).by_other_code()
+    (tmp_path / "env.json").unlink()
+    with RunFolder(tmp_path) as run:
+        assert run.open(CONFIG) == result
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"format": 1}', b'{"format": 1, "metrics": 3}', b"\xff"])
+def test_a_damaged_result_is_made_again(damage: bytes, tmp_path: Path) -> None:
+    finish(tmp_path)
+    (tmp_path / "result.json").write_bytes(damage)
+    with pytest.raises(CheckpointError, match=r"is not finished \(its result.json is damaged\); start its training"):
+        RunFolder(tmp_path).finished()
+    with RunFolder(tmp_path) as run:
+        assert run.open(CONFIG) is None
+
+
+def test_damaged_rows_and_stage_facts_cost_no_training(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\x00\n[1]\n{"stage": "a", "step": "x"}\n' + b"[" * 5000 + b"\n")
+    run.log({"stage": "a", "step": 1})
+    run.log({"stage": "a", "step": 2, "finished": True, "seconds": 3.5})
+    run.cut_back("a", 2)
+    assert [row["step"] for row in run.metrics()] == [1, 2]
+    (tmp_path / "stages" / "0_a").mkdir(parents=True)
+    file = tmp_path / "stages" / "0_a" / "stage.json"
+    assert run.stage_facts(0, "a") == ({"seconds": 3.5}, f"{file} is missing; metrics.jsonl has its seconds")
+    for damage in ("", "[]", '{"seconds": "x"}', '{"seconds": NaN}'):
+        file.write_text(damage)
+        assert run.stage_facts(0, "a") == ({"seconds": 3.5}, f"{file} is damaged; metrics.jsonl has its seconds")
+    file.write_text('{"seconds": 1.0, "steps": 2}')
+    assert run.stage_facts(0, "a") == ({"seconds": 1.0, "steps": 2}, "")
+
+
+def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
+    finish(tmp_path)
+    (tmp_path / "stages" / "0_a").mkdir(parents=True)
+    left = [tmp_path / ".result.json.77.new", tmp_path / "stages" / "0_a" / ".model.safetensors.77.new"]
+    for file in left:
+        file.write_bytes(b"half")
+    with RunFolder(tmp_path) as run:
+        run.open(CONFIG)
+    assert not any(file.exists() for file in left)
+
+
+def test_a_damaged_lock_is_no_obstacle(tmp_path: Path) -> None:
+    finish(tmp_path)
+    (tmp_path / "lock").write_bytes(b"\xff\x00\x1b[2J" * 100)
+    with RunFolder(tmp_path) as run:
+        run.open(CONFIG)
+        with pytest.raises(UserError, match="is in use by process"):
+            RunFolder(tmp_path).open(CONFIG)
+    (tmp_path / "lock").unlink()
+    os.mkfifo(tmp_path / "lock")
+    assert not is_locked(tmp_path)
+    with pytest.raises(UserError, match="lock is no file; remove it"):
+        RunFolder(tmp_path).open(CONFIG)

@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 def commands() -> list[str]:
     """Lines of the README that call one of our scripts, without their comments."""
     lines = [line.strip().split("  #")[0] for line in README.splitlines()]
-    ours = r"python (train|evaluate)\.py|vlmlab (inspect|plan|export) "
+    ours = r"python (train|evaluate)\.py|vlmlab (inspect|plan|compare|export) "
     lines = [re.split(r"\s{3,}", line)[0] for line in lines if re.match(ours, line)]
     return list(dict.fromkeys(lines))
 
@@ -52,6 +52,11 @@ def finished(folder: Path) -> Path:
     return next(path for path in (folder / "outputs").iterdir() if (path / "result.json").is_file())
 
 
+def swept(folder: Path) -> Path:
+    """The sweep that an earlier command has run."""
+    return next(path.parent for path in (folder / "sweeps").glob("*/table.csv"))
+
+
 def test_the_readme_has_commands() -> None:
     assert len(commands()) >= 9
 
@@ -60,7 +65,11 @@ def test_every_command_runs(tmp_path: Path) -> None:
     user_files(tmp_path)
     for line in commands():
         if line.startswith("vlmlab "):
-            words = [f"run={finished(tmp_path)}" if "<name>" in w else w for w in shlex.split(line)[1:]]
+            there = {
+                "run=outputs/<name>": lambda: f"run={finished(tmp_path)}",
+                "sweeps/<name>": lambda: str(swept(tmp_path)),
+            }
+            words = [there[word]() if word in there else word for word in shlex.split(line)[1:]]
             done = verb(*words, cwd=tmp_path)
             assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
             continue

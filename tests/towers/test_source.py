@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from tests.tiny import CONF, qwen2, siglip
@@ -15,7 +17,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG
 from vlmlab.encoder.hf import HfEncoder
 from vlmlab.lm.hf import HfLanguageModel
-from vlmlab.runs import names as names  # registers the resolvers
+from vlmlab.runs import places as places  # registers the resolvers
 from vlmlab.towers.source import embedded, resolve, tower_hash
 
 
@@ -43,6 +45,68 @@ def test_resolve(tmp_path: Path) -> None:
     for wrong in ("no/such/tower", "not an id at all", str(tmp_path / "gone")):
         with pytest.raises(UserError, match=r"lm\.path=.*neither"):
             resolve(wrong, "lm.path")
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({"decoy.safetensors": b"", "pytorch_model.bin": b"a pickle"}, "has no weights in safetensors"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": "pytorch_model.bin"}}'}, "has .pytorch_model.bin"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": "../x.safetensors"}}'}, "has .../x.safetensors"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": "b.safetensors"}}'}, "lacks b.safetensors"),
+        ({"model.safetensors.index.json": b"[]", "decoy.safetensors": b""}, "has None among its weights"),
+        ({"model.safetensors": b"", "adapter_config.json": b"{}"}, "has an adapter beside its weights"),
+        ({"model.safetensors": b"", "config.json": b'{"transformers_weights": "x.bin"}'}, "names its weights"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_only_safetensors_are_weights(files: dict[str, bytes], why: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"lm\.path=.* {why}.*; load it once in transformers") as caught:
+        resolve(str(tmp_path), "lm.path")
+    assert len(str(caught.value)) <= 300
+
+
+@pytest.mark.parametrize("part", ["lm", "encoder"])
+def test_code_beside_a_tower_is_not_run_and_nobody_is_asked(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = qwen2() if part == "lm" else siglip()
+    monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("it asked"))
+    monkeypatch.setattr("signal.alarm", lambda seconds: pytest.fail("it waited for an answer"))
+    code = f"open({str(tmp_path / 'mark')!r}, 'w')"
+    for known in (True, False):
+        folder = shutil.copytree(source, tmp_path / f"{part}-{known}")
+        (folder / "evil.py").write_text(f"{code}\nclass Config: ...\n")
+        maps = {"auto_map": {f"Auto{kind}": "evil.Config" for kind in ("Config", "Model", "ModelForCausalLM")}}
+        settings = json.loads((folder / "config.json").read_text()) | maps
+        if not known:
+            settings["model_type"] = "nobody_knows"
+        (folder / "config.json").write_text(json.dumps(settings))
+        make = HfLanguageModel if part == "lm" else HfEncoder
+        if known:  # transformers' own class reads it
+            make(str(folder))
+            continue
+        with pytest.raises(UserError, match=rf"{part}\.path=.* config.json .it brings code of its own") as e:
+            make(str(folder))
+        assert len(str(e.value)) <= 300
+        with torch.device("meta"), pytest.raises(UserError, match="brings code of its own"):
+            make(str(folder))
+    assert not (tmp_path / "mark").exists()
+
+
+def test_damaged_weights_and_tokenizers_are_one_sentence(tmp_path: Path) -> None:
+    folder = shutil.copytree(qwen2(), tmp_path / "lm")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"lm\.path=.* has no readable weights .*; give a folder of a family"):
+        HfLanguageModel(str(folder))
+    shutil.copy(qwen2() / "model.safetensors", folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text("[")
+    with pytest.raises(UserError, match=r"lm\.path=.* has no readable tokenizer"):
+        HfLanguageModel(str(folder))
 
 
 def test_the_lm_saw_no_image_and_the_vision_tower_no_question() -> None:

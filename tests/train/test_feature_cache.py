@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from processes import run_and_die, run_ranks
 from tests.tiny import CONF
 
-from vlmlab.runs import names as names  # registers the resolvers
+from vlmlab.runs import places as places  # registers the resolvers
 from vlmlab.runs.config import config_hash, plain
 from vlmlab.runs.folder import RunFolder
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from vlmlab.cli.train import _train
 from vlmlab.contracts.errors import OutOfMemory, UserError
-from vlmlab.plan.plan import DEVICES, Settings, plan
+from vlmlab.plan.devices import DEVICES
+from vlmlab.plan.plan import Settings, plan
 from vlmlab.plan.remedies import remedies
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder

@@ -228,6 +228,7 @@ def test_what_may_change_a_stage_changes_its_address(tmp_path, changes):
         {"data__train__chat__size": 32},
         {"data__benchmarks": {"x": {"source": None}}, "evaluation": {"batch_size": 3}},
         {"budget__eval_limit": 3},
+        {"data__screen": 5},
     ],
     ids=str,
 )  # fmt: skip

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vlmlab.cli import rules
+from vlmlab.cli.entry import IN_USE, ConfigError
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.faults import machine_error, unusable
 from vlmlab.contracts.stops import STOPS
@@ -26,9 +30,13 @@ from vlmlab.runs.cells_csv import CellsCsv
 from vlmlab.runs.data import note_changed
 from vlmlab.runs.files import write_json
 from vlmlab.runs.folder import RunFolder
-from vlmlab.runs.names import cell_name, override_key, short_hash
+from vlmlab.runs.identity import training_hash, weights_hash
+from vlmlab.runs.names import SEED, cell_name, override_key, short_hash
 from vlmlab.runs.origin import changed_origin
+from vlmlab.runs.shared import KEY, unshared
 
+ELSEWHERE = "another process is in its folder"
+"""Note of a cell that waits for whoever has locked its folder."""
 FINISHED = "finished before"
 """Note of a cell that is as it would be if it were made now."""
 
@@ -93,7 +101,11 @@ class Cell:
             write_json(self.folder / "overrides.json", self.overrides)
 
     def settle_finished(self) -> bool:
-        """Whether a result of this very configuration is there already; then the cell is done."""
+        """Whether a result of this very configuration is there already; then the cell is done.
+
+        The table knows a cell by its overrides: those of the present command take the place of earlier ones that made
+        the same configuration, such as one without a key that now is swept.
+        """
         if self.fresh or self.config is None:
             return False
         try:
@@ -106,6 +118,8 @@ class Cell:
         told = ["made by other code"] if self.run.by_other_code() else []
         told += [data] if (data := note_changed(self.run, OmegaConf.create(self.config))) else []
         self.state, self.note = "done", "; ".join(told) or FINISHED
+        if read_texts(self.folder / "overrides.json") != self.overrides:
+            self.announce()
         return True
 
     def settle_recorded(self, record: CellsCsv | None) -> bool:
@@ -114,7 +128,7 @@ class Cell:
             return False
         try:
             note = record.restore(self.folder, self.config, self.overrides)
-        except OSError:  # its beginning says so
+        except (UserError, OSError):  # its own process says so, or its beginning
             return False
         if not note:
             return False
@@ -140,6 +154,9 @@ class Cell:
             raise FileNotFoundError(errno.ENOENT, "its folder is gone", str(self.folder))
         state = self.run.state()
         finished = (self.folder / "result.json").is_file()
+        if code == IN_USE:  # another launcher was there first, and the folder's files are its cell's
+            self.state, self.note = "waiting", ELSEWHERE
+            return
         if code == 0 and (finished or state.get("state") == "done"):
             self.state, self.note = "done", "" if finished else NO_RESULT
             return
@@ -166,6 +183,15 @@ class Cell:
         return f"exit code {code}: {lines[-1]}" if lines else f"exit code {code}"
 
 
+def read_texts(file: Path) -> list[str] | None:
+    """A JSON list of texts, or None where there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return [str(item) for item in found] if isinstance(found, list) else None
+
+
 def _tail(log: Path, characters: int = 20_000) -> list[str]:
     if not log.is_file():
         return []
@@ -179,6 +205,9 @@ def plan(
     config: DictConfig, loader: ConfigLoader, job_overrides: Sequence[Sequence[str]], first: int, sweep: Path
 ) -> list[Cell]:
     """The cells of a sweep, in the sweeper's order, under different names; one cell for values that are the same.
+
+    A cell is what its configuration says: neither its place among the others nor the words that made it count, so that
+    a sweep that has grown finds its cells again.
 
     Raises:
         ConfigError: one of them is impossible; nothing has begun then.
@@ -194,13 +223,88 @@ def plan(
         cell = Cell(name, sweep / name, task, dict(_pair(override) for override in swept), config)
         _compose(config, loader, list(map(str, overrides)), index, cell)
         cells.append(next((other for other in cells if other.config == cell.config), cell))
+    own = unique(cells)
+    adopt(own, sweep)
+    refuse_other_trainings(own)
+    refuse_training_twice(own)
     return cells
+
+
+def unique(cells: Sequence[Cell]) -> list[Cell]:
+    """Each cell once, in their order."""
+    return list({id(cell): cell for cell in cells}.values())
 
 
 def as_printed(words: Iterable[str]) -> set[str]:
     """The words that are no sweeps as Hydra's sweeper prints them: ``1e-3`` as ``0.001``, ``[1, 2]`` as ``[1,2]``."""
     parsed = OverridesParser.create().parse_overrides(list(words))
     return {f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in parsed if not o.is_sweep_override()}
+
+
+def refuse_other_trainings(cells: Sequence[Cell]) -> None:
+    """Refuse a sweep whose folder has another training where one of its cells would be; nothing has begun then.
+
+    Raises:
+        ConfigError: naming the folder and the keys that differ.
+    """
+    for cell in cells:
+        if cell.config is None or cell.fresh:
+            continue
+        sentence = None
+        with contextlib.suppress(UserError, OSError):  # a damaged folder is its own cell's matter
+            sentence = cell.run.refuses(cell.config)
+        if sentence is not None:
+            raise ConfigError(sentence)
+
+
+def families(cells: Sequence[Cell]) -> dict[tuple[str, ...], int]:
+    """The compositions of a sweep, by the values that are swept but for the seed, and their numbers of seeds."""
+    keys = list(dict.fromkeys(key for cell in cells for key in cell.swept if key != SEED))
+    return dict(Counter(tuple(cell.swept.get(key, "") for key in keys) for cell in cells))
+
+
+def adopt(cells: Sequence[Cell], sweep: Path) -> None:
+    """Give cells that have no folder yet that of the same training under another name.
+
+    A key that had one value and now has several enters the names of the cells, whose trainings are what they were.
+    """
+    left = [cell for cell in cells if cell.config is not None and not (cell.folder / "config.yaml").is_file()]
+    if not left or not sweep.is_dir():
+        return
+    taken = {cell.folder.name for cell in cells}
+    others = [path for path in sorted(sweep.iterdir()) if path.name not in taken and ".old-" not in path.name]
+    trainings = {str(RunFolder(path).env().get("training")): path for path in others}
+    for cell in left:
+        assert cell.config is not None
+        there = trainings.get(training_hash(cell.config))
+        if there is not None:
+            cell.name, cell.folder = there.name, there
+
+
+def refuse_training_twice(cells: Sequence[Cell]) -> None:
+    """Cells that differ in nothing but their evaluation share their stages, or the sweep does not begin.
+
+    Raises:
+        ConfigError: they cannot, and nobody has said that each is to train by itself.
+    """
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        config = cell.config or {}
+        reason = (unshared(config) or _mixed(config)) if config.get(KEY) else ""
+        if not reason or config.get("seed") is None:
+            continue
+        other = first.setdefault(weights_hash(config), cell)
+        if other is not cell:
+            raise ConfigError(
+                f"the cells {other.name} and {cell.name} are one training, which would be made twice ({reason}); do "
+                f"not sweep what only scores it, or have each train by {KEY}=false"
+            )
+
+
+def _mixed(config: Mapping[str, Any]) -> str:
+    """Which stage is not shared because another run is mixed into it."""
+    mixed = (name for name, stage in config["recipe"]["stages"].items() if stage.get("mix"))
+    return next((f"recipe.stages.{name} is mixed with another run" for name in mixed), "")
 
 
 def _pair(override: str) -> tuple[str, str]:

@@ -11,21 +11,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-from hydra_plugins.vlmlab_pool_launcher._cells import Cell
+from hydra_plugins.vlmlab_pool_launcher._cells import ELSEWHERE, Cell
 from vlmlab.contracts.stops import heeded
+from vlmlab.runs.files import no_link
 from vlmlab.runs.lock import is_locked
 from vlmlab.runs.watchdog import LAUNCHER
 
 POLL_S = 0.2
-UNLOCK_S = 120.0
-"""How long a cell waits for another process (of a launcher that was just killed) to leave its folder."""
-
 KILL_S = 60.0
 """How long a cell that was told to stop, for its timeout, may take to save."""
 
 
 class Pool:
-    """Runs cells until all of them have ended.
+    """Runs cells until all of them have ended; one whose folder another process holds waits until that has ended.
 
     Args:
         slots: one entry per slot, the GPU it stands for or an empty string.
@@ -46,7 +44,6 @@ class Pool:
         self.timeout = timeout
         self.show = show
         self.signals: list[int] = []
-        self._began = time.monotonic()
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Run all waiting cells; the first signal of ``STOPS`` is passed on and waited for, the second kills."""
@@ -68,8 +65,10 @@ class Pool:
                 continue
             if self.signals:
                 cell.state = "interrupted"
-            elif is_locked(cell.folder) and time.monotonic() - self._began < UNLOCK_S:
-                cell.note = "another process is in its folder"
+            elif is_locked(cell.folder):
+                cell.note = ELSEWHERE
+            elif cell.note == ELSEWHERE and cell.settle_finished():
+                continue
             elif len(self.free) >= cell.devices:
                 self._start(cell)
             else:
@@ -83,7 +82,7 @@ class Pool:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(slots))
         with cell.own_fault():
             cell.folder.mkdir(parents=True, exist_ok=True)
-            with (cell.folder / "log.txt").open("ab") as log:
+            with open(cell.folder / "log.txt", "ab", opener=no_link) as log:
                 cell.process = subprocess.Popen(
                     self.command(cell),
                     stdin=subprocess.DEVNULL,

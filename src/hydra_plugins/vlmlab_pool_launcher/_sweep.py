@@ -14,14 +14,15 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from hydra_plugins.vlmlab_pool_launcher._cells import FINISHED, Cell, plan
+from hydra_plugins.vlmlab_pool_launcher._cells import FINISHED, Cell, families, plan, unique
 from hydra_plugins.vlmlab_pool_launcher._display import display
 from hydra_plugins.vlmlab_pool_launcher._pool import Pool
 from hydra_plugins.vlmlab_pool_launcher._slots import make_slots
 from vlmlab.cli.data import check_sources
 from vlmlab.cli.entry import FAILED, ConfigError, fail, said
 from vlmlab.cli.rules.values import given_twice
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import UserError, listed
+from vlmlab.contracts.terminal import tell
 from vlmlab.runs.cells_csv import CellsCsv
 from vlmlab.runs.names import override_key
 from vlmlab.runs.origin import check_origin
@@ -76,7 +77,7 @@ def run_sweep(
     refuse_at_once(config, job_overrides)
     sweep = Path(str(config.hydra.sweep.dir))
     jobs = plan(config, loader, job_overrides, first, sweep)
-    cells = [cell for index, cell in enumerate(jobs) if all(cell is not before for before in jobs[:index])]
+    cells = unique(jobs)
     left = [cell for cell in cells if not cell.settle_finished()]
     look_ahead(left)
     places = make_slots(cells, slots)
@@ -85,9 +86,10 @@ def run_sweep(
         if not cell.settle_recorded(record):
             cell.announce()
     _say_told(cells)
-    print(f"sweep {sweep}: {len(cells)} cells, {len(places)} at a time; each writes <cell>/log.txt", flush=True)
+    _say_reach(cells)
+    tell(f"sweep {sweep}: {len(cells)} cells, {len(places)} at a time; each writes <cell>/log.txt")
     start = start_command()
-    with display() as show:
+    with display(len(places)) as show:
         pool = Pool(places, lambda cell: [*start, *cell_arguments(config, cell)], timeout, show)
         pool.run(cells)
         show(cells)
@@ -129,11 +131,21 @@ def _say_told(cells: Sequence[Cell]) -> None:
     """Which finished cells are not as they would be if they were made now."""
     for note in dict.fromkeys(cell.note for cell in cells if cell.state == "done" and cell.note != FINISHED):
         names = [cell.name for cell in cells if cell.note == note]
-        print(f"note: {len(names)} finished cells ({', '.join(names[:3])}{', ...' if names[3:] else ''}): {note}")
+        tell(f"note: {len(names)} finished cells ({', '.join(names[:3])}{', ...' if names[3:] else ''}): {note}")
+
+
+def _say_reach(cells: Sequence[Cell]) -> None:
+    """Before anything trains: that no comparison of these cells can be significant, where that is so."""
+    seeds = families(cells)
+    if len(seeds) > 1:
+        from vlmlab.analyse.stats import beyond_reach  # numpy
+
+        if (sentence := beyond_reach(max(seeds.values()), len(seeds) - 1)) is not None:
+            tell(f"note: {sentence}")
 
 
 def refuse_at_once(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> None:
-    """Refuse a sweep without cells, without a folder, or with one key on several words.
+    """Refuse a sweep without cells, or with one key on several words.
 
     Raises:
         ConfigError: naming the word.
@@ -141,8 +153,6 @@ def refuse_at_once(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -
     words = [str(word) for word in config.hydra.overrides.task]
     for sentence in given_twice(words):
         raise ConfigError(sentence)
-    if not str(config.hydra.sweep.dir):
-        raise ConfigError("hydra.sweep.dir= is no folder; give one, or leave it out and give name=...")
     if not job_overrides:
         empty = next((word for word in OverridesParser.create().parse_overrides(words) if _has_no_value(word)), None)
         raise ConfigError(f"{empty.input_line if empty else 'the sweep'} gives no value, so that nothing would run")
@@ -179,7 +189,7 @@ def _table(sweep: Path, cells: Sequence[Cell]) -> bool:
         from vlmlab.analyse.sweep import write_table
 
         failed = [(cell.folder, cell.overrides, cell.note) for cell in cells if cell.state == "failed"]
-        print(write_table(sweep, failed), flush=True)
+        tell(write_table(sweep, failed))
     except Exception as error:
         fail(f"no table of {sweep}: {said(error) or f'{type(error).__name__}: {error}'}", FAILED)
         return False
@@ -190,7 +200,7 @@ def _returns(sweep: Path, jobs: Sequence[Cell], cells: Sequence[Cell], table: bo
     left = [cell for cell in cells if cell.state != "done"]
     failure: UserError | None = None
     if left:
-        reasons = "; ".join(f"{cell.name} ({cell.note or cell.state})" for cell in left)
+        reasons = listed((f"{cell.name} ({cell.note or cell.state})" for cell in left), 130, "; ")
         failure = SweepError(
             f"{len(left)} of {len(cells)} cells did not finish: {reasons}; see <cell>/log.txt in {sweep}, "
             "the same command runs only these"

@@ -35,21 +35,78 @@ class PoolLauncherConf:
 ConfigStore.instance().store(group="hydra/launcher", name="pool", node=PoolLauncherConf, provider="vlmlab")
 
 
-class PoolLauncher(Launcher):
-    """Runs every cell of a sweep as its own process, whatever happens to the others, and writes the table."""
+@dataclass
+class SeedsLauncherConf(PoolLauncherConf):
+    """Keys below ``hydra.launcher`` of ``vlmlab plan -m``, beside those that the sweep itself may set.
 
-    def __init__(self, slots: int | None = None, timeout: float | None = None, record: str | None = None) -> None:
-        self.slots = slots
-        self.timeout = timeout
-        self.record = record
-        self.config: DictConfig | None = None
-        self.hydra_context: HydraContext | None = None
+    Attributes:
+        effect: difference to be found; None: the smallest that can be is said.
+        power: chance to find it.
+        pilot: folder of a finished sweep, which shows what seeds vary by.
+        metric: of the pilot; None: the first of its table.
+    """
+
+    _target_: str = "hydra_plugins.vlmlab_pool_launcher.launcher.SeedsLauncher"
+    effect: float | None = None
+    power: float = 0.8
+    pilot: str | None = None
+    metric: str | None = None
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="seeds", node=SeedsLauncherConf, provider="vlmlab")
+
+
+class _Told(Launcher):
+    """A launcher that keeps what Hydra tells it.
+
+    Attributes:
+        config: the sweep's configuration.
+        hydra_context: with the loader that composes its cells.
+    """
+
+    config: DictConfig | None = None
+    hydra_context: HydraContext | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra hands over the sweep's configuration, which is also the present one until a cell is composed."""
         HydraConfig.instance().set_config(config)
         self.config = config
         self.hydra_context = hydra_context
+
+
+class SeedsLauncher(_Told):
+    """Trains nothing: says how many seeds the comparisons of a sweep need."""
+
+    def __init__(
+        self,
+        effect: float | None = None,
+        power: float = 0.8,
+        pilot: str | None = None,
+        metric: str | None = None,
+        **of_the_sweep: Any,
+    ) -> None:
+        self.wanted = (effect, power, pilot, metric)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Compose every cell, print what its seeds can show, report every cell as done.
+
+        Raises:
+            UserError: a cell is impossible, or the pilot is none.
+        """
+        from hydra_plugins.vlmlab_pool_launcher._seeds import say_seeds
+
+        assert self.config is not None and self.hydra_context is not None
+        loader = self.hydra_context.config_loader
+        return say_seeds(self.config, loader, job_overrides, initial_job_idx, *self.wanted)
+
+
+class PoolLauncher(_Told):
+    """Runs every cell of a sweep as its own process, whatever happens to the others, and writes the table."""
+
+    def __init__(self, slots: int | None = None, timeout: float | None = None, record: str | None = None) -> None:
+        self.slots = slots
+        self.timeout = timeout
+        self.record = record
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the cells that are not finished, print the table, report every cell to the sweeper.

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
 
-from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.contracts.errors import CheckpointError, UserError, listed
 from vlmlab.contracts.parts import Adapter
 
 ALL_LINEAR = "all-linear"
@@ -151,7 +151,7 @@ def check_targets(part: nn.Module, targets: str | Sequence[str]) -> None:
 
 
 def _nothing(part: nn.Module, targets: Any) -> str:
-    names = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+    names = targets if isinstance(targets, str) else listed(sorted(targets or ()))
     return f"adapter.targets={names} fits no layer of {type(part).__name__}; name layers of that tower."
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from vlmlab.adapter.base import Layer, check_name, insert
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import UserError, listed
 from vlmlab.contracts.parts import Adapter
 from vlmlab.contracts.values import Names, NotNegative, Text, Towers, Width
 
@@ -40,7 +40,7 @@ class BottleneckAdapter(Adapter):
         name: Text = "default",
     ) -> None:
         if activation not in ACT2FN:
-            raise UserError(f"adapter.activation={activation} is unknown; use one of {', '.join(sorted(ACT2FN))}.")
+            raise UserError(f"adapter.activation={activation} is unknown; use one of {listed(sorted(ACT2FN))}.")
         self.parts = tuple(parts)
         self.name = check_name(name)
         self.lr = lr

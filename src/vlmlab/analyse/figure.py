@@ -1,4 +1,4 @@
-"""The bar figure of a sweep: one panel per benchmark, bars with intervals beside their floors and ceiling."""
+"""The figures of a sweep: bars with intervals beside their floors and ceiling, and differences to a baseline."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from vlmlab.analyse.combination import Combination
+from vlmlab.analyse.compare import Comparison
 from vlmlab.analyse.results import FIRST, MetricKey
 from vlmlab.evaluate.metrics.captions import CEILINGS
 from vlmlab.evaluate.metrics.scoring import LOOKUP
+from vlmlab.runs.files import replacing
 
 MOST_PANELS = 6
 BAR, INK, SHUFFLED, LOOKED_UP, CHANCE, CEILING = "#4C78A8", "#222222", "#E45756", "#B279A2", "#777777", "#54A24B"
@@ -44,6 +46,44 @@ def draw(path: Path, rows: Sequence[Combination], metrics: Sequence[str]) -> Pat
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")
+    return path
+
+
+def draw_differences(path: Path, comparisons: Sequence[Comparison], metric: str) -> Path | None:
+    """Draw differences to a baseline with their two intervals; None where there is no difference.
+
+    Args:
+        path: the PNG to write.
+        comparisons: from top to bottom.
+        metric: what was compared, for the title.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    known = [(one, one.difference) for one in comparisons if one.difference is not None]
+    if not known:
+        return None
+    longest = max(len(one.row.label) for one, _ in known)
+    figure = Figure(figsize=(0.07 * longest + 5.0, 1.3 + 0.42 * len(known)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.axvline(0.0, color=CHANCE, linewidth=1.0, zorder=1)
+    for y, (one, difference) in enumerate(known):
+        if one.both is not None:
+            axis.errorbar(one.both.mean, y, xerr=one.both.half, color=LOOKED_UP, linewidth=1.2, capsize=3, zorder=2)
+        axis.errorbar(difference.mean, y, xerr=difference.half, color=BAR, linewidth=3.5, fmt="o", zorder=3)
+    axis.set_yticks(range(len(known)), [one.row.label for one, _ in known])
+    axis.set_ylim(len(known) - 0.4, -0.6)
+    axis.set_title(f"{metric}\ndifference to the baseline", fontsize=9, loc="left")
+    axis.plot([], [], color=BAR, linewidth=3.5, label="95 %, over seeds on these questions")
+    if any(one.both for one, _ in known):
+        axis.plot([], [], color=LOOKED_UP, linewidth=1.2, label="95 %, over seeds and questions")
+    axis.tick_params(labelsize=8, left=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
     figure.savefig(path, dpi=150)
     return path
 

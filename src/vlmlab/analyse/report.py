@@ -14,15 +14,16 @@ import yaml
 from numpy.typing import NDArray
 
 from vlmlab.analyse import curves
+from vlmlab.analyse.answers import intervals_over_questions
 from vlmlab.analyse.results import FIRST, MetricKey, numbers, parse_overrides
-from vlmlab.analyse.table import benchmark_tables, shown
+from vlmlab.analyse.table import OF_ONE_MODEL, benchmark_tables, shown
 from vlmlab.analyse.text import short_number
 from vlmlab.contracts.sample import IMAGE_TAG
 from vlmlab.evaluate.metrics.captions import CEILINGS
 from vlmlab.evaluate.metrics.rows import Row
 from vlmlab.evaluate.metrics.scoring import BESIDE
 from vlmlab.evaluate.metrics.vqa import VqaAccuracy
-from vlmlab.runs.files import read_rows, write_atomic
+from vlmlab.runs.files import read_rows, read_yaml, write_atomic
 
 TEMPLATE = "report.html.jinja"
 SHOWN_SIDE = 160
@@ -60,6 +61,7 @@ def write_report(folder: Path, items: Sequence[ReportItem], result: Mapping[str,
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     metrics = numbers(result.get("metrics"))
+    intervals = intervals_over_questions(folder, metrics)
     environment = Environment(
         loader=PackageLoader("vlmlab.analyse", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -68,7 +70,8 @@ def write_report(folder: Path, items: Sequence[ReportItem], result: Mapping[str,
         summary=_summary(result),
         headlines=_headlines(metrics),
         items=[_item(item, metrics) for item in items],
-        tables=[asdict(table) for table in benchmark_tables(metrics)],
+        tables=[asdict(table) for table in benchmark_tables(metrics, intervals)],
+        told=OF_ONE_MODEL if intervals else "",
         charts=[curves.draw_chart(stage) for stage in curves.read_curves(read_rows(folder / "metrics.jsonl"))],
         cost=[(name, short_number(value)) for name, value in numbers(result.get("cost")).items()],
         config=_config(folder),
@@ -155,8 +158,8 @@ def _config(folder: Path) -> dict[str, Any] | None:
         return None
     text = file.read_text(encoding="utf-8", errors="replace")
     try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError:
+        config = read_yaml(file)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         config = None
     parts = [(str(name), _part(value)) for name, value in config.items()] if isinstance(config, dict) else []
     return {"parts": [(name, line) for name, line in parts if line], "text": text}

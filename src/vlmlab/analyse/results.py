@@ -13,7 +13,7 @@ import yaml
 from vlmlab.contracts.errors import UserError
 from vlmlab.evaluate.metrics.scoring import BESIDE
 from vlmlab.runs.data import CHANGED
-from vlmlab.runs.files import read_json
+from vlmlab.runs.files import read_json, read_yaml
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.lock import is_locked
 from vlmlab.runs.names import override_key
@@ -102,7 +102,7 @@ def read_run(folder: Path) -> RunRecord:
         metrics=metrics if state == "done" else {},
         cost=numbers(result.get("cost")) if result else {},
         stale=state == "done" and _stale(folder),
-        other_data=state == "done" and bool(RunFolder(folder).env().get(CHANGED)),
+        other_data=state == "done" and bool((read_json(folder / "env.json") or {}).get(CHANGED)),
     )
 
 
@@ -161,14 +161,14 @@ def _unscored(failed: Any) -> str:
 def _overrides(folder: Path, result: dict[str, Any]) -> list[str]:
     """Overrides of a cell from whichever of its files has them."""
     for read in (
-        lambda: _yaml(folder / "overrides.json"),
+        lambda: read_yaml(folder / "overrides.json"),
         lambda: result["overrides"],
         lambda: RunFolder(folder).env()["overrides"],
-        lambda: _yaml(folder / ".hydra" / "overrides.yaml"),
+        lambda: read_yaml(folder / ".hydra" / "overrides.yaml"),
     ):
         try:
             found = read()
-        except (OSError, KeyError, ValueError, yaml.YAMLError):
+        except (OSError, KeyError, ValueError, RecursionError, UserError, yaml.YAMLError):
             continue
         if isinstance(found, list):
             return [str(item) for item in found]

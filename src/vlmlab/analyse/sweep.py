@@ -8,45 +8,17 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from vlmlab.analyse.combination import SEED, Combination
+from vlmlab.analyse.combination import Combination, combinations, short_names
+from vlmlab.analyse.compare import Comparison, compare, reach
 from vlmlab.analyse.results import FIRST, MetricKey, RunRecord, failed_run, read_sweep
-from vlmlab.analyse.stats import paired_difference
 from vlmlab.analyse.table import is_count, is_level
-from vlmlab.analyse.text import WIDTH, plain_table, short_number
+from vlmlab.analyse.text import markdown_table, plain_table, short_number, terminal_width
 from vlmlab.evaluate.metrics.scoring import LOOKUP
 from vlmlab.runs.files import write_atomic
 from vlmlab.runs.shared import sharing_note
 
 COST_FIRST = ("params", "trainable", "visual_tokens", "seconds")
 SHOWN_FAILURES = 20
-
-
-def combinations(records: Sequence[RunRecord]) -> list[Combination]:
-    """The cells of a sweep grouped by the keys that differ between them, without the seed."""
-    keys = swept_keys(records)
-    groups: dict[tuple[str, ...], list[RunRecord]] = {}
-    for record in records:
-        groups.setdefault(tuple(record.overrides.get(key, "-") for key in keys), []).append(record)
-    return [
-        Combination(dict(zip(keys, values, strict=True)), groups[values]) for values in sorted(groups, key=_natural)
-    ]
-
-
-def swept_keys(records: Sequence[RunRecord]) -> list[str]:
-    """The overridden keys whose values differ between cells, in the order of the command line, without the seed."""
-    keys = [key for key in dict.fromkeys(key for record in records for key in record.overrides) if key != SEED]
-    return [key for key in keys if len({record.overrides.get(key) for record in records}) > 1]
-
-
-def short_names(keys: Sequence[str]) -> list[str]:
-    """The keys by as many of their last parts as tell them apart: ``align.steps`` of ``recipe.stages.align.steps``."""
-    return [_short_name(key, [other for other in keys if other != key]) for key in keys]
-
-
-def _short_name(key: str, others: Sequence[str]) -> str:
-    parts = key.split(".")
-    ends = (".".join(parts[-size:]) for size in range(1, len(parts)))
-    return next((end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)), key)
 
 
 def main_metrics(records: Sequence[RunRecord]) -> list[str]:
@@ -68,7 +40,9 @@ def _is_overall(key: MetricKey, names: Sequence[str]) -> bool:
 
 
 def write_table(sweep_dir: Path, failed: Iterable[tuple[Path, Iterable[str], str]] = ()) -> str:
-    """Write ``table.csv`` and ``figure.png`` into a sweep's folder and return the table as text, 120 columns wide.
+    """Write ``table.csv``, ``table.md`` and ``figure.png`` into a sweep's folder and return the table as text.
+
+    The text is as wide as the terminal, from 80 to 120 columns.
 
     Comes whatever is missing: a cell that failed, runs or has a broken ``result.json`` is a row that says so, and a
     figure that cannot be drawn is a line that says why.
@@ -87,10 +61,11 @@ def write_table(sweep_dir: Path, failed: Iterable[tuple[Path, Iterable[str], str
     rows = combinations(records)
     metrics = main_metrics(records)
     write_atomic(sweep_dir / "table.csv", to_csv(rows))
-    lines = [*_heading(sweep_dir, records), "", *_score_table(rows, metrics)]
+    write_atomic(sweep_dir / "table.md", to_markdown(rows, metrics))
+    lines = [*_heading(sweep_dir, records), "", *_table(rows, _score_columns(rows, metrics))]
     lines += (
         _cost_table(rows)
-        + _difference_table(rows, metrics)
+        + _difference_table(sweep_dir, rows, metrics)
         + _failures(records)
         + _notes(rows, sharing_note(sweep_dir))
     )
@@ -130,8 +105,18 @@ def _heading(sweep_dir: Path, records: Sequence[RunRecord]) -> list[str]:
     return lines + ([f"everywhere: {' '.join(f'{key}={value}' for key, value in shared.items())}"] if shared else [])
 
 
-def _score_table(rows: Sequence[Combination], metrics: Sequence[str]) -> list[str]:
-    columns: list[tuple[str, Callable[[Combination], str]]] = [
+def to_markdown(rows: Sequence[Combination], metrics: Sequence[str]) -> str:
+    """The scores as the text has them, in one table of Markdown."""
+    columns = _score_columns(rows, metrics)
+    titles = [*(short_names(list(rows[0].values)) or ["sweep"]), *(title for title, _ in columns)]
+    return "\n".join(markdown_table(titles, _cells(rows, columns))) + "\n"
+
+
+Column = tuple[str, Callable[[Combination], str]]
+
+
+def _score_columns(rows: Sequence[Combination], metrics: Sequence[str]) -> list[Column]:
+    columns: list[Column] = [
         ("n", lambda row: str(len(row.finished))),
         ("state", lambda row: row.state),
     ]
@@ -143,7 +128,7 @@ def _score_table(rows: Sequence[Combination], metrics: Sequence[str]) -> list[st
                 continue
             if any(row.interval(beside) for row in rows):
                 columns.append((beside.rsplit("/", 1)[1], _scored(beside, short=True)))
-    return _table(rows, columns)
+    return columns
 
 
 def _scored(name: str, short: bool = False) -> Callable[[Combination], str]:
@@ -172,31 +157,40 @@ def _cost_table(rows: Sequence[Combination]) -> list[str]:
     return ["", "cost (mean over seeds)", *_table(rows, [column(name) for name in names])]
 
 
-def _difference_table(rows: Sequence[Combination], metrics: Sequence[str]) -> list[str]:
+def _difference_table(sweep_dir: Path, rows: Sequence[Combination], metrics: Sequence[str]) -> list[str]:
     """Differences to the first combination, where there are at least two common seeds."""
-    if not metrics or len(rows) < 2:
+    if not metrics or len(rows) < 2 or not rows[0].by_seed(metrics[0]):
         return []
-    first = rows[0].by_seed(metrics[0])
-    pairs = {row.label: paired_difference(row.by_seed(metrics[0]), first) for row in rows[1:]}
-    if not any(pair and pair.difference.n > 1 for pair in pairs.values()):
+    found = {one.row.label: one for one in compare(rows, rows[0], metrics[0], single_answers=False)}
+    if not any(one.difference is not None and one.difference.n > 1 for one in found.values()):
         return []
 
-    def difference(row: Combination) -> str:
-        pair = pairs.get(row.label)
-        return str(pair.difference) if pair else "-"
+    def shown(text: Callable[[Comparison], str]) -> Callable[[Combination], str]:
+        return lambda row: text(found[row.label])
 
-    def verdict(row: Combination) -> str:
-        pair = pairs.get(row.label)
-        return pair.verdict() if pair else "-"
-
+    columns: list[Column] = [
+        ("difference", shown(lambda one: str(one.difference or "-"))),
+        ("p (Holm)", shown(lambda one: "-" if one.adjusted is None else f"{one.adjusted:.2g}")),
+        ("", shown(lambda one: one.verdict)),
+    ]
+    note = reach(list(found.values()))
     title = f"{metrics[0]}, difference to {rows[0].label}, paired by seed"
-    return ["", title, *_table(rows[1:], [("difference", difference), ("", verdict)])]
+    return [
+        "",
+        title,
+        *_table(rows[1:], columns),
+        *([f"note: {note}"] if note else []),
+        f"another baseline or metric: vlmlab compare {sweep_dir} baseline=... metric=...",
+    ]
 
 
-def _table(rows: Sequence[Combination], columns: Sequence[tuple[str, Callable[[Combination], str]]]) -> list[str]:
+def _table(rows: Sequence[Combination], columns: Sequence[Column]) -> list[str]:
     keys = short_names(list(rows[0].values)) or ["sweep"]
-    cells = [[*(row.values.values() or ["all"]), *(cell(row) for _, cell in columns)] for row in rows]
-    return plain_table([*keys, *(title for title, _ in columns)], cells, keys=len(keys))
+    return plain_table([*keys, *(title for title, _ in columns)], _cells(rows, columns), keys=len(keys))
+
+
+def _cells(rows: Sequence[Combination], columns: Sequence[Column]) -> list[list[str]]:
+    return [[*(row.values.values() or ["all"]), *(cell(row) for _, cell in columns)] for row in rows]
 
 
 def _failures(records: Sequence[RunRecord]) -> list[str]:
@@ -205,7 +199,9 @@ def _failures(records: Sequence[RunRecord]) -> list[str]:
     for record in missing[:SHOWN_FAILURES]:
         what = " ".join(f"{key}={value}" for key, value in record.overrides.items()) or record.folder.name
         lines += textwrap.wrap(
-            f"{record.state}: {what}{': ' if record.reason else ''}{record.reason}", WIDTH, subsequent_indent="  "
+            f"{record.state}: {what}{': ' if record.reason else ''}{record.reason}",
+            terminal_width(),
+            subsequent_indent="  ",
         )
         log = record.folder / "log.txt"
         lines += [f"  output in {log}"] if log.exists() else []
@@ -217,12 +213,14 @@ def _failures(records: Sequence[RunRecord]) -> list[str]:
 def _notes(rows: Sequence[Combination], shared: str | None) -> list[str]:
     notes = [] if shared is None else [shared]
     if any(len(row.finished) > 1 for row in rows):
-        notes.append("\N{PLUS-MINUS SIGN} is the 95 % t interval of the mean over n seeds.")
+        notes.append(
+            "\N{PLUS-MINUS SIGN} is the 95 % t interval over n seeds of the expected score on this one test set."
+        )
     if any(record.stale for row in rows for record in row.records):
         notes.append("* made by other code of the package than the present; fresh=true trains again.")
     if any(record.other_data for row in rows for record in row.records):
         notes.append("* made with other data than are there now; fresh=true trains again.")
-    return ["", *notes] if notes else []
+    return ["", *(line for note in notes for line in textwrap.wrap(note, terminal_width()))] if notes else []
 
 
 def _figure(sweep_dir: Path, rows: Sequence[Combination], metrics: Sequence[str]) -> str:
@@ -233,14 +231,3 @@ def _figure(sweep_dir: Path, rows: Sequence[Combination], metrics: Sequence[str]
     except Exception as error:  # the text and the CSV must come whatever the drawing library says
         return f"(no figure: {type(error).__name__}: {error})"
     return str(path) if path else "(no figure: nothing to draw)"
-
-
-def _natural(values: tuple[str, ...]) -> list[tuple[int, float, str]]:
-    """Numbers by size, before words by alphabet."""
-    keyed = []
-    for value in values:
-        try:
-            keyed.append((0, float(value), value))
-        except ValueError:
-            keyed.append((1, 0.0, value))
-    return keyed

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vlmlab.analyse.results import FLOOR, MetricKey, numbers
-from vlmlab.analyse.text import plain_table, short_number
+from vlmlab.analyse.text import plain_table, short_number, terminal_width
 from vlmlab.evaluate.metrics.captions import CEILINGS, LEFT_OUT
 from vlmlab.evaluate.metrics.scoring import BESIDE as SETS
 
+if TYPE_CHECKING:
+    from vlmlab.analyse.stats import Interval
+
 BESIDE = ("chance", "normalised")
 """Scores that stand in a column beside the accuracy they belong to."""
+INTERVAL = "95 % interval"
+"""The column of the interval over questions."""
+OF_ONE_MODEL = (
+    "95 % interval: over questions, those about one image taken as one; it describes this one trained model and not "
+    "another seed."
+)
 OVER = "over"
 """The column that names the floor which ``normalised`` is over."""
 
@@ -37,16 +48,23 @@ class BenchmarkTable:
     rows: list[tuple[str, tuple[Cell, ...]]]
 
 
-def benchmark_tables(metrics: Mapping[str, float]) -> list[BenchmarkTable]:
-    """One table per benchmark, in the order in which they stand in ``result.json``."""
+def benchmark_tables(
+    metrics: Mapping[str, float], intervals: Mapping[str, Interval] | None = None
+) -> list[BenchmarkTable]:
+    """One table per benchmark, in the order in which they stand in ``result.json``.
+
+    Args:
+        metrics: of ``result.json``.
+        intervals: over questions, of those metrics that have one.
+    """
     grouped: dict[str, dict[MetricKey, float]] = defaultdict(dict)
     for name, value in metrics.items():
         key = MetricKey.parse(name)
         grouped[key.benchmark][key] = value
-    return [_benchmark_table(name, values) for name, values in grouped.items()]
+    return [_benchmark_table(name, values, intervals or {}) for name, values in grouped.items()]
 
 
-def _benchmark_table(name: str, values: Mapping[MetricKey, float]) -> BenchmarkTable:
+def _benchmark_table(name: str, values: Mapping[MetricKey, float], intervals: Mapping[str, Interval]) -> BenchmarkTable:
     cells: dict[tuple[str, str], dict[str, Cell]] = defaultdict(dict)
     counts: dict[str, float] = {}
     accuracy, scores = _accuracy(values), {key.score for key in values}
@@ -56,6 +74,8 @@ def _benchmark_table(name: str, values: Mapping[MetricKey, float]) -> BenchmarkT
         else:
             score, part, title, cell = _place(key, value, accuracy, scores)
             cells[score, part][title] = cell
+            if (interval := intervals.get(str(key))) is not None and interval.half is not None:
+                cells[score, part][INTERVAL] = f"{interval.low:.3f}-{interval.high:.3f}"
     ceilings: list[str] = []
     for who in CEILINGS.values():
         ceilings += [who, f"of {who}"]
@@ -63,7 +83,7 @@ def _benchmark_table(name: str, values: Mapping[MetricKey, float]) -> BenchmarkT
             own, theirs = row.get(LEFT_OUT), row.get(who)
             if isinstance(own, float) and isinstance(theirs, float) and theirs > 0:
                 row[f"of {who}"] = own / theirs
-    order = ("value", *SETS, *BESIDE, OVER, LEFT_OUT, *ceilings)
+    order = ("value", INTERVAL, *SETS, *BESIDE, OVER, LEFT_OUT, *ceilings)
     columns = tuple(title for title in order if any(title in row for row in cells.values()))
     ranked = sorted(cells, key=lambda cell: (_first(cells, cell[0]), cell[1] != "", cell[1] in counts, cell[1]))
     rows = [
@@ -124,21 +144,37 @@ def shown(value: Cell) -> str:
     return "" if value is None else value if isinstance(value, str) else f"{value:.3f}"
 
 
-def final_table(result: Mapping[str, Any]) -> str:
-    """The text to print at the end of a run, at most 120 columns wide.
+def final_table(result: Mapping[str, Any], folder: Path | None = None, config: Mapping[str, Any] | None = None) -> str:
+    """The text to print at the end of a run, as wide as the terminal, from 80 to 120 columns.
 
     Args:
         result: the contents of ``result.json``.
+        folder: whose predictions give the intervals over questions; None: no intervals.
+        config: the plain configuration of the run; None: the folder is the run's and has it.
     """
     lines: list[str] = []
-    for table in benchmark_tables(numbers(result.get("metrics"))):
+    metrics = numbers(result.get("metrics"))
+    intervals = _intervals(folder, metrics, config)
+    for table in benchmark_tables(metrics, intervals):
         count = "" if table.count is None else f" ({table.count} items)"
         rows = [[name, *map(shown, values)] for name, values in table.rows]
         body = plain_table(table.columns, rows)
         lines += [f"{table.name}{count}", *(f"  {line}".rstrip() for line in body), ""]
     if not lines:
         lines = ["no metrics", ""]
+    if intervals:
+        lines += [*textwrap.wrap(OF_ONE_MODEL, terminal_width(), subsequent_indent="  "), ""]
     return "\n".join([*lines, *_cost_lines(result)])
+
+
+def _intervals(
+    folder: Path | None, metrics: Mapping[str, float], config: Mapping[str, Any] | None
+) -> dict[str, Interval]:
+    if folder is None or not metrics:
+        return {}
+    from vlmlab.analyse.answers import intervals_over_questions  # numpy and scipy, which no other table needs
+
+    return intervals_over_questions(folder, metrics, config)
 
 
 def _cost_lines(result: Mapping[str, Any]) -> list[str]:

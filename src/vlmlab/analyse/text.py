@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 
 WIDTH = 120
+NARROW = 80
 LONGEST_CELL = 40
+SHORTEST_KEY = 8
+"""Characters that are left of a long value which names a row, however narrow the table."""
 
 
-def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]], keys: int = 1, width: int = WIDTH) -> list[str]:
-    """Lines of a table; when it is wider than `width`, several tables below each other.
+def terminal_width() -> int:
+    """Columns of the terminal, from `NARROW` to `WIDTH`; `WIDTH` where there is none."""
+    return max(NARROW, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
+
+
+def plain_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], keys: int = 1, width: int | None = None
+) -> list[str]:
+    """Lines of a table; when it is wider than `width`, several tables below each other. No heading is ever cut.
 
     Args:
         header: one text per column; may have several lines, the last is nearest to the rows.
-        rows: one text per column each; cells over ``LONGEST_CELL`` characters are cut.
+        rows: one text per column each; cells over ``LONGEST_CELL`` characters are cut, those that name the row to less
+            where several of them would leave no room for another column.
         keys: so many columns at the left name the row; they are left-aligned and repeated in every part.
-        width: most characters in a line.
+        width: most characters in a line; None: those of the terminal.
     """
-    cells = [[_cut(cell) for cell in row] for row in rows]
-    sizes = [
-        max(len(line) for line in [*title.split("\n"), *(row[i] for row in cells)]) for i, title in enumerate(header)
-    ]
+    width = width or terminal_width()
+    for longest in range(LONGEST_CELL, SHORTEST_KEY - 1, -1):
+        cells = [[_cut(cell, longest if i < keys else LONGEST_CELL) for i, cell in enumerate(row)] for row in rows]
+        sizes = [
+            max(len(line) for line in [*title.split("\n"), *(row[i] for row in cells)])
+            for i, title in enumerate(header)
+        ]
+        if sum(size + 2 for size in sizes[:keys]) + max(sizes[keys:], default=0) <= width:
+            break
     lines: list[str] = []
     for chosen in _parts(sizes, keys, width):
         if lines:
@@ -65,6 +82,13 @@ def _line(cells: Sequence[str], sizes: Sequence[int], keys: int) -> str:
     return "  ".join(padded).rstrip()
 
 
-def _cut(cell: str) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    texts = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    head, *lines = ["| " + " | ".join(row) + " |" for row in texts]
+    return [head, "|" + "---|" * len(header), *lines]
+
+
+def _cut(cell: str, longest: int) -> str:
     line = cell.replace("\n", " ")
-    return line if len(line) <= LONGEST_CELL else line[: LONGEST_CELL - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return line if len(line) <= longest else line[: longest - 1] + "\N{HORIZONTAL ELLIPSIS}"

@@ -19,6 +19,7 @@ from vlmlab.cache.shelf import ROW, SUFFIX, Shelf, make_room
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder, FeatureCache
 from vlmlab.contracts.tensors import Visual
+from vlmlab.contracts.terminal import tell
 from vlmlab.contracts.values import Positive, Text
 
 
@@ -71,7 +72,7 @@ class DiskCache(FeatureCache):
         self.folder = Path(folder).expanduser()
         self.limit = None if max_gb is None else int(max_gb * 1e9)
         self.rounded = None if dtype is None else torch.bfloat16
-        self._begin(print)
+        self._begin(tell)
 
     def _begin(self, say: Callable[[str], None]) -> None:
         self.counts = Counts()

@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.contracts.errors import DataError, UserError
+from vlmlab.contracts.terminal import tell
 from vlmlab.data.overlap import Stored, reads, same_bytes, sentence, stored_images
 from vlmlab.data.provenance import KEY, changed_data, data_of, shown
 from vlmlab.data.skipped import next_usable
@@ -69,7 +70,7 @@ def check_same(run: RunFolder, cfg: DictConfig) -> None:
         )
     scored = changed_data(before, now, ("val", "benchmarks"))
     if learnt or scored:
-        print(f"note: since this run began its data have changed: {shown([*learnt, *scored])}", flush=True)
+        tell(f"note: since this run began its data have changed: {shown([*learnt, *scored])}")
     if scored:
         run.keep_aside()
     if learnt and run.trained():

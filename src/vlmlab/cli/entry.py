@@ -6,29 +6,25 @@ import contextlib
 import functools
 import io
 import os
-import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmlab.contracts.errors import UserError, mistake_within
+from vlmlab.cli.flags import package_of, wrong_word
+from vlmlab.contracts.errors import InUse, UserError, brief, unbuildable
 from vlmlab.contracts.faults import machine_error, unusable
+from vlmlab.contracts.terminal import tell, visible
 
-DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: fine; the run, its data or the machine; the command or the configuration; stopped by Ctrl-C (by another
-signal: 128 and its number)."""
-
-
-LONGEST = 300
-"""Characters of a sentence."""
+DONE, FAILED, MISTAKE, IN_USE, INTERRUPTED = 0, 1, 2, 75, 130
+"""Exit codes: fine; the run, its data or the machine; the command or the configuration; the folder is another process's
+for now (as sendmail's EX_TEMPFAIL); stopped by Ctrl-C (by another signal: 128 and its number)."""
 
 
 class ConfigError(UserError):
@@ -45,15 +41,17 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def short(sentence: str, most: int = LONGEST) -> str:
-    """The sentence without its middle where it is too long: what is wrong stands first and what to do stands last."""
-    return sentence if len(sentence) <= most else f"{sentence[: most - 125]} ... {sentence[-120:]}"
-
-
 def fail(sentence: str, code: int) -> int:
     """Print ``error: sentence`` on stderr, in one line, and return the code."""
-    print(f"error: {short(one_line(sentence))}", file=sys.stderr, flush=True)
+    tell(f"error: {brief(visible(one_line(sentence)))}", sys.stderr)
     return code
+
+
+def exit_code(error: UserError) -> int:
+    """What a command ends with after this mistake."""
+    if isinstance(error, ConfigError):
+        return MISTAKE
+    return IN_USE if isinstance(error, InUse) else FAILED
 
 
 def guard(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
@@ -68,10 +66,10 @@ def guard(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
         except Exception as error:
             if debugging():
                 raise
-            sentence = said(error)
-            if sentence is not None:
-                raise SystemExit(fail(sentence, MISTAKE if isinstance(error, ConfigError) else FAILED)) from error
-            traceback.print_exc()  # a fault of ours: all of it, and none of Hydra's own lines
+            if (sentence := said(error)) is not None:
+                code = exit_code(error) if isinstance(error, UserError) else FAILED
+                raise SystemExit(fail(sentence, code)) from error
+            tell(traceback.format_exc().rstrip(), sys.stderr)  # a fault of ours, and none of Hydra's own lines
             raise SystemExit(FAILED) from error
 
     return guarded
@@ -88,22 +86,6 @@ def said(error: Exception) -> str | None:
     return unusable(error) if isinstance(error, OSError) else None
 
 
-def unbuildable(error: InstantiationException) -> str:
-    """The user's mistake behind a part that could not be built; or which part, why, and where its keys are."""
-    mistake = mistake_within(error)
-    if mistake is not None:
-        return str(mistake)
-    text = str(error)
-    place, target = (re.search(pattern, text) for pattern in (r"full_key: (\S+)", r"target '([^']+)'"))
-    where = place.group(1) if place else (target.group(1) if target else "a part")
-    cause = error.__cause__
-    if cause is None or text.startswith("Error locating target"):
-        shown = target.group(1) if target else ""
-        return f"{where}._target_={shown} cannot be imported; give the dotted path of a class that is installed"
-    why = one_line(str(cause)) or type(cause).__name__
-    return f"{where} cannot be built ({why}); correct its keys, VLMLAB_DEBUG=1 shows the whole traceback"
-
-
 def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int:
     """Call a function decorated by ``hydra.main`` and turn what composition raises into one sentence.
 
@@ -117,14 +99,16 @@ def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
     try:
-        check_flags(sys.argv[1:])
-        main()
+        if (sentence := wrong_word(sys.argv[1:], trains=config_name == "train")) is not None:
+            return fail(sentence, MISTAKE)
+        with _package_there() if package_of(sys.argv[1:]) else contextlib.nullcontext():
+            main()
     except UserError as error:
         if debugging():
             raise
-        return fail(str(error), MISTAKE if isinstance(error, ConfigError) else FAILED)
+        return fail(str(error), exit_code(error))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        tell("interrupted; the same command goes on from here", sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if debugging():
@@ -142,25 +126,18 @@ def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int
     return DONE
 
 
-def check_flags(words: Sequence[str]) -> None:
-    """Refuse an option that Hydra does not have, which its own parser would answer with its whole usage.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    parser = get_args_parser()
+@contextlib.contextmanager
+def _package_there() -> Iterator[None]:
+    """``--cfg job --package x`` makes Hydra end with a line of its own where there is no x; here with a sentence."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            _, unknown = parser.parse_known_args(list(words))
+            yield
         except SystemExit as end:
-            if not end.code:
-                return
-            why = said.getvalue().strip().rpartition("error: ")[2]
-            raise ConfigError(f"{one_line(why)}; --help shows the options") from end
-    for word in unknown:
-        if word.startswith("-"):
-            raise ConfigError(f"{word} is no option; --help shows the groups, keys are given as key=value")
-        raise ConfigError(f"{word} stands behind an option that has keys before it; give the options first")
+            if end.code and "not found in config" in said.getvalue():
+                why = one_line(said.getvalue()).removesuffix(" in config")
+                raise ConfigError(f"--{why}, or null there; --cfg job without it shows all there is") from end
+            raise
+    sys.stderr.write(said.getvalue())
 
 
 def _forget_sweep() -> None:

@@ -11,10 +11,15 @@ from omegaconf import DictConfig
 from vlmlab.analyse.table import final_table
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError, guard, run_command
-from vlmlab.cli.finished import known_run
+from vlmlab.cli.finished import check_own, known_run, trusted
+from vlmlab.cli.rules.schema import Evaluate
 from vlmlab.cli.train import train_in
+from vlmlab.contracts.terminal import tell
+from vlmlab.contracts.values import shown
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder, is_whole
+from vlmlab.runs.trust import saved_config
+from vlmlab.runs.withheld import stored
 
 
 def evaluate_command(cfg: DictConfig) -> None:
@@ -24,12 +29,14 @@ def evaluate_command(cfg: DictConfig) -> None:
         ConfigError: ``run`` is missing or no folder of a run, or a key has a value it cannot have.
         CheckpointError: the run is not trained to its end.
     """
+    _check_values(cfg)
     folder = known_run(cfg, "python evaluate.py run=outputs/default")
     run = RunFolder(folder)
     left = run.trained() and not is_whole(run.result())
     if not left:
         run.finished()
-    _check_values(cfg)
+    if not trusted(cfg):
+        saved_config(folder)  # refused before torch is imported
     if str(cfg.device).startswith("cuda"):
         _check_gpu(str(cfg.device))
     if left:
@@ -44,26 +51,21 @@ def _finish(cfg: DictConfig, run: RunFolder) -> None:
     """Score what the run's own evaluation has left, with what this one asks for, and write its result."""
     from vlmlab.evaluate.run import overridden
 
-    config = overridden(run.config() or {}, cfg)
+    config = overridden(saved_config(run.path, trusted(cfg)), cfg)
     if cfg.device != "auto":
         config.trainer.accelerator = "cpu" if cfg.device == "cpu" else "gpu"
         _take_gpu(str(cfg.device))
     with run:
-        run.open(plain(config), run.env().get("overrides", []))
+        run.open(plain(config), run.env().get("overrides", []), written=stored(config))
         result = train_in(run, config)
-    print(final_table(result or {}))
+    tell(final_table(result or {}, run.path))
 
 
 def _check_values(cfg: DictConfig) -> None:
     """Sizes are counts, switches are on or off, the device is one, and a single benchmark's name is a list of it."""
-    for key in ("limit", "batch_size"):
-        value = cfg[key]
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ConfigError(f"{key}={value} is not possible; give a whole number of at least 1, or null")
-    if not (cfg.share_images is None or isinstance(cfg.share_images, bool)):
-        raise ConfigError(f"share_images={cfg.share_images} is unknown; choose true or false, or null")
+    check_own(cfg, Evaluate)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(cfg.device)):
-        raise ConfigError(f"device={cfg.device} is unknown; choose one of auto, cpu, cuda")
+        raise ConfigError(f"device={shown(cfg.device)} is unknown; choose one of auto, cpu, cuda")
     if isinstance(cfg.benchmarks, str):
         cfg.benchmarks = [cfg.benchmarks]
 

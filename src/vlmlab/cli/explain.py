@@ -9,13 +9,17 @@ from pathlib import Path
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vlmlab.cli.flags import overrides_of
 from vlmlab.cli.rules.asking import class_of
 from vlmlab.cli.rules.constructors import keys_in
 from vlmlab.cli.rules.words import closest, unread
+from vlmlab.contracts.errors import brief, listed
+from vlmlab.contracts.values import shown
 from vlmlab.recipe.stage import KEYS
 
 INSIDE = ("memory_mask",)
@@ -79,14 +83,27 @@ def _unreadable(error: Exception, conf: Path, words: Sequence[str]) -> str | Non
     raised_in = str(trace.tb_frame.f_globals.get("__name__")) if trace is not None else ""
     if raised_in.partition(".")[0] not in ("hydra", "omegaconf", "antlr4", "yaml"):
         return None
+    if (sentence := _no_choice(words, conf)) is not None:
+        return sentence
+    return f"the command {brief(' '.join(words), 120)!r} cannot be read ({_first(error)}); give each word as key=value"
+
+
+def _no_choice(words: Sequence[str], conf: Path) -> str | None:
+    """A word that gives a group something else than names of files."""
     groups = {folder.name for folder in conf.iterdir() if folder.is_dir()}
-    for word in words:
-        key, _, value = word.lstrip("+~").partition("=")
-        if not key:
-            return f"{word} has no key; write key=value"
-        if key.partition("@")[0] in groups and not re.match(r"[A-Za-z_/\[]", value):
-            return f"{word} is no choice of {key}; give the name of a file of conf/{key.partition('@')[0]}"
-    return f"the command {' '.join(words)[:120]!r} cannot be read ({_first(error)}); give each word as key=value"
+    try:
+        overrides = OverridesParser.create().parse_overrides(overrides_of(words))
+    except OverrideParseException:
+        return None
+    for override in overrides:
+        value = override.value() if not override.is_sweep_override() else ""
+        names = value if isinstance(value, list) else [value]
+        if override.key_or_group in groups and (
+            not all(isinstance(name, str) for name in names) or any("${" in str(name) for name in names)
+        ):
+            group = override.key_or_group
+            return f"{shown(override.input_line)} is no choice of {group}; give the name of a file of conf/{group}"
+    return None
 
 
 def _first(error: BaseException) -> str:
@@ -99,9 +116,14 @@ def _missing(error: MissingConfigException, words: Sequence[str]) -> str:
     group, _, choice = file.rpartition("/")
     if not group or not error.options:
         return _of_flags(error, words)
+    word = next((word for word in words if re.split("[=@]", word.lstrip("+~"))[0] == group.split("/")[0]), None)
+    if word is not None and "," not in word:  # as it was written: Hydra has read a path in it
+        group, choice = group.split("/")[0], word.partition("=")[2]
     options = sorted(error.options)
     off = "; without vision: fusion=none" if choice == "none" and group in ("encoder", "connector") else ""
-    return f"{group} has no choice {choice!r}{closest(choice, options)}: choose one of {', '.join(options)}{off}"
+    return (
+        f"{group} has no choice {shown(choice)!r}{closest(choice, options)}: choose one of {listed(options, 200)}{off}"
+    )
 
 
 def _composition(error: ConfigCompositionException, conf: Path, config_name: str, words: Sequence[str]) -> str:
@@ -109,14 +131,25 @@ def _composition(error: ConfigCompositionException, conf: Path, config_name: str
     named = re.search(r"Could not (?:override|append to config|delete from config|delete)[.:]? ?'([^'@]+)", text)
     if named is None and text.startswith("Ambiguous value"):
         return f"{_first(error)}: add -m to sweep over its values, write [a,b] for a list, or quote a text with a comma"
+    if named is None and (swept := re.match(r"Sweep parameters '(.*)' requires --multirun", text, re.DOTALL)):
+        return f"{shown(swept.group(1), 120)} gives several values to one run; add -m to sweep over them, or give one"
+    if named is None and (twice := re.match(r"(\S+) appears more than once in the final defaults list", text)):
+        return f"{twice.group(1)} is chosen already and cannot be added; write {twice.group(1)}=... to change it"
     if named is None:
         cause = error.__cause__
-        return _first(error) + (f" ({_first(cause)})" if cause is not None else "")
+        why = _first(error) + (f" ({_first(cause)})" if cause is not None else "")
+        return _no_choice(words, conf) or f"{why}; give it another value, or leave it out"
     key = named.group(1)
-    if "No match in the defaults list" in text and (flags := _flags(words)):
-        return f"no group {key!r} in the defaults of {flags}; leave out the one or the other"
     if key in INSIDE:
         return _inside(key, conf, config_name, words)
+    if "@" in (word := text[named.start(1) :].partition("'")[0]):
+        return _elsewhere(word, words)
+    if (inside := re.search(r"full_key: (\S+)", str(error.__cause__))) and inside.group(1).startswith(f"{key}."):
+        key = inside.group(1)
+    if "No match in the defaults list" in text and (flags := _flags(words)):
+        return f"no group {key!r} in the defaults of {flags}; leave out the one or the other"
+    if "No match in the defaults list" in text and (conf / key).is_dir():
+        return f"{key} has no choice that could be changed; write +{key}=... to add one"
     if "not a ConfigGroup" in text or "already at" in text or "nvalid type" in text or key.startswith("hydra"):
         return _first(error)
     if isinstance(error.__cause__, OmegaConfBaseException) and "is not in struct" not in str(error.__cause__):
@@ -127,6 +160,16 @@ def _composition(error: ConfigCompositionException, conf: Path, config_name: str
         return f"{key}: {_first(error)}"
     return (
         f"{key} is not in the composition and may be added: write +{key}=..." if takes(cfg, key) else unread(key, known)
+    )
+
+
+def _elsewhere(word: str, words: Sequence[str]) -> str:
+    """A group that is chosen for a place where the composition has none of it."""
+    (group, _, place), typed = word.partition("@"), next((typed for typed in words if word in typed), word)
+    value = typed.partition("=")[2]
+    return (
+        f"{shown(typed, 100)} finds no {group} at {shown(place)!r} to change; write {group}={value} for the run's own, "
+        f"or +{word}={value} where a key takes one"
     )
 
 

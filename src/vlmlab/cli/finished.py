@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from vlmlab.cli.entry import ConfigError
-from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.contracts.values import hints, refusal
 from vlmlab.runs.folder import RunFolder
 
 
@@ -33,21 +34,42 @@ def known_run(cfg: DictConfig, example: str) -> Path:
     if OmegaConf.is_missing(cfg, "run"):
         raise ConfigError(f"which run? write run=<folder>, as in: {example}")
     folder = Path(str(cfg.run))
-    if _config(folder) is None:
+    if RunFolder(folder).config() is None:
         raise ConfigError(
             f"run={folder} is no run folder (it has no config.yaml); give the folder that training printed"
         )
     return folder
 
 
-def _config(folder: Path) -> dict[str, Any] | None:
-    """The run's configuration, or None where there is no run; whoever reads a run can only restore a damaged one."""
-    try:
-        return RunFolder(folder).config()
-    except UserError as error:
-        cause = error.__cause__
-        mark = getattr(cause, "problem_mark", None)
-        why = f"line {mark.line + 1}: {getattr(cause, 'problem', cause)}" if mark else "it is no configuration"
-        raise CheckpointError(
-            f"{folder / 'config.yaml'} is damaged ({why}); restore it, or train the run again"
-        ) from error
+def check_own(cfg: DictConfig, section: Any) -> None:
+    """Refuse a value that a key of the command cannot have; one that is missing is asked for by name where it is used.
+
+    Args:
+        cfg: the command's configuration.
+        section: its keys, as ``vlmlab.cli.rules.schema`` has them.
+
+    Raises:
+        ConfigError: the first key that is not there or has such a value.
+    """
+    for key, kind in hints(section).items():
+        if OmegaConf.is_missing(cfg, key):
+            continue
+        if key not in cfg:
+            raise ConfigError(f"{key} is needed here; leave ~{key} out")
+        try:
+            value = OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{key} cannot be resolved: {str(error).splitlines()[0]}; give it a value") from error
+        if (sentence := refusal(kind, value, key)) is not None:
+            raise ConfigError(sentence)
+
+
+def trusted(cfg: DictConfig) -> bool:
+    """Whether code from outside vlmlab that the run names may be run.
+
+    Raises:
+        ConfigError: ``trust`` is neither true nor false.
+    """
+    if not isinstance(cfg.trust, bool):
+        raise ConfigError(f"trust={cfg.trust} is not possible; give true or false")
+    return cfg.trust

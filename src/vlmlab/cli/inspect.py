@@ -10,8 +10,12 @@ from omegaconf import DictConfig
 
 from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.rules import admitted
-from vlmlab.cli.verb import count, own_keys, run_verb
+from vlmlab.cli.rules.schema import Inspect
+from vlmlab.cli.verb import run_verb
+from vlmlab.contracts.errors import listed
+from vlmlab.contracts.terminal import tell
 from vlmlab.recipe.stage import Stage, parse
+from vlmlab.runs.files import check_place
 
 
 def inspect_command(cfg: DictConfig) -> None:
@@ -21,14 +25,14 @@ def inspect_command(cfg: DictConfig) -> None:
         ConfigError: the composition breaks a rule, there is no such stage, or a key has a value it cannot have.
         UserError: training would refuse the data; the page says so too.
     """
-    n, checked = count(cfg, "n", 1), count(cfg, "check", 0)
-    admitted(cfg, HydraConfig.get(), own_keys("inspect"))
-    stage = chosen_stage(cfg)
+    admitted(cfg, HydraConfig.get(), Inspect)
+    stage, page = chosen_stage(cfg), Path(str(cfg.out))
+    check_place(page, "out")
     from vlmlab.inspect.inspection import inspect_stage, say, write_page  # from here on torch
 
-    found = inspect_stage(cfg, stage, n, checked)
+    found = inspect_stage(cfg, stage, cfg.n, cfg.check)
     say(found)
-    print(f"\n{write_page(found, Path(str(cfg.out)))}")
+    tell(f"\n{write_page(found, page)}")
     if found.refused is not None:
         raise found.refused
 
@@ -44,7 +48,7 @@ def chosen_stage(cfg: DictConfig) -> Stage:
         return stages[-1]
     found = next((stage for stage in stages if stage.name == str(cfg.stage)), None)
     if found is None:
-        known = ", ".join(stage.name for stage in stages)
+        known = listed(stage.name for stage in stages)
         raise ConfigError(f"stage={cfg.stage} is no stage of this recipe; choose one of {known}")
     return found
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,18 @@ from omegaconf import DictConfig, OmegaConf
 from vlmlab.analyse.text import plain_table
 from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.rules import admitted
-from vlmlab.cli.verb import count, own_keys, run_verb
-from vlmlab.contracts.errors import UserError
+from vlmlab.cli.rules.schema import Plan
+from vlmlab.cli.seeds import CLAIM, run_seeds
+from vlmlab.cli.verb import own_keys, run_verb
+from vlmlab.contracts.errors import UserError, listed
+from vlmlab.contracts.terminal import tell
 from vlmlab.data.overlap import reads
+from vlmlab.plan.devices import DEVICES, Device
 from vlmlab.recipe.stage import parse
-from vlmlab.runs.files import write_json
+from vlmlab.runs.files import check_place, write_json
 
 if TYPE_CHECKING:
-    from vlmlab.plan.plan import Device, Settings, StagePlan
+    from vlmlab.plan.plan import Settings, StagePlan
 
 
 def plan_command(cfg: DictConfig) -> None:
@@ -30,15 +35,20 @@ def plan_command(cfg: DictConfig) -> None:
         ConfigError: the composition breaks a rule, or a key has a value it cannot have.
         UserError: the data cannot be read, or the composition cannot be planned.
     """
-    _check_values(cfg)
-    admitted(cfg, HydraConfig.get(), own_keys("plan"))
+    admitted(cfg, HydraConfig.get(), Plan)
+    for key in CLAIM:
+        if cfg[key] != own_keys("plan")[key]:
+            raise ConfigError(f"{key}={cfg[key]} is about the seeds of a sweep; write vlmlab plan -m and sweep a key")
+    device = _device(cfg)
+    if cfg.out is not None:
+        check_place(Path(str(cfg.out)), "out")
     stages = [stage.name for stage in parse(cfg)]
     lengths = {name: _pair(name, value) for name, value in _per_stage(cfg, "lengths", stages).items()}
-    samples = {name: _samples(name, value) for name, value in _per_stage(cfg, "samples", stages).items()}
+    samples = _per_stage(cfg, "samples", stages)
     from vlmlab.plan.plan import Settings, as_json, plan  # from here on torch
 
     settings = Settings(
-        device=_device(cfg),
+        device=device,
         devices=cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1,
         sharded=cfg.trainer.strategy == "fsdp2",
         mfu=float(cfg.mfu),
@@ -50,52 +60,27 @@ def plan_command(cfg: DictConfig) -> None:
     found = plan(cfg, settings)
     if not found:
         raise UserError("recipe.stages trains nothing: no part named in train has weights in this composition.")
-    print("\n".join([*lines(found, settings), *generated(cfg, lengths)]))
+    tell("\n".join([*lines(found, settings), *generated(cfg, lengths)]))
     if cfg.out is not None:
         write_json(Path(str(cfg.out)), as_json(found, settings))
-        print(f"\n{cfg.out}")
-
-
-def _check_values(cfg: DictConfig) -> None:
-    count(cfg, "sample", 1)
-    for key, least in (("mfu", 0.0), ("headroom", -1.0)):
-        value = cfg[key]
-        if not isinstance(value, int | float) or isinstance(value, bool) or not least < value <= 1 or value < 0:
-            raise ConfigError(f"{key}={value} is no share; give a number from 0 to 1")
-    for key in ("memory", "tflops"):
-        value = cfg[key]
-        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value <= 0):
-            raise ConfigError(f"{key}={value} is not possible; give a number above 0, or null for the device's own")
+        tell(f"\n{cfg.out}")
 
 
 def _per_stage(cfg: DictConfig, key: str, stages: Sequence[str]) -> dict[str, Any]:
-    value: Any = OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{key}={value} is no mapping; write '{key}={{{stages[0]}: ...}}'")
+    value: Any = OmegaConf.to_container(cfg[key], resolve=True)
     for name in value:
         if name not in stages:
-            raise ConfigError(f"{key}.{name} is no stage of this recipe; choose from {', '.join(stages)}")
+            raise ConfigError(f"{key}.{name} is no stage of this recipe; choose from {listed(stages)}")
     return {str(name): item for name, item in value.items()}
 
 
-def _pair(name: str, value: Any) -> list[int]:
-    pair: list[Any] = value if isinstance(value, list) and len(value) == 2 else [None]
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in pair) or pair[0] < 0 or pair[1] < 1:
+def _pair(name: str, value: list[int]) -> list[int]:
+    if len(value) != 2 or value[1] < 1:
         raise ConfigError(f"lengths.{name}={value} is no pair; give tokens before the answer and of it, as in [20,60]")
-    return pair
-
-
-def _samples(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"samples.{name}={value} is not possible; give a whole number of at least 1")
     return value
 
 
 def _device(cfg: DictConfig) -> Device:
-    from dataclasses import replace
-
-    from vlmlab.plan.plan import DEVICES
-
     if cfg.device not in DEVICES:
         known = ", ".join(DEVICES)
         raise ConfigError(f"device={cfg.device} is unknown; choose one of {known}, with memory= and tflops= any other")
@@ -209,4 +194,5 @@ def generated(cfg: DictConfig, stated: Collection[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_verb("plan", plan_command))
+    many = any(word in ("-m", "--multirun") for word in sys.argv[1:])
+    sys.exit(run_seeds(sys.argv[1:]) if many else run_verb("plan", plan_command))

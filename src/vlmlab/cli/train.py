@@ -17,15 +17,26 @@ from vlmlab.analyse.table import final_table
 from vlmlab.cli import rules
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.data import check_same, check_sources
-from vlmlab.cli.entry import ConfigError, guard, one_line, remove_empty, run_command, unbuildable
-from vlmlab.contracts.errors import DataError, MachineError, OutOfMemory, Unscored, UserError, mistake_within
+from vlmlab.cli.entry import ConfigError, guard, one_line, remove_empty, run_command
+from vlmlab.contracts.errors import (
+    DataError,
+    MachineError,
+    OutOfMemory,
+    Unscored,
+    UserError,
+    mistake_within,
+    reason,
+    unbuildable,
+)
 from vlmlab.contracts.faults import machine_error
+from vlmlab.contracts.terminal import tell
 from vlmlab.data.skipped import TooManyBad, note
-from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
+from vlmlab.runs import places as places  # registers the resolvers that conf/train.yaml uses
 from vlmlab.runs.data import note_changed
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.origin import check_origin
 from vlmlab.runs.watchdog import die_with_parent
+from vlmlab.runs.withheld import stored
 
 OF_THE_MACHINE = (MachineError, OutOfMemory)
 """What the same command may come through another time, so that the run says how it ended."""
@@ -33,6 +44,9 @@ OF_THE_MACHINE = (MachineError, OutOfMemory)
 
 BEGINNING = {"config.yaml", "env.json", "state.json", "metrics.jsonl", "lock", "origin.json", "initial.safetensors"}
 """Files of a run before its first step that nobody misses."""
+
+
+REPORT = "report.html"
 
 
 def train_command(cfg: DictConfig) -> None:
@@ -43,36 +57,48 @@ def train_command(cfg: DictConfig) -> None:
         UserError: the folder is in use or belongs to another configuration; or training says so.
     """
     die_with_parent()
-    hydra_cfg = HydraConfig.get()
-    folder = _short(Path(hydra_cfg.runtime.output_dir))
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    try:
-        config = rules.admitted(cfg, hydra_cfg)
-        if not str(hydra_cfg.run.dir):
-            raise ConfigError("hydra.run.dir= is no folder; give one, or leave it out and give name=...")
-    except ConfigError:
-        remove_empty(folder)
-        remove_empty(Path(str(hydra_cfg.run.dir)))
-        raise
-    if not first:  # a further rank of a run that rank zero has opened
+    config, folder = admit(cfg)
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:  # a further rank of a run that rank zero has opened
         _train(cfg, folder)
         return
     _look_at_data(cfg, config, folder)
     with RunFolder(folder) as run:
+        written = stored(cfg, config)
         try:
-            result = run.open(config, list(hydra_cfg.overrides.task), fresh=bool(cfg.fresh))
+            result = run.open(
+                config, list(HydraConfig.get().overrides.task), fresh=bool(cfg.fresh), written=written
+            )
         except OSError:  # a disk that has not even room for that
             if not _learnt(folder):
                 _forget(folder)
             raise
         if result is not None:
             told = _told_apart(run, config, cfg)
-            print(f"{folder} is finished{told}; fresh=true trains again\n\n{final_table(result)}")
+            tell(f"{folder} is finished{told}; fresh=true trains again\n\n{final_table(result, folder)}")
+            if not (folder / REPORT).is_file():  # its process ended between the two
+                tell(_report(cfg, folder, result))
             return
-        print(f"run folder: {folder}", flush=True)
+        tell(f"run folder: {folder}")
         result = train_in(run, cfg)
         if result is not None:
-            print(f"\n{final_table(result)}\n{_report(cfg, folder, result)}", flush=True)
+            tell(f"\n{final_table(result, folder)}\n{_report(cfg, folder, result)}")
+
+
+def admit(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
+    """The resolved configuration and the run's folder, which Hydra has made and which a refused command leaves not.
+
+    Raises:
+        ConfigError: the composition breaks a rule.
+    """
+    hydra_cfg = HydraConfig.get()
+    folder = _short(Path(hydra_cfg.runtime.output_dir))
+    try:
+        config = rules.admitted(cfg, hydra_cfg)
+    except ConfigError:
+        remove_empty(folder)
+        remove_empty(Path(str(hydra_cfg.run.dir)))
+        raise
+    return config, folder
 
 
 def _told_apart(run: RunFolder, config: Mapping[str, Any], cfg: DictConfig) -> str:
@@ -93,7 +119,7 @@ def _look_at_data(cfg: DictConfig, config: Mapping[str, Any], folder: Path) -> N
         if held:
             return
         for line in check_sources(cfg):
-            print(f"note: {line}", flush=True)
+            tell(f"note: {line}")
     except (UserError, InstantiationException) as error:
         mistake = error if isinstance(error, UserError) else mistake_within(error)
         if isinstance(mistake, TooManyBad) and mistake.listed:
@@ -115,7 +141,7 @@ def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
         return _train(cfg, run.path)
     except Exception as error:
         if isinstance(error, Unscored) and error.scores:
-            print(f"\n{final_table(run.result() or {})}\n", flush=True)
+            tell(f"\n{final_table(run.result() or {}, run.path)}\n")
         refused = None if isinstance(error, UserError) else machine_error(error, run.path)
         run.end("failed", _said(refused or error))
         if refused is not None:
@@ -129,7 +155,7 @@ def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
         raise ConfigError(_said(error)) from error
     except BaseException:  # a signal; what was learnt is saved
         run.end("interrupted")
-        print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        tell("interrupted; the same command goes on from here", sys.stderr)
         raise
 
 
@@ -170,9 +196,8 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
         if lightning is None or not isinstance(error, lightning.MisconfigurationException):
             raise
         settings = ", ".join(f"trainer.{key}={cfg.trainer[key]}" for key in ("accelerator", "devices", "strategy"))
-        why = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
-            f"{settings} cannot work here ({why}); use trainer.accelerator=auto trainer.devices=1"
+            f"{settings} cannot work here ({reason(error)}); use trainer.accelerator=auto trainer.devices=1"
         ) from error
 
 

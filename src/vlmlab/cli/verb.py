@@ -10,10 +10,16 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.cli.conf import conf_folder
-from vlmlab.cli.entry import MISTAKE, ConfigError, fail, guard, run_command
-from vlmlab.runs import names as names  # registers the resolvers that conf/train.yaml uses
+from vlmlab.cli.entry import MISTAKE, fail, guard, run_command
+from vlmlab.cli.flags import overrides_of, wrong_word
+from vlmlab.cli.rules.values import given_twice
+from vlmlab.runs import places as places  # registers the resolvers that conf/train.yaml uses
+from vlmlab.runs.names import override_key
 
 TOP = "train"
+
+ONE_RUN = ("hydra.run.dir=.", "hydra.mode=RUN")
+"""No folder of its own, and no sweep where a choice says one: an experiment is looked at as its first composition."""
 
 
 def run_verb(verb: str, task: Callable[[DictConfig], object]) -> int:
@@ -27,8 +33,10 @@ def run_verb(verb: str, task: Callable[[DictConfig], object]) -> int:
         The exit code.
     """
     conf = conf_folder()
-    if any(word in ("-m", "--multirun") for word in sys.argv[1:]):
-        return fail(f"vlmlab {verb} looks at one composition; leave out {'-m'} and give one value a key", MISTAKE)
+    if (sentence := wrong_word(sys.argv[1:], trains=False)) is not None:
+        return fail(sentence, MISTAKE)
+    for sentence in given_twice(overrides_of(sys.argv[1:])):  # a second value replaces the one that the verb adds
+        return fail(sentence, MISTAKE)
     sys.argv[1:] = arguments(verb, sys.argv[1:], own_keys(verb))
     main = hydra.main(config_path=str(conf), config_name=TOP, version_base="1.3")(guard(task))
     return run_command(main, conf, TOP)
@@ -42,11 +50,15 @@ def own_keys(verb: str) -> dict[str, Any]:
 
 
 def arguments(verb: str, words: Sequence[str], own: Mapping[str, Any]) -> list[str]:
-    """The words for Hydra: the verb's own keys are added with their values, and may then be given like any other."""
-    before = [f"++{key}={_written(value)}" for key, value in own.items()]
-    given = [_added(word) if names.override_key(word).split(".")[0] in own and "=" in word else word for word in words]
-    flags = [word for word in given if word.startswith("-")]
-    return [*flags, f"hydra/help={verb}", "hydra.run.dir=.", *before, *(w for w in given if not w.startswith("-"))]
+    """The words for Hydra: the verb's own keys are added with their values, and may then be given like any other.
+
+    They stand before the user's keys and options where they were, since Hydra takes no keys on both sides of one.
+    """
+    before = [f"hydra/help={verb}", *ONE_RUN, *(f"++{key}={_written(value)}" for key, value in own.items())]
+    typed = overrides_of(words)
+    given = [_added(word) if override_key(word).split(".")[0] in own and "=" in word else word for word in typed]
+    place = next(i for i in range(len(words) + 1) if list(words[i : i + len(typed)]) == typed) if typed else len(words)
+    return [*words[:place], *before, *given, *words[place + len(typed) :]]
 
 
 def _added(word: str) -> str:
@@ -55,15 +67,3 @@ def _added(word: str) -> str:
 
 def _written(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def count(cfg: DictConfig, key: str, least: int) -> int:
-    """A key of the verb's own that is a whole number.
-
-    Raises:
-        ConfigError: it is none, or smaller than `least`.
-    """
-    value = cfg[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{key}={value} is not possible; give a whole number of at least {least}")
-    return value

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vlmlab.contracts.terminal import visible
+
 LONGEST = 300
-"""Characters of a message about data at most: rows may hold words of any length."""
+"""Characters of a message at most: paths, values and rows may have any length."""
 
 
 class UserError(Exception):
     """A mistake in the command, the configuration or the data; printed without a traceback.
 
-    The message is one sentence: what is wrong, where (file, row, key), and what to do.
-    """
-
-
-class DataError(UserError):
-    """A file or a row of a data set cannot be used; the message names the file and the row or id.
-
-    It has at most `LONGEST` characters, whatever the rows hold.
+    The message is one sentence: what is wrong, where (file, row, key), and what to do. It has at most `LONGEST`
+    characters, whatever it names. It may quote what others have written: as text, its control characters are visible.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(brief(message))
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
+
+
+class DataError(UserError):
+    """A file or a row of a data set cannot be used; the message names the file and the row or id."""
+
+
+class InUse(UserError):
+    """Another process holds what this one needs; it may be free later."""
 
 
 class OutOfMemory(UserError):
@@ -64,7 +72,7 @@ class Unscored(UserError):
     def __init__(self, scores: Mapping[str, float], failed: Mapping[str, str]) -> None:
         self.scores, self.failed = dict(scores), dict(failed)
         first = next(iter(failed))
-        why = failed[first] if len(failed[first]) <= 150 else failed[first][:147] + "..."
+        why = brief(failed[first], 150)
         more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
         super().__init__(
             f"{first}{more} could not be scored ({why.rstrip('.;')}); the model is trained and all else is scored, "
@@ -94,12 +102,49 @@ def brief(text: str, limit: int = LONGEST) -> str:
     return text
 
 
+def listed(items: Iterable[str], room: int = 150, separator: str = ", ") -> str:
+    """As many of the items as fit into so many characters, at least one, and how many more there are; or ``none``."""
+    each = list(items)
+    for count in range(len(each), 1, -1):
+        text = separator.join(each[:count]) + _more(len(each) - count, separator)
+        if len(text) <= room:
+            return text
+    if not each:
+        return "none"
+    more = _more(len(each) - 1, separator)
+    return brief(each[0], max(room - len(more), 60)) + more
+
+
+def _more(left: int, separator: str) -> str:
+    return f"{separator.replace(',', '')}and {left} more" if left else ""
+
+
+def reason(error: BaseException, most: int = 100) -> str:
+    """What a library says of its failure, in one line of so many characters; its class where it says nothing."""
+    return brief(" ".join(str(error).split()).rstrip(".") or type(error).__name__, most)
+
+
 def mistake_within(error: BaseException) -> UserError | None:
     """The user's mistake that Hydra's ``instantiate`` has wrapped, or None."""
     cause = error.__cause__
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__
     return cause
+
+
+def unbuildable(error: Exception) -> str:
+    """The user's mistake behind a part that hydra could not build; or which part, why, and where its keys are."""
+    mistake = mistake_within(error)
+    if mistake is not None:
+        return str(mistake)
+    text = str(error)
+    place, target = (re.search(pattern, text) for pattern in (r"full_key: (\S+)", r"target '([^']+)'"))
+    where = place.group(1) if place else (target.group(1) if target else "a part")
+    cause = error.__cause__
+    if cause is None or text.startswith("Error locating target"):
+        shown = target.group(1) if target else ""
+        return f"{where}._target_={shown} cannot be imported; give the dotted path of a class that is installed"
+    return f"{where} cannot be built ({reason(cause, 150)}); correct its keys, VLMLAB_DEBUG=1 shows the whole traceback"
 
 
 def check_counts(group: str, /, **counts: int) -> None:

@@ -96,6 +96,8 @@ def unusable(error: OSError, place: object = None) -> str | None:
     file = error.filename if error.filename is not None else place if error.errno in UNNAMED else None
     if file is None:
         return None
+    if error.errno == errno.ELOOP:
+        return f"{file} is a link, and nothing is written through it; put a file in its place, or remove it"
     why = (error.strerror or type(error).__name__).lower()
     return f"{file}: {why}; {REMEDIES.get(error.errno or 0, 'check the path, its permissions and its disk')}"
 

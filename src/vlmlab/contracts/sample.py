@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,20 @@ class Metric(Protocol):
         Args:
             floors: what ``predicted()`` gave for every other set of answers to the same questions, by its name.
         """
+
+
+@runtime_checkable
+class AnswerMetric(Metric, Protocol):
+    """A metric one of whose scores is the mean over single answers, so that its error over questions is known.
+
+    Attributes:
+        of_answers: the name of that score.
+    """
+
+    of_answers: str
+
+    def score(self, prediction: Any) -> float:
+        """The score of one row."""
 
 
 def references(turn: Turn) -> Sequence[str]:

@@ -27,6 +27,8 @@ from typing import (
 
 from annotated_types import Ge, Gt, Interval, Le, Len, Lt, MinLen
 
+from vlmlab.contracts.errors import listed
+
 MOST = 10**9
 """Largest count; a smaller limit is said in a refusal, this one only to whoever goes beyond."""
 
@@ -134,8 +136,10 @@ def refusal(annotation: Any, value: Any, key: str) -> str | None:
         return _section_refusal(section, value, key)
     of = next((inner for member in members if (inner := _values_of(member)) is not None), None)
     if of is not None and isinstance(value, Mapping) and value:
-        if isinstance(value.get("_target_"), str) and any(_part_of(member) for member in members):
-            return None
+        if "_target_" in value and any(_part_of(member) for member in members):
+            given = value["_target_"]
+            named = isinstance(given, str) and given
+            return None if named else f"{key}._target_={shown(given)} is no class; give its dotted path"
         found = (refusal(of, inner, f"{key}.{name}") for name, inner in value.items())
         return next((sentence for sentence in found if sentence is not None), None)
     return _plain_refusal(annotation, value, key)
@@ -188,7 +192,7 @@ def _part_of(annotation: Any) -> Part | None:
 
 def _section_refusal(section: Any, value: Any, where: str) -> str | None:
     if not isinstance(value, Mapping):
-        return f"{where}={shown(value)} is not possible; its keys are {', '.join(hints(section))}"
+        return f"{where}={shown(value)} is not possible; its keys are {listed(hints(section))}"
     known, dot = hints(section), f"{where}." if where else ""
     for key in needed(section):
         if key not in value:

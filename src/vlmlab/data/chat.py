@@ -167,6 +167,14 @@ class ChatEncoder:
             raise DataError(f"Sample {sample.id} has nothing to continue: plain prompts are images; use prompt=chat.")
         return encoded
 
+    def forged(self, sample: Sample) -> str | None:
+        """Why the words of a sample, with the control tokens in them, are refused; None: they are not."""
+        try:
+            guarded(sample, self.control, self.image_token, self.control_tokens)
+        except DataError as error:
+            return str(error)
+        return None
+
     def tokens_of(self, picture: tuple[int, int]) -> int:
         """Visual tokens in the sequence of a picture of so many rows and columns of pixels."""
         return self.tokens_per_image if isinstance(self.tokens_per_image, int) else self.tokens_per_image(picture)

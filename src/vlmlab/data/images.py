@@ -14,7 +14,7 @@ from typing import IO, Any, cast
 from PIL import Image as Pillow
 from PIL import UnidentifiedImageError
 
-from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.errors import DataError, reason
 from vlmlab.contracts.sample import Image
 from vlmlab.data.fingerprint import Facts, images_fingerprint
 from vlmlab.data.overlap import Stored, spread
@@ -248,8 +248,9 @@ def decode_image(file: IO[bytes], name: str, values: Range = None) -> Image:
     except MemoryError:
         raise DataError(f"Image {name} does not fit the memory; shrink it or remove its row") from None
     except Exception as error:  # decoders of damaged files raise nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"Image {name} cannot be decoded ({reason}); replace the file or remove its row") from None
+        raise DataError(
+            f"Image {name} cannot be decoded ({reason(error)}); replace the file or remove its row"
+        ) from None
 
 
 def _decoded(opened: IO[bytes], values: Range) -> Image:

@@ -29,7 +29,7 @@ class Stored:
     """An image as it is kept, without being decoded.
 
     Attributes:
-        name: of the file or member.
+        name: of the file, the member or the row.
         size: in bytes.
         read: gives them.
     """

@@ -8,7 +8,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import UserError, listed
 from vlmlab.data.fingerprint import Facts, data_fingerprint
 
 KEY = "data"
@@ -72,14 +72,9 @@ def changed_since(env: Mapping[str, Any], config: DictConfig) -> str:
     return f"made with other data: {shown(changed)}" if changed else ""
 
 
-def shown(changed: list[str], most: int = 130) -> str:
+def shown(changed: list[str]) -> str:
     """The changes, as many as fit."""
-    for count in range(len(changed), 0, -1):
-        more = f" and {len(changed) - count} more" if count < len(changed) else ""
-        text = "; ".join(changed[:count]) + more
-        if len(text) <= most:
-            return text
-    return changed[0][: most - 3] + "..."
+    return listed(changed, 130, "; ")
 
 
 def _changes(was: Any, now: Any) -> Iterator[str]:

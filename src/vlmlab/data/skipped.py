@@ -213,7 +213,7 @@ def note(folder: Path, data: str, skipped: Sequence[Skipped]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         if file.is_file() and file.read_bytes()[-1:] not in (b"", b"\n"):
             lines.insert(0, "\n")  # a writer was killed in the middle of its line
-        handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             os.write(handle, "".join(lines).encode("utf-8", "backslashreplace"))
         finally:

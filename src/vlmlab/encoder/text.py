@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     PreTrainedConfig,
@@ -25,7 +22,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import TextTower
 from vlmlab.contracts.values import Architecture
 from vlmlab.encoder.tower import autocast, load_tower
-from vlmlab.towers.blueprint import read_config, read_tokenizer, weightless
+from vlmlab.towers.blueprint import open_config, open_tokenizer, read_config, read_tokenizer, weightless
 from vlmlab.towers.source import resolve, tower_hash
 
 FAMILIES: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
@@ -119,9 +116,9 @@ def open_text_tower(
         empty = make(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
         return TransformersTextTower(empty, read_tokenizer(path)[0], layer)
     folder = resolve(path, "encoder.path")
-    config, kind = _kind(AutoConfig.from_pretrained(folder), path)
+    config, kind = _kind(open_config(folder, path, "encoder.path"), path)
     tower = load_tower(kind, config, folder, dtype)
-    return TransformersTextTower(tower, _tokenizer(folder, path), layer, tower_hash(folder))
+    return TransformersTextTower(tower, open_tokenizer(folder, path, "encoder.path"), layer, tower_hash(folder))
 
 
 def _kind(config: PreTrainedConfig, path: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
@@ -131,16 +128,6 @@ def _kind(config: PreTrainedConfig, path: str) -> tuple[PreTrainedConfig, type[P
         remedy = "give a checkpoint of both towers, as save_pretrained of CLIPModel or SiglipModel writes it"
         raise UserError(f"encoder.path={path} has no text tower beside its vision tower; {remedy}.")
     return text, FAMILIES[type(text)]
-
-
-def _tokenizer(folder: Path, path: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
-        why = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        remedy = "put the files there that the tokenizer's save_pretrained writes"
-        raise UserError(f"encoder.path={path} has a text tower and no readable tokenizer ({why}); {remedy}.") from error
-    return tokenizer
 
 
 def _cut(tower: Any, layer: int | None) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     CLIPVisionModel,
     Dinov2Model,
@@ -25,7 +24,7 @@ from vlmlab.contracts.parts import Encoder
 from vlmlab.contracts.tensors import Visual
 from vlmlab.contracts.values import Architecture
 from vlmlab.encoder.preprocess import Preprocess, read_preprocess
-from vlmlab.towers.blueprint import read_config, weightless
+from vlmlab.towers.blueprint import SAFE, open_config, read_config, readable, weightless
 from vlmlab.towers.source import quiet, resolve, tower_hash
 
 BEHIND_FINAL: dict[type[nn.Module], tuple[str, ...]] = {
@@ -144,7 +143,7 @@ def open_tower(
     if weightless():
         return *_empty_tower(path, dtype, architecture), None
     folder = resolve(path, "encoder.path")
-    vision, tower_class = _kind(AutoConfig.from_pretrained(folder))
+    vision, tower_class = _kind(open_config(folder, path, "encoder.path"))
     return load_tower(tower_class, vision, folder, dtype), read_preprocess(folder), tower_hash(folder)
 
 
@@ -172,9 +171,14 @@ def load_tower(
     Raises:
         UserError: some are missing.
     """
-    with quiet(), _unreported():
+    with quiet(), _unreported(), readable("weights", folder, str(folder), "encoder.path"):
         loaded: Any = tower_class.from_pretrained(
-            folder, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            **SAFE,
         )
     tower, info = loaded
     if info["missing_keys"]:

@@ -9,7 +9,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig
 from torch import nn
 
-from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.contracts.errors import CheckpointError, UserError, reason
 from vlmlab.engine import rng
 from vlmlab.engine.stage import StageModule
 from vlmlab.engine.stamp import recorded
@@ -31,7 +31,9 @@ def module_class(stage: Stage) -> type[StageModule]:
         found = get_class(stage.module)
     except Exception as error:
         remedy = "give the dotted path of a StageModule"
-        raise UserError(f"{stage.key('module')}={stage.module} cannot be imported ({error}); {remedy}.") from error
+        raise UserError(
+            f"{stage.key('module')}={stage.module} cannot be imported ({reason(error)}); {remedy}."
+        ) from error
     if not issubclass(found, StageModule):
         raise UserError(f"{stage.key('module')}={stage.module} is no StageModule; see {StageModule.__module__}.")
     return found

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW, Optimizer
 
-from vlmlab.contracts.errors import OutOfMemory, UserError
+from vlmlab.contracts.errors import OutOfMemory, UserError, listed
 from vlmlab.contracts.faults import no_memory
 from vlmlab.contracts.parts import Fusion, Objective
 from vlmlab.contracts.sample import Sample
@@ -52,10 +52,9 @@ class NonFinite(UserError):
 
     def __init__(self, stage: str, step: int, what: str, losses: Mapping[str, float], samples: list[str]) -> None:
         self.facts = {"stage": stage, "step": step, "what": what, "losses": dict(losses), "samples": samples}
-        shown = ", ".join(samples[:3]) + (f" and {len(samples) - 3} more" if len(samples) > 3 else "")
         super().__init__(
-            f"stage {stage}, step {step}: {what} is not finite (samples {shown}; all in nonfinite.json); "
-            f"lower recipe.stages.{stage}.train or use precision=fp32."
+            f"stage {stage}, step {step}: {what} is not finite (samples {listed(samples, 100)}; all in nonfinite.json)"
+            f"; lower recipe.stages.{stage}.train or use precision=fp32."
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -14,21 +14,19 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import Tensor
 
-from vlmlab.contracts.errors import CheckpointError
+from vlmlab.contracts.errors import CheckpointError, reason
+from vlmlab.contracts.terminal import tell
 from vlmlab.digest import fingerprint
 from vlmlab.recipe.stage import Stage
-from vlmlab.runs.config import plain, result_leaves
+from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
-from vlmlab.runs.identity import LENGTH, about, told
+from vlmlab.runs.identity import digest, stage_leaves
 
 CHECKSUM, RUN = "checksum", "run"
 """Keys of what a file says about itself."""
 
 RECORD = "stages"
 """Key of ``env.json``: the hash of every stage, as it was when the run began."""
-
-NOT_OF_A_STAGE = ("adapter", "budget", "data", "debug", "init_from", "mask", "objective", "preset", "recipe")
-"""Groups that a stage has in its own resolved keys, or does not read."""
 
 REMEDY = "put the run's own file back, or delete it to train that stage again"
 
@@ -59,7 +57,7 @@ class Stamp:
             raise CheckpointError(f"{path} is of the stage {facts.get('stage')} and not of {self.stage}; {REMEDY}.")
         found = facts.get(RUN)
         if not isinstance(found, Mapping):
-            print(f"note: {path} carries no checksum and no name of its run; it is taken as it is", file=sys.stderr)
+            tell(f"note: {path} carries no checksum and no name of its run; it is taken as it is", sys.stderr)
             return
         for key, mine in asdict(self).items():
             if found.get(key) != mine:
@@ -93,16 +91,8 @@ def recorded(folder: RunFolder, stage: Stage) -> Stamp | None:
 
 
 def stage_hash(config: Mapping[str, Any], stage: Stage) -> str:
-    """16 hexadecimal digits of a stage's own keys, its data's, and the groups that all stages read."""
-    data = f"data.train.{stage.data}."
-    read = {
-        key: told(key, value)
-        for key, value in result_leaves(config).items()
-        if key.startswith(data)
-        or (about(key) == "training" and key != LENGTH and key.partition(".")[0] not in NOT_OF_A_STAGE)
-    }
-    text = json.dumps({"stage": asdict(stage), "read": read}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """16 hexadecimal digits of a stage's own keys and of what else of the configuration it reads."""
+    return digest({"stage": asdict(stage), "read": stage_leaves(config, stage.data)})
 
 
 def checksum(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -134,6 +124,6 @@ def check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except Exception as error:  # whatever a reader says of bytes that mean nothing
-        raise CheckpointError(f"{path} cannot be read ({error}); {REMEDY}.") from error
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}); {REMEDY}.") from error
     if broken is not None:
         raise CheckpointError(f"{path} is damaged: the checksum of {broken} is not that of its content; {REMEDY}.")

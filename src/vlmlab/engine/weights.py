@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.contracts.errors import CheckpointError, UserError, listed, reason
 from vlmlab.contracts.parts import Mask, Objective
 from vlmlab.engine.layers import chosen
 from vlmlab.engine.shards import shard
@@ -24,8 +24,9 @@ from vlmlab.engine.stage import check_objectives
 from vlmlab.engine.stamp import CHECKSUM, RUN, Stamp, check_whole, checksum
 from vlmlab.mask.leak import check_mask
 from vlmlab.recipe.stage import Stage
-from vlmlab.runs.files import replacing, share
+from vlmlab.runs.files import placing, share
 from vlmlab.runs.renamed import with_present_names
+from vlmlab.runs.withheld import stored
 
 FORMAT = 1
 """Version of ``model.safetensors``'s metadata."""
@@ -101,7 +102,7 @@ class Trainee:
         own = {name: objective for name, objective in self.objectives.items() if isinstance(objective, nn.Module)}
         if own and "objective" not in stage.train:
             raise UserError(
-                f"{stage.key('objective')} has weights of its own ({', '.join(own)}) and {stage.key('train')} gives "
+                f"{stage.key('objective')} has weights of its own ({listed(own)}) and {stage.key('train')} gives "
                 "them no learning rate; add train.objective."
             )
         if own or len(getattr(model, "objectives", ())):
@@ -189,7 +190,7 @@ class Trainee:
             "format": FORMAT,
             "stage": stage.name,
             "sources": self.sources(),
-            "composition": {key: plain_key(cfg, key) for key in COMPOSITION},
+            "composition": {key: stored(cfg).get(key) for key in COMPOSITION},
         }
         if self._begun:
             facts["begun"] = self.begun()
@@ -199,7 +200,7 @@ class Trainee:
         facts[CHECKSUM] = checksum(facts, tensors)
         # one key only: safetensors writes several in random order
         written = {"vlmlab": json.dumps(facts, sort_keys=True, default=str)}
-        with replacing(path, durable=True) as new:
+        with placing(path, durable=True) as new:
             save_file(tensors, str(new), metadata=written)
             share(new)
 
@@ -268,10 +269,21 @@ def read_facts(path: Path) -> dict[str, Any]:
         with safe_open(str(path), framework="pt") as file:
             facts: dict[str, Any] = json.loads((file.metadata() or {}).get("vlmlab", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); delete it to train that stage again.") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({reason(error)}); delete it to train that stage again."
+        ) from error
+    if not isinstance(facts, dict) or not _well_formed(facts):
+        raise CheckpointError(f"{path} says nothing that can be read of itself; delete it to train that stage again.")
     if facts.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {facts.get('format')} and this code reads {FORMAT}; train again.")
     return facts
+
+
+def _well_formed(facts: Mapping[str, Any]) -> bool:
+    """Whether what a file says of itself has the types that it is written with."""
+    begun = facts.get("begun", [])
+    kinds = all(isinstance(facts.get(key, {}), dict) for key in ("sources", "composition"))
+    return kinds and isinstance(begun, list) and all(isinstance(name, str) for name in begun)
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -318,11 +330,11 @@ def mixed_in(stage: Stage, cfg: DictConfig) -> Path | None:
     files = sorted(file for file in (run / "stages").glob("*/model.safetensors") if file.is_file())
     path = next((file for file in files if file.parent.name.partition("_")[2] == name), None)
     if path is None:
-        there = ", ".join(file.parent.name.partition("_")[2] for file in files) or "none"
+        there = listed(file.parent.name.partition("_")[2] for file in files)
         raise UserError(f"{key}: {run} has no finished stage {name} (there: {there}); set {key}.run and {key}.stage.")
     saved = with_present_names(read_facts(path).get("composition", {}))
     for part in COMPOSITION:
-        if saved.get(part) != json.loads(json.dumps(plain_key(cfg, part), default=str)):
+        if saved.get(part) != stored(cfg).get(part):
             raise CheckpointError(f"{key}: {path} has another {part}; mix runs of the same composition only.")
     return path
 
@@ -404,8 +416,9 @@ def check_names(path: Path, expected: Mapping[str, Any], found: Mapping[str, Any
     """
     for what, names in (("lacks", expected.keys() - found.keys()), ("also has", found.keys() - expected.keys())):
         if names:
-            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise CheckpointError(f"{path} {what} {shown}; load it with the composition it was trained with.")
+            raise CheckpointError(
+                f"{path} {what} {listed(sorted(names))}; load it with the composition it was trained with."
+            )
 
 
 def _check_tensors(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,5 @@
-"""What would end an evaluation is found before the first step: rows that are too long, one image where two are needed.
+"""What would end an evaluation is found before the first step: words of rows, their length, one image where two are
+needed.
 
 Words are tokenised where they may be too many, and a few images are read; nothing is decoded for its own sake.
 """
@@ -73,7 +74,7 @@ class _Look:
                     f"{key} has {len(source)} samples and {type(metric).__name__} needs {least}; give it more, or "
                     "raise budget.eval_limit."
                 )
-        self._refuse_too_long(key, source, self._asked)
+        self._refuse_rows(key, source, self._asked)
         self._refuse_one_image(key, source, "data.test_fraction")
 
     def held_out(self, key: str, node: DictConfig) -> None:
@@ -82,10 +83,10 @@ class _Look:
         if not len(source):
             raise DataError(f"{key} has no samples; raise data.val_fraction, or set evaluation.held_out=[].")
         if OmegaConf.select(self.cfg, "data.max_bad_fraction") is None:  # otherwise the next rows stand for them
-            self._refuse_too_long(key, source, self._learnt)
+            self._refuse_rows(key, source, self._learnt)
         self._refuse_one_image(key, source, "data.val_fraction")
 
-    # -- lengths -------------------------------------------------------------------------------------------------
+    # -- rows ----------------------------------------------------------------------------------------------------
 
     def _asked(self, sample: Sample) -> int:
         """Tokens of its prompt."""
@@ -96,8 +97,10 @@ class _Look:
         apart = [sample] if self.collator.questions == "conversation" else asked_apart(sample)
         return max(len(self.encoder.train(one).ids) for one in apart)
 
-    def _refuse_too_long(self, key: str, source: Limited, tokens: Callable[[Sample], int]) -> None:
-        found = self._too_long(source, tokens)
+    def _refuse_rows(self, key: str, source: Limited, tokens: Callable[[Sample], int]) -> None:
+        forged, found = self._unusable(source, tokens)
+        if forged:
+            raise DataError(f"{key}: {forged[0]}" if len(forged) == 1 else f"{key}: {len(forged)} rows, as {forged[0]}")
         if not found:
             return
         sample, most = max(found, key=lambda row: row[1])
@@ -107,14 +110,18 @@ class _Look:
             f"collate.max_length={most}, or shorten or remove {them}."
         )
 
-    def _too_long(self, source: Limited, tokens: Callable[[Sample], int]) -> list[tuple[str, int]]:
-        """Id and tokens of the rows that are too long."""
+    def _unusable(self, source: Limited, tokens: Callable[[Sample], int]) -> tuple[list[str], list[tuple[str, int]]]:
+        """What is wrong with the words of rows; id and tokens of the rows that are too long."""
+        forged: list[str] = []
         found: list[tuple[str, int]] = []
         whole = getattr(source.source, "turns_in_memory", False)
         frame: int | None = None  # tokens that the template adds, at most
         for index in range(len(source) if whole else min(len(source), READ)):
             try:
                 told = _told(source.source, index)
+                if (problem := self.encoder.forged(told)) is not None:
+                    forged.append(problem)
+                    continue
                 frame = tokens(told) if frame is None else frame
                 words = sum(_most_tokens(turn.prompt) + _most_tokens(turn.answer) for turn in told.turns)
                 images = len(told.images) * self.encoder.tokens_of(BLANK.shape[:2])
@@ -125,7 +132,7 @@ class _Look:
                 continue
             if length > self.longest:
                 found.append((told.id, length))
-        return found
+        return forged, found
 
     # -- images --------------------------------------------------------------------------------------------------
 

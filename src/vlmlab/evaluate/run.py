@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -18,10 +20,11 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from vlmlab.contracts.errors import CheckpointError, DataError, Unscored, UserError
+from vlmlab.contracts.errors import CheckpointError, DataError, Unscored, UserError, brief, listed
 from vlmlab.contracts.faults import machine_error, no_memory
 from vlmlab.contracts.sample import Sample, SampleSource, references
 from vlmlab.contracts.tensors import Batch
+from vlmlab.contracts.terminal import tell
 from vlmlab.data.questions import asked_apart
 from vlmlab.data.skipped import Replaced, note
 from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled, image_names
@@ -38,7 +41,7 @@ Progress = Callable[[str], None]
 
 
 def evaluate_model(
-    model: VLM, cfg: DictConfig, folder: Path, say: Progress = print, before: Mapping[str, Any] | None = None
+    model: VLM, cfg: DictConfig, folder: Path, say: Progress = tell, before: Mapping[str, Any] | None = None
 ) -> dict[str, float]:
     """Scores of all benchmarks and held-out losses; predictions go to ``<folder>/predictions``.
 
@@ -92,7 +95,7 @@ def score_each(
             scores.update(found)
         except Exception as error:
             if not isinstance(error, UserError | InstantiationException) and machine_error(error) is None:
-                traceback.print_exc()  # nobody's mistake but the code's
+                tell(traceback.format_exc().rstrip(), sys.stderr)  # nobody's mistake but the code's
             failed[name] = _sentence(error)
             say(f"{name} could not be scored: {failed[name]}")
     if failed:
@@ -119,7 +122,7 @@ def _sentence(error: Exception) -> str:
         return "out of memory; lower evaluation.batch_size"
     known = error if isinstance(error, UserError) else machine_error(error)
     text = f"{type(error).__name__}: {error}" if known is None else str(known)
-    return " ".join(text.split())
+    return brief(" ".join(text.split()))
 
 
 def _benchmark(
@@ -210,7 +213,7 @@ def held_out_limit(cfg: DictConfig) -> int:
     return min(limits if cfg.budget.eval_limit is None else [*limits, int(cfg.budget.eval_limit)])
 
 
-def held_out_losses(model: VLM, cfg: DictConfig, say: Progress = print, folder: Path | None = None) -> dict[str, float]:
+def held_out_losses(model: VLM, cfg: DictConfig, say: Progress = tell, folder: Path | None = None) -> dict[str, float]:
     """Mean next-token loss (nats per supervised token) of the named validation sets: right, wrong and no images.
 
     Rows of real data that cannot be used are replaced by the next usable ones and, with `folder`, written down there.
@@ -311,39 +314,44 @@ def evaluate(folder: Path, cfg: DictConfig) -> dict[str, Any]:
     """
     from vlmlab.analyse.table import final_table
     from vlmlab.engine.restore import load_trained
-    from vlmlab.runs.files import write_json
+    from vlmlab.runs.config import plain
+    from vlmlab.runs.files import refuse_links, write_json
     from vlmlab.runs.folder import RunFolder
+    from vlmlab.runs.trust import building, saved_config
 
     run = RunFolder(folder)
     result = run.result()
     if result is None:
         raise CheckpointError(f"{folder} is not finished (no result.json); start its training command again.")
-    config = overridden(run.config() or {}, cfg)
+    refuse_links(folder)
+    (folder / "evaluate").mkdir(exist_ok=True)
+    config = overridden(saved_config(folder, bool(cfg.get("trust"))), cfg)
     torch.set_num_threads(int(config.trainer.threads))
-    model = load_trained(config, folder)
+    with building(folder):
+        model = load_trained(config, folder)
     assert isinstance(model, VLM)
     model.to(_device(str(cfg.device)))
     unscored: Unscored | None = None
     try:
-        with build_cache(config).serving(model, print):
+        with build_cache(config).serving(model, tell):
             metrics = evaluate_model(model, config, folder / "evaluate")
     except Unscored as error:
         unscored, metrics = error, error.scores
     write_json(folder / "evaluate" / "metrics.json", metrics)
-    print(final_table({**result, "metrics": metrics}))
-    print(_compared(result["metrics"], metrics))
+    tell(final_table({**result, "metrics": metrics}, folder / "evaluate", plain(config)))
+    tell(_compared(result["metrics"], metrics))
     if unscored is not None:
         raise unscored
     return {**result, "metrics": metrics}
 
 
-def overridden(run: Mapping[str, Any], cfg: DictConfig) -> DictConfig:
+def overridden(run: DictConfig, cfg: DictConfig) -> DictConfig:
     """The run's configuration with what the evaluation asks for."""
-    config = OmegaConf.create(dict(run))
+    config = copy.deepcopy(run)
     if cfg.benchmarks is not None:
         unknown = [name for name in cfg.benchmarks if name not in config.data.benchmarks]
         if unknown:
-            known = ", ".join(config.data.benchmarks)
+            known = listed(config.data.benchmarks)
             raise UserError(f"benchmarks={unknown[0]} is not in this run; choose from {known}.")
         config.data.benchmarks = {name: config.data.benchmarks[name] for name in cfg.benchmarks}
     if cfg.limit is not None:

@@ -24,6 +24,7 @@ from vlmlab.analyse.report import SHOWN_SIDE, png_base64
 from vlmlab.contracts.errors import DataError, UserError, brief, mistake_within
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, SampleSource
 from vlmlab.contracts.tensors import Batch, Kind, Role
+from vlmlab.contracts.terminal import visible
 from vlmlab.data.asking import parts, proved, sent
 from vlmlab.data.chat import PICTURE, Encoded
 from vlmlab.data.collate import Collator, resized
@@ -35,7 +36,7 @@ from vlmlab.model.build import build_collator
 from vlmlab.model.questions import questions_line
 from vlmlab.model.vlm import VLM
 from vlmlab.recipe.stage import Stage
-from vlmlab.runs.files import write_atomic
+from vlmlab.runs.files import check_place, write_atomic
 
 TEMPLATE = "inspection.html.jinja"
 MARKUP = re.compile(r"</?[a-zA-Z][^<>]*>")
@@ -469,15 +470,6 @@ def _piece_maker(collate: Collator) -> Callable[[int, str, bool], Piece]:
     return make
 
 
-def visible(text: str) -> str:
-    """The text with every control character but the line's end as a picture of itself: a terminal obeys some."""
-    return "".join(
-        chr(0x2400 + ord(c)) if ord(c) < 32 and c != "\n"
-        else "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf") and c != "\n" else c
-        for c in text
-    )  # fmt: skip
-
-
 # -- showing it ------------------------------------------------------------------------------------------------------
 
 
@@ -491,8 +483,7 @@ def write_page(found: Inspection, path: Path) -> Path:
     page = environment.get_template(TEMPLATE).render(
         title=visible(found.title), found=found, problems=list(_named(found)), broken=_broken(found)
     )
-    if not path.parent.is_dir():
-        raise UserError(f"out={path}: there is no folder {path.parent}; make it, or give another place.")
+    check_place(path, "out")
     write_atomic(path, page)
     return path
 

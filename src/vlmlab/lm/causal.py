@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     DynamicCache,
     GenerationConfig,
     PreTrainedModel,
@@ -25,7 +24,15 @@ from vlmlab.contracts.values import Architecture
 from vlmlab.data.chat import ChatEncoder, token_id
 from vlmlab.lm.inside import Inside, generating_inside
 from vlmlab.lm.masking import IMPLEMENTATION, generating, plainly_causal, within
-from vlmlab.towers.blueprint import read_config, read_tokenizer, weightless
+from vlmlab.towers.blueprint import (
+    SAFE,
+    open_config,
+    open_tokenizer,
+    read_config,
+    read_tokenizer,
+    readable,
+    weightless,
+)
 from vlmlab.towers.source import quiet, resolve, tower_hash
 
 LOGIT_RULES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -195,13 +202,16 @@ def open_lm(
     """
     number = getattr(torch, dtype)
     if weightless():
-        model = AutoModelForCausalLM.from_config(read_config(path, architecture, "lm.path"), dtype=number)
+        model = AutoModelForCausalLM.from_config(
+            read_config(path, architecture, "lm.path"), dtype=number, trust_remote_code=False
+        )
         tokenizer, own = read_tokenizer(path)
         return model, tokenizer, None, own
     folder = resolve(path, "lm.path")
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=number)
-    return model, AutoTokenizer.from_pretrained(folder), tower_hash(folder), True
+    config = open_config(folder, path, "lm.path")
+    with quiet(), readable("weights", folder, path, "lm.path"):
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=number, **SAFE)
+    return model, open_tokenizer(folder, path, "lm.path"), tower_hash(folder), True
 
 
 def _embeddings(model: PreTrainedModel) -> nn.Embedding:

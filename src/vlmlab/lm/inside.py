@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import UserError, reason
 from vlmlab.contracts.tensors import Layout, Memory
 
 Block = Callable[..., Tensor]
@@ -147,7 +147,7 @@ def _ports_of(layer: nn.Module, known: dict[str, str], family: str) -> LayerPort
         for path in known.values():
             _standing(layer, path)
     except AttributeError as error:
-        raise UserError(f"lm: a layer of this {family} is not built as that family's are ({error}).") from error
+        raise UserError(f"lm: a layer of this {family} is not built as that family's are ({reason(error)}).") from error
     ports = LayerPorts(layer, known)
     layer.__class__ = _with_ports(layer, PortedLayer)
     layer.ports = ports  # type: ignore[assignment]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import UserError, listed
 from vlmlab.contracts.parts import Adapter, Connector, Encoder, Fusion, Mask, NamedParameters, TextTower
 from vlmlab.lm.causal import CausalLanguageModel
 
@@ -121,7 +121,7 @@ class Parts(nn.Module):
         """
         known = sorted({other for others in self._adapted.values() for other in others})
         if name is not None and name not in known:
-            raise UserError(f"there is no adapter {name} to switch to; the model has {', '.join(known) or 'none'}.")
+            raise UserError(f"there is no adapter {name} to switch to; the model has {listed(known)}.")
         if name is None and any(a.adapter.alone for others in self._adapted.values() for a in others.values()):
             raise UserError("adapter.pissa=true took its share out of the tower's weights; it cannot be switched off.")
         self._switch(self._adapted, name)

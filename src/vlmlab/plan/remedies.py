@@ -12,7 +12,8 @@ from vlmlab.contracts.errors import OutOfMemory
 from vlmlab.engine.precision import choose, on_gpu
 from vlmlab.engine.shards import FSDP2
 from vlmlab.engine.weights import build_objectives
-from vlmlab.plan.plan import DEVICES, Settings, StagePlan, plan
+from vlmlab.plan.devices import DEVICES
+from vlmlab.plan.plan import Settings, StagePlan, plan
 from vlmlab.recipe.stage import Stage, parse
 
 CHECKPOINTING = ("lm.gradient_checkpointing", "encoder.gradient_checkpointing")

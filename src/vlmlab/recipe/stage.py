@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval
 from omegaconf import DictConfig, OmegaConf
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import UserError, listed
 from vlmlab.contracts.values import Count, Drop, Natural, NotNegative, Positive, Share, hints, nearest, refusal, shown
 
 PARTS = ("encoder", "connector", "fusion", "lm", "pair", "objective")
@@ -115,7 +115,7 @@ def parse(cfg: DictConfig, parts: Collection[str] = PARTS) -> list[Stage]:
     node = OmegaConf.select(cfg, "recipe.stages")
     if not node:
         raise UserError("recipe.stages is empty; give at least one stage, as conf/recipe/four_stage.yaml does.")
-    limit = OmegaConf.select(cfg, "debug.steps")
+    limit = _given(cfg, "debug.steps", Count | None)
     names = [str(name) for name in node]
     stages = [_stage(cfg, index, name, parts) for index, name in enumerate(names)]
     if limit is not None:
@@ -163,10 +163,17 @@ def _plain(cfg: DictConfig, key: str) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
+def _given(cfg: DictConfig, key: str, kind: Any) -> Any:
+    """The value of a key, None where it is absent; a UserError where it has another type."""
+    value = _plain(cfg, key)
+    if (sentence := refusal(kind, value, key)) is not None:
+        raise UserError(sentence)
+    return value
+
+
 def _scaled(steps: int, cfg: DictConfig) -> int:
     """Steps after ``budget.steps_scale`` and ``budget.max_steps``."""
-    scale = OmegaConf.select(cfg, "budget.steps_scale")
-    most = OmegaConf.select(cfg, "budget.max_steps")
+    scale, most = _given(cfg, "budget.steps_scale", Positive | None), _given(cfg, "budget.max_steps", Count | None)
     scaled = math.ceil(round(steps * (1.0 if scale is None else float(scale)), 9))
     return scaled if most is None else min(scaled, int(most))
 
@@ -231,7 +238,7 @@ def _mix(value: Any, where: str, name: str) -> dict[str, Any]:
 
 def _check_choices(keys: Mapping[str, Any], where: str, sources: Collection[str]) -> None:
     if keys["data"] not in sources:
-        raise UserError(f"{where}.data={shown(keys['data'])} is not in data.train; choose from {', '.join(sources)}.")
+        raise UserError(f"{where}.data={shown(keys['data'])} is not in data.train; choose from {listed(sources)}.")
     if not isinstance(keys.get("objective"), Mapping):
         raise UserError(f"{where}.objective is missing; give one with _target_, or a mapping of several.")
 

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import UserError, brief
 from vlmlab.runs.names import changes_result
 from vlmlab.runs.renamed import present_name
 
@@ -43,8 +43,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         raise UserError(f"{error.full_key} is needed; write {error.full_key}=... on the command line") from error
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
-        first = str(error).splitlines()[0]
-        raise UserError(f"{key} cannot be resolved: {first}; give it a value, as in {key}=...") from error
+        why = brief(str(error).splitlines()[0], 100)
+        raise UserError(f"{key} cannot be resolved: {why}; give it a value, as in {key}=...") from error
     assert isinstance(value, dict)
     config: dict[str, Any] = json.loads(json.dumps(value, default=str))
     _refuse_old_names(config)

@@ -22,6 +22,7 @@ PACKAGES = (
     "hydra-core",
     "omegaconf",
     "numpy",
+    "scipy",
     "pillow",
     "wandb",
 )

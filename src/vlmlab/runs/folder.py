@@ -4,28 +4,47 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import yaml
 
-from vlmlab.contracts.errors import CheckpointError, UserError
+from vlmlab.contracts.errors import LONGEST, CheckpointError, UserError, brief, listed
 from vlmlab.runs.config import config_hash
 from vlmlab.runs.environment import code_fingerprint, environment
-from vlmlab.runs.files import append_line, read_json, read_rows, to_json, write_atomic, write_json, write_over
+from vlmlab.runs.files import (
+    append,
+    clear_unfinished,
+    read_json,
+    read_rows,
+    read_yaml,
+    refuse_links,
+    to_json,
+    write_atomic,
+    write_json,
+    write_over,
+)
 from vlmlab.runs.identity import Changes, changes, training_hash
 from vlmlab.runs.lock import FolderLock, is_locked
+from vlmlab.runs.names import FOLDERS, is_plain_name
 from vlmlab.runs.renamed import with_present_names
+from vlmlab.runs.withheld import KEY as WITHHELD
+from vlmlab.runs.withheld import filled, marks
 
 FORMAT = 1
 """Version of ``result.json``."""
 
-LONGEST = 300
-"""Characters of a message; it names as many keys as fit."""
+NAMES = ("config.yaml", "result.json", "report.html", "metrics.jsonl", "predictions")
+"""Of what a run leaves, these can lie in other people's folders as well."""
+
+ENV: Mapping[str, type] = {
+    **dict.fromkeys(("codes", "overrides"), list),
+    **dict.fromkeys(("stages", "data", "packages", WITHHELD), dict),
+}
+"""Keys of ``env.json`` that are read, and what they are."""
 
 StateName = Literal["running", "done", "failed", "interrupted"]
 
@@ -39,6 +58,8 @@ class RunFolder:
         path: the folder.
     """
 
+    REMEDY = "put it back, or give the run's training command again, which writes it anew"
+
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._lock: FolderLock | None = None
@@ -46,7 +67,11 @@ class RunFolder:
     # -- deciding ------------------------------------------------------------------------------------------------
 
     def open(
-        self, config: Mapping[str, Any], overrides: Sequence[str] = (), fresh: bool = False
+        self,
+        config: Mapping[str, Any],
+        overrides: Sequence[str] = (),
+        fresh: bool = False,
+        written: Mapping[str, Any] | None = None,
     ) -> dict[str, Any] | None:
         """Lock the folder for this configuration and say whether anything is left to do.
 
@@ -57,20 +82,25 @@ class RunFolder:
             config: the plain resolved configuration (``vlmlab.runs.config.plain``).
             overrides: the task overrides.
             fresh: move what is there aside to ``<name>.old-<k>`` and begin again.
+            written: the configuration as it may be written down (``vlmlab.runs.withheld.stored``); None: as it is.
 
         Returns:
             The result of a finished run of the same configuration, or None: train, or go on where it stopped.
 
         Raises:
-            UserError: another process holds the folder, or it belongs to another training.
+            UserError: another process holds the folder, it belongs to another training, or it holds something else.
         """
+        written = config if written is None else written
         self.path.mkdir(parents=True, exist_ok=True)
+        self._refuse_other_contents(fresh)
         self._acquire()
         try:
-            if fresh and self.config() is not None:
+            refuse_links(self.path)
+            clear_unfinished(self.path)
+            if fresh and self.is_run():
                 self._move_aside()
-            old = self.config()
-            changed = Changes() if old is None else changes(old, config)
+            old = self._mended(config, written)
+            changed = Changes() if old is None else changes(self._filled(old, config), config)
             result = self.result()
             if refused := self._refused(changed, result):
                 if not self._learnt_nothing():
@@ -82,11 +112,21 @@ class RunFolder:
                 return result
             if old is not None and changed.scoring:
                 self.keep_aside()
-            self._begin(config, overrides, anew=old is None)
+            self._begin(config, written, overrides, anew=old is None)
             return None
         except BaseException:
             self.close()
             raise
+
+    def refuses(self, config: Mapping[str, Any]) -> str | None:
+        """Why `open` would refuse this configuration, whoever holds the folder; None where it would not.
+
+        Raises:
+            UserError: the folder's own configuration or result cannot be read.
+        """
+        old = self.config()
+        refused = () if old is None else self._refused(changes(old, config), self.result())
+        return self._refusal(refused) if refused and not self._learnt_nothing() else None
 
     def close(self) -> None:
         """Unlock the folder."""
@@ -106,6 +146,58 @@ class RunFolder:
         lock = FolderLock(self.path)
         lock.acquire()
         self._lock = lock
+
+    def is_run(self) -> bool:
+        """Whether a run has begun here: by its configuration, by ``env.json``, or by weights that it has left."""
+        try:
+            config = self.config() or {}
+        except CheckpointError:
+            config = {}
+        return "recipe" in config or "codes" in (read_json(self.path / "env.json") or {}) or self.learnt()
+
+    def _refuse_other_contents(self, fresh: bool) -> None:
+        """Leave a folder alone that has files of a run's names and is none.
+
+        Raises:
+            UserError: naming the first.
+        """
+        if self.is_run():
+            return
+        there = next((name for name in NAMES if os.path.lexists(self.path / name)), None)
+        if there is not None:
+            raise UserError(
+                f"{brief(str(self.path), 90)} has {there} and cannot be told to be a run's folder; choose another "
+                "name=..., or put back what is damaged in it"
+            )
+
+    def _mended(self, config: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The configuration of what is here; one that is damaged or lost is written anew by the command it is of.
+
+        Raises:
+            CheckpointError: it is, and nothing says that it is this training's.
+        """
+        result, problem = self.result(), f"{brief(str(self.path / 'config.yaml'), 90)} is missing"
+        try:
+            if (there := self.config()) is not None or result is None:
+                return there  # without a result, every file of weights says which run it is of
+        except CheckpointError as error:
+            problem = error.args[0].partition(";")[0]
+        same = result is not None and result.get("config_hash") == config_hash(written)
+        if not same and self.env().get("training") != training_hash(config):
+            raise CheckpointError(
+                f"{problem}, and this is not the command it is of; put it back, choose another name=..., or keep the "
+                "folder aside with fresh=true"
+            )
+        if not same:
+            self.keep_aside()
+        self._write_config(written)
+        return dict(written)
+
+    def _filled(self, old: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+        """The folder's configuration, with what it withholds where that is the same in this one."""
+        known = self.env().get(WITHHELD)
+        whole: dict[str, Any] = filled(old, config, known) if known else dict(old)
+        return whole
 
     def _move_aside(self) -> None:
         """Rename the folder (at once, so that no half of it can be taken for a run) and lock a new one."""
@@ -138,12 +230,9 @@ class RunFolder:
 
     def _refusal(self, changed: Sequence[str]) -> str:
         remedy = "choose another name=..., or keep that one aside and train again with fresh=true"
-        for shown in range(min(8, len(changed)), 0, -1):
-            more = f"; and {len(changed) - shown} more" if len(changed) > shown else ""
-            text = f"{self.path} holds a run of another configuration ({'; '.join(changed[:shown])}{more}); {remedy}"
-            if len(text) <= LONGEST:
-                break
-        return text
+        begin = f"{brief(str(self.path), 100)} holds a run of another configuration"
+        room = LONGEST - len(f"{begin} (); {remedy}")
+        return f"{begin} ({listed(changed, room, '; ')}); {remedy}"
 
     def _learnt_nothing(self) -> bool:
         """Whether a run has failed here with nothing to keep, or ended before its first step: its place is free."""
@@ -151,13 +240,19 @@ class RunFolder:
         stepped = not failed and any(row.get("step") for row in self.metrics())
         return not (stepped or self.learnt() or (self.path / "result.json").exists())
 
-    def _begin(self, config: Mapping[str, Any], overrides: Sequence[str], anew: bool) -> None:
+    def _write_config(self, written: Mapping[str, Any]) -> None:
+        write_atomic(self.path / "config.yaml", yaml.safe_dump(dict(written), sort_keys=False, allow_unicode=True))
+
+    def _begin(
+        self, config: Mapping[str, Any], written: Mapping[str, Any], overrides: Sequence[str], anew: bool
+    ) -> None:
         before: dict[str, Any] = {} if anew else self.env()
-        write_atomic(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        self._write_config(written)
         codes = [code for code in before.get("codes", []) if code != code_fingerprint()]
         facts = {"overrides": [str(override) for override in overrides], "codes": [*codes, code_fingerprint()]}
         training = {"training": before.get("training") or training_hash(config)}  # as it was when its files were made
-        write_json(self.path / "env.json", before | environment() | training | facts)
+        withheld = {WITHHELD: marked} if (marked := marks(written, config)) else {}
+        write_json(self.path / "env.json", before | environment() | training | facts | withheld)
         known: dict[str, Any] = {} if anew else self.state()
         self.write_state("running", known.get("stage"), known.get("step"))
 
@@ -167,17 +262,21 @@ class RunFolder:
         """The configuration this folder belongs to, by present names, or None where no run has begun.
 
         Raises:
-            UserError: the file is there and cannot be read.
+            CheckpointError: the file is there and cannot be read, or is no configuration of plain values with names
+                that stay in the folder.
         """
         file = self.path / "config.yaml"
         if not file.is_file():
             return None
         try:
-            value = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is damaged ({error}); delete the folder or choose another name=...") from error
-        if not isinstance(value, dict):
-            raise UserError(f"{file} is no configuration; delete the folder or choose another name=...")
+            value = read_yaml(file)
+            why = None if isinstance(value, dict) else "it is no configuration"
+            why = why or next(_wrong(value), None)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            mark = getattr(error, "problem_mark", None)
+            why = f"line {mark.line + 1}: {getattr(error, 'problem', error)}" if mark else str(error)
+        if why is not None:
+            raise CheckpointError(f"{brief(str(file), 120)} is damaged ({_clean(why)}); {self.REMEDY}")
         config: dict[str, Any] = with_present_names(value)
         return config
 
@@ -188,7 +287,9 @@ class RunFolder:
             UserError: it is of another format than this code writes.
         """
         result = read_json(self.path / "result.json")
-        if result is not None and result.get("format") != FORMAT:
+        if result is None or not _is_result(result):  # damaged: it is made again from the weights
+            return None
+        if result.get("format") != FORMAT:
             raise UserError(
                 f"{self.path / 'result.json'} has format {result.get('format')!r} and this code reads {FORMAT}; "
                 "train again with fresh=true"
@@ -208,14 +309,17 @@ class RunFolder:
 
     def differs(self, config: Mapping[str, Any]) -> Changes:
         """How a configuration differs from the one this folder belongs to."""
-        return changes(self.config() or {}, config)
+        return changes(self._filled(self.config() or {}, config), config)
 
     def holds(self, config: Mapping[str, Any]) -> bool:
         """Whether a whole result of this configuration is there, on whatever machine it was made."""
-        there = self.config()
+        try:
+            there = self.config()
+        except CheckpointError:  # whoever opens the folder says so
+            return False
         if there is None or not is_whole(self.result()):
             return False
-        changed = changes(there, config)
+        changed = changes(self._filled(there, config), config)
         return not changed.training and not changed.scoring
 
     def finished(self) -> dict[str, Any]:
@@ -231,7 +335,8 @@ class RunFolder:
                 f"{self.path} is no run folder (it has no config.yaml); give the folder that training printed"
             )
         if self.result() is None:
-            raise CheckpointError(f"{self.path} is not finished (no result.json); start its training command again")
+            there = "its result.json is damaged" if (self.path / "result.json").exists() else "no result.json"
+            raise CheckpointError(f"{self.path} is not finished ({there}); start its training command again")
         return config
 
     def state(self) -> dict[str, Any]:
@@ -242,8 +347,23 @@ class RunFolder:
         return state
 
     def env(self) -> dict[str, Any]:
-        """``env.json``, or an empty dict."""
-        return read_json(self.path / "env.json") or {}
+        """``env.json``, or an empty dict where there is none.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        file = self.path / "env.json"
+        found = read_json(file)
+        if found is None and not os.path.lexists(file):
+            return {}
+        wrong = [key for key, kind in ENV.items() if not isinstance((found or {}).get(key, kind()), kind)]
+        if found is None or wrong:
+            which = f" (its {wrong[0]} is none)" if wrong else ""
+            raise CheckpointError(
+                f"{brief(str(file), 120)} is damaged{which}; delete it and give the same command: only what the run "
+                "was made with is forgotten"
+            )
+        return found
 
     def by_other_code(self) -> bool:
         """Whether any part of this run was made by other code of the package than the present."""
@@ -252,6 +372,21 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.jsonl``, oldest first."""
         return read_rows(self.path / "metrics.jsonl")
+
+    def stage_facts(self, index: int, name: str) -> tuple[dict[str, Any], str]:
+        """What training a finished stage took, and why that is not known from its ``stage.json``; empty: it is.
+
+        ``metrics.jsonl`` says the same but for the memory, so that a damaged file costs no training.
+        """
+        file = weights_file(self.path, index, name).with_name("stage.json")
+        facts = read_json(file)
+        if facts is not None and all(_is_number(facts.get(key, 0)) for key in ("seconds", "peak_bytes")):
+            return facts, ""
+        rows = [row for row in self.metrics() if row.get("stage") == name and row.get("finished")]
+        seconds = next((row["seconds"] for row in reversed(rows) if _is_number(row.get("seconds"))), None)
+        what = "damaged" if os.path.lexists(file) else "missing"
+        found = "metrics.jsonl has its seconds" if seconds is not None else "its seconds count as none"
+        return {} if seconds is None else {"seconds": seconds}, f"{file} is {what}; {found}"
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -282,11 +417,11 @@ class RunFolder:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row to ``metrics.jsonl``; it needs ``stage`` and ``step`` to be cut back after a crash."""
-        append_line(self.path / "metrics.jsonl", to_json(dict(row)))
+        append(self.path / "metrics.jsonl", to_json(dict(row)) + "\n")
 
     def cut_back(self, stage: str, step: int) -> None:
         """Forget the rows of ``metrics.jsonl`` later than this step of this stage; a replay writes them again."""
-        rows = self.metrics()
+        rows = [row for row in self.metrics() if isinstance(row.get("step", 0), int)]
         first = next((i for i, row in enumerate(rows) if row.get("stage") == stage), len(rows))
         kept = rows[:first] + [r for r in rows[first:] if r.get("stage") == stage and int(r.get("step", 0)) <= step]
         write_atomic(self.path / "metrics.jsonl", "".join(to_json(row) + "\n" for row in kept))
@@ -298,7 +433,8 @@ class RunFolder:
         k = 1
         while (self.path / f"result.old-{k}.json").exists():
             k += 1
-        shutil.copy2(self.path / "config.yaml", self.path / f"config.old-{k}.yaml")
+        if (config := self.path / "config.yaml").is_file():
+            write_atomic(self.path / f"config.old-{k}.yaml", config.read_text(encoding="utf-8", errors="replace"))
         for name in ("result.json", "predictions", "cost.json", "report.html"):  # first what says that it is finished
             if (there := self.path / name).exists():
                 there.rename(there.with_name(f"{there.stem}.old-{k}{there.suffix}"))
@@ -339,6 +475,38 @@ class RunFolder:
         self.write_state("done")
         write_json(self.path / "result.json", result, durable=True)
         return result
+
+
+def _is_result(result: Mapping[str, Any]) -> bool:
+    """Whether the contents of a ``result.json`` are what this code reads; of another format nothing is known."""
+    if result.get("format") != FORMAT:
+        return isinstance(result.get("format"), int)  # of other code; anything else is damaged
+    others = all(isinstance(result.get(key, {}), Mapping) for key in ("cost", "failed"))
+    return others and isinstance(result.get("metrics"), Mapping)
+
+
+def _wrong(node: Any, where: str = "") -> Iterator[str]:
+    """What a saved configuration of plain values cannot have: other types, missing values, names of other places."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        here = f"{where}.{key}" if where else str(key)
+        if not isinstance(key, str | int) or not isinstance(value, dict | list | str | bool | int | float | None):
+            yield f"{here} is a {type(value).__name__}"
+        elif value == "???":
+            yield f"{here} has no value"
+        elif where in FOLDERS and not is_plain_name(str(key)):
+            yield f"{here} is no name of a {FOLDERS[where]}"
+        yield from _wrong(value, here)
+    if where in ("recipe", "recipe.stages", "data", "data.benchmarks") and not isinstance(node, dict | None):
+        yield f"{where} is a {type(node).__name__}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _clean(why: str) -> str:
+    return brief(" ".join(why.split()), 80)
 
 
 def is_whole(result: Mapping[str, Any] | None) -> bool:

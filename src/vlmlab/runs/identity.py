@@ -14,15 +14,18 @@ from typing import Any
 
 from vlmlab.runs.config import difference, result_leaves
 
-EVALUATION = ("evaluation", "budget.eval_limit", "data", "recipe.finish")
-"""Keys that only say how a trained model is scored, but for those of `TRAINING` below them.
+DATA = "data"
+"""Group of the data; which one is chosen says what is learnt."""
+
+EVALUATION = ("evaluation", "budget.eval_limit", DATA, "recipe.finish")
+"""Keys that only say how a trained model is scored, but for those of `TRAINING`.
 
 The keys right below ``data`` are written out where they are used: whatever of them training reads stands in
 ``data.train`` too.
 """
 
 TRAINING = ("data.train", "data.max_bad_fraction")
-"""Keys below those of `EVALUATION` that say what is learnt."""
+"""Keys below those of `EVALUATION` that say what is learnt, with all below them."""
 
 EXECUTION = ("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.threads", "trainer.compile")
 """Keys of the machine: they change a training by rounding alone, and one that is over not at all."""
@@ -32,6 +35,9 @@ TEST_SPLIT = ("test_path", "test_images")
 
 LENGTH = "collate.max_length"
 """Longest sample: a larger one changes nothing of a training in which no sample was too long."""
+
+NOT_OF_A_STAGE = ("adapter", "budget", "data.train", "debug", "init_from", "mask", "objective", "preset", "recipe")
+"""What a stage has in its own resolved keys, begins with, or does not read; its own data aside."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +75,52 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     return Changes(**{concern: tuple(texts) for concern, texts in found.items()})
 
 
+def leaves_about(config: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The leaves of a configuration that are about this (see `about`), as the training is told them."""
+    return {key: told(key, value) for key, value in result_leaves(config).items() if about(key) == what}
+
+
+def training_leaves(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration tells the training, by its dotted keys; without `LENGTH`, which may grow."""
+    return {key: value for key, value in leaves_about(config, "training").items() if key != LENGTH}
+
+
+def stage_leaves(config: Mapping[str, Any], data: str) -> dict[str, Any]:
+    """Of what a configuration tells the training, what one stage reads beside its own keys.
+
+    A key that nobody thought of counts: stages that are the same are then taken for two, which is the safe side.
+
+    Args:
+        config: the plain configuration.
+        data: name of the stage's data.
+    """
+    own = (f"data.train.{data}",)
+    leaves = training_leaves(config).items()
+    return {key: value for key, value in leaves if _below(key, own) or not _below(key, NOT_OF_A_STAGE)}
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def training_hash(config: Mapping[str, Any]) -> str:
     """16 hexadecimal digits that are equal for two runs if and only if they are the same training."""
-    leaves = {key: told(key, value) for key, value in result_leaves(config).items() if about(key) == "training"}
-    leaves.pop(LENGTH, None)
-    return hashlib.sha256(json.dumps(leaves, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return digest(training_leaves(config))
+
+
+def weights_hash(config: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that are equal for two runs exactly if nothing but their evaluation differs."""
+    return digest([leaves_about(config, what) for what in ("training", "execution")])
 
 
 def about(key: str) -> str:
     """``training``, ``execution`` or ``evaluation``: what a key of the configuration says something about."""
     if _below(key, EXECUTION):
         return "execution"
-    return "evaluation" if _below(key, EVALUATION) and not _below(key, TRAINING) else "training"
+    if key == DATA or _below(key, TRAINING):
+        return "training"
+    return "evaluation" if _below(key, EVALUATION) else "training"
 
 
 def _concern(key: str, was: Any, now: Any) -> str:

@@ -6,11 +6,12 @@ import contextlib
 import fcntl
 import os
 import socket
+import stat
 import time
 import weakref
 from pathlib import Path
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import InUse, UserError, brief
 
 ATTEMPTS = 5
 PAUSE_S = 0.1
@@ -31,9 +32,12 @@ class FolderLock:
         """Take the lock.
 
         Raises:
-            UserError: another process holds it; the message says which.
+            InUse: another process holds it; the message says which.
         """
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise UserError(f"{self.path} is no file; remove it, and the same command goes on")
         for attempt in range(ATTEMPTS):  # somebody who only looks holds it for an instant
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,7 +45,7 @@ class FolderLock:
             except BlockingIOError:
                 if attempt == ATTEMPTS - 1:
                     os.close(descriptor)
-                    raise UserError(
+                    raise InUse(
                         f"{self.path.parent} is in use by {self.holder()}; wait for it or stop it first"
                     ) from None
                 time.sleep(PAUSE_S)
@@ -61,8 +65,8 @@ class FolderLock:
     def holder(self) -> str:
         """Who took the lock last, in words."""
         try:
-            said = self.path.read_text(encoding="utf-8").strip() if self.path.is_file() else ""
-            return said or "another process"
+            said = self.path.read_text(encoding="utf-8", errors="replace").strip() if self.path.is_file() else ""
+            return brief(" ".join(said.split()), 80) or "another process"
         except OSError:
             return "another process"
 
@@ -77,7 +81,7 @@ def _forget(reference: weakref.ref[FolderLock]) -> None:
 def is_locked(folder: Path) -> bool:
     """Whether a live process holds the folder's lock."""
     try:
-        descriptor = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # should it be a pipe
+        descriptor = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:

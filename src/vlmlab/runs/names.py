@@ -1,15 +1,10 @@
-"""Names of run folders and sweep cells, made from overrides and never from the clock.
-
-Importing this module registers the resolvers that ``conf/train.yaml`` uses for its folders.
-"""
+"""Names of run folders and sweep cells, made from overrides and never from the clock."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-
-from omegaconf import OmegaConf
 
 NOT_THE_RESULT = (
     "name",
@@ -26,8 +21,21 @@ NOT_THE_RESULT = (
 )
 """Keys that do not change what a run computes: they enter neither names nor ``config_hash``."""
 
+SEED = "seed"
+"""The key whose values are repetitions of one composition."""
+
 LONGEST = 100
 """Longest cell name in characters; a longer one is cut and ends with 8 characters of hash."""
+
+
+FOLDERS = {"data.benchmarks": "benchmark", "recipe.stages": "stage"}
+"""Keys of a configuration whose own keys become names of files, and what they name."""
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a file of this name lies where it is put: a single name, not hidden, of printable characters."""
+    inside = name.isprintable() and not name.startswith(".") and not set(name) & set("/\\")
+    return inside and 0 < len(name.encode()) <= 120
 
 
 def short_hash(text: str) -> str:
@@ -67,9 +75,9 @@ def cell_name(overrides: Sequence[str]) -> str:
 
 
 def run_name(name: str | None, overrides: Iterable[str]) -> str:
-    """The folder of a run or a sweep below ``outputs/`` or ``sweeps/``.
+    """The name of a run or a sweep.
 
-    The given name, or ``default`` without overrides, or their readable form and a hash of all of them.
+    The given one, or ``default`` without overrides, or their readable form and a hash of all of them.
     """
     if name:
         return str(name)
@@ -78,18 +86,3 @@ def run_name(name: str | None, overrides: Iterable[str]) -> str:
         return "default"
     readable = cell_name(chosen)[:60].rstrip("-_.")
     return f"{readable}-{short_hash(' '.join(chosen))}"
-
-
-def register_resolvers() -> None:
-    """Register ``vlmlab.run_name``, ``vlmlab.sweep_name`` (one value per command) and ``vlmlab.cell_name``."""
-
-    def cell(overrides: Iterable[str]) -> str:
-        return cell_name([o for o in overrides if changes_result(override_key(o))])
-
-    OmegaConf.register_new_resolver("vlmlab.run_name", run_name, replace=True)
-    # Cached: Hydra composes every cell anew, with its own overrides, and all cells belong into one folder.
-    OmegaConf.register_new_resolver("vlmlab.sweep_name", run_name, use_cache=True, replace=True)
-    OmegaConf.register_new_resolver("vlmlab.cell_name", cell, replace=True)
-
-
-register_resolvers()

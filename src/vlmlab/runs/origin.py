@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from vlmlab.contracts.errors import CheckpointError, UserError
-from vlmlab.runs.files import read_json, replacing, write_json
+from vlmlab.contracts.errors import CheckpointError, UserError, listed
+from vlmlab.runs.files import placing, read_json, read_yaml, write_json
 
 KEY = "init_from"
 FILE = "origin.json"
@@ -37,7 +37,7 @@ def find_origin(value: str) -> Path:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{KEY}={value} is no run folder and no stage of one; give the folder that training printed.")
     files = {file.parent.name.partition("_")[2]: file for file in _weights_of(run)}
-    there = ", ".join(files) or "none"
+    there = listed(files, 80)
     name = _last_stage(run) if stage is None else stage
     if name not in files:
         raise UserError(
@@ -99,6 +99,10 @@ def take_origin(folder: Path, value: str) -> Path:
     """
     check_origin(folder, value)
     kept, known = folder / KEPT, read_json(folder / FILE)
+    if known is None and os.path.lexists(folder / FILE):
+        raise CheckpointError(
+            f"{folder / FILE} is damaged; delete it, and the run goes on from {KEY}={value} as that is now"
+        )
     if known is None or not kept.is_file():
         file = find_origin(value)
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +128,7 @@ def drop_origin(folder: Path) -> None:
 
 def put_file(source: Path, target: Path) -> None:
     """Have a file in a second place at once: as a hard link where the disk knows them, otherwise as a copy."""
-    with replacing(target, durable=True) as new:
+    with placing(target, durable=True) as new:
         try:
             os.link(source, new)
         except OSError:
@@ -145,7 +149,7 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 
 def _last_stage(run: Path) -> str:
     try:
-        config: Any = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        config: Any = read_yaml(run / "config.yaml")
         return str(list(config["recipe"]["stages"])[-1])
     except (OSError, ValueError, yaml.YAMLError, KeyError, IndexError, TypeError) as error:
         raise UserError(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.runs.files import read_json, read_rows, write_atomic, write_json
+from vlmlab.runs.files import append, read_json, read_rows, sync_folder, write_atomic, write_json
 from vlmlab.runs.lock import FolderLock
 from vlmlab.runs.origin import WEIGHTS, file_hash, put_file
 
@@ -35,6 +35,8 @@ FACTS = "stage.json"
 METRICS, SKIPPED, ENTRY = "metrics.jsonl", "skipped.jsonl", "entry.json"
 CELL = "overrides.json"
 """What a launcher leaves in the folder of every cell of a sweep."""
+
+SEVERAL_RANKS = "several ranks would have to agree"
 
 POLL_S = 0.5
 SAY_EVERY_S = 60.0
@@ -73,7 +75,29 @@ def shelf_of(value: Any, folder: Path) -> Path | None:
         raise UserError(f"{KEY}={value} is not possible; give auto, false, or a folder that runs share stages in.")
     if value != "auto":
         return Path(value).expanduser()
-    return folder.parent / SHELF if (folder / CELL).is_file() else None
+    shelf = folder.parent / SHELF
+    if shelf.is_symlink():
+        raise UserError(f"{shelf} is a link, and nothing is written through it; put a folder there, or {KEY}=false")
+    return shelf if (folder / CELL).is_file() else None
+
+
+def unshared(config: Mapping[str, Any]) -> str:
+    """Why a run's stages are no other run's, or the two cannot agree upon them; empty: they may be shared.
+
+    Args:
+        config: the plain configuration.
+    """
+    if any((config.get("debug") or {}).values()):
+        return "debug is on"
+    if config.get("seed") is None:
+        return "there is no seed"
+    if config["recipe"].get("finish"):
+        return "the recipe ends in recipe.finish, which reads its models"
+    if config.get("fresh"):
+        return "fresh=true trains again"
+    if config["trainer"]["devices"] != 1:
+        return SEVERAL_RANKS
+    return ""
 
 
 class Place:
@@ -107,15 +131,15 @@ class Place:
             write_atomic(new / name, "".join(json.dumps(row) + "\n" for row in rows), durable=True)
         write_json(new / ENTRY, {WEIGHTS: file_hash(new / WEIGHTS)}, durable=True)
         write_json(self.folder / "about.json", about)
-        _sync(new)
+        sync_folder(new)
         os.rename(new, self.folder / "entry")
-        _sync(self.folder)
+        sync_folder(self.folder)
 
     def sign(self, run: Path) -> None:
         """Note that a run has this stage."""
         cells = self.folder / "cells"
         cells.mkdir(exist_ok=True)
-        (cells / run.resolve().name).touch()
+        append(cells / run.resolve().name, "")
 
 
 @contextmanager
@@ -165,12 +189,3 @@ def sharing_note(sweep: Path) -> str | None:
 def _cells(place: Path) -> set[str]:
     cells = place / "cells"
     return {path.name for path in cells.iterdir()} if cells.is_dir() else set()
-
-
-def _sync(folder: Path) -> None:
-    """Wait until a folder's entries are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,6 +6,8 @@ weight and without a network: that is what a plan counts. Everywhere else nothin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,16 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.errors import UserError, brief
 from vlmlab.contracts.values import Architecture
+from vlmlab.runs.files import read_json
 from vlmlab.towers.source import embedded, resolve
+
+OWN_CODE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+"""Said to transformers whenever it reads a folder: it runs nothing that lies there, asks nobody, and loads nothing."""
+
+SAFE: dict[str, Any] = {**OWN_CODE, "use_safetensors": True}
+"""The same for weights, which are never a pickle."""
 
 
 def weightless() -> bool:
@@ -27,17 +36,61 @@ def read_config(path: str, architecture: Architecture | None, key: str) -> PreTr
     """The config of a local folder, or for a hub id the architecture that stands beside it.
 
     Raises:
-        UserError: an id without an architecture whose config cannot be reached; names the config key.
+        UserError: an id without an architecture whose config cannot be reached, or a config that cannot be read; names
+            the config key.
     """
     if _local(path):
-        return AutoConfig.from_pretrained(resolve(path, key, weights=False))
+        return open_config(resolve(path, key, weights=False), path, key)
     if architecture is not None:
         plain: Any = OmegaConf.to_container(architecture) if OmegaConf.is_config(architecture) else dict(architecture)
         return AutoConfig.for_model(**plain)
+    return open_config(resolve(path, key, weights=False), path, key)
+
+
+def open_config(folder: Path, path: str, key: str) -> PreTrainedConfig:
+    """The config of a tower's folder, of a family that transformers has; code that the folder brings is never run.
+
+    Args:
+        folder: where it is.
+        path: what the user gave for it.
+        key: the config key that holds it.
+
+    Raises:
+        UserError: it cannot be read, or only by the folder's own code.
+    """
+    with readable("config.json", folder, path, key):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **OWN_CODE)
+    wanted = str(getattr(config, "_attn_implementation_internal", None) or "")
+    if "/" in wanted:
+        raise UserError(f"{key}={brief(path, 90)} wants attention from {brief(wanted, 60)}, which is code.")
+    return config
+
+
+def open_tokenizer(folder: Path, path: str, key: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a tower's folder; arguments and errors as for ``open_config``."""
+    with readable("tokenizer", folder, path, key):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **OWN_CODE)
+    return tokenizer
+
+
+@contextmanager
+def readable(what: str, folder: Path, path: str, key: str) -> Iterator[None]:
+    """What transformers says of a folder that it cannot read is said in one sentence; arguments as ``open_config``'s.
+
+    Raises:
+        UserError: naming the config key.
+    """
     try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}={path} is neither a local folder nor a hub id within reach; give a folder.") from error
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each field and file is checked in its own way
+        settings = [read_json(folder / name) or {} for name in ("config.json", "tokenizer_config.json")]
+        why = brief(" ".join(str(error).split()).rstrip(".") or type(error).__name__, 90)
+        if any("auto_map" in found for found in settings):
+            why = "it brings code of its own (auto_map), which is never run"
+        remedy = "give a folder of a family that transformers has, as its save_pretrained writes it"
+        raise UserError(f"{key}={brief(path, 90)} has no readable {what} ({why}); {remedy}.") from error
 
 
 def read_tokenizer(path: str) -> tuple[PreTrainedTokenizerBase, bool]:
@@ -47,9 +100,9 @@ def read_tokenizer(path: str) -> tuple[PreTrainedTokenizerBase, bool]:
     """
     where = str(Path(path).expanduser()) if _local(path) else path
     try:
-        return AutoTokenizer.from_pretrained(where, local_files_only=True), True
+        return AutoTokenizer.from_pretrained(where, **OWN_CODE), True
     except (OSError, ValueError):
-        return AutoTokenizer.from_pretrained(embedded("lm")), False
+        return AutoTokenizer.from_pretrained(embedded("lm"), **OWN_CODE), False
 
 
 def _local(path: str) -> bool:

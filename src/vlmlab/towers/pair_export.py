@@ -18,6 +18,8 @@ from vlmlab.contracts.values import Count, Text
 from vlmlab.encoder.preprocess import Preprocess
 from vlmlab.encoder.tower import TowerEncoder, open_tower
 from vlmlab.engine.text_tower import PairedTowers
+from vlmlab.runs.files import write_atomic
+from vlmlab.towers.blueprint import OWN_CODE, SAFE
 from vlmlab.towers.card import facts
 from vlmlab.towers.source import quiet, save_tower, tower_hash
 from vlmlab.towers.text_export import pooled_texts, retrieval, save_text_tower
@@ -102,7 +104,7 @@ class ExportPair:
             text_hash=tower_hash(text),
             images=f"{max(map(len, self.pairs.values())):,}",
         )
-        (folder / "towers" / "README.md").write_text(card, encoding="utf-8")
+        write_atomic(folder / "towers" / "README.md", card)
         return scores
 
 
@@ -124,8 +126,8 @@ def told_apart(encoder: Encoder, folder: Path, contrasts: SampleSource) -> float
         contrasts: samples of several images, turn i being the caption of image i.
     """
     with quiet():
-        tower: Any = SiglipTextModel.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+        tower: Any = SiglipTextModel.from_pretrained(folder, dtype=torch.float32, **SAFE).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, **OWN_CODE)
     right, captions = 0, 0
     for index in range(len(contrasts)):
         sample = contrasts[index]

@@ -10,19 +10,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
+from vlmlab.contracts.terminal import tell
 from vlmlab.engine.restore import load_trained
 from vlmlab.evaluate.metrics.rows import read_rows
 from vlmlab.evaluate.metrics.scoring import predictions_file
 from vlmlab.evaluate.probe import SHIPPED, address, shipped
 from vlmlab.model.vlm import VLM
 from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.trust import saved_config
 
 
 def answers(folder: Path) -> dict[str, dict[str, str]]:
     """The probe's answers of a finished run: address -> sample id -> answer."""
-    cfg = OmegaConf.create(RunFolder(folder).finished())
+    RunFolder(folder).finished()
+    cfg = saved_config(folder)
     model = load_trained(cfg, folder)
     assert isinstance(model, VLM)
     found = {}
@@ -40,7 +41,7 @@ def main(folders: Sequence[str]) -> None:
         known |= answers(Path(folder))
     lines = json.dumps(known, ensure_ascii=False, indent=0, sort_keys=True)
     SHIPPED.write_text(lines + "\n", encoding="utf-8")
-    print(f"{SHIPPED}: {len(known)} benchmarks, {sum(map(len, known.values()))} answers")
+    tell(f"{SHIPPED}: {len(known)} benchmarks, {sum(map(len, known.values()))} answers")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from vlmlab.encoder.preprocess import Preprocess
 from vlmlab.engine.contrastive import ContrastiveModule
 from vlmlab.model.dual import DualEncoder
 from vlmlab.model.vlm import VLM
+from vlmlab.runs.files import write_atomic
 from vlmlab.towers.card import facts
 from vlmlab.towers.source import save_tower, tower_hash
 
@@ -79,7 +80,7 @@ class ExportTowers:
         _save(language.lm.model, lm)
         language.lm.plain_tokenizer.save_pretrained(lm)
         card = _card(cfg, costs, {**metrics, **score}, vision, lm)
-        (folder / "towers" / "README.md").write_text(card, encoding="utf-8")
+        write_atomic(folder / "towers" / "README.md", card)
         return score
 
     @torch.no_grad()
@@ -142,7 +143,7 @@ class ExportLanguageModel:
         model.lm.plain_tokenizer.save_pretrained(home)
         told = facts(cfg, costs, metrics)
         card = LANGUAGE_CARD.format(**told, parameters=_stored(home), lm_hash=tower_hash(home))
-        (folder / "towers" / "README.md").write_text(card, encoding="utf-8")
+        write_atomic(folder / "towers" / "README.md", card)
         return {}
 
 

@@ -10,12 +10,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmlab.contracts.errors import UserError
-from vlmlab.runs.files import share
+from vlmlab.contracts.errors import UserError, brief
+from vlmlab.runs.files import read_json, share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 RECIPES = {
     "demo": {"vision": "embedded_towers", "lm": "embedded_towers", "text": "embedded_text_tower"},
@@ -59,19 +61,39 @@ def resolve(path: str, key: str, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"] if weights else ["*.json"]
     try:
-        found = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
+        found = snapshot_download(path, allow_patterns=wanted)
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(f"{key}={path} is neither a local folder nor a hub id within reach; give a folder.") from error
     return _safe(Path(found), path, key) if weights else Path(found)
 
 
 def _safe(folder: Path, path: str, key: str) -> Path:
-    """The folder, if its weights are safetensors: others are pickles, and are never loaded."""
-    if not any(file.is_file() for file in folder.glob("*.safetensors")):
+    """The folder, if what transformers would load from it is safetensors: other weights are pickles, and run code."""
+    if (why := _unsafe(folder)) is not None:
         remedy = "load it once in transformers, save_pretrained(folder), and give that folder"
-        raise UserError(f"{key}={path} has no weights in safetensors; {remedy}.")
+        raise UserError(f"{key}={brief(path, 90)} {why}; {remedy}.")
     return folder
+
+
+def _unsafe(folder: Path) -> str | None:
+    """Why the weights of a folder are not taken; None: they are."""
+    if "transformers_weights" in (read_json(folder / "config.json") or {}):
+        return "names its weights in config.json (transformers_weights)"
+    if (folder / "adapter_config.json").is_file():
+        return "has an adapter beside its weights (adapter_config.json)"
+    if (folder / WEIGHTS).is_file():
+        return None
+    if not (folder / INDEX).is_file():
+        return "has no weights in safetensors"
+    listed = (read_json(folder / INDEX) or {}).get("weight_map")
+    for name in listed.values() if isinstance(listed, dict) and listed else [None]:
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+            return f"has {brief(repr(name), 40)} among its weights, which is no safetensors file of that folder"
+        if not (folder / name).is_file():
+            return f"lacks {brief(name, 60)} of its weights"
+    return None
 
 
 @contextmanager
@@ -89,7 +111,14 @@ def quiet() -> Iterator[None]:
 
 
 def save_tower(model: PreTrainedModel, folder: Path) -> None:
-    """``save_pretrained``, readable by whoever may read the folder."""
+    """``save_pretrained``, readable by whoever may read the folder.
+
+    Raises:
+        UserError: a link lies in the folder, through which it would write.
+    """
+    for path in (folder, *folder.glob("*")):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link, and nothing is written through it; remove it.")
     with quiet():
         model.save_pretrained(folder)
     share(*folder.glob("*.safetensors"))

@@ -17,6 +17,8 @@ from vlmlab.contracts.sample import SampleSource
 from vlmlab.contracts.values import Count, Text
 from vlmlab.encoder.text import tokenised
 from vlmlab.engine.text_tower import PairedTowers, ScratchTextTower
+from vlmlab.runs.files import write_atomic
+from vlmlab.towers.blueprint import OWN_CODE, SAFE
 from vlmlab.towers.card import facts
 from vlmlab.towers.source import quiet, save_tower, tower_hash
 
@@ -83,7 +85,7 @@ class ExportTextTower:
             found = retrieval(model.encoder, home, pairs, self.batch_size)
             scores |= {f"text_tower/{name}/{key}": value for key, value in found.items()}
         card = _card(model, cfg, costs, {**metrics, **scores}, home, max(map(len, self.pairs.values())))
-        (folder / "towers" / "README.md").write_text(card, encoding="utf-8")
+        write_atomic(folder / "towers" / "README.md", card)
         return scores
 
 
@@ -112,9 +114,9 @@ def retrieval(encoder: Encoder, folder: Path, pairs: SampleSource, batch_size: i
     """
     device = next(encoder.parameters()).device
     with quiet():
-        tower: Any = SiglipTextModel.from_pretrained(folder, dtype=torch.float32)
+        tower: Any = SiglipTextModel.from_pretrained(folder, dtype=torch.float32, **SAFE)
     tower.to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **OWN_CODE)
     images, texts = [], []
     for start in range(0, len(pairs), batch_size):
         samples = [pairs[i] for i in range(start, min(start + batch_size, len(pairs)))]

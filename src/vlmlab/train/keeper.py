@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from vlmlab.contracts.errors import OutOfMemory
+from vlmlab.contracts.errors import CheckpointError, OutOfMemory, brief
 from vlmlab.engine import rng
 from vlmlab.engine.shards import scattered
 from vlmlab.engine.stage import StageModule
@@ -68,10 +70,24 @@ class Keeper(L.Callback):
         self.signals.deferred = True
         self._began = self._last_save = time.perf_counter()
         if self.saved:
-            optimizer = _optimizer(trainer)
-            optimizer.load_state_dict(scattered(self.saved["optimizer"], optimizer))
-            if self.saved["scaler"]:
-                trainer.precision_plugin.load_state_dict(self.saved["scaler"])
+            with self._reading():
+                optimizer = _optimizer(trainer)
+                optimizer.load_state_dict(scattered(self.saved["optimizer"], optimizer))
+                if self.saved["scaler"]:
+                    trainer.precision_plugin.load_state_dict(self.saved["scaler"])
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """What a checkpoint's states cannot be set to is its fault.
+
+        Raises:
+            CheckpointError: whatever torch and numpy say of it.
+        """
+        try:
+            yield
+        except Exception as error:
+            why = brief(" ".join(f"{type(error).__name__}: {error}".split()), 100)
+            raise CheckpointError(f"{self.path} is damaged ({why}); delete it to train that stage again.") from error
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Before the first step of this process: random states as they were, or as the stage begins."""
@@ -80,7 +96,8 @@ class Keeper(L.Callback):
             self._fresh = False
             states = self.saved["rng"] if self.saved else []
             if trainer.global_rank < len(states):
-                rng.restore(states[trainer.global_rank])
+                with self._reading():
+                    rng.restore(states[trainer.global_rank])
             else:
                 rng.seed_all(self.seed, pl_module.stage.name, trainer.global_rank)
         self._states = rng.state()

@@ -13,8 +13,9 @@ from typing import Any, TextIO
 import lightning as L
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from vlmlab.contracts.terminal import tell
 from vlmlab.engine.precision import Precision
 from vlmlab.engine.stage import StageModule
 from vlmlab.engine.weights import Trainee
@@ -22,6 +23,7 @@ from vlmlab.mask.base import causal_on_text
 from vlmlab.mask.causal import Causal
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.withheld import stored
 
 LOG_EVERY = 10
 LINE_EVERY = 0.1
@@ -62,8 +64,6 @@ def wandb_logger(cfg: DictConfig, folder: RunFolder) -> Logger:
     os.environ.setdefault("WANDB_MODE", "offline")
     path = folder.path.resolve()
     group = path.parent.name if path.parent.parent.name == "sweeps" else None
-    config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
     return WandbLogger(
         name=path.name,
         save_dir=str(path),
@@ -73,7 +73,7 @@ def wandb_logger(cfg: DictConfig, folder: RunFolder) -> Logger:
         resume="allow",
         entity=cfg.logger.get("entity"),
         tags=list(cfg.logger.get("tags") or []),
-        config={key: value for key, value in config.items() if key != "hydra"},
+        config=stored(cfg),
         job_type="train",
     )
 
@@ -193,11 +193,8 @@ class Progress(L.Callback):
             self._said = done / stage.steps
             spent = time.perf_counter() - self._began
             left = spent / max(done - self._first, 1) * (stage.steps - done)
-            print(
-                f"{stage.name}  step {done}/{stage.steps}  loss {loss:.4f}  {spent:.0f} s, {left:.0f} s to go",
-                file=self._out,
-                flush=True,
-            )
+            line = f"{stage.name}  step {done}/{stage.steps}  loss {loss:.4f}  {spent:.0f} s, {left:.0f} s to go"
+            tell(line, self._out)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Close the bar, also after an exception."""

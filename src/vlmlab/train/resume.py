@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from vlmlab.contracts.errors import CheckpointError
+from vlmlab.contracts.errors import CheckpointError, reason
 from vlmlab.engine.shards import gathered
 from vlmlab.engine.stamp import RUN, Stamp, check_archive
 from vlmlab.engine.weights import Trainee, check_names, put
@@ -26,7 +27,7 @@ def save_last(path: Path, content: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     # let go of at once: a view that an exception keeps can crash the interpreter when both are collected
-    with replacing(path, durable=True) as new, buffer.getbuffer() as view, new.open("wb") as file:
+    with replacing(path, durable=True) as file, buffer.getbuffer() as view:
         file.write(view)
 
 
@@ -81,7 +82,9 @@ def load_last(path: Path, stage: Stage, trainee: Trainee, stamp: Stamp | None = 
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a reader says of bytes that mean nothing
-        raise CheckpointError(f"{path} cannot be read ({error}); delete it to train that stage again.") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({reason(error)}); delete it to train that stage again."
+        ) from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or saved.get("stage") != stage.name:
         raise CheckpointError(f"{path} is not a checkpoint of stage {stage.name}; delete it to train that stage again.")
     if stamp is not None:
@@ -91,9 +94,13 @@ def load_last(path: Path, stage: Stage, trainee: Trainee, stamp: Stamp | None = 
         raise CheckpointError(
             f"{path} is of step {step} and stage {stage.name} has {stage.steps}; delete it to train that stage again."
         )
+    if (wrong := _wrong_key(saved, trainee)) is not None:
+        raise CheckpointError(f"{path} is damaged (its {wrong} is none); delete it to train that stage again.")
     live = trainee.live()
     check_names(path, live, saved["weights"])
     for name, tensor in saved["weights"].items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{path} is damaged ({name} is no tensor); delete it to train that stage again.")
         if tensor.shape != live[name].shape:
             raise CheckpointError(
                 f"{path}: {name} is {tuple(tensor.shape)} and the model's is {tuple(live[name].shape)}; "
@@ -101,3 +108,27 @@ def load_last(path: Path, stage: Stage, trainee: Trainee, stamp: Stamp | None = 
             )
     put(trainee.model, saved["weights"])
     return saved
+
+
+KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "weights": dict,
+    "names": list,
+    "optimizer": dict,
+    "scaler": dict,
+    "rng": list,
+    "before": dict,
+    "pending": list,
+    "seconds": (int, float),
+}
+"""Keys of ``last.ckpt`` beside those that say what it is of, and what they hold."""
+
+
+def _wrong_key(saved: Mapping[str, Any], trainee: Trainee) -> str | None:
+    """The first key that is missing or holds something else."""
+    for key, kind in KINDS.items():
+        if not isinstance(saved.get(key), kind):
+            return key
+    live = trainee.live()
+    if saved["before"].keys() != {*live, *trainee.frozen()}:
+        return "before"
+    return None if all(isinstance(name, str) and name in live for name in saved["pending"]) else "pending"

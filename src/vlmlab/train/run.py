@@ -22,10 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vlmlab.contracts.errors import CheckpointError, OutOfMemory, Unscored, UserError
+from vlmlab.contracts.errors import CheckpointError, OutOfMemory, Unscored, UserError, listed, reason
 from vlmlab.contracts.faults import no_memory
 from vlmlab.contracts.parts import FeatureCache
 from vlmlab.contracts.sample import SampleSource
+from vlmlab.contracts.terminal import tell
 from vlmlab.data.module import Window, Windows, step_loader
 from vlmlab.data.sampler import Order
 from vlmlab.data.skipped import Replaced
@@ -51,7 +52,7 @@ from vlmlab.model.build import build_cache
 from vlmlab.model.questions import questions_line
 from vlmlab.model.vlm import VLM
 from vlmlab.recipe.stage import Stage, check_divides, drawn_from, parse
-from vlmlab.runs.files import read_json, write_json
+from vlmlab.runs.files import write_atomic, write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.origin import KEY, drop_origin, kept_origin, take_origin
 from vlmlab.train.keeper import Keeper
@@ -153,7 +154,7 @@ class Run:
     def say(self, text: str) -> None:
         """Print on rank 0."""
         if self.writes:
-            print(text, flush=True)
+            tell(text)
 
     def note_state(self) -> None:
         """Note how far the run is, if the disk takes it; whoever opened the folder adds how it ended."""
@@ -222,6 +223,7 @@ def _train(run: Run) -> dict[str, Any] | None:
         _enter(run, build, stage, origin if not ready and stage is stages[0] else None)
         if ready:
             run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name} is finished already")
+            _drop_begun(run, stage)
             run.finished[build] = stage
         else:
             run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name}")
@@ -339,7 +341,13 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSo
         facts["peak_bytes"] = cost.peak_bytes()
         write_json(home / "stage.json", facts, durable=True)
         trainee.save(run.weights(stage), stage, cfg, run.stamps[stage.name])
-        (home / "last.ckpt").unlink(missing_ok=True)
+        _drop_begun(run, stage)
+
+
+def _drop_begun(run: Run, stage: Stage) -> None:
+    """Remove what only a stage that is not finished needs."""
+    if run.writes:
+        run.weights(stage).with_name("last.ckpt").unlink(missing_ok=True)
         drop_origin(run.folder.path)
 
 
@@ -518,25 +526,21 @@ def _prove(stage: Stage, module: StageModule, trainee: Trainee, before: Mapping[
     """
     if touched := proof.changed(before, proof.fingerprints(trainee.frozen().items())):
         raise UserError(
-            f"stage {stage.name}: frozen weights changed ({_few(touched)}); whatever writes to them outside the "
+            f"stage {stage.name}: frozen weights changed ({listed(touched)}); whatever writes to them outside the "
             "optimizer must stop."
         )
     if module.pending:
         raise UserError(
-            f"stage {stage.name}: {_few(sorted(module.pending))} should train and never had a gradient; take the part "
-            f"out of {stage.key('train')} or the unused layer out of the model."
+            f"stage {stage.name}: {listed(sorted(module.pending), 120)} should train and never had a gradient; take "
+            f"the part out of {stage.key('train')} or the unused layer out of the model."
         )
     moved = set(proof.changed(before, proof.fingerprints(trainee.live().items())))
     return [name for name in trainee.trained() if name not in moved]
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _say_end(run: Run, stage: Stage, facts: Mapping[str, Any]) -> None:
     if facts["unmoved"]:
-        run.say(f"note: {_few(facts['unmoved'])} had gradients and did not move")
+        run.say(f"note: {listed(facts['unmoved'])} had gradients and did not move")
     if run.writes:
         row = {"stage": stage.name, "step": stage.steps, "finished": True, **facts}
         run.folder.log(row | {"seconds": round(facts["seconds"], 1)})
@@ -549,14 +553,19 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
     device = torch.device("cuda" if on_gpu(cfg) else "cpu")
     last.model.to(device).requires_grad_(False)
     if wrong := nonfinite(last.model.named_parameters()):
-        raise UserError(f"the weights {_few(wrong)} are no numbers after the last stage; train again with fresh=true.")
+        raise UserError(f"{listed(wrong)} are no numbers after the last stage; train again with fresh=true.")
     kind = kinds[stage.index]
     source: SampleSource = instantiate(cfg.data.train[stage.data])
     if OmegaConf.select(cfg, "data.max_bad_fraction") is not None:
         source = Replaced(source)
     sample = next((s for s in (source[i] for i in range(min(32, len(source)))) if s.images), source[0])
     one = kind.collator(cfg, last.model, stage.prompt or kind.prompt)([sample])
-    done = [read_json(run.weights(s).with_name("stage.json")) or {} for s in stages]
+    done = []
+    for s in stages:
+        facts, problem = run.folder.stage_facts(s.index, s.name)
+        done.append(facts)
+        if problem:
+            run.say(f"note: {problem}")
     costs = {
         "params": sum(parameter.numel() for parameter in last.model.parameters()),
         "trainable": last.ever_trained(),
@@ -607,8 +616,9 @@ def _compiled(run: Run, module: StageModule) -> Iterator[None]:
         with compiled(module.model):
             yield
     except TorchDynamoException as error:
-        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"trainer.compile=true cannot compile here ({why}); set trainer.compile=false.") from error
+        raise UserError(
+            f"trainer.compile=true cannot compile here ({reason(error)}); set trainer.compile=false."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -621,5 +631,5 @@ def _profiled(run: Run) -> Iterator[None]:
         yield
     table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
     if run.writes:
-        (run.folder.path / "profile.txt").write_text(table, encoding="utf-8")
+        write_atomic(run.folder.path / "profile.txt", table)
         run.say(f"wrote {run.folder.path / 'profile.txt'}")

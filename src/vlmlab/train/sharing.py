@@ -1,9 +1,8 @@
 """Stages that several runs have in common, each trained once: what makes two stages the same, and who trains.
 
 The address of a stage is made of everything its weights depend on: the bits of every weight it begins with (and by them
-the towers, the seed and all stages before), the stage's own keys, its data and their fingerprint, every key of the
-configuration that is not known to matter elsewhere only, the code, the versions and the device. A key that nobody
-thought of makes addresses differ, and the stage is trained twice: that is the safe side.
+the towers, the seed and all stages before), the stage's own keys, what else it reads of the configuration
+(`vlmlab.runs.identity.stage_leaves`), the fingerprint of its data, the code, the versions and the machine.
 """
 
 from __future__ import annotations
@@ -29,32 +28,17 @@ from vlmlab.engine.precision import on_gpu
 from vlmlab.engine.restore import weights_file
 from vlmlab.engine.weights import Trainee, plain_key
 from vlmlab.recipe.stage import Stage
-from vlmlab.runs.config import leaves, plain, result_leaves
+from vlmlab.runs.config import leaves, plain
 from vlmlab.runs.environment import code_fingerprint
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.identity import LENGTH, leaves_about, stage_leaves
 from vlmlab.runs.origin import put_file
-from vlmlab.runs.shared import FACTS, KEY, Place, Shared, held, shelf_of
+from vlmlab.runs.shared import FACTS, KEY, SEVERAL_RANKS, Place, Shared, held, shelf_of, unshared
+from vlmlab.runs.withheld import hidden, stored
 
-FORMAT = 1
+FORMAT = 2
 """Of a stage on a shelf; part of its address."""
-
-ELSEWHERE = (
-    "adapter",
-    "budget",
-    "data.benchmarks",
-    "data.probe",
-    "data.train",
-    "data.val",
-    "evaluation",
-    "init_from",
-    "mask",
-    "objective",
-    "preset",
-    "recipe.stages",
-    "recipe.stages (order)",
-)
-"""Keys that a stage does not read: what they say of it is in its own keys, in its first weights, or nowhere."""
 
 
 class Sharing:
@@ -72,7 +56,8 @@ class Sharing:
     def __init__(self, cfg: DictConfig, folder: RunFolder, say: Callable[[str], None]) -> None:
         self.cfg, self.folder, self.say = cfg, folder, say
         self.shelf = shelf_of(OmegaConf.select(cfg, KEY), folder.path)
-        if self.shelf is not None and (reason := _unknowable(cfg)):
+        ranks = SEVERAL_RANKS if int(os.environ.get("WORLD_SIZE", "1")) != 1 else ""
+        if self.shelf is not None and (reason := unshared(plain(cfg)) or ranks):
             self.say(f"stages are not shared with other runs: {reason}")
             self.shelf = None
 
@@ -87,7 +72,8 @@ class Sharing:
             common = None
             try:
                 place = stack.enter_context(held(self.shelf, address(about), self.say))
-                common = CommonStage(place, about, stage, self.folder, self.say)
+                shown = hidden(about, stored(self.cfg), plain(self.cfg))
+                common = CommonStage(place, shown, stage, self.folder, self.say)
             except OSError as error:
                 self.say(f"this stage is not shared: {self.shelf} cannot be used ({error.strerror})")
             yield common
@@ -98,7 +84,7 @@ class CommonStage:
 
     Args:
         place: on the shelf.
-        about: what its address is made of.
+        about: what its address is made of, as it may be written down.
         stage: the stage.
         folder: the run folder.
         say: takes a line.
@@ -143,21 +129,6 @@ class CommonStage:
             self.say(f"this stage is not shared: {self.place.folder} does not take it ({error.strerror})")
 
 
-def _unknowable(cfg: DictConfig) -> str:
-    """Why it cannot be known whether this run's stages equal another's, or cannot be agreed upon; empty: it can."""
-    if any((plain_key(cfg, "debug") or {}).values()):
-        return "debug is on"
-    if OmegaConf.select(cfg, "seed") is None:
-        return "there is no seed"
-    if OmegaConf.select(cfg, "recipe.finish"):
-        return "the recipe ends in recipe.finish, which reads its models"
-    if OmegaConf.select(cfg, "fresh"):
-        return "fresh=true trains again"
-    if cfg.trainer.devices != 1 or int(os.environ.get("WORLD_SIZE", "1")) != 1:
-        return "several ranks would have to agree"
-    return ""
-
-
 def describe(
     cfg: DictConfig, stage: Stage, trainee: Trainee, source: SampleSource, folder: RunFolder
 ) -> dict[str, Any]:
@@ -170,18 +141,15 @@ def describe(
         source: its samples.
         folder: the run's, whose ``env.json`` has the versions.
     """
-    config = plain(cfg)
-    chosen = {
-        k: v for k, v in result_leaves(config).items() if not any(k == e or k.startswith(f"{e}.") for e in ELSEWHERE)
-    }
-    env = folder.env()
+    config, env = plain(cfg), folder.env()
     about = {
         "format": FORMAT,
         "stage": asdict(stage),
-        "source": plain_key(cfg, f"data.train.{stage.data}"),
+        "read": stage_leaves(config, stage.data),
+        "length": OmegaConf.select(cfg, LENGTH),
+        "machine": leaves_about(config, "execution"),
         "data": source_fingerprint(source),
         "watched": _watched(cfg, stage),
-        "config": chosen,
         "log_every": OmegaConf.select(cfg, "trainer.log_every"),
         "weights": _weights(trainee),
         "kept": sorted(trainee.kept()),

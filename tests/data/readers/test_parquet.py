@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from vlmlab.contracts.errors import DataError, UserError
+from vlmlab.data.overlap import same_bytes, stored_images
+from vlmlab.data.readers import parquet
 from vlmlab.data.readers.llava import LlavaJson
 from vlmlab.data.readers.parquet import LlavaParquet, ParquetRows, VqaParquet, to_tar
 from vlmlab.data.readers.tar import TarShards
@@ -252,3 +254,22 @@ def test_deep_pixels_inside(tmp_path: Path) -> None:
     rows = [{"image": {"bytes": deep.getvalue(), "path": None}, "question": "q", "answer": "a"}]
     path = write(tmp_path / "b.parquet", rows, VQA)
     assert VqaParquet(path, image_range=[0, 4095])[0].images[0].max() == 255
+
+
+def test_images_inside_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = {"train": (1, 2, 3, 4), "test": (9, 3, 8, 1)}
+    for side, widths in sides.items():
+        (tmp_path / side).mkdir()
+        rows = [recap(n) | {"image": {"bytes": png(width), "path": None}} for n, width in enumerate(widths)]
+        write(tmp_path / side / "a.parquet", rows, group=1)
+        write(tmp_path / side / "q.parquet", [question(w - 1, n) for w in widths for n in range(2)], VQA, group=3)
+    train, test = (stored_images(LlavaParquet(str(tmp_path / side / "a.parquet"))) for side in sides)
+    assert same_bytes(train, test) == [("a-3#0", "a-2#0"), ("a-1#0", "a-4#0")]
+    asked, again = (stored_images(VqaParquet(str(tmp_path / side / "q.parquet"))) for side in sides)
+    assert len(asked) == 4 and same_bytes(asked, again) == [("q-5#0", "q-3#0"), ("q-1#0", "q-7#0")]
+    (tmp_path / "file.png").write_bytes(png(2))
+    write(tmp_path / "named.parquet", [recap(0) | {"image": {"bytes": None, "path": "file.png"}}])
+    named = stored_images(LlavaParquet(str(tmp_path / "named.parquet"), images=str(tmp_path)))
+    assert same_bytes(train, named) == [("a-2#0", "file.png")]
+    monkeypatch.setattr(parquet, "COMPARED", 1)
+    assert len(stored_images(LlavaParquet(str(tmp_path / "train" / "a.parquet")))) == 1  # of one row group

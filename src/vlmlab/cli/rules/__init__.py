@@ -7,13 +7,13 @@ To add a rule, write a function ``(cfg, choices) -> sentence or None`` beside th
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 from hydra.conf import HydraConf
 from omegaconf import DictConfig
 
 from vlmlab.cli.entry import ConfigError
+from vlmlab.cli.flags import other_kind
 from vlmlab.cli.rules.asking import Choices, Config, Rule
 from vlmlab.cli.rules.machine import (
     compiler_at_hand,
@@ -25,6 +25,7 @@ from vlmlab.cli.rules.run import (
     features_to_keep,
     files_exist,
     possible_name,
+    possible_names,
     watched,
 )
 from vlmlab.cli.rules.stages import (
@@ -41,7 +42,7 @@ from vlmlab.cli.rules.stages import (
     towers_to_adapt,
     trees_show_images_once,
 )
-from vlmlab.cli.rules.values import wrong_values
+from vlmlab.cli.rules.values import lost_reference, missing_sections, wrong_values
 from vlmlab.cli.rules.vision import (
     instruction_is_learnt,
     leaking_mask,
@@ -53,22 +54,28 @@ from vlmlab.recipe.stage import parse
 from vlmlab.runs.config import plain
 
 
-def admitted(cfg: DictConfig, hydra_cfg: HydraConf, own: Collection[str] = ()) -> dict[str, Any]:
+def admitted(cfg: DictConfig, hydra_cfg: HydraConf, own: Any = None) -> dict[str, Any]:
     """The resolved configuration of a composition in which everything is possible.
 
     Args:
         cfg: the composed configuration.
         hydra_cfg: Hydra's own.
-        own: keys at the top that a verb has beside those of a run.
+        own: what of the schema has the keys that a verb has beside those of a run.
 
     Raises:
         ConfigError: the first thing that is not, in one sentence.
     """
+    for sentence in missing_sections(cfg):
+        raise ConfigError(sentence)
     try:
         config = plain(cfg)
     except UserError as error:
         raise ConfigError(str(error)) from error
     choices = choices_of(hydra_cfg)
+    words = [str(word) for word in hydra_cfg.overrides.hydra]
+    for found in (lost_reference(cfg, hydra_cfg), other_kind(words, choices["_mode"] == "MULTIRUN")):
+        if found is not None:
+            raise ConfigError(found)
     for sentence in wrong_values(cfg, config, choices, own):
         raise ConfigError(sentence)
     check(cfg, config, choices)
@@ -107,6 +114,7 @@ RULES: tuple[Rule, ...] = (
     watched,
     features_to_keep,
     possible_name,
+    possible_names,
     ranks_need_a_process_tree,
     leaking_mask,
     text_to_mix,

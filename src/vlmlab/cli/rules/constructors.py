@@ -19,9 +19,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra._internal.utils import _locate  # get_object of its public utils also logs
 
-from vlmlab.cli.rules.declared import bases_of, source_of
+from vlmlab.cli.rules.declared import bases_of
 from vlmlab.contracts.values import part
 from vlmlab.runs.environment import package_folder
+from vlmlab.runs.trust import source_of
 
 PLAIN = ("typing", "collections.abc", "annotated_types", "vlmlab.contracts.values")
 """Modules that are imported for an annotation; they import nothing heavy."""

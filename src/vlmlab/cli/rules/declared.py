@@ -5,11 +5,9 @@ from __future__ import annotations
 import ast
 import contextlib
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from vlmlab.runs.environment import package_folder
+from vlmlab.runs.trust import source_of
 
 
 def declared(target: str, name: str) -> Any:
@@ -77,17 +75,3 @@ def bases_of(target: str) -> list[str]:
 def inherits(target: str, base: str) -> bool:
     """Whether a class of this package is another one or comes from it."""
     return target == base or any(inherits(parent, base) for parent in bases_of(target))
-
-
-@cache
-def source_of(target: str) -> tuple[ast.Module, ast.ClassDef | ast.FunctionDef] | None:
-    """The parsed file of a class or function of this package, and that in it."""
-    module, _, name = target.rpartition(".")
-    package, *rest = module.split(".")
-    file = package_folder().joinpath(*rest).with_suffix(".py") if rest else Path()
-    if package != package_folder().name or not file.is_file():
-        return None
-    parsed = ast.parse(file.read_text(encoding="utf-8"))
-    kinds = (ast.ClassDef, ast.FunctionDef)
-    found = (node for node in parsed.body if isinstance(node, kinds) and node.name == name)
-    return next(((parsed, node) for node in found), None)

@@ -19,6 +19,7 @@ from vlmlab.cli.rules.machine import WHOLE
 from vlmlab.contracts.values import shown
 from vlmlab.data.readers.place import is_id, is_there
 from vlmlab.runs.config import leaves
+from vlmlab.runs.names import FOLDERS, is_plain_name
 
 PATH_KEYS = ("path", "path_558k", "path_118k", "test_path", "file", "folder", "images", "image_folder", "root")
 """Keys of a data source that name something on disk; those that begin with path may name a data set of the hub."""
@@ -60,6 +61,16 @@ def possible_name(cfg: Config, choices: Choices) -> str | None:
         f"name={shown(str(name))} is no folder below outputs; use letters, digits, - and _ "
         "(hydra.run.dir=... puts it elsewhere)"
     )
+
+
+def possible_names(cfg: Config, choices: Choices) -> str | None:
+    """A benchmark's name is that of a file."""
+    for key, what in FOLDERS.items():
+        named = value_at(cfg, key)
+        for name in named if isinstance(named, Mapping) else ():
+            if not is_plain_name(str(name)):
+                return f"{key}.{shown(str(name))} becomes a file's name; name the {what} by letters, digits, - and _"
+    return None
 
 
 def files_exist(cfg: Config, choices: Choices) -> str | None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from annotated_types import Interval, MinLen
 
-from vlmlab.contracts.values import Count, Natural, NotNegative, Part, Positive, Seed, Share, Text, Texts, Width
+from vlmlab.contracts.values import Count, Names, Natural, NotNegative, Part, Positive, Seed, Share, Text, Texts, Width
 
 Threads = Annotated[int, Interval(ge=1, le=4096)]
 Workers = Annotated[int, Interval(ge=0, le=4096)]
@@ -121,8 +121,8 @@ class Data(TypedDict):
     """Sources by name; further keys are what a data file's own sources refer to."""
 
     train: Annotated[Mapping[str, SampleSource | None], MinLen(1)]
-    val: NotRequired[Mapping[str, SampleSource | None]]
-    benchmarks: NotRequired[Mapping[str, Benchmark | None]]
+    val: NotRequired[Mapping[str, SampleSource]]
+    benchmarks: NotRequired[Mapping[str, Benchmark]]
     probe: NotRequired[SampleSource | None]
     max_bad_fraction: NotRequired[Share]
     screen: NotRequired[Natural]
@@ -178,4 +178,51 @@ class Root(TypedDict):
     text_tower: NotRequired[TextTower | None]
 
 
-ROOT: Any = Root
+# What commands have beside a run's configuration: `conf/<command>.yaml`.
+
+
+class Inspect(TypedDict):
+    """Keys of ``vlmlab inspect``."""
+
+    stage: Text | None
+    n: Count
+    check: Natural
+    out: Text
+
+
+class Plan(TypedDict):
+    """Keys of ``vlmlab plan``; the stages' own are looked at where the stages are known."""
+
+    device: Text
+    memory: Positive | None
+    tflops: Positive | None
+    mfu: Annotated[float, Interval(gt=0, le=1)]
+    headroom: Share
+    sample: Count
+    lengths: Mapping[str, Sequence[Natural]]
+    samples: Mapping[str, Count]
+    out: Text | None
+    effect: Positive | None
+    power: Annotated[float, Interval(gt=0, lt=1)]
+    pilot: Text | None
+    metric: Text | None
+
+
+class Evaluate(TypedDict):
+    """Keys of ``vlmlab evaluate``."""
+
+    run: Text | Count
+    benchmarks: Names | Text | None
+    limit: Count | None
+    batch_size: Count | None
+    share_images: bool | None
+    device: Text
+    trust: bool
+
+
+class Export(TypedDict):
+    """Keys of ``vlmlab export``."""
+
+    run: Text | Count
+    to: Text | Count
+    trust: bool

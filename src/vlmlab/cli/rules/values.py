@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -9,16 +10,19 @@ from typing import Any, Literal, get_args, is_typeddict
 
 from omegaconf import DictConfig, OmegaConf
 
+from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.rules.asking import Choices, Config, choice_of, class_of, value_at
 from vlmlab.cli.rules.constructors import constructor
-from vlmlab.cli.rules.declared import inherits, source_of
+from vlmlab.cli.rules.declared import inherits
 from vlmlab.cli.rules.schema import Root
 from vlmlab.cli.rules.words import closest, unread
+from vlmlab.contracts.errors import reason
 from vlmlab.contracts.values import hints, refusal, shown
 from vlmlab.recipe.stage import KEYS
 from vlmlab.runs.config import leaves
 from vlmlab.runs.environment import package_folder
 from vlmlab.runs.names import override_key
+from vlmlab.runs.trust import source_of
 
 GROUPS = ("encoder", "cache", "connector", "lm", "mask", "fusion", "adapter", "objective")
 """Groups whose choice is one class, in a package of the same name where it is ours."""
@@ -32,23 +36,26 @@ HYDRA: Mapping[str, Any] = {"_recursive_": bool, "_convert_": Literal["none", "p
 STAGE_MODULE = "vlmlab.engine.stage.StageModule"
 
 
-def wrong_values(cfg: DictConfig, config: Config, choices: Choices, own: Collection[str] = ()) -> Iterator[str]:
+def wrong_values(cfg: DictConfig, config: Config, choices: Choices, own: Any = None) -> Iterator[str]:
     """A sentence for every wrong key or value, the likeliest reason first.
 
     Args:
         cfg: the composed configuration.
         config: the same as plain values.
         choices: the chosen file of every group, and the overrides.
-        own: keys at the top that a verb has of its own.
+        own: what of the schema has the keys that a verb has beside those of a run.
     """
     raw = _raw(cfg)
-    read = {*own, *_referred(raw)}
-    yield from _overrides(config, choices, own)
+    beside = {} if own is None else hints(own)
+    yield from _overrides(config, choices, beside)
+    yield from wrong_keys(own, {key: value for key, value in config.items() if key in beside})
+    yield from _nothing_there(config)
+    yield from (s for s in [refusal(Root, config, "")] if s is not None)
+    read = {*beside, *_referred(raw)}
     typed = [override_key(word) for word in choices.get("_overrides") or ()]
     for name, known in _unread(Root, config, "", read):
         word = next((key for key in typed if key == name or key.startswith(f"{name}.")), name)
         yield unread(word, {*known, *(key for key, _ in leaves(config))} - {word, name})
-    yield from (s for s in [refusal(Root, config, "")] if s is not None)
     for where, node, inside in _described(config, raw, ""):
         yield from _of_part(where, node, inside, choices)
     for name, stage in config["recipe"]["stages"].items():
@@ -61,11 +68,48 @@ def wrong_values(cfg: DictConfig, config: Config, choices: Choices, own: Collect
             yield f"{key}={value} is no finite number; give one"
 
 
+def missing_sections(cfg: DictConfig) -> Iterator[str]:
+    """Sections that null has taken the place of, before anything that refers into them is resolved."""
+    for key, annotation in hints(Root).items():
+        if key in cfg and not OmegaConf.is_missing(cfg, key) and not OmegaConf.is_interpolation(cfg, key):
+            sentence = refusal(annotation, None, key) if cfg[key] is None else None
+            if sentence is not None:
+                yield sentence
+
+
+def _nothing_there(config: Config) -> Iterator[str]:
+    """Parts, sections and sources that null has taken the place of."""
+    for key, value in leaves(config, deep=True):
+        if key.rpartition(".")[2] == "_target_" and not isinstance(value, str):
+            yield f"{key}={shown(value)} is no class; give its dotted path"
+    for group in ("val", "benchmarks"):
+        sources = value_at(config, f"data.{group}")
+        for name, node in sources.items() if isinstance(sources, Mapping) else ():
+            if node is None:
+                yield f"data.{group}.{name}=null is no source of data; leave it out by ~data.{group}.{name}"
+
+
+def wrong_keys(section: Any, config: Config) -> Iterator[str]:
+    """What is wrong with the keys that a command has of its own."""
+    if section is not None and (sentence := refusal(section, config, "")) is not None:
+        yield sentence
+
+
 def _raw(cfg: DictConfig) -> dict[str, Any]:
     """The configuration with its references as they are written."""
     raw = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(raw, dict)
-    return {str(key): value for key, value in raw.items() if key != "hydra"}
+    kept = {key: value for key, value in raw.items() if key != "hydra"}
+    return dict(json.loads(json.dumps(kept, default=str)))  # keys are texts, as in the plain configuration
+
+
+def lost_reference(cfg: DictConfig, hydra_cfg: Any) -> str | None:
+    """A reference to a key of Hydra's that is not there, which would be read as null."""
+    for key, value in leaves(_raw(cfg), deep=True):
+        for name in re.findall(r"\$\{hydra:([\w.]+)\}", value) if isinstance(value, str) else ():
+            if OmegaConf.select(OmegaConf.create({"hydra": hydra_cfg}), f"hydra.{name}") is None:
+                return f"{key}={shown(value)} refers to hydra.{name}, which has no value; give it one of its own"
+    return None
 
 
 def _referred(raw: Mapping[str, Any]) -> set[str]:
@@ -81,6 +125,8 @@ def _overrides(config: Config, choices: Choices, own: Collection[str]) -> Iterat
     for word in words:
         key, value = override_key(word), word.partition("=")[2]
         there = value_at(config, key)
+        if value.startswith("[") and (conf_folder() / key).is_dir():
+            yield f"{key}={shown(value)} is a list, whose choices would be mixed; give the name of a file of conf/{key}"
         if value == "{}" and isinstance(there, Mapping) and there:
             yield f"{key}={{}} changes nothing, since it is merged into what is there; leave it out"
 
@@ -136,7 +182,7 @@ def _of_part(where: str, node: Mapping[str, Any], raw: Mapping[str, Any], choice
     try:
         takes = constructor(target)
     except ImportError as error:
-        why = f" ({shown(str(error), 90)})" if not ours and str(error) else ""
+        why = f" ({reason(error, 90)})" if not ours and str(error) else ""
         key = f"{where}._target_={shown(target)}"
         yield f"{key} cannot be imported{why}; give the dotted path of a class that is installed"
         return
@@ -158,12 +204,14 @@ def _of_part(where: str, node: Mapping[str, Any], raw: Mapping[str, Any], choice
         if (key in takes.types or key in HYDRA) and not class_of(value):  # a part is whatever it makes
             sentence = refusal(takes.types.get(key, HYDRA.get(key)), value, f"{where}.{key}")
             if sentence is not None:
-                yield _as_written(sentence, f"{where}.{key}", raw[key])
+                yield _as_written(sentence, where, raw)
 
 
-def _as_written(sentence: str, key: str, raw: Any) -> str:
-    """The sentence under the key where the value was given, if this one only refers to it."""
-    origin = re.fullmatch(r"\$\{([\w.]+)\}", raw) if isinstance(raw, str) else None
+def _as_written(sentence: str, where: str, raw: Mapping[str, Any]) -> str:
+    """The sentence under the key where the value was given, if the one that it is about only refers to it."""
+    key = sentence.partition("=")[0]
+    value = value_at(raw, key.removeprefix(f"{where}."))
+    origin = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
     return sentence if origin is None else f"{origin.group(1)}{sentence.removeprefix(key)} (it is read as {key})"
 
 
@@ -205,4 +253,4 @@ def _of_stage(where: str, stage: Mapping[str, Any]) -> Iterator[str]:
     try:
         constructor(target)
     except ImportError as error:
-        yield f"{where} cannot be imported ({shown(str(error), 90)}); {remedy}"
+        yield f"{where} cannot be imported ({reason(error, 90)}); {remedy}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.errors import DataError, listed
 from vlmlab.contracts.values import Count, Levels, Seed, Share, Text, Texts
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.captions import Captioned, CaptionSamples
@@ -109,15 +109,15 @@ def read_captions(file: Path, folder: ImageFolder, sieve: Sieve | None = None) -
     sieve = sieve if sieve is not None else Sieve(0.0)
     content = read_json(file)
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
-        found = f"keys: {', '.join(content)}" if isinstance(content, dict) else describe(content)
+        found = f"keys: {listed(content)}" if isinstance(content, dict) else describe(content)
         needed = "it needs the lists 'images' and 'annotations'"
         raise DataError(f"Data file {file} is not in COCO captions format ({found}); {needed}")
     names: dict[str, str] = {}
-    listed: set[str] = set()
+    known: set[str] = set()
 
     def image(row: Row) -> None:
         if "id" in row.data:
-            listed.add(str(row.data["id"]))
+            known.add(str(row.data["id"]))
         id_, name = parse_image(row, folder)
         if id_ in names:
             raise row.error(f"image id {id_} stands there twice", "make the ids unique")
@@ -129,7 +129,7 @@ def read_captions(file: Path, folder: ImageFolder, sieve: Sieve | None = None) -
 
     def caption(row: Row) -> None:
         id_, image_id, text = parse_caption(row)
-        if image_id not in listed:
+        if image_id not in known:
             raise row.error(f"image_id {image_id} is no image of the file", "add the image or remove the caption")
         if id_ in seen:
             raise row.error(f"annotation id {id_} stands there twice", "make the ids unique")

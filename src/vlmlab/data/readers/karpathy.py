@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.errors import DataError, listed, reason
 from vlmlab.contracts.values import Count, Levels, Seed, Share, Text, Texts
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.captions import Captioned, CaptionSamples
@@ -170,14 +170,15 @@ def _tabled(file: Path) -> Iterator[Row | DataError]:
     try:
         cells = list(enumerate(table, 1))
     except csv.Error as error:
-        raise DataError(f"Data file {file} is no table of comma-separated values ({error}); repair it") from None
+        raise DataError(
+            f"Data file {file} is no table of comma-separated values ({reason(error)}); repair it"
+        ) from None
     if {"raw", "filename"} <= set(header):
         return (_annotated(Row(file, number, dict(line))) for number, line in cells)
     if {"image_name", "comment"} <= set(header):
         return _grouped(file, ((n, (r["image_name"] or "").strip(), r["comment"] or "") for n, r in cells))
     raise DataError(
-        f"Data file {file} has the columns {', '.join(header) or 'none'}; it needs raw and filename, or image_name and "
-        "comment"
+        f"Data file {file} has the columns {listed(header)}; it needs raw and filename, or image_name and comment"
     )
 
 

@@ -11,18 +11,20 @@ import os
 import posixpath
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmlab.contracts.errors import DataError, UserError
+from vlmlab.contracts.errors import DataError, UserError, listed, reason
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
 from vlmlab.contracts.values import Count, Levels, Seed, Share, Text, Texts, Width
 from vlmlab.data.fingerprint import Facts, shards_fingerprint
 from vlmlab.data.images import ImageFolder, decode_image
+from vlmlab.data.overlap import Stored, spread
 from vlmlab.data.pixels import Range, value_range
 from vlmlab.data.readers.llava import TURN_KEYS, Conversation, LlavaFormat, parse_turns
 from vlmlab.data.readers.place import find_files, split_files
@@ -34,6 +36,9 @@ from vlmlab.data.readers.vqa import Question, VqaFormat, choose_rows, conversati
 
 SUFFIXES = (".parquet",)
 IMAGE_KEYS = ("image", "images")
+COMPARED = 512 * 2**20
+"""Bytes of row groups that are read to compare a source's images with another's."""
+
 _OPEN = 32
 _GROUPS = 2
 """Files and decoded row groups that a process keeps; a shuffled order comes back to neither soon."""
@@ -81,8 +86,9 @@ class ParquetRows:
             facts = _arrow().ParquetFile(file)
             groups = [facts.metadata.row_group(g).num_rows for g in range(facts.metadata.num_row_groups)]
         except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"Data file {file} is no readable parquet file ({reason}); download it again") from None
+            raise DataError(
+                f"Data file {file} is no readable parquet file ({reason(error)}); download it again"
+            ) from None
         columns = list(facts.schema_arrow.names)
         self.columns = self.columns or columns
         if missing := [name for name in self.columns if name not in columns]:
@@ -120,6 +126,25 @@ class ParquetRows:
         for number, group in self._groups:
             table = self._file(number).read_row_group(group, columns=list(columns), use_threads=False)
             yield from map(without_nan, table.to_pylist())
+
+    def read_some(self, places: Iterable[int], columns: Sequence[str], room: int) -> Iterator[tuple[int, Row]]:
+        """These columns of rows at these places, of as many row groups, spread over all, as have `room` bytes."""
+        each: dict[int, list[int]] = {}
+        for place in places:
+            each.setdefault(bisect_right(self._first, place) - 1, []).append(place)
+        whole = sum(self._bytes(group, columns) for group in each)
+        for group in spread(each, max(1, len(each) * room // max(whole, 1))):
+            number, there = self._groups[group]
+            table = self._file(number).read_row_group(there, columns=list(columns), use_threads=False)
+            for place in each[group]:
+                data = table.slice(place - self._first[group], 1).to_pylist()[0]
+                yield place, Row(*self.at(place), without_nan(data))
+
+    def _bytes(self, group: int, columns: Sequence[str]) -> int:
+        number, there = self._groups[group]
+        facts = self._file(number).metadata.row_group(there)
+        every = (facts.column(i) for i in range(facts.num_columns))
+        return sum(c.total_uncompressed_size for c in every if c.path_in_schema.partition(".")[0] in columns)
 
     def paths(self, keys: Sequence[str]) -> list[str]:
         """The columns, named by dots, that hold the paths of the images under these keys."""
@@ -173,10 +198,41 @@ def pictures(row: Row, keys: Sequence[str]) -> list[tuple[str | None, bytes | No
         if isinstance(entry, bytes):
             found.append((None, entry))
         elif isinstance(entry, dict) and {"bytes", "path"} & entry.keys():
-            found.append((entry.get("path"), entry.get("bytes")))
+            found.append(_in_struct(row, given[0], entry))
         else:
             raise row.error(f"'{given[0]}' is {describe(entry)} instead of an image", "repair or remove the row")
     return found
+
+
+def stored_pictures(
+    rows: ParquetRows, places: Iterable[int], keys: Sequence[str], folder: ImageFolder | None = None
+) -> Iterator[Stored]:
+    """The images of rows at these places as they are kept: inside the rows, or in the folder where they name them."""
+    named: list[str] = []
+    for place, row in rows.read_some(places, keys, COMPARED):
+        try:
+            found = pictures(row, keys)
+        except DataError:  # met again, and named, when its sample is asked for
+            continue
+        named += [path for path, data in found if path and data is None]
+        for number, (_, data) in enumerate(found):
+            if data:
+                yield Stored(f"{rows.label(place)}#{number}", len(data), partial(_octets, rows, place, keys, number))
+    if folder is not None:
+        yield from folder.stored(named, len(named))
+
+
+def _octets(rows: ParquetRows, place: int, keys: Sequence[str], number: int) -> bytes:
+    return pictures(rows[place], keys)[number][1] or b""
+
+
+def _in_struct(row: Row, key: str, entry: Mapping[str, Any]) -> tuple[str | None, bytes | None]:
+    """Path and bytes of an image struct."""
+    path, data = entry.get("path"), entry.get("bytes")
+    for part, value, kind in (("path", path, str), ("bytes", data, bytes)):
+        if value is not None and not isinstance(value, kind):
+            raise row.error(f"'{key}.{part}' is {describe(value)} instead of the image's", "repair or remove the row")
+    return path, data
 
 
 def open_picture(
@@ -231,7 +287,8 @@ def to_tar(path: str, folder: Path, rows: int = 2000) -> list[Path]:
 def _paths(value: Any) -> list[str]:
     """The paths in an image struct or a list of them."""
     entries = value if isinstance(value, list) else [value]
-    return [str(entry["path"]) for entry in entries if isinstance(entry, dict) and entry.get("path")]
+    paths = (entry.get("path") for entry in entries if isinstance(entry, dict))
+    return [path for path in paths if isinstance(path, str) and path]
 
 
 class LlavaParquet:
@@ -283,7 +340,7 @@ class LlavaParquet:
         files, shares = split_files(find_files(path, SUFFIXES), split, val_fraction, 0.0)
         self._rows = ParquetRows(files)
         if not any(key in self._rows.columns for key in TURN_KEYS):
-            columns = ", ".join(self._rows.columns)
+            columns = listed(self._rows.columns)
             raise DataError(f"{path} has no column '{TURN_KEYS[0]}' (columns: {columns}); choose the data=... it is of")
         self._form = LlavaFormat(tuple(tags), prepend_images)
         self._folder = ImageFolder(images, image_roots, image_range) if images is not None else None
@@ -313,7 +370,7 @@ class LlavaParquet:
                 found[i] = [str(row["id"])]
         for column in self._rows.paths(IMAGE_KEYS):
             key = column.partition(".")[0]
-            named = [_paths(row[key]) for row in self._rows.read([column])]
+            named = [_paths(row.get(key)) for row in self._rows.read([column])]
             if len({path for paths in named for path in paths}) > 1:  # one word for all images tells nothing
                 for members, paths in zip(found, named, strict=True):
                     members += [f"image {posixpath.normpath(path)}" for path in paths]
@@ -324,6 +381,11 @@ class LlavaParquet:
 
     def __getitem__(self, index: int) -> Sample:
         return self._sample(int(self._index[index]))
+
+    def stored(self, most: int) -> Iterator[Stored]:
+        """Its images as they are kept."""
+        keys = [key for key in IMAGE_KEYS if key in self._rows.columns]
+        return stored_pictures(self._rows, spread(map(int, self._index), most), keys, self._folder)
 
     def fingerprint(self) -> Facts:
         """Facts that change with the content of its files, and of image files that rows only name."""
@@ -439,7 +501,7 @@ class VqaParquet:
     def _check_columns(self, path: str, question_key: str) -> None:
         for key in (self._key, question_key):
             if key not in self._rows.columns:
-                columns = ", ".join(self._rows.columns)
+                columns = listed(self._rows.columns)
                 raise DataError(f"{path} has no column '{key}' (columns: {columns}); set its name, or another data=...")
 
     def _texts(self) -> list[Row]:
@@ -454,12 +516,12 @@ class VqaParquet:
     def _image_names(self) -> Iterator[str]:
         """The images' paths where they tell them apart, otherwise a hash of their bytes."""
         if self._rows.has(f"{self._key}.path"):
-            paths = [(r[self._key] or {}).get("path") for r in self._rows.read([f"{self._key}.path"])]
-            if all(paths) and len(set(paths)) > 1:
-                return iter([posixpath.normpath(str(path)) for path in paths])
-        values = (row[self._key] for row in self._rows.read([self._key]))
+            paths = [_paths(row.get(self._key)) for row in self._rows.read([f"{self._key}.path"])]
+            if all(paths) and len({path for path, *_ in paths}) > 1:
+                return iter([posixpath.normpath(path) for path, *_ in paths])
+        values = (row.get(self._key) for row in self._rows.read([self._key]))
         images = (value.get("bytes") if isinstance(value, dict) else value for value in values)
-        return (hashlib.sha256(data).hexdigest()[:16] if data else "" for data in images)
+        return (hashlib.sha256(data).hexdigest()[:16] if isinstance(data, bytes) and data else "" for data in images)
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -468,6 +530,12 @@ class VqaParquet:
         name, questions = self._groups[index]
         picture = self._picture(self._place[questions[0].id])
         return Sample(name, (picture,), self.turns(index), image_ids=(questions[0].image,))
+
+    def stored(self, most: int) -> Iterator[Stored]:
+        """Its images as they are kept, each once."""
+        asked = sorted((self._place[q.id], q.image) for _, group in self._groups for q in group)
+        first = {image: place for place, image in reversed(asked)}
+        return stored_pictures(self._rows, sorted(spread(first.values(), most)), (self._key,))
 
     def fingerprint(self) -> Facts:
         """Facts that change with the content of its files."""

@@ -10,7 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from vlmlab.contracts.errors import DataError, brief
+from vlmlab.contracts.errors import DataError, brief, listed, reason
 from vlmlab.contracts.sample import IMAGE_TAG
 from vlmlab.data.images import ImageFolder, embedded
 
@@ -67,7 +67,7 @@ class Row:
 
 def some(keys: Iterable[str]) -> str:
     """Names of keys for a message: all of a few."""
-    return brief(", ".join(keys) or "none", 120)
+    return listed(keys, 120)
 
 
 def describe(value: object) -> str:
@@ -153,7 +153,7 @@ def _parse(text: str, place: str, remedy: str) -> Any:
     try:
         return parse_json(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place} is not valid JSON ({error}); {remedy}") from None
+        raise DataError(f"{place} is not valid JSON ({reason(error)}); {remedy}") from None
 
 
 def read_json(path: Path) -> Any:

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlmlab.contracts.errors import DataError, brief
+from vlmlab.contracts.errors import DataError, brief, reason
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
 from vlmlab.contracts.values import Count, Levels, Seed, Share, Text, Texts
 from vlmlab.data.fingerprint import Facts, shards_fingerprint
@@ -96,7 +96,9 @@ def _scan(shard: Path) -> tuple[dict[str, Place], list[str]]:
                 elif not member.isdir():
                     refused.append(member.name)
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise DataError(f"Data file {shard} is no plain tar file ({error}); write it again, uncompressed") from None
+        raise DataError(
+            f"Data file {shard} is no plain tar file ({reason(error)}); write it again, uncompressed"
+        ) from None
     return members, refused
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.errors import DataError, listed
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.contracts.values import Count, Levels, Seed, Share, Text, Texts, Width
 from vlmlab.data.fingerprint import Facts, files_fingerprint
@@ -171,7 +171,7 @@ def choose_rows(
     chosen = [row for row, name in zip(rows, named, strict=True) if name == split]
     if not chosen:
         sieve.finish(rows[0].file if rows else "The data")  # it may be that all are bad
-        counts = ", ".join(f"{name} {n}" for name, n in sorted(Counter(filter(None, named)).items()))
+        counts = listed((f"{name} {n}" for name, n in sorted(Counter(filter(None, named)).items())), 80)
         remedy = "set data.test_path, raise the split's fraction, or split by image with data.split_keys=[]"
         file = rows[0].file if rows else "without usable rows"
         raise DataError(f"Data file {file} has no rows for the split '{split}' ({counts}); {remedy}")

@@ -83,8 +83,8 @@ def read_rows(path: Path) -> list[Row]:
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write a predictions file as a whole: a reader sees the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as new, new.open("w", encoding="utf-8") as lines:
-        lines.writelines(row.to_json() + "\n" for row in rows)
+    with replacing(path) as file:
+        file.writelines((row.to_json() + "\n").encode("utf-8", "backslashreplace") for row in rows)
 
 
 def _text(raw: dict[str, Any], key: str, where: str) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from vlmlab.contracts.errors import UserError, brief
 from vlmlab.contracts.sample import Metric
 from vlmlab.evaluate.metrics.rows import Row, read_rows
+from vlmlab.runs.names import is_plain_name
 
 BASELINES = ("shuffled", "no_image")
 """Evaluations of the same trained model beside the real one: with another sample's images, and with none."""
@@ -21,7 +23,13 @@ BESIDE = (*FLOORS, PROBE)
 
 
 def predictions_file(folder: Path, benchmark: str, baseline: str = "") -> Path:
-    """Where a run keeps the predictions of a benchmark."""
+    """Where a run keeps the predictions of a benchmark.
+
+    Raises:
+        UserError: its name would lie elsewhere.
+    """
+    if not is_plain_name(benchmark):
+        raise UserError(f"{brief(benchmark, 60)!r} is no name of a benchmark, since it is no file's; rename it.")
     return folder / "predictions" / (f"{benchmark}.{baseline}.jsonl" if baseline else f"{benchmark}.jsonl")
 
 

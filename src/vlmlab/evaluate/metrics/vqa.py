@@ -90,6 +90,8 @@ class VqaAccuracy:
             benchmarks have 10 people per question); with fewer, any reference that matches exactly counts.
     """
 
+    of_answers = ACCURACY
+
     def __init__(self, annotators: Count = 10) -> None:
         if annotators < 2:
             raise UserError(f"VqaAccuracy: annotators is {annotators} but agreement needs at least 2; the norm is 10.")
