@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from hydra_plugins.vlmlab_pool_launcher._cells import families, plan
 from hydra_plugins.vlmlab_pool_launcher._sweep import CellReturn, refuse_at_once
+from vlmlab.contracts.terminal import tell
 
 
 def say_seeds(
@@ -41,7 +42,7 @@ def say_seeds(
 
     seeds = families(cells)
     claim = Claim(len(seeds), max(seeds.values()), effect, power)
-    print("\n".join(foretell(claim, None if pilot is None else Path(pilot), metric)))
+    tell("\n".join(foretell(claim, None if pilot is None else Path(pilot), metric)))
     return [
         CellReturn(overrides=cell.overrides, cfg=cell.cfg, status=JobStatus.COMPLETED, _return_value=None)
         for cell in cells

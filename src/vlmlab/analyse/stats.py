@@ -141,7 +141,7 @@ def _signs(n: int) -> Numbers:
     """Sign patterns (P, n), the first all plus; of a pattern and its opposite, which have the same |sum|, one."""
     if n <= MOST_EXACT:
         bits = np.arange(2 ** (n - 1))[:, None] >> np.arange(n)[None, :]
-        return 1.0 - 2.0 * (bits & 1)
+        return (1.0 - 2.0 * (bits & 1)).astype(np.float64)
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(DRAWN, n))
     signs[0] = 1.0
     return signs

@@ -115,7 +115,8 @@ class CellsCsv:
             result, config = run.result(), run.config()
             if result is None or config is None or result.get("failed") or result.get("recorded"):
                 continue
-            self._rows[result["config_hash"]] = _row(run, result, config)
+            row = _row(run, result, config)
+            self._rows[row["config"]] = row
         if self._rows:
             write_atomic(self.path, _text(self._rows.values()))
 
@@ -125,7 +126,7 @@ def _row(run: RunFolder, result: Mapping[str, Any], config: Mapping[str, Any]) -
     row = {
         "cell": run.path.name,
         "overrides": json.dumps([str(word) for word in result["overrides"]]),
-        "config": str(result["config_hash"]),
+        "config": config_hash(config),
         "data": _digest(_without(env.get("data", {}), _MOVES_ALONG)),
         "code": str(env.get("code", "")),
     }

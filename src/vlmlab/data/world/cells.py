@@ -9,7 +9,7 @@ from vlmlab.contracts.sample import Sample
 from vlmlab.contracts.values import Count, Seed
 from vlmlab.data.world.captions import cell_words, full_phrase, placed_names
 from vlmlab.data.world.render import render
-from vlmlab.data.world.scene import STANDARD, Object, Scene, Split, check_split, sample_scene, scale_of
+from vlmlab.data.world.scene import STANDARD, Grid, Object, Objects, Scene, Split, check_split, sample_scene, scale_of
 
 FORMS = ("sentence", "compound")
 
@@ -35,8 +35,8 @@ class WorldCells:
         split: Split,
         size: Count,
         seed: Seed = 0,
-        grid: Count = STANDARD.grid,
-        objects: Sequence[Count] = (STANDARD.fewest, STANDARD.most),
+        grid: Grid = STANDARD.grid,
+        objects: Objects = (STANDARD.fewest, STANDARD.most),
     ) -> None:
         check_split(split)
         self._scale = scale_of(grid, objects)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from annotated_types import Interval, MaxLen, MinLen
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.data.world.draw import CELL, GRID, bounds
@@ -19,6 +21,9 @@ LARGEST = 8
 """Most rows of a grid; more are not told apart at the size of an object."""
 CROWD = 16
 """Most objects of a scene: numbers have words up to here."""
+
+Grid = Annotated[int, Interval(ge=2, le=LARGEST)]
+Objects = Annotated[Sequence[Annotated[int, Interval(ge=1, le=CROWD)]], MinLen(2), MaxLen(2)]
 
 HELD_OUT = frozenset({(4, 0), (6, 1), (0, 2), (1, 3), (3, 4), (2, 5)})
 """Pairs (colour, shape) that no scene of train, val or test contains; every compositional scene contains one.

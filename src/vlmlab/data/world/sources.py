@@ -16,7 +16,18 @@ from vlmlab.data.world.fitting import weights_of
 from vlmlab.data.world.loose import LooseScene, render_loose, sample_loose
 from vlmlab.data.world.questions import Kinds, View, check_kinds, dialogue, draw_class, single
 from vlmlab.data.world.render import render
-from vlmlab.data.world.scene import STANDARD, Scale, Scene, Split, check_split, sample_scene, scale_of, scene_id
+from vlmlab.data.world.scene import (
+    STANDARD,
+    Grid,
+    Objects,
+    Scale,
+    Scene,
+    Split,
+    check_split,
+    sample_scene,
+    scale_of,
+    scene_id,
+)
 from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.text import (
     CAPTION_REQUEST,
@@ -128,8 +139,8 @@ class _ScaledSource(_WorldSource):
         size: Count,
         seed: Seed = 0,
         domain: Domain = "base",
-        grid: Count = STANDARD.grid,
-        objects: Sequence[Count] = (STANDARD.fewest, STANDARD.most),
+        grid: Grid = STANDARD.grid,
+        objects: Objects = (STANDARD.fewest, STANDARD.most),
     ) -> None:
         super().__init__(split, size, seed, domain)
         self.grid = grid
@@ -184,8 +195,8 @@ class WorldCaptions(_ScaledSource):
         size: Count,
         seed: Seed = 0,
         domain: Domain = "base",
-        grid: Count = STANDARD.grid,
-        objects: Sequence[Count] = (STANDARD.fewest, STANDARD.most),
+        grid: Grid = STANDARD.grid,
+        objects: Objects = (STANDARD.fewest, STANDARD.most),
     ) -> None:
         super().__init__(split, size, seed, domain, grid, objects)
         if style not in STYLES:
@@ -259,8 +270,8 @@ class WorldQuestions(_ScaledSource):
         domain: Domain = "base",
         multi_turn: bool = False,
         kinds: Kinds | None = None,
-        grid: Count = STANDARD.grid,
-        objects: Sequence[Count] = (STANDARD.fewest, STANDARD.most),
+        grid: Grid = STANDARD.grid,
+        objects: Objects = (STANDARD.fewest, STANDARD.most),
     ) -> None:
         super().__init__(split, size, seed, domain, grid, objects)
         self.multi_turn = multi_turn
@@ -306,8 +317,8 @@ class WorldInstruct(_ScaledSource):
         domain: Domain = "base",
         caption_fraction: Share = 0.15,
         kinds: Kinds | None = None,
-        grid: Count = STANDARD.grid,
-        objects: Sequence[Count] = (STANDARD.fewest, STANDARD.most),
+        grid: Grid = STANDARD.grid,
+        objects: Objects = (STANDARD.fewest, STANDARD.most),
     ) -> None:
         super().__init__(split, size, seed, domain, grid, objects)
         _check_share(caption_fraction)
