@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 SCRIPT = """
-import os, signal, sys, time, types
+import os, shutil, signal, sys, time, types
 from pathlib import Path
 
 import hydra
@@ -39,6 +39,8 @@ def train(cfg, folder):
         raise RuntimeError("broken")
     if words == ["kill", f"{cfg.x}{cfg.y}"]:
         os.kill(os.getpid(), signal.SIGKILL)
+    if words == ["gone", f"{cfg.x}{cfg.y}"]:
+        shutil.rmtree(folder)
     if words == ["wait"]:
         try:
             time.sleep(300)

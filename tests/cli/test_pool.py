@@ -16,7 +16,7 @@ from fake_app import call, lay_down, start, trained
 from omegaconf import OmegaConf
 
 from hydra_plugins.vlmlab_pool_launcher import _slots
-from hydra_plugins.vlmlab_pool_launcher._cells import Cell, refuse_training_twice
+from hydra_plugins.vlmlab_pool_launcher._cells import Cell, as_printed, refuse_training_twice
 from hydra_plugins.vlmlab_pool_launcher._slots import make_slots, visible_gpus
 from vlmlab.analyse.results import read_run
 from vlmlab.cli.entry import ConfigError
@@ -134,6 +134,42 @@ def test_a_signal_is_passed_on_and_waited_for(tmp_path: Path) -> None:
     assert [RunFolder(sweep / cell).state()["state"] for cell in CELLS[:2]] == ["interrupted"] * 2
     assert "2 interrupted" in out or "interrupted" in out
     assert (sweep / "table.csv").is_file()
+
+
+def test_folders_that_cannot_be_had_fail_their_cells_alone(tmp_path: Path) -> None:
+    """A file and a dead link where cells' folders are due, and one that is removed while it trains."""
+    script, sweep = lay_down(tmp_path), tmp_path / "sweeps" / "s"
+    sweep.mkdir(parents=True)
+    (sweep / CELLS[0]).write_text("somebody's")
+    (sweep / CELLS[1]).symlink_to("/nowhere")
+    (tmp_path / "bad").write_text("gone 21")
+    code, out, err = call(script, *SWEEP)
+    assert code == 1 and err.startswith("error: 3 of 4 cells did not finish: x-1_y-1 (") and err.count("\n") == 1
+    assert out.count("is no folder but a file or a link that leads nowhere; remove it") == 4  # and in the table
+    assert f"{CELLS[2]}: failed sweeps/s/{CELLS[2]}: its folder is gone" in out
+    assert RunFolder(sweep / CELLS[3]).state()["state"] == "done"
+    rows = (sweep / "table.csv").read_text().splitlines()
+    assert len(rows) == 5 and sum(",0,1 failed," in row for row in rows) == 3, rows
+
+    (sweep / CELLS[0]).unlink()
+    (sweep / CELLS[1]).unlink()
+    (tmp_path / "bad").unlink()
+    code, _, err = call(script, *SWEEP)
+    assert (code, err) == (0, "") and [trained(sweep / cell) for cell in CELLS] == [1, 1, 1, 1]
+
+
+def test_values_that_hydra_prints_otherwise(tmp_path: Path) -> None:
+    """They are no sweep, and two ways to write one value are one cell."""
+    script = lay_down(tmp_path)
+    words = ("fresh=False", "y=1e-3", "part='small'", "x=1.0,1.00,2")
+    code, out, err = call(script, "-m", "name=s", *words)
+    assert (code, err) == (0, ""), err
+    cells = sorted(path.name for path in (tmp_path / "sweeps" / "s").iterdir() if path.is_dir())
+    assert cells == ["x-1.0", "x-2"] and "2 cells" in out
+    assert [trained(tmp_path / "sweeps" / "s" / cell) for cell in cells] == [1, 1]
+    assert as_printed(["a= False", "b=1e-3", "c='x y'", "d=1,2", "+e=[1, 2]"]) == {
+        "a=False", "b=0.001", "c='x y'", "+e=[1,2]",
+    }  # fmt: skip
 
 
 def test_a_cell_over_its_time_is_stopped(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def test_a_finished_folder_gives_its_result(tmp_path: Path) -> None:
 def test_another_configuration_is_refused_naming_keys_and_values(tmp_path: Path, done: bool) -> None:
     with RunFolder(tmp_path) as run:
         run.open(CONFIG)
+        run.log({"stage": "a", "step": 1})
         if done:
             run.finish(METRICS, {})
     before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
@@ -111,6 +112,7 @@ def test_a_training_that_is_not_over_goes_on_under_another_evaluation(tmp_path: 
 def test_a_longer_length_is_refused_where_rows_were_left_out_of_a_training_that_is_not_over(tmp_path: Path) -> None:
     with RunFolder(tmp_path) as run:
         run.open(SCORED)
+        run.log({"stage": "a", "step": 1})
     (tmp_path / "skipped.jsonl").write_text('{"data": "data.train.x", "id": "1", "reason": "too long"}\n')
     with pytest.raises(UserError, match="max_length: 100 -> 200"):
         RunFolder(tmp_path).open(SCORED | SCORING["longer"])
@@ -120,6 +122,7 @@ def test_another_machine_is_refused_in_the_middle_and_no_matter_afterwards(tmp_p
     other = SCORED | {"trainer": {"threads": 2}}
     with RunFolder(tmp_path) as run:
         run.open(SCORED)
+        run.log({"stage": "a", "step": 1})
     with pytest.raises(UserError, match="threads: 1 -> 2"):
         RunFolder(tmp_path).open(other)
     train(tmp_path)
@@ -169,9 +172,19 @@ def test_a_refusal_names_as_many_keys_as_fit(tmp_path: Path) -> None:
     many = {**CONFIG, "x": {f"key_{k}": "v" * 40 for k in range(20)}}
     with RunFolder(tmp_path) as run:
         run.open(many)
+        run.log({"stage": "a", "step": 1})
     with pytest.raises(UserError, match=r"x\.key_0: .*; and \d+ more") as caught:
         RunFolder(tmp_path).open({**CONFIG, "x": {f"key_{k}": "w" * 40 for k in range(20)}})
     assert len(str(caught.value)) <= 300
+
+
+def test_a_run_that_was_stopped_before_its_first_step_keeps_no_name(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as run:
+        run.open(SCORED)
+        run.log({"stage": "a", "step": 0, "held_out/loss": 4.0})
+        run.end("interrupted")
+    with RunFolder(tmp_path) as run:
+        assert run.open({**SCORED, "seed": 5}) is None and not run.metrics()
 
 
 def test_fresh_keeps_the_old_folder_aside(tmp_path: Path) -> None:

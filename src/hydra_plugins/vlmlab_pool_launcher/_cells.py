@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vlmlab.cli import rules
 from vlmlab.cli.entry import IN_USE, ConfigError
 from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.faults import machine_error, unusable
+from vlmlab.contracts.stops import STOPS
 from vlmlab.runs.cells_csv import CellsCsv
 from vlmlab.runs.data import note_changed
 from vlmlab.runs.files import write_json
@@ -33,6 +39,9 @@ ELSEWHERE = "another process is in its folder"
 """Note of a cell that waits for whoever has locked its folder."""
 FINISHED = "finished before"
 """Note of a cell that is as it would be if it were made now."""
+
+NO_RESULT = "no result: debug"
+"""Note of a cell that was to have none."""
 
 State = Literal["waiting", "running", "done", "failed", "interrupted"]
 
@@ -77,10 +86,19 @@ class Cell:
         """Its run folder."""
         return RunFolder(self.folder)
 
+    @contextmanager
+    def own_fault(self) -> Iterator[None]:
+        """What the disk refuses of its folder is this cell's failure and nobody else's."""
+        try:
+            yield
+        except OSError as error:
+            self.state, self.note = "failed", self._refused(error)
+
     def announce(self) -> None:
         """Make its folder with ``overrides.json``, from which the table knows the cell whatever becomes of it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "overrides.json", self.overrides)
+        with self.own_fault():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "overrides.json", self.overrides)
 
     def settle_finished(self) -> bool:
         """Whether a result of this very configuration is there already; then the cell is done.
@@ -93,7 +111,7 @@ class Cell:
         try:
             if not self.run.holds(self.config):
                 return False
-        except UserError:
+        except (UserError, OSError):  # its own process says so, or its beginning
             return False
         if changed_origin(self.folder, self.config.get("init_from")) is not None:
             return False  # its own process says so
@@ -110,7 +128,7 @@ class Cell:
             return False
         try:
             note = record.restore(self.folder, self.config, self.overrides)
-        except UserError:  # its own process says so
+        except (UserError, OSError):  # its own process says so, or its beginning
             return False
         if not note:
             return False
@@ -121,19 +139,37 @@ class Cell:
     def settle_ended(self, code: int, stopping: bool) -> None:
         """Record how its process ended."""
         self.seconds = time.monotonic() - self.started
+        with self.own_fault():
+            self._settle(code, stopping)
+
+    def missing(self) -> bool:
+        """Whether it is done and its result has been removed since; then it is not done any more."""
+        if self.state != "done" or self.note == NO_RESULT or (self.folder / "result.json").is_file():
+            return False
+        self.state, self.note = "failed", f"{self.folder} has been removed"
+        return True
+
+    def _settle(self, code: int, stopping: bool) -> None:
+        if not self.folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "its folder is gone", str(self.folder))
         state = self.run.state()
         finished = (self.folder / "result.json").is_file()
         if code == IN_USE:  # another launcher was there first, and the folder's files are its cell's
             self.state, self.note = "waiting", ELSEWHERE
             return
         if code == 0 and (finished or state.get("state") == "done"):
-            self.state, self.note = "done", "" if finished else "no result: debug"
+            self.state, self.note = "done", "" if finished else NO_RESULT
             return
-        stopped = stopping and (code in (130, 143) or -code in (signal.SIGINT, signal.SIGTERM))
+        stopped = stopping and (code - 128 in STOPS or -code in STOPS)
         self.state = "interrupted" if stopped else "failed"
         self.note = self.note or ("" if stopped else self._reason(code))
         if not finished and state.get("state") != "failed":  # a killed process could not say so itself
             self.run.end(self.state, self.note or None)
+
+    def _refused(self, error: OSError) -> str:
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            return f"{self.folder} is no folder but a file or a link that leads nowhere; remove it"
+        return str(machine_error(error) or unusable(error, self.folder) or error)
 
     def _reason(self, code: int) -> str:
         if code < 0:
@@ -168,7 +204,7 @@ def _tail(log: Path, characters: int = 20_000) -> list[str]:
 def plan(
     config: DictConfig, loader: ConfigLoader, job_overrides: Sequence[Sequence[str]], first: int, sweep: Path
 ) -> list[Cell]:
-    """The cells of a sweep, in the sweeper's order, under different names.
+    """The cells of a sweep, in the sweeper's order, under different names; one cell for values that are the same.
 
     A cell is what its configuration says: neither its place among the others nor the words that made it count, so that
     a sweep that has grown finds its cells again.
@@ -176,7 +212,7 @@ def plan(
     Raises:
         ConfigError: one of them is impossible; nothing has begun then.
     """
-    given = {str(override) for override in config.hydra.overrides.task}
+    given = as_printed(map(str, config.hydra.overrides.task))
     cells: list[Cell] = []
     for index, overrides in enumerate(job_overrides, first):
         task = [o for o in map(str, overrides) if not override_key(o).startswith(("hydra.", "hydra/"))]
@@ -184,25 +220,25 @@ def plan(
         name = cell_name(swept)
         if any(cell.name == name for cell in cells):
             name = f"{name[:90]}-{short_hash(' '.join(swept))}"
-        cells.append(
-            _compose(
-                config,
-                loader,
-                list(map(str, overrides)),
-                index,
-                Cell(
-                    name=name,
-                    folder=sweep / name,
-                    overrides=task,
-                    swept=dict(_pair(override) for override in swept),
-                    cfg=config,
-                ),
-            )
-        )
-    adopt(cells, sweep)
-    refuse_other_trainings(cells)
-    refuse_training_twice(cells)
+        cell = Cell(name, sweep / name, task, dict(_pair(override) for override in swept), config)
+        _compose(config, loader, list(map(str, overrides)), index, cell)
+        cells.append(next((other for other in cells if other.config == cell.config), cell))
+    own = unique(cells)
+    adopt(own, sweep)
+    refuse_other_trainings(own)
+    refuse_training_twice(own)
     return cells
+
+
+def unique(cells: Sequence[Cell]) -> list[Cell]:
+    """Each cell once, in their order."""
+    return list({id(cell): cell for cell in cells}.values())
+
+
+def as_printed(words: Iterable[str]) -> set[str]:
+    """The words that are no sweeps as Hydra's sweeper prints them: ``1e-3`` as ``0.001``, ``[1, 2]`` as ``[1,2]``."""
+    parsed = OverridesParser.create().parse_overrides(list(words))
+    return {f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in parsed if not o.is_sweep_override()}
 
 
 def refuse_other_trainings(cells: Sequence[Cell]) -> None:
@@ -215,7 +251,7 @@ def refuse_other_trainings(cells: Sequence[Cell]) -> None:
         if cell.config is None or cell.fresh:
             continue
         sentence = None
-        with contextlib.suppress(UserError):  # a damaged folder is its own cell's matter
+        with contextlib.suppress(UserError, OSError):  # a damaged folder is its own cell's matter
             sentence = cell.run.refuses(cell.config)
         if sentence is not None:
             raise ConfigError(sentence)
@@ -276,7 +312,7 @@ def _pair(override: str) -> tuple[str, str]:
     return key.lstrip("+"), value
 
 
-def _compose(config: DictConfig, loader: ConfigLoader, overrides: list[str], index: int, cell: Cell) -> Cell:
+def _compose(config: DictConfig, loader: ConfigLoader, overrides: list[str], index: int, cell: Cell) -> None:
     cfg = loader.load_sweep_config(config, overrides)
     with open_dict(cfg):
         cfg.hydra.job.id = str(index)
@@ -294,4 +330,3 @@ def _compose(config: DictConfig, loader: ConfigLoader, overrides: list[str], ind
     cell.accelerator = str(trainer.get("accelerator", "auto"))
     cell.fresh = bool(values.get("fresh", False))
     cell.config = values
-    return cell

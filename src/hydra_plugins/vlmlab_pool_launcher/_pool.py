@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from hydra_plugins.vlmlab_pool_launcher._cells import ELSEWHERE, Cell
+from vlmlab.contracts.stops import heeded
 from vlmlab.runs.files import no_link
 from vlmlab.runs.lock import is_locked
 from vlmlab.runs.watchdog import LAUNCHER
@@ -45,7 +46,7 @@ class Pool:
         self.signals: list[int] = []
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Run all waiting cells; the first SIGINT or SIGTERM is passed on and waited for, the second one kills."""
+        """Run all waiting cells; the first signal of ``STOPS`` is passed on and waited for, the second kills."""
         with self._listening(cells):
             try:
                 while any(cell.state in ("waiting", "running") for cell in cells):
@@ -74,22 +75,24 @@ class Pool:
                 return  # cells start in order: one that needs two slots is not overtaken for ever
 
     def _start(self, cell: Cell) -> None:
-        cell.slots, self.free = self.free[: cell.devices], self.free[cell.devices :]
+        slots, rest = self.free[: cell.devices], self.free[cell.devices :]
         environment = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "RANK")}
         environment |= {LAUNCHER: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-        if any(cell.slots):
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(cell.slots))
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        with open(cell.folder / "log.txt", "ab", opener=no_link) as log:
-            cell.process = subprocess.Popen(
-                self.command(cell),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # a terminal's Ctrl-C reaches the launcher only, which passes it on once
-            )
-        cell.state, cell.note, cell.started = "running", "", time.monotonic()
+        if any(slots):
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(slots))
+        with cell.own_fault():
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            with open(cell.folder / "log.txt", "ab", opener=no_link) as log:
+                cell.process = subprocess.Popen(
+                    self.command(cell),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,  # a terminal's Ctrl-C reaches the launcher only, which passes it on once
+                )
+            cell.slots, self.free = slots, rest
+            cell.state, cell.note, cell.started = "running", "", time.monotonic()
 
     def _look(self, cell: Cell) -> None:
         if cell.state != "running" or cell.process is None:
@@ -120,7 +123,7 @@ class Pool:
                     else:
                         _kill_group(cell)
 
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handle) for number in heeded()}
         try:
             yield
         finally:

@@ -9,7 +9,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobStatus
 from omegaconf import DictConfig
 
-from hydra_plugins.vlmlab_pool_launcher._cells import families, plan
+from hydra_plugins.vlmlab_pool_launcher._cells import families, plan, unique
 from hydra_plugins.vlmlab_pool_launcher._sweep import CellReturn, refuse_at_once
 from vlmlab.contracts.terminal import tell
 
@@ -40,7 +40,7 @@ def say_seeds(
     cells = plan(config, loader, job_overrides, first, Path(str(config.hydra.sweep.dir)))
     from vlmlab.analyse.foretell import Claim, foretell  # numpy and scipy
 
-    seeds = families(cells)
+    seeds = families(unique(cells))
     claim = Claim(len(seeds), max(seeds.values()), effect, power)
     tell("\n".join(foretell(claim, None if pilot is None else Path(pilot), metric)))
     return [

@@ -14,16 +14,18 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from hydra_plugins.vlmlab_pool_launcher._cells import FINISHED, Cell, families, plan
+from hydra_plugins.vlmlab_pool_launcher._cells import FINISHED, Cell, families, plan, unique
 from hydra_plugins.vlmlab_pool_launcher._display import display
 from hydra_plugins.vlmlab_pool_launcher._pool import Pool
 from hydra_plugins.vlmlab_pool_launcher._slots import make_slots
-from vlmlab.cli.entry import ConfigError
+from vlmlab.cli.data import check_sources
+from vlmlab.cli.entry import FAILED, ConfigError, fail, said
 from vlmlab.cli.rules.values import given_twice
 from vlmlab.contracts.errors import UserError, listed
 from vlmlab.contracts.terminal import tell
 from vlmlab.runs.cells_csv import CellsCsv
 from vlmlab.runs.names import override_key
+from vlmlab.runs.origin import check_origin
 
 NOT_PASSED_ON = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweep", "hydra.mode", "hydra.run")
 
@@ -74,11 +76,14 @@ def run_sweep(
     """
     refuse_at_once(config, job_overrides)
     sweep = Path(str(config.hydra.sweep.dir))
-    cells = plan(config, loader, job_overrides, first, sweep)
+    jobs = plan(config, loader, job_overrides, first, sweep)
+    cells = unique(jobs)
+    left = [cell for cell in cells if not cell.settle_finished()]
+    look_ahead(left)
     places = make_slots(cells, slots)
     sweep.mkdir(parents=True, exist_ok=True)
-    for cell in cells:
-        if not (cell.settle_finished() or cell.settle_recorded(record)):
+    for cell in left:
+        if not cell.settle_recorded(record):
             cell.announce()
     _say_told(cells)
     _say_reach(cells)
@@ -88,12 +93,38 @@ def run_sweep(
         pool = Pool(places, lambda cell: [*start, *cell_arguments(config, cell)], timeout, show)
         pool.run(cells)
         show(cells)
+    for cell in cells:
+        if cell.missing():
+            show(cells)
     if record is not None:
         record.add(cell.folder for cell in cells if cell.state == "done")
-    table = _table(sweep)
+    table = _table(sweep, cells)
     if pool.signals:
         raise KeyboardInterrupt
-    return _returns(sweep, cells, table)
+    return _returns(sweep, jobs, cells, table)
+
+
+def look_ahead(cells: Sequence[Cell]) -> None:
+    """Find what is wrong with the data and the first weights of any cell that is left, before the first one trains.
+
+    Raises:
+        ConfigError: it begins with the cell's name.
+    """
+    seen: list[Any] = []
+    for cell in cells:
+        config = cell.config or {}
+        read = {key: config.get(key) for key in ("data", "recipe", "evaluation", "init_from")}
+        if read in seen:
+            continue
+        seen.append(read)
+        try:
+            if not cell.folder.is_dir():  # one that has begun asks for itself
+                check_origin(cell.folder, config.get("init_from"))
+            check_sources(cell.cfg)
+        except Exception as error:
+            if (sentence := said(error)) is None:
+                raise
+            raise ConfigError(f"cell {cell.name}: {sentence}") from error
 
 
 def _say_told(cells: Sequence[Cell]) -> None:
@@ -152,19 +183,20 @@ def cell_arguments(config: DictConfig, cell: Cell) -> list[str]:
     return [*flags, *cell.overrides, *kept, f"hydra.run.dir='{folder}'", "hydra.mode=RUN"]
 
 
-def _table(sweep: Path) -> bool:
+def _table(sweep: Path, cells: Sequence[Cell]) -> bool:
     """Print the table; a table that cannot be made is an error, and no reason to lose the sweep's own report."""
     try:
         from vlmlab.analyse.sweep import write_table
 
-        tell(write_table(sweep))
+        failed = [(cell.folder, cell.overrides, cell.note) for cell in cells if cell.state == "failed"]
+        tell(write_table(sweep, failed))
     except Exception as error:
-        tell(f"error: no table of {sweep}: {type(error).__name__}: {error}", sys.stderr)
+        fail(f"no table of {sweep}: {said(error) or f'{type(error).__name__}: {error}'}", FAILED)
         return False
     return True
 
 
-def _returns(sweep: Path, cells: Sequence[Cell], table: bool) -> list[CellReturn]:
+def _returns(sweep: Path, jobs: Sequence[Cell], cells: Sequence[Cell], table: bool) -> list[CellReturn]:
     left = [cell for cell in cells if cell.state != "done"]
     failure: UserError | None = None
     if left:
@@ -176,7 +208,7 @@ def _returns(sweep: Path, cells: Sequence[Cell], table: bool) -> list[CellReturn
     elif not table:
         failure = SweepError(f"all cells of {sweep} finished and their table could not be written")
     returns = []
-    for cell in cells:
+    for cell in jobs:
         bad = cell.state != "done" or (failure is not None and not left)
         value = failure if bad else (cell.run.result() or {}).get("metrics")
         status = JobStatus.FAILED if bad else JobStatus.COMPLETED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +109,14 @@ def read_run(folder: Path) -> RunRecord:
 def read_sweep(sweep_dir: Path) -> list[RunRecord]:
     """The cells of a sweep by name; folders that are no cell or were kept aside by ``fresh=true`` are left out."""
     marks = ("overrides.json", "state.json", "config.yaml", "result.json")
-    folders = sorted(path for path in sweep_dir.iterdir() if path.is_dir()) if sweep_dir.is_dir() else []
-    cells = [path for path in folders if any((path / mark).exists() for mark in marks) and ".old-" not in path.name]
+    folders = sorted(path for path in sweep_dir.iterdir() if os.path.isdir(path)) if os.path.isdir(sweep_dir) else []
+    cells = [p for p in folders if any(os.path.exists(p / mark) for mark in marks) and ".old-" not in p.name]
     return [read_run(path) for path in cells]
+
+
+def failed_run(folder: Path, overrides: Iterable[str], reason: str) -> RunRecord:
+    """The record of a run of which whoever started it knows that it failed, and its folder perhaps nothing."""
+    return RunRecord(folder, "failed", " ".join(reason.split()), parse_overrides(overrides), {}, {})
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, str]:
@@ -167,6 +173,10 @@ def _overrides(folder: Path, result: dict[str, Any]) -> list[str]:
         if isinstance(found, list):
             return [str(item) for item in found]
     return []
+
+
+def _yaml(file: Path) -> Any:
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _stale(folder: Path) -> bool:

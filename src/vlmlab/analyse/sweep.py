@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from vlmlab.analyse.combination import Combination, combinations, short_names
 from vlmlab.analyse.compare import Comparison, compare, reach
-from vlmlab.analyse.results import FIRST, MetricKey, RunRecord, read_sweep
+from vlmlab.analyse.results import FIRST, MetricKey, RunRecord, failed_run, read_sweep
 from vlmlab.analyse.table import is_count, is_level
 from vlmlab.analyse.text import markdown_table, plain_table, short_number, terminal_width
 from vlmlab.evaluate.metrics.scoring import LOOKUP
@@ -39,15 +39,23 @@ def _is_overall(key: MetricKey, names: Sequence[str]) -> bool:
     return not (is_level(key) or is_count(key) or key.kind or key.baseline or whole in names)
 
 
-def write_table(sweep_dir: Path) -> str:
+def write_table(sweep_dir: Path, failed: Iterable[tuple[Path, Iterable[str], str]] = ()) -> str:
     """Write ``table.csv``, ``table.md`` and ``figure.png`` into a sweep's folder and return the table as text.
 
     The text is as wide as the terminal, from 80 to 120 columns.
 
     Comes whatever is missing: a cell that failed, runs or has a broken ``result.json`` is a row that says so, and a
     figure that cannot be drawn is a line that says why.
+
+    Args:
+        sweep_dir: the sweep's folder.
+        failed: folder, overrides and reason of cells that have failed, as their launcher knows; a folder may be gone.
     """
-    records = read_sweep(sweep_dir)
+    found = {record.folder: record for record in read_sweep(sweep_dir)}
+    for folder, overrides, reason in failed:
+        if folder not in found or found[folder].state != "failed":
+            found[folder] = failed_run(folder, overrides, reason)
+    records = [found[folder] for folder in sorted(found)]
     if not records:
         return f"{sweep_dir} holds no cell"
     rows = combinations(records)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import io
 import os
@@ -20,11 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vlmlab.cli.flags import package_of, wrong_word
 from vlmlab.contracts.errors import InUse, UserError, brief, unbuildable
+from vlmlab.contracts.faults import machine_error, unusable
 from vlmlab.contracts.terminal import tell, visible
 
 DONE, FAILED, MISTAKE, IN_USE, INTERRUPTED = 0, 1, 2, 75, 130
-"""Exit codes: fine; the run or its data; the command or the configuration; the folder is another process's for now
-(as sendmail's EX_TEMPFAIL); stopped by a signal."""
+"""Exit codes: fine; the run, its data or the machine; the command or the configuration; the folder is another process's
+for now (as sendmail's EX_TEMPFAIL); stopped by Ctrl-C (by another signal: 128 and its number)."""
 
 
 class ConfigError(UserError):
@@ -61,35 +61,29 @@ def guard(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
     def guarded(cfg: DictConfig) -> None:
         try:
             task(cfg)
-        except UserError as error:
-            if debugging():
-                raise
-            raise SystemExit(fail(str(error), exit_code(error))) from error
-        except InstantiationException as error:
-            if debugging():
-                raise
-            raise SystemExit(fail(unbuildable(error), FAILED)) from error
-        except OSError as error:
-            if debugging() or error.filename is None:
-                raise
-            raise SystemExit(fail(unreachable(error), FAILED)) from error
         except KeyboardInterrupt as error:
             raise SystemExit(INTERRUPTED) from error
-        except Exception as error:  # a fault of ours: all of it, and none of Hydra's own lines
+        except Exception as error:
             if debugging():
                 raise
-            tell(traceback.format_exc().rstrip(), sys.stderr)
+            if (sentence := said(error)) is not None:
+                code = exit_code(error) if isinstance(error, UserError) else FAILED
+                raise SystemExit(fail(sentence, code)) from error
+            tell(traceback.format_exc().rstrip(), sys.stderr)  # a fault of ours, and none of Hydra's own lines
             raise SystemExit(FAILED) from error
 
     return guarded
 
 
-def unreachable(error: OSError) -> str:
-    """The file that could not be made, read or written, and why."""
-    if error.errno == errno.ELOOP:
-        return f"{error.filename} is a link, and nothing is written through it; put a file in its place, or remove it"
-    why = (error.strerror or type(error).__name__).lower()
-    return f"{error.filename}: {why}; check the path, its permissions and the space on its disk"
+def said(error: Exception) -> str | None:
+    """One sentence about what the user, the data or the machine is to blame for; None for a fault of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if (refused := machine_error(error)) is not None:
+        return str(refused)
+    if isinstance(error, InstantiationException):
+        return unbuildable(error)
+    return unusable(error) if isinstance(error, OSError) else None
 
 
 def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int:
@@ -119,8 +113,8 @@ def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int
     except Exception as error:
         if debugging():
             raise
-        if isinstance(error, OSError) and error.filename is not None:  # Hydra makes the folder before the task starts
-            return fail(unreachable(error), FAILED)
+        if (told := said(error)) is not None:  # Hydra makes the folder before the task starts
+            return fail(told, FAILED)
         from vlmlab.cli.explain import explain
 
         sentence = explain(error, conf, config_name, sys.argv[1:])

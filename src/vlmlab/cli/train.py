@@ -18,7 +18,17 @@ from vlmlab.cli import rules
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.data import check_same, check_sources
 from vlmlab.cli.entry import ConfigError, guard, one_line, remove_empty, run_command
-from vlmlab.contracts.errors import DataError, OutOfMemory, Unscored, UserError, mistake_within, reason, unbuildable
+from vlmlab.contracts.errors import (
+    DataError,
+    MachineError,
+    OutOfMemory,
+    Unscored,
+    UserError,
+    mistake_within,
+    reason,
+    unbuildable,
+)
+from vlmlab.contracts.faults import machine_error
 from vlmlab.contracts.terminal import tell
 from vlmlab.data.skipped import TooManyBad, note
 from vlmlab.runs import places as places  # registers the resolvers that conf/train.yaml uses
@@ -28,8 +38,12 @@ from vlmlab.runs.origin import check_origin
 from vlmlab.runs.watchdog import die_with_parent
 from vlmlab.runs.withheld import stored
 
-NO_MISTAKE = (DataError, OutOfMemory, Unscored)
-"""What the files or the machine are to blame for, and not the command."""
+OF_THE_MACHINE = (MachineError, OutOfMemory)
+"""What the same command may come through another time, so that the run says how it ended."""
+
+
+BEGINNING = {"config.yaml", "env.json", "state.json", "metrics.jsonl", "lock", "origin.json", "initial.safetensors"}
+"""Files of a run before its first step that nobody misses."""
 
 
 REPORT = "report.html"
@@ -50,7 +64,14 @@ def train_command(cfg: DictConfig) -> None:
     _look_at_data(cfg, config, folder)
     with RunFolder(folder) as run:
         written = stored(cfg, config)
-        result = run.open(config, list(HydraConfig.get().overrides.task), fresh=bool(cfg.fresh), written=written)
+        try:
+            result = run.open(
+                config, list(HydraConfig.get().overrides.task), fresh=bool(cfg.fresh), written=written
+            )
+        except OSError:  # a disk that has not even room for that
+            if not _learnt(folder):
+                _forget(folder)
+            raise
         if result is not None:
             told = _told_apart(run, config, cfg)
             tell(f"{folder} is finished{told}; fresh=true trains again\n\n{final_table(result, folder)}")
@@ -110,7 +131,7 @@ def _look_at_data(cfg: DictConfig, config: Mapping[str, Any], folder: Path) -> N
 
 
 def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
-    """Train, and leave in ``state.json`` how it ended; a composition that cannot be built leaves no new folder.
+    """Train, and leave in ``state.json`` how it ended; one that is refused before its first step leaves no folder.
 
     Raises:
         ConfigError: it cannot be built, which was found before anything was learnt.
@@ -121,11 +142,16 @@ def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
     except Exception as error:
         if isinstance(error, Unscored) and error.scores:
             tell(f"\n{final_table(run.result() or {}, run.path)}\n")
-        run.end("failed", _said(error))
-        mistake = isinstance(error, InstantiationException | UserError) and not isinstance(error, NO_MISTAKE)
-        if not mistake or isinstance(mistake_within(error), DataError) or _learnt(run.path):
+        refused = None if isinstance(error, UserError) else machine_error(error, run.path)
+        run.end("failed", _said(refused or error))
+        if refused is not None:
+            raise refused from error
+        known = isinstance(error, InstantiationException | UserError) and not isinstance(error, OF_THE_MACHINE)
+        if not known or _learnt(run.path):
             raise
         _forget(run.path)
+        if any(isinstance(one, DataError | Unscored) for one in (error, mistake_within(error))):
+            raise
         raise ConfigError(_said(error)) from error
     except BaseException:  # a signal; what was learnt is saved
         run.end("interrupted")
@@ -134,15 +160,14 @@ def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
 
 
 def _learnt(folder: Path) -> bool:
-    """Whether a run has come to its first step or further."""
-    rows = folder / "metrics.jsonl"
-    return (rows.is_file() and rows.stat().st_size > 0) or any(folder.glob("stages/*/*"))
+    """Whether a run has come through its first step or further."""
+    return any(row.get("step") for row in RunFolder(folder).metrics()) or any(folder.glob("stages/*/*"))
 
 
 def _forget(folder: Path) -> None:
     """Remove a run folder in which nothing is but how the run began."""
     found = [path for path in folder.rglob("*") if not path.is_dir()]
-    if {path.name for path in found} <= {"config.yaml", "env.json", "state.json", "metrics.jsonl", "lock"}:
+    if {path.name for path in found} <= BEGINNING:
         for path in found:
             path.unlink()
         for place in sorted(folder.rglob("*"), reverse=True):
@@ -165,7 +190,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     except OutOfMemory as error:
         from vlmlab.plan.remedies import remedies
 
-        raise UserError(f"{error}; {remedies(cfg, error)}") from error
+        raise MachineError(f"{error}; {remedies(cfg, error)}") from error
     except Exception as error:
         lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
         if lightning is None or not isinstance(error, lightning.MisconfigurationException):

@@ -83,6 +83,10 @@ class Unscored(UserError):
         return Unscored, (self.scores, self.failed)
 
 
+class MachineError(UserError):
+    """The machine refused something, and neither the command nor the data are wrong: a full disk, no memory."""
+
+
 class CheckpointError(UserError):
     """Saved weights do not fit the composition that wants to load them."""
 

@@ -9,7 +9,7 @@ import stat
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
-from typing import IO
+from typing import IO, Any, cast
 
 from PIL import Image as Pillow
 from PIL import UnidentifiedImageError
@@ -28,6 +28,24 @@ FORMATS = ("BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"
 
 MAX_SIDE = 65_535
 """Rows or columns of an image at most, as in a JPEG; more of them in a line would cost memory in scaling alone."""
+
+MOST_READS = 2_000_000
+"""Pieces that a file may be read in: a comment, a table or a list of frames that has more takes for ever."""
+
+MOST_SCANS = 20
+"""Times that all `MAX_PIXELS` may be gone over by the scans of progressive JPEGs; cameras use about ten."""
+
+SPARE_BYTES = 64 * 2**20
+"""Bytes of a file beyond 16 a pixel: profiles, thumbnails, notes. Files of many pages may have more."""
+
+MOST_AT_ONCE = 2**29
+"""Bytes of a file that is read as a whole before its size in pixels is known, as WebP is."""
+
+PAGED = ("GIF", "TIFF")
+"""Formats whose first page is read alone, wherever it stands, however large the file."""
+
+MOST_PLAIN = 2**23
+"""Numbers of an image that is written in decimal digits, which Pillow reads one by one."""
 
 ENDINGS = (".jpg", ".jpeg", ".png")
 """What a name without an ending may stand for, as GQA's image ids do."""
@@ -129,7 +147,7 @@ class ImageFolder:
             raise DataError(f"Image '{name}' {reason}; correct the row or the image folder")
         path = self.root / self.name(name)
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=_at_once) as file:
                 return decode_image(file, str(path), self._values)
         except OSError as error:  # decoding raises none
             raise DataError(f"Image {path} cannot be read ({error.strerror}); check its permissions") from None
@@ -174,6 +192,11 @@ class ImageFolder:
             if os.path.isfile(folder / name):  # False, never an error, for impossible names
                 return f" (but it is in {folder})"
         return ""
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open without waiting for a writer, should a pipe have taken the place of the file."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _folders(given: str | Sequence[str | Path]) -> list[Path]:
@@ -230,11 +253,13 @@ def decode_image(file: IO[bytes], name: str, values: Range = None) -> Image:
         ) from None
 
 
-def _decoded(file: IO[bytes], values: Range) -> Image:
+def _decoded(opened: IO[bytes], values: Range) -> Image:
+    file = cast("IO[bytes]", _Counted(opened))
     with Pillow.open(file, formats=FORMATS) as image:
         width, height = image.size
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
             raise Pillow.DecompressionBombError
+        _check_effort(image, opened)
         lower = lower_bytes(image, values)
         if lower is None:
             return from_pillow(image, values)
@@ -245,3 +270,50 @@ def _decoded(file: IO[bytes], values: Range) -> Image:
             again.tile = lower
             again.load()
             return from_halves(image, again, grey, values)
+
+
+class _Counted:
+    """An open file that is not read in more than `MOST_READS` pieces, nor `MOST_AT_ONCE` at once."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._reads = file, 0
+
+    def read(self, size: int = -1) -> bytes:
+        """As of a file.
+
+        Raises:
+            ValueError: once too often, or too much.
+        """
+        if size < 0:
+            size = MOST_AT_ONCE + 1
+        self._reads += 1
+        if self._reads > MOST_READS:
+            raise ValueError(f"it has more than {MOST_READS:,} pieces")
+        data = self._file.read(size)
+        if len(data) > MOST_AT_ONCE:
+            raise ValueError(f"it has more than {MOST_AT_ONCE:,} bytes")
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _check_effort(image: Pillow.Image, file: IO[bytes]) -> None:
+    """Refuse what decodes for minutes: a small image before gigabytes, endless scans, millions of decimal numbers.
+
+    Raises:
+        ValueError: saying which.
+    """
+    pixels, place = image.size[0] * image.size[1], file.tell()
+    size = file.seek(0, os.SEEK_END)
+    if image.format not in PAGED and size > 16 * pixels + SPARE_BYTES:
+        raise ValueError(f"{size:,} bytes are too many for {pixels:,} pixels")
+    if image.info.get("progressive"):
+        file.seek(0)
+        scans = file.read().count(b"\xff\xda")
+        if scans * pixels > MOST_SCANS * MAX_PIXELS:
+            raise ValueError(f"it has {scans:,} scans")
+    file.seek(place)
+    tile = getattr(image, "tile", None)
+    if tile and tile[0][0] == "ppm_plain" and pixels * len(image.getbands()) > MOST_PLAIN:
+        raise ValueError(f"more than {MOST_PLAIN:,} decimal numbers: write it as binary")

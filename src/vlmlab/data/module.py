@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import Sample, SampleSource
+from vlmlab.contracts.stops import STOPS
 from vlmlab.data.sampler import Order
 from vlmlab.data.skipped import Skipped, next_usable
 
@@ -118,5 +119,5 @@ def _quiet_worker(_: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)

@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW, Optimizer
 
 from vlmlab.contracts.errors import OutOfMemory, UserError, listed
+from vlmlab.contracts.faults import no_memory
 from vlmlab.contracts.parts import Fusion, Objective
 from vlmlab.contracts.sample import Sample
 from vlmlab.contracts.tensors import Batch
@@ -191,7 +192,7 @@ class StageModule(L.LightningModule):
         try:
             optimizer.step(closure=lambda: self._backward(window))
         except (RuntimeError, MemoryError) as error:
-            if not no_room(error):
+            if not no_memory(error):
                 raise
             raise self._out_of_memory() from error
         optimizer.zero_grad(set_to_none=True)
@@ -358,12 +359,6 @@ class StageModule(L.LightningModule):
             named[0][1].grad = torch.zeros_like(named[0][1])
         if self.pending:
             self.pending -= {name for (name, _), is_used in zip(named, used, strict=True) if is_used}
-
-
-def no_room(error: Exception) -> bool:
-    """Whether memory ran out; the CPU's allocator says so in words only."""
-    words = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 def check_objectives(stage: Stage, objectives: Mapping[str, Objective]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ from vlmlab.engine.stage import check_objectives
 from vlmlab.engine.stamp import CHECKSUM, RUN, Stamp, check_whole, checksum
 from vlmlab.mask.leak import check_mask
 from vlmlab.recipe.stage import Stage
-from vlmlab.runs.files import new_file, share, sync_folder
+from vlmlab.runs.files import placing, share
 from vlmlab.runs.renamed import with_present_names
 from vlmlab.runs.withheld import stored
 
@@ -199,11 +198,11 @@ class Trainee:
         facts |= {RUN: asdict(stamp)} if stamp is not None else {}
         facts = json.loads(json.dumps(facts, default=str))
         facts[CHECKSUM] = checksum(facts, tensors)
-        new = new_file(path)
         # one key only: safetensors writes several in random order
-        save_file(tensors, str(new), metadata={"vlmlab": json.dumps(facts, sort_keys=True, default=str)})
-        share(new)
-        replace_durably(new, path)
+        written = {"vlmlab": json.dumps(facts, sort_keys=True, default=str)}
+        with placing(path, durable=True) as new:
+            save_file(tensors, str(new), metadata=written)
+            share(new)
 
     def load(self, path: Path, stamp: Stamp | None = None) -> None:
         """Read what ``save`` wrote for this composition and these stages; nothing more and nothing less.
@@ -328,7 +327,7 @@ def mixed_in(stage: Stage, cfg: DictConfig) -> Path | None:
     if stage.mix is None:
         return None
     run, name, key = Path(stage.mix["run"]).expanduser(), stage.mix["stage"], stage.key("mix")
-    files = sorted((run / "stages").glob("*/model.safetensors"))
+    files = sorted(file for file in (run / "stages").glob("*/model.safetensors") if file.is_file())
     path = next((file for file in files if file.parent.name.partition("_")[2] == name), None)
     if path is None:
         there = listed(file.parent.name.partition("_")[2] for file in files)
@@ -407,14 +406,6 @@ def build_objectives(stage: Stage) -> dict[str, Objective]:
         raise UserError(f"{where} is empty; give one with _target_, or a mapping of several.")
     check_objectives(stage, objectives)
     return objectives
-
-
-def replace_durably(new: Path, path: Path) -> None:
-    """Move a finished file into its place after it is on the disk."""
-    with new.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(new, path)
-    sync_folder(path.parent)
 
 
 def check_names(path: Path, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.contracts.errors import CheckpointError, DataError, Unscored, UserError, brief, listed
+from vlmlab.contracts.faults import machine_error, no_memory
 from vlmlab.contracts.sample import Sample, SampleSource, references
 from vlmlab.contracts.tensors import Batch
 from vlmlab.contracts.terminal import tell
@@ -93,7 +94,7 @@ def score_each(
             check_finite(found)
             scores.update(found)
         except Exception as error:
-            if not isinstance(error, UserError | InstantiationException):
+            if not isinstance(error, UserError | InstantiationException) and machine_error(error) is None:
                 tell(traceback.format_exc().rstrip(), sys.stderr)  # nobody's mistake but the code's
             failed[name] = _sentence(error)
             say(f"{name} could not be scored: {failed[name]}")
@@ -117,9 +118,10 @@ def _sentence(error: Exception) -> str:
     """What went wrong, in one line."""
     while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if no_memory(error):
         return "out of memory; lower evaluation.batch_size"
-    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    known = error if isinstance(error, UserError) else machine_error(error)
+    text = f"{type(error).__name__}: {error}" if known is None else str(known)
     return brief(" ".join(text.split()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 import yaml
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.faults import machine_error, with_name
 
 NEW = ".new"
 """End of the name of a file that is being written."""
@@ -33,38 +35,75 @@ def new_file(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
-    """A file to write what stands in the place of `path` at once when this ends; a link there is replaced itself.
+def placing(path: Path, durable: bool = False) -> Iterator[Path]:
+    """The place of a new file beside a file's own, into which it is moved at once when all of it is written.
+
+    What was there stays until then, and what a disk did not take whole is removed.
 
     Args:
-        path: the file.
-        durable: wait until the content is on the disk.
+        path: the file; a link there is replaced itself.
+        durable: wait until it is on the disk.
+
+    Raises:
+        OSError: naming the file, also where writing into an open one names none.
+        MachineError: a library has said so in words of its own.
     """
     new = new_file(path)
-    handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        with open(handle, "wb") as file:
-            yield file
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+        yield new
+        if durable:
+            sync_folder(new)
         os.replace(new, path)
-    except BaseException:
-        new.unlink(missing_ok=True)
+        if durable:
+            sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            meant = error.filename in (None, str(new)) or error.filename2 == str(new)
+            raise OSError(error.errno, error.strerror, str(path)) if meant else error from error.__cause__
+        if (refused := machine_error(error, path)) is not None:
+            raise refused from error
         raise
 
 
+@contextmanager
+def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
+    """A file to write what stands in the place of `path` at once when this ends; all else as ``placing``."""
+    with placing(path, durable) as new:
+        handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with open(handle, "wb") as file:
+            yield file
+
+
 def write_atomic(path: Path, text: str, durable: bool = False) -> None:
-    """Replace a file by this text at once; `durable` also waits until it is on the disk."""
+    """Replace a file by this text at once; `durable` also waits until it is on the disk. Errors as ``placing``."""
     with replacing(path, durable) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
+def write_over(path: Path, text: str) -> None:
+    """Write a short text over a file in its place, where a full disk has no room for a second one; or leave it."""
+    with suppress(OSError), open(path, "r+b", buffering=0, opener=no_link) as file:
+        file.write(text.encode("utf-8", "backslashreplace").ljust(path.stat().st_size))
+
+
 def append(path: Path, text: str) -> None:
-    """Add a text to a file's end in one write; a link in its place is refused with an OSError."""
+    """Add a text to a file's end, whole or not at all.
+
+    Raises:
+        OSError: a link is in its place, or the disk does not take it; names the file, which ends where it ended before.
+    """
+    data = text.encode("utf-8", "backslashreplace")
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    done = 0
     try:
-        os.write(handle, text.encode("utf-8", "backslashreplace"))
+        while done < len(data):  # in one write but on a disk that becomes full, which takes a part first
+            done += os.write(handle, data[done:])
+    except OSError as error:
+        with suppress(OSError):
+            os.ftruncate(handle, os.fstat(handle).st_size - done)
+        raise with_name(error, path) from error
     finally:
         os.close(handle)
 
@@ -95,7 +134,7 @@ def refuse_links(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until a folder's entries are on the disk."""
+    """Wait until a folder's entries, or a file's content, are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -144,13 +183,15 @@ def read_yaml(path: Path) -> Any:
         yaml.YAMLError, UnicodeDecodeError, RecursionError: it is no such file.
         OSError: it cannot be read.
     """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
     return yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is no such file or it holds no object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe would be waited for
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -25,6 +25,7 @@ from vlmlab.runs.files import (
     to_json,
     write_atomic,
     write_json,
+    write_over,
 )
 from vlmlab.runs.identity import Changes, changes, training_hash
 from vlmlab.runs.lock import FolderLock, is_locked
@@ -105,7 +106,8 @@ class RunFolder:
                 if not self._learnt_nothing():
                     raise UserError(self._refusal(refused))
                 old = None
-                (self.path / "skipped.jsonl").unlink(missing_ok=True)  # of data that this run may not have
+                for name in ("skipped.jsonl", "metrics.jsonl"):  # of data and stages that this run may not have
+                    (self.path / name).unlink(missing_ok=True)
             if is_whole(result) and not changed.scoring:
                 return result
             if old is not None and changed.scoring:
@@ -233,9 +235,10 @@ class RunFolder:
         return f"{begin} ({listed(changed, room, '; ')}); {remedy}"
 
     def _learnt_nothing(self) -> bool:
-        """Whether a run has failed here before it had anything to keep: whatever comes next may have its place."""
+        """Whether a run has failed here with nothing to keep, or ended before its first step: its place is free."""
         failed = self.state().get("state") == "failed"
-        return failed and not self.learnt() and not (self.path / "result.json").exists()
+        stepped = not failed and any(row.get("step") for row in self.metrics())
+        return not (stepped or self.learnt() or (self.path / "result.json").exists())
 
     def _write_config(self, written: Mapping[str, Any]) -> None:
         write_atomic(self.path / "config.yaml", yaml.safe_dump(dict(written), sort_keys=False, allow_unicode=True))
@@ -396,21 +399,17 @@ class RunFolder:
         error: str | None = None,
     ) -> None:
         """Say how far the run is: its stage, optimizer step of `steps` in that stage, and why it failed."""
-        value = {
-            "state": state,
-            "stage": stage,
-            "step": step,
-            "steps": steps,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "error": error,
-        }
-        write_json(self.path / "state.json", value)
+        where = {"stage": stage, "step": step, "steps": steps}
+        who = {"pid": os.getpid(), "host": socket.gethostname()}
+        write_json(self.path / "state.json", {"state": state, **where, **who, "error": error})
 
     def end(self, state: StateName, error: str | None = None) -> None:
-        """Say how the run ended, keeping the stage and step it had reached."""
+        """Say how the run ended, keeping the stage and step it had reached; on a full disk over the state before."""
         known = self.state()
-        self.write_state(state, known.get("stage"), known.get("step"), known.get("steps"), error)
+        try:
+            self.write_state(state, known.get("stage"), known.get("step"), known.get("steps"), error)
+        except OSError:
+            write_over(self.path / "state.json", to_json(known | {"state": state, "error": error}))
 
     def update_env(self, **facts: Any) -> None:
         """Add facts to ``env.json`` (torch threads, the device's name, hashes of the source towers)."""

@@ -49,8 +49,9 @@ class FolderLock:
                         f"{self.path.parent} is in use by {self.holder()}; wait for it or stop it first"
                     ) from None
                 time.sleep(PAUSE_S)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        with contextlib.suppress(OSError):  # a full disk holds the lock, if not its holder's name
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self._descriptor = descriptor
         reference = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forget(reference))
@@ -64,7 +65,7 @@ class FolderLock:
     def holder(self) -> str:
         """Who took the lock last, in words."""
         try:
-            said = self.path.read_text(encoding="utf-8", errors="replace").strip()
+            said = self.path.read_text(encoding="utf-8", errors="replace").strip() if self.path.is_file() else ""
             return brief(" ".join(said.split()), 80) or "another process"
         except OSError:
             return "another process"

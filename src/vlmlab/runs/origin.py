@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from vlmlab.contracts.errors import CheckpointError, UserError, listed
-from vlmlab.runs.files import new_file, read_json, read_yaml, write_json
+from vlmlab.runs.files import placing, read_json, read_yaml, write_json
 
 KEY = "init_from"
 FILE = "origin.json"
@@ -36,7 +36,7 @@ def find_origin(value: str) -> Path:
     run, stage = (given, None) if (given / "config.yaml").is_file() else (given.parent, given.name)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{KEY}={value} is no run folder and no stage of one; give the folder that training printed.")
-    files = {file.parent.name.partition("_")[2]: file for file in sorted((run / "stages").glob(f"*/{WEIGHTS}"))}
+    files = {file.parent.name.partition("_")[2]: file for file in _weights_of(run)}
     there = listed(files, 80)
     name = _last_stage(run) if stage is None else stage
     if name not in files:
@@ -45,6 +45,10 @@ def find_origin(value: str) -> Path:
             f"{KEY}={run}/<stage>, or finish that run first."
         )
     return files[name]
+
+
+def _weights_of(run: Path) -> list[Path]:
+    return sorted(file for file in (run / "stages").glob(f"*/{WEIGHTS}") if file.is_file())
 
 
 def check_origin(folder: Path, value: str | None, fresh: bool = False) -> None:
@@ -124,14 +128,11 @@ def drop_origin(folder: Path) -> None:
 
 def put_file(source: Path, target: Path) -> None:
     """Have a file in a second place at once: as a hard link where the disk knows them, otherwise as a copy."""
-    new = new_file(target)
-    try:
-        os.link(source, new)
-    except OSError:
-        shutil.copyfile(source, new)
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
-    os.replace(new, target)
+    with placing(target, durable=True) as new:
+        try:
+            os.link(source, new)
+        except OSError:
+            shutil.copyfile(source, new)
     new.unlink(missing_ok=True)  # replacing a link by another to the same file does nothing at all
 
 

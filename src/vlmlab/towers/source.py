@@ -128,7 +128,7 @@ def save_tower(model: PreTrainedModel, folder: Path) -> None:
 def tower_hash(folder: Path) -> str:
     """sha256 over the safetensors files of a tower, in the order of their names."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(file for file in folder.glob("*.safetensors") if file.is_file()):
         with path.open("rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)

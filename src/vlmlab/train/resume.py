@@ -16,7 +16,7 @@ from vlmlab.engine.shards import gathered
 from vlmlab.engine.stamp import RUN, Stamp, check_archive
 from vlmlab.engine.weights import Trainee, check_names, put
 from vlmlab.recipe.stage import Stage
-from vlmlab.runs.files import replacing, sync_folder
+from vlmlab.runs.files import replacing
 
 FORMAT = 1
 """Version of ``last.ckpt``."""
@@ -26,9 +26,9 @@ def save_last(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint at once and durably."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with replacing(path, durable=True) as file:
-        file.write(buffer.getbuffer())
-    sync_folder(path.parent)
+    # let go of at once: a view that an exception keeps can crash the interpreter when both are collected
+    with replacing(path, durable=True) as file, buffer.getbuffer() as view:
+        file.write(view)
 
 
 def content_of(

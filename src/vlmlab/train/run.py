@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vlmlab.contracts.errors import CheckpointError, OutOfMemory, Unscored, UserError, listed, reason
+from vlmlab.contracts.faults import no_memory
 from vlmlab.contracts.parts import FeatureCache
 from vlmlab.contracts.sample import SampleSource
 from vlmlab.contracts.terminal import tell
@@ -36,7 +37,7 @@ from vlmlab.engine.layers import check_layers, compiled
 from vlmlab.engine.precision import Precision, choose, on_gpu
 from vlmlab.engine.restore import Builder, enter, module_class, new_trainee, weights_file
 from vlmlab.engine.shards import FSDP2, gathered
-from vlmlab.engine.stage import NonFinite, StageModule, no_room
+from vlmlab.engine.stage import NonFinite, StageModule
 from vlmlab.engine.stamp import Stamp, stamps
 from vlmlab.engine.weights import (
     Trainee,
@@ -79,7 +80,7 @@ def train(cfg: DictConfig, folder: Path, evaluate: Evaluate | None = None) -> di
     Raises:
         UserError: a mistake in configuration or data, a loss that is not finite, or a proof that failed.
         Unscored: it is trained and some benchmarks could not be scored; ``result.json`` has the other scores.
-        Interrupted: SIGINT or SIGTERM; everything learnt is saved.
+        Interrupted: a signal that ends runs (``vlmlab.contracts.stops``); everything learnt is saved.
     """
     run = Run(cfg, RunFolder(Path(folder)), evaluate or _benchmarks)
     with run.signals:
@@ -105,7 +106,7 @@ class Run:
         cfg: the configuration.
         folder: the run folder.
         evaluate: what scores the trained model.
-        signals: whether SIGINT or SIGTERM came.
+        signals: whether one came that ends runs.
         trainees: the model of every builder, made when its first stage comes.
         finished: the last finished stage of a model, whose file is still to be loaded.
         stage: the present stage.
@@ -156,9 +157,10 @@ class Run:
             tell(text)
 
     def note_state(self) -> None:
-        """Note how far the run is; whoever opened the folder adds how it ended."""
+        """Note how far the run is, if the disk takes it; whoever opened the folder adds how it ended."""
         if self.writes and self.stage is not None:
-            self.folder.write_state("running", self.stage.name, self.step, self.stage.steps)
+            with contextlib.suppress(OSError):
+                self.folder.write_state("running", self.stage.name, self.step, self.stage.steps)
 
     def close_loggers(self) -> None:
         """Finish W&B's run, or the next one in this process would write into it."""
@@ -408,7 +410,7 @@ def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: 
             write_json(run.folder.path / "nonfinite.json", error.facts)
         raise
     except (RuntimeError, MemoryError) as error:
-        if no_room(error):  # for the model, or for a batch on its way to the device
+        if no_memory(error):  # for the model, or for a batch on its way to the device
             raise OutOfMemory(stage.name, module.done + 1) from error
         raise
 

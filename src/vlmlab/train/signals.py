@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: during training they wait for the end of the step and for a checkpoint. Never imports torch."""
+"""Signals that end a run; during training they wait for the end of the step and for a checkpoint. Free of torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from vlmlab.contracts.stops import STOPS, heeded
+
 
 class Interrupted(SystemExit):
     """A signal stopped the run; what was learnt is saved. Uncaught, it ends the process with the right exit code.
 
     Attributes:
         signum: the signal's number.
-        code (SystemExit's): the exit code a shell expects: 128 plus the number (130 for SIGINT, 143 for SIGTERM).
+        code (SystemExit's): the exit code a shell expects: 128 plus the number (130 for SIGINT, 143 for SIGTERM,
+            129 for SIGHUP, 138 for SIGUSR1 and 140 for SIGUSR2 on Linux).
     """
 
     def __init__(self, signum: int) -> None:
@@ -22,7 +25,7 @@ class Interrupted(SystemExit):
 
 
 class Signals:
-    """Turns the first SIGINT or SIGTERM into ``Interrupted``; further ones are ignored.
+    """Turns the first signal of ``STOPS`` into ``Interrupted``; further ones are ignored.
 
     Attributes:
         caught: number of the signal that came, or None.
@@ -36,7 +39,7 @@ class Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.getsignal(number) for number in STOPS}
             self.install()
         return self
 
@@ -50,8 +53,8 @@ class Signals:
     def install(self) -> None:
         """Take the signals (back from Lightning, whose handler talks to other ranks inside a signal and can hang)."""
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._note)
-            signal.signal(signal.SIGTERM, self._note)
+            for number in heeded():
+                signal.signal(number, self._note)
 
     def check(self) -> None:
         """Raise if a signal came.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -15,6 +16,9 @@ from vlmlab.data.images import ImageFolder, embedded
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 """Files with one JSON object per line; every other file is read as one JSON value."""
+
+LONGEST_LINE = 2**26
+"""Characters of a line at most: one row needs less, and a whole file that was written as one line is another's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +102,30 @@ def read_text(path: Path) -> str:
     Raises:
         DataError: the file is absent, not a file, unreadable, empty, or in another encoding.
     """
+    with _readable(path):
+        text = path.read_text(encoding="utf-8-sig")
+    if not text.strip():
+        raise _empty(path)
+    return text
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What keeps a file from being read, as a DataError that names it."""
     if not path.is_file():
         reason = "is not a file" if path.exists() else "does not exist"
         raise DataError(f"Data file {path} {reason}; give the right path (relative paths start at {Path.cwd()})")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        yield
     except UnicodeDecodeError as error:
         byte = f"byte {error.start}"
         raise DataError(f"Data file {path} is not UTF-8 ({byte}); convert it, e.g. with iconv -t utf-8") from None
     except OSError as error:
         raise DataError(f"Data file {path} cannot be read ({error.strerror}); check its permissions") from None
-    if not text.strip():
-        raise DataError(f"Data file {path} is empty; download or write it again")
-    return text
+
+
+def _empty(path: Path) -> DataError:
+    return DataError(f"Data file {path} is empty; download or write it again")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -148,13 +163,35 @@ def read_json(path: Path) -> Any:
 
 
 def _lines(path: Path) -> Iterator[Row | DataError]:
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    found = False
+    for number, line in enumerate(_text_lines(path), 1):
         if line.strip():  # blank lines carry nothing and are common at the end
+            found = True
             try:
+                if len(line) > LONGEST_LINE:
+                    limit = f"has more than {LONGEST_LINE:,} characters"
+                    raise DataError(f"{path}, line {number}: {limit}; give each object a line of its own")
                 value = _parse(line, f"{path}, line {number}", "repair or remove the line")
                 yield _row(path, number, value, "line")
             except DataError as error:
                 yield error
+    if not found:
+        raise _empty(path)
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, one at a time; of one that is too long its beginning, a character more than may be."""
+    number = 0
+    with _readable(path), path.open(encoding="utf-8-sig") as file:
+        try:
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                yield line
+                while len(line) > LONGEST_LINE and not line.endswith("\n"):
+                    line = file.readline(LONGEST_LINE + 1)
+        except UnicodeDecodeError:
+            remedy = "convert it, e.g. with iconv -t utf-8"
+            raise DataError(f"Data file {path} is not UTF-8 (behind line {number}); {remedy}") from None
 
 
 def each_row(path: Path, values: object, key: str, unit: str = "row") -> Iterator[Row | DataError]:
