@@ -65,9 +65,7 @@ def train_command(cfg: DictConfig) -> None:
     with RunFolder(folder) as run:
         written = stored(cfg, config)
         try:
-            result = run.open(
-                config, list(HydraConfig.get().overrides.task), fresh=bool(cfg.fresh), written=written
-            )
+            result = run.open(config, list(HydraConfig.get().overrides.task), fresh=bool(cfg.fresh), written=written)
         except OSError:  # a disk that has not even room for that
             if not _learnt(folder):
                 _forget(folder)
