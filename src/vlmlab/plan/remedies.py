@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from vlmlab.contracts.errors import OutOfMemory
+from vlmlab.contracts.errors import LONGEST, OutOfMemory, listed
 from vlmlab.engine.precision import choose, on_gpu
 from vlmlab.engine.shards import FSDP2
 from vlmlab.engine.weights import build_objectives
@@ -17,12 +17,12 @@ from vlmlab.plan.plan import Settings, StagePlan, plan
 from vlmlab.recipe.stage import Stage, parse
 
 CHECKPOINTING = ("lm.gradient_checkpointing", "encoder.gradient_checkpointing")
-SHOWN = 3
+SHOWN = 2
 """How many steps of accumulation are named."""
 
 
 def remedies(cfg: DictConfig, error: OutOfMemory) -> str:
-    """Keys that help, each with its peak of memory on one device as ``vlmlab plan`` counts it.
+    """Keys that help, each with its peak of memory on one device as ``vlmlab plan`` counts it; as many as fit.
 
     Args:
         cfg: the configuration of the run.
@@ -33,12 +33,17 @@ def remedies(cfg: DictConfig, error: OutOfMemory) -> str:
     try:
         now = _planned(cfg, error, ranks)
         found = [f"{keys}: {_gb(peak)}" for keys, peak in _fewer(cfg, stage, error, now, ranks)]
-        room = f" of {_gb(torch.cuda.get_device_properties().total_memory)}" if on_gpu(cfg) else ""
-        before = f"by the plan it needs about {_gb(now.peak)}{room}, and less with "
+        whole = f" of {_gb(torch.cuda.get_device_properties().total_memory)}" if on_gpu(cfg) else ""
+        before = f"by the plan it needs about {_gb(now.peak)}{whole}, and less with "
     except Exception as mistake:  # the step's own error must be told, whatever keeps the plan from counting
         found = [key for key, _ in _changes(cfg, stage, ranks)]
         before = f"the plan cannot count this composition ({type(mistake).__name__}); less is needed with "
-    return before + "; ".join(found) if found else "no key needs less here: take a smaller tower or a larger device"
+    room = LONGEST - len(f"{error}; {before}")
+    return (
+        before + listed(found, room, "; ")
+        if found
+        else "no key needs less here: take a smaller tower or a larger device"
+    )
 
 
 def _fewer(cfg: DictConfig, stage: Stage, error: OutOfMemory, now: StagePlan, ranks: int) -> Iterator[tuple[str, int]]:
@@ -48,7 +53,7 @@ def _fewer(cfg: DictConfig, stage: Stage, error: OutOfMemory, now: StagePlan, ra
     for count in () if compares else parts[:SHOWN]:
         micro = stage.batch_size // (count * ranks)
         if (peak := now.peak_of(micro)) < now.peak:
-            yield f"{stage.key('accumulate')}={count} (micro-batches of {micro})", peak
+            yield f"{stage.key('accumulate')}={count}", peak
     for setting, changed in _changes(cfg, stage, ranks):
         if (peak := _planned(changed, error, ranks).peak) < now.peak:
             yield setting, peak
