@@ -65,12 +65,12 @@ def parts(n: int) -> dict[str, Any]:
 
 
 def karpathy(n: int) -> dict[str, Any]:
-    sentences = [{"raw": "A dog.", "sentid": 3 * n}, {"raw": "A cat.", "sentid": 3 * n + 1}]
+    sentences = [{"raw": "A dog.", "sentid": 1000 + 3 * n}, {"raw": "A cat.", "sentid": 1001 + 3 * n}]
     return {"filename": f"{n}.png", "filepath": ".", "split": "train", "cocoid": n, "sentences": sentences}
 
 
 def table(n: int) -> dict[str, Any]:
-    return {"raw": ["A dog.", "A cat."], "sentids": [2 * n, 2 * n + 1], "split": "train", "filename": f"{n}.png"}
+    return {"raw": ["A dog.", "A cat."], "sentids": [1000 + 2 * n, 1001 + 2 * n], "split": "train", "filename": f"{n}.png"}
 
 
 def coco(n: int) -> dict[str, Any]:
