@@ -20,12 +20,15 @@ for _name, _value in {
     "WANDB_MODE": "offline",
     "WANDB_SILENT": "true",
     "MPLBACKEND": "Agg",
+    "COLUMNS": "120",  # whatever terminal the tests are started in
 }.items():
     os.environ[_name] = _value
 for _name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "VLMLAB_LAUNCHER_PID", "VLMLAB_DEBUG"):
     os.environ.pop(_name, None)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's background job, and all that it starts, ignores it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # so does what nohup starts
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,20 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tests.lm.test_hf import asked, cache_free
 from tests.mask.test_masks import leak
-from tests.tiny import ONE_TURN, TEXT_ONLY, TWO_IMAGES, TWO_TURNS, choices, collator, gemma3, qwen2, siglip, vlm, worst
+from tests.tiny import (
+    ONE_TURN,
+    TEXT_ONLY,
+    TWO_IMAGES,
+    TWO_TURNS,
+    choices,
+    collator,
+    gemma3,
+    qwen2,
+    seen,
+    siglip,
+    vlm,
+    worst,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
@@ -96,7 +109,7 @@ def test_saved_and_loaded(path: Path, tmp_path: Path) -> None:
     stir(first.model)
     first.save(tmp_path / "a.safetensors", stage(config), OmegaConf.create({}))
     optimizer = AdamW(first.trained().values())
-    save_last(tmp_path / "last.ckpt", content_of(stage(config), 1, first, optimizer, {}, [], {}, set(), 0.0))
+    save_last(tmp_path / "last.ckpt", content_of(stage(config), 1, first, optimizer, {}, [], seen(first), set(), 0.0))
     want = logits(first.model)
     torch.manual_seed(11)  # another process starts its adapters otherwise
     for read in ("load", "load_last"):

@@ -120,6 +120,7 @@ def test_what_is_generated_is_its_class_and_arguments() -> None:
     facts = source_fingerprint(WorldCaptions("short", "train", 9, seed=3))
     assert facts == {
         "source": WORLD, "rows": 9, "style": "short", "split": "train", "size": 9, "seed": 3, "domain": "base",
+        "grid": 4, "objects": [1, 5],
     }  # fmt: skip
 
 

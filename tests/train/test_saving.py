@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from tests.adapter.test_kinds import LM_LOSS, MERGE, SAMPLES, configured
 from tests.test_conf import composed
-from tests.tiny import CONF, choices, clip, collator, dinov2, picture, qwen2, siglip, two_towers, worst
+from tests.tiny import CONF, choices, clip, collator, dinov2, picture, qwen2, seen, siglip, two_towers, worst
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -127,7 +127,7 @@ def test_saved_loaded_resumed_and_exported(connector: str, adapter: str, fusion:
     for number in range(2):
         step(first, optimizer, batch, number)
     first.save(tmp_path / "model.safetensors", stage, cfg)
-    save_last(tmp_path / "last.ckpt", content_of(stage, 2, first, optimizer, {}, [], {}, set(), 0.0, True))
+    save_last(tmp_path / "last.ckpt", content_of(stage, 2, first, optimizer, {}, [], seen(first), set(), 0.0, True))
     after_two = logits(first.model, batch)
 
     second, other = fresh(cfg, stage, seed=2)

@@ -13,6 +13,7 @@ from fake_lab import FakeVLM, config, evaluate, run
 from omegaconf import DictConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tests.tiny import seen
 
 from vlmlab.contracts.errors import CheckpointError
 from vlmlab.engine import stage as stage_module
@@ -41,7 +42,9 @@ def written(folder: Path) -> tuple[Path, Path]:
     trainee.save(folder / "model.safetensors", stage, cfg, STAMP)
     module = stage_module.StageModule(trainee.model, stage, trainee.objectives, trainee.rates)
     optimizer = module.configure_optimizers()
-    save_last(folder / "last.ckpt", content_of(stage, 2, trainee, optimizer, {}, [], {}, set(), 0.0, True, STAMP))
+    save_last(
+        folder / "last.ckpt", content_of(stage, 2, trainee, optimizer, {}, [], seen(trainee), set(), 0.0, True, STAMP)
+    )
     return folder / "model.safetensors", folder / "last.ckpt"
 
 

@@ -70,7 +70,7 @@ def copied(left: Path, tmp_path: Path) -> Path:
 
 def asked(folder: Path, **keys: Any) -> DictConfig:
     none = dict.fromkeys(("benchmarks", "limit", "batch_size", "share_images"))
-    return OmegaConf.create({"run": str(folder), **none, "device": "cpu", **keys})
+    return OmegaConf.create({"run": str(folder), **none, "device": "cpu", "trust": True, **keys})
 
 
 def weights(folder: Path) -> bytes:

@@ -70,7 +70,12 @@ def karpathy(n: int) -> dict[str, Any]:
 
 
 def table(n: int) -> dict[str, Any]:
-    return {"raw": ["A dog.", "A cat."], "sentids": [1000 + 2 * n, 1001 + 2 * n], "split": "train", "filename": f"{n}.png"}
+    return {
+        "raw": ["A dog.", "A cat."],
+        "sentids": [1000 + 2 * n, 1001 + 2 * n],
+        "split": "train",
+        "filename": f"{n}.png",
+    }
 
 
 def coco(n: int) -> dict[str, Any]:
