@@ -98,6 +98,13 @@ def test_report_and_files(sweep: Path) -> None:
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_one_common_seed_has_no_interval_and_says_why(tmp_path: Path, cells: ModuleType) -> None:
+    for mask, score in (("bidir", 0.5), ("causal", 0.4)):
+        cells.write_cell(tmp_path, f"mask={mask}", "seed=0", result=cells.result(score))
+    text = write_comparison(tmp_path, "bidir")
+    assert "No intervals: there is no second seed in common." in text and "has no predictions" not in text
+
+
 def test_report_at_eighty_columns(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     text = write_comparison(sweep, "mlp,bidir").replace(str(sweep), "sweep")

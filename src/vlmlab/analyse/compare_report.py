@@ -108,6 +108,9 @@ def _notes(comparisons: Sequence[Comparison]) -> Iterator[str]:
     yield "p: two-sided sign-flip test over seeds; (Holm): corrected for all comparisons with this baseline."
     yield "The interval over seeds is of the expected difference on this one test set: other questions are not covered."
     asked = next((one for one in comparisons if one.both is not None), None)
+    if asked is None and not any(one.difference is not None and one.difference.n > 1 for one in comparisons):
+        yield "No intervals: there is no second seed in common."
+        return
     if asked is None:
         yield "No interval over questions: the score is no mean over single answers, or has no predictions."
         return
