@@ -21,6 +21,7 @@ from vlmlab.cli.flags import package_of, wrong_word
 from vlmlab.contracts.errors import InUse, UserError, brief, unbuildable
 from vlmlab.contracts.faults import machine_error, unusable
 from vlmlab.contracts.terminal import tell, visible
+from vlmlab.runs.watchdog import is_further_rank
 
 DONE, FAILED, MISTAKE, IN_USE, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes: fine; the run, its data or the machine; the command or the configuration; the folder is another process's
@@ -99,8 +100,9 @@ def run_command(main: Callable[[], object], conf: Path, config_name: str) -> int
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
     try:
-        if (sentence := wrong_word(sys.argv[1:], trains=config_name == "train")) is not None:
-            return fail(sentence, MISTAKE)
+        wrong = None if is_further_rank() else wrong_word(sys.argv[1:], trains=config_name == "train")
+        if wrong is not None:  # a further rank is given keys of Hydra's own by Lightning
+            return fail(wrong, MISTAKE)
         with _package_there() if package_of(sys.argv[1:]) else contextlib.nullcontext():
             main()
     except UserError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +34,7 @@ from vlmlab.runs import places as places  # registers the resolvers that conf/tr
 from vlmlab.runs.data import note_changed
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.origin import check_origin
-from vlmlab.runs.watchdog import die_with_parent
+from vlmlab.runs.watchdog import die_with_parent, is_further_rank
 from vlmlab.runs.withheld import stored
 
 OF_THE_MACHINE = (MachineError, OutOfMemory)
@@ -58,7 +57,7 @@ def train_command(cfg: DictConfig) -> None:
     """
     die_with_parent()
     config, folder = admit(cfg)
-    if int(os.environ.get("LOCAL_RANK", "0")) != 0:  # a further rank of a run that rank zero has opened
+    if is_further_rank():  # of a run that rank zero has opened
         _train(cfg, folder)
         return
     _look_at_data(cfg, config, folder)

@@ -14,9 +14,14 @@ POLL_S = 0.5
 GRACE_S = 20.0
 
 
+def is_further_rank() -> bool:
+    """Whether this process was started by rank zero of a run on several devices, which answers for the command."""
+    return int(os.environ.get("LOCAL_RANK", "0")) > 0
+
+
 def expected_parent() -> int | None:
     """The process this one must not outlive: rank zero for further ranks, the launcher for a cell, else None."""
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+    if is_further_rank():
         return os.getppid()
     launcher = os.environ.get(LAUNCHER)
     return int(launcher) if launcher else None
