@@ -75,7 +75,8 @@ def _benchmark_table(name: str, values: Mapping[MetricKey, float], intervals: Ma
             score, part, title, cell = _place(key, value, accuracy, scores)
             cells[score, part][title] = cell
             if (interval := intervals.get(str(key))) is not None and interval.half is not None:
-                cells[score, part][INTERVAL] = f"{interval.low:.3f}-{interval.high:.3f}"
+                low, high = interval.mean - interval.half, interval.mean + interval.half
+                cells[score, part][INTERVAL] = f"{max(low, 0.0):.3f}-{min(high, 1.0):.3f}"  # scores are shares
     ceilings: list[str] = []
     for who in CEILINGS.values():
         ceilings += [who, f"of {who}"]
