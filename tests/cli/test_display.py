@@ -52,6 +52,11 @@ def test_time_left(cells: list[Cell]) -> None:
     assert [duration(seconds) for seconds in (None, 45.2, 720.0, 12600.0)] == ["", "45 s", "12 min", "3.5 h"]
 
 
+def test_steps_are_those_of_the_budget(cells: list[Cell]) -> None:
+    cells[1].config = {**RECIPE, "budget": {"steps_scale": 0.3, "max_steps": 80}}
+    assert steps_of(cells[1]) == (50, 30 + 80)
+
+
 def test_losses(cells: list[Cell], tmp_path: Path) -> None:
     assert losses(cells[1].folder) == "1.5/2.25"
     with (cells[1].folder / "metrics.jsonl").open("a") as file:

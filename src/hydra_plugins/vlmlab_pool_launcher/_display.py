@@ -11,8 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from omegaconf import OmegaConf
+
 from hydra_plugins.vlmlab_pool_launcher._cells import Cell
 from vlmlab.contracts.terminal import tell, visible
+from vlmlab.recipe.stage import scaled_steps
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -57,8 +60,8 @@ class Watcher:
 
     def seconds_left(self, cell: Cell, now: float) -> float | None:
         """Time until a running cell has trained; None where it is not known yet."""
-        known = steps_of(cell)
-        if cell.state != "running" or known is None:
+        known = steps_of(cell) if cell.state == "running" else None
+        if known is None:
             return None
         pace = self.paces.setdefault(cell.name, Pace(known[0], now))
         return pace.seconds_left(*known, now)
@@ -102,12 +105,13 @@ def progress(cell: Cell) -> str:
 
 
 def steps_of(cell: Cell) -> tuple[int, int] | None:
-    """Optimizer steps of a cell so far and in all, over its stages; None before its first stage."""
-    state = cell.run.state()
-    stages: dict[str, Any] = ((cell.config or {}).get("recipe") or {}).get("stages") or {}
+    """Optimizer steps of a cell so far and in all, over its stages, as its budget has them; None before the first."""
+    state, config = cell.run.state(), cell.config or {}
+    stages: dict[str, Any] = (config.get("recipe") or {}).get("stages") or {}
     if state.get("stage") not in stages:
         return None
-    sizes = {name: int((stage or {}).get("steps") or 0) for name, stage in stages.items()}
+    budget = OmegaConf.create({"budget": config.get("budget") or {}})
+    sizes = {name: scaled_steps(int((stage or {}).get("steps") or 0), budget) for name, stage in stages.items()}
     before = list(sizes)[: list(sizes).index(str(state["stage"]))]
     return sum(sizes[name] for name in before) + int(state.get("step") or 0), sum(sizes.values())
 

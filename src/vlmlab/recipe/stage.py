@@ -154,7 +154,7 @@ def _stage(cfg: DictConfig, index: int, name: str, parts: Collection[str]) -> St
     _check_choices(keys, where, _plain(cfg, "data.train") or {})
     _check_numbers(keys, where, OmegaConf.select(cfg, "trainer.devices"))
     keys["betas"] = (float(keys["betas"][0]), float(keys["betas"][1])) if "betas" in keys else (0.9, 0.999)
-    keys["steps"] = _scaled(int(keys["steps"]), cfg)
+    keys["steps"] = scaled_steps(int(keys["steps"]), cfg)
     return Stage(index=index, name=name, **keys)
 
 
@@ -171,7 +171,7 @@ def _given(cfg: DictConfig, key: str, kind: Any) -> Any:
     return value
 
 
-def _scaled(steps: int, cfg: DictConfig) -> int:
+def scaled_steps(steps: int, cfg: DictConfig) -> int:
     """Steps after ``budget.steps_scale`` and ``budget.max_steps``."""
     scale, most = _given(cfg, "budget.steps_scale", Positive | None), _given(cfg, "budget.max_steps", Count | None)
     scaled = math.ceil(round(steps * (1.0 if scale is None else float(scale)), 9))
