@@ -36,13 +36,16 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page differs")
     given = parser.parse_args()
     folder = HERE / given.experiment
+    cells = read_cells(folder / "cells.csv")
+    rows = combinations([record(row) for row in cells])
+    base = chosen_row(rows, given.baseline)
+    compared = compare(rows, base, given.metric, single_answers=False)
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    text = with_page(readme, page(read_cells(folder / "cells.csv"), given.baseline, given.metric))
+    text = with_page(readme, page(rows, base, compared, given.metric))
     if given.check:
         return int(text != readme)
     write_atomic(folder / "README.md", text)
-    rows, base = read_rows(read_cells(folder / "cells.csv"), given.baseline)
-    drawn(folder / "figure.png", compare(rows, base, given.metric, single_answers=False), given.metric)
+    drawn(folder / "figure.png", compared, given.metric)
     return 0
 
 
@@ -53,23 +56,16 @@ def with_page(readme: str, lines: Sequence[str]) -> str:
     return "\n".join([before + BEGIN, "", *lines, "", END]) + after
 
 
-def read_rows(cells: Sequence[Row], baseline: str) -> tuple[list[Combination], Combination]:
-    """The compositions of a record, and the one that ``baseline`` names."""
-    rows = combinations([record(row) for row in cells])
-    return rows, chosen_row(rows, baseline)
-
-
 def record(row: Row) -> RunRecord:
     """A row as the run that it was."""
     overrides = parse_overrides(overrides_of(row))
     return RunRecord(Path(row["cell"]), "done", "", overrides, metrics_of(row), cost_of(row))
 
 
-def page(cells: Sequence[Row], baseline: str, metric: str) -> list[str]:
+def page(rows: Sequence[Combination], base: Combination, compared: Sequence[Comparison], metric: str) -> list[str]:
     """Both tables, the sentences and what they cost."""
-    rows, base = read_rows(cells, baseline)
-    compared = compare(rows, base, metric, single_answers=False)
-    hours = sum(cost_of(row).get("seconds", 0.0) for row in cells) / 3600
+    cells = [cell for row in rows for cell in row.finished]
+    hours = sum(cell.cost.get("seconds", 0.0) for cell in cells) / 3600
     lines = [*_scores(rows, metric), "", f"Difference of `{metric}` to {base.label}, paired by seed:", ""]
     lines += [*_differences(compared), "", *(f"- {one.sentence(base.label)}" for one in compared)]
     if (sentence := reach(compared)) is not None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from vlmlab.analyse.combination import combinations
+from vlmlab.analyse.compare import compare
 from vlmlab.runs.cells_csv import CellsCsv, read_cells
 from vlmlab.runs.folder import RunFolder
 
@@ -37,8 +39,9 @@ def test_a_page_has_every_composition_and_comparison(tmp_path: Path) -> None:
                 metrics = {answer.METRIC: score + 0.01 * seed, answer.METRIC + "/lookup": 0.3}
                 run.finish(metrics, {"seconds": 3600.0, "visual_tokens": 36})
     CellsCsv(tmp_path / "cells.csv").add(sorted(tmp_path.glob("mask-*")))
-    cells = read_cells(tmp_path / "cells.csv")
-    text = "\n".join(answer.page(cells, "bidir", answer.METRIC))
+    rows = combinations([answer.record(row) for row in read_cells(tmp_path / "cells.csv")])
+    compared = compare(rows, rows[0], answer.METRIC, single_answers=False)
+    text = "\n".join(answer.page(rows, rows[0], compared, answer.METRIC))
     assert "| bidir | 3 | 0.510 ± 0.025 | - | 0.300 ± 0.000 |" in text
     assert "| causal | 3 | -0.100 |" in text and "not distinguishable" in text
     assert "With 3 seeds and 1 comparison nothing can be significant" in text and "6 cells, 6.00 hours" in text

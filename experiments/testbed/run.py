@@ -1,7 +1,8 @@
 """When does each connector and fusion begin to look, and how little training answers: ``run.py --help``.
 
 Runs the sweeps below one after the other, exactly as the printed commands would by hand, and writes ``table.md`` and
-``figure.png`` from what their folders hold. Cells that are finished are not run again.
+``figure.png`` from what their folders hold. Every number of the sweep over shares is kept in ``budget.csv``. Cells that
+are finished are not run again.
 """
 
 from __future__ import annotations
@@ -52,8 +53,14 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="only write the table from what is there")
     given = parser.parse_args()
     words = {name: overrides(name, given) for name in [*CURVES, BUDGET]}
-    worst = run_sweeps({folder_of(name, given.budget): words[name] for name in given.only if not given.table}, given.at)
     given.out.mkdir(parents=True, exist_ok=True)
+    record = f"hydra.launcher.record='{given.out.resolve() / 'budget.csv'}'"
+    sweeps = {
+        folder_of(name, given.budget): [*words[name], *([record] if name == BUDGET else [])]
+        for name in given.only
+        if not given.table
+    }
+    worst = run_sweeps(sweeps, given.at)
     text = page(words, given.at / "sweeps", given.budget, given.out)
     (given.out / "table.md").write_text(text, encoding="utf-8")
     print(text)
@@ -185,7 +192,7 @@ def _shares(rows: Sequence[Combination]) -> list[str]:
     lines, smallest = [], None
     for share, row in sorted(by.items()):
         reached = _median(row, NORMALISED)
-        part = reached / final if final else 0.0
+        part = reached / final if final > 0 else 0.0
         if smallest is None and part >= PASSES:
             smallest = share
         scores = (ACCURACY, f"{ACCURACY}/shuffled", f"{ACCURACY}/lookup", NORMALISED)

@@ -22,7 +22,7 @@ def finished(path: Path, config: dict = CONFIG) -> Path:
 
 @pytest.fixture
 def record(tmp_path: Path) -> Path:
-    path = tmp_path / "cells.csv"
+    path = tmp_path / "experiments" / "new" / "cells.csv"  # of folders that are not there yet
     CellsCsv(path).add([finished(tmp_path / "cell")])
     return path
 

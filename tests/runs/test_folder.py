@@ -440,3 +440,12 @@ def test_a_damaged_lock_is_no_obstacle(tmp_path: Path) -> None:
     assert not is_locked(tmp_path)
     with pytest.raises(UserError, match="lock is no file; remove it"):
         RunFolder(tmp_path).open(CONFIG)
+
+
+def test_a_value_of_the_environment_is_no_other_configuration(tmp_path: Path) -> None:
+    known = {**CONFIG, "path": "/secret"}
+    with RunFolder(tmp_path) as run:
+        run.open(known, written={**CONFIG, "path": "${oc.env:SOMEWHERE}"})
+        run.finish(METRICS, {})
+    assert RunFolder(tmp_path).refuses(known) is None
+    assert "path" in (RunFolder(tmp_path).refuses({**known, "path": "/elsewhere"}) or "")

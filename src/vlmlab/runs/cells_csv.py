@@ -118,6 +118,7 @@ class CellsCsv:
             row = _row(run, result, config)
             self._rows[row["config"]] = row
         if self._rows:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path, _text(self._rows.values()))
 
 

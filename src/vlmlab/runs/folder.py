@@ -125,7 +125,7 @@ class RunFolder:
             UserError: the folder's own configuration or result cannot be read.
         """
         old = self.config()
-        refused = () if old is None else self._refused(changes(old, config), self.result())
+        refused = () if old is None else self._refused(changes(self._filled(old, config), config), self.result())
         return self._refusal(refused) if refused and not self._learnt_nothing() else None
 
     def close(self) -> None:
