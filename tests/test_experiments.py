@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from vlmlab.analyse.combination import combinations
 from vlmlab.analyse.compare import compare
-from vlmlab.runs.cells_csv import CellsCsv, read_cells
+from tests.test_conf import composed
+from vlmlab.runs.cells_csv import CellsCsv, data_hash, overrides_of, read_cells
+from vlmlab.runs.config import config_hash, plain
 from vlmlab.runs.folder import RunFolder
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
@@ -19,16 +22,94 @@ sys.path.insert(0, str(EXPERIMENTS))
 
 import answer  # noqa: E402  # a script beside the package
 
+CONF = EXPERIMENTS.parent / "conf"
 RECORDED = sorted(EXPERIMENTS.glob("*/cells.csv"))
+NAMES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+COMMAND = re.compile(r"^    python experiments/((?:answer|claims)\.py .*)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_has_a_page(name: str) -> None:
+    """With its command, what makes its table, and, where nothing was trained yet, the word that it was not."""
+    readme = (EXPERIMENTS / name / "README.md").read_text()
+    assert f"    python train.py -m +experiment={name}\n" in readme and "**Question.**" in readme
+    command = COMMAND.search(readme)
+    assert command is not None and shlex.split(command[1])[:2] in (["answer.py", name], ["claims.py"])
+    assert readme.count(answer.BEGIN) == readme.count(answer.END) == 1
+    recorded = (EXPERIMENTS / name / "cells.csv").is_file()
+    assert recorded != ("**Not run yet**" in readme)
+    if not recorded:
+        assert not readme.partition(answer.BEGIN)[2].partition(answer.END)[0].strip()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_is_a_sweep_of_different_cells(name: str) -> None:
+    """Named as its file, recorded beside its page; the baseline of its page is one of its rows."""
+    choice = OmegaConf.load(CONF / "experiment" / f"{name}.yaml")
+    assert choice.name == name and choice.hydra.launcher.record == f"experiments/{name}/cells.csv"
+    params = {str(key): str(value) for key, value in choice.hydra.sweeper.params.items()}
+    assert re.fullmatch(r"range\([58]\)", params.pop("seed"))
+    values = [value.split(",") for value in params.values()]
+    assert all(len(set(each)) == len(each) > 1 for each in values)
+    for key, each in zip(params, values, strict=True):
+        group = CONF / key.lstrip("+")
+        assert not group.is_dir() or all((group / f"{value}.yaml").is_file() for value in each)
+    baseline = re.search(r"--baseline (\S+)", (EXPERIMENTS / name / "README.md").read_text())
+    assert baseline is None or all(word in each for word, each in zip(baseline[1].split(","), values, strict=True))
 
 
 @pytest.mark.parametrize("record", RECORDED, ids=lambda record: record.parent.name)
 def test_a_page_is_what_its_record_gives(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (record.parent / "README.md").read_text()
-    command = re.search(r"^    python experiments/(answer\.py .*)$", readme, re.MULTILINE)
+    command = COMMAND.search(readme)
     assert command is not None, "the page does not say how it is made"
     monkeypatch.setattr(sys, "argv", [*shlex.split(command[1]), "--check"])
     assert answer.main() == 0
+
+
+@pytest.mark.parametrize("record", RECORDED, ids=lambda record: record.parent.name)
+def test_a_recorded_cell_is_what_its_command_would_train_now(record: Path) -> None:
+    """Or all of them would be trained again; a new key belongs into ``runs.config.BEFORE``."""
+    rows = read_cells(record)
+    for row in {row["cell"]: row for row in (rows[0], rows[-1])}.values():
+        config = plain(composed(*overrides_of(row)))
+        assert (config_hash(config), data_hash(config)) == (row["config"], row["data"]), row["cell"]
+
+
+LOSSES = ((2.0, 2.0), (1.0, 1.5), (0.8, 2.0))
+
+
+def test_a_page_has_what_cells_saw_while_they_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "x"
+    for mask, late in (("bidir", 0), ("causal", 1)):
+        for seed in range(3):
+            with RunFolder(tmp_path / f"mask-{mask}_seed-{seed}") as run:
+                run.open({"mask": mask, "seed": seed}, [f"mask={mask}", f"seed={seed}"])
+                for step, (loss, shuffled) in enumerate(LOSSES):
+                    looked = {"held_out/loss": loss + late, "held_out/shuffled_loss": shuffled + 0.25 * late}
+                    run.log({"stage": "one", "step": 10 * step, **looked})
+                run.finish({answer.METRIC: 0.5 + 0.1 * seed}, {"seconds": 36.0})
+    CellsCsv(folder / "cells.csv").add(sorted(tmp_path.glob("mask-*")))
+    (folder / "README.md").write_text(f"# x\n\n{answer.BEGIN}\n\n{answer.END}\n")
+    monkeypatch.setattr(answer, "HERE", tmp_path)
+    words = ["answer.py", "x", "--baseline", "bidir", "--look", "one:last:held_out/loss", "--until", "held_out/gap>0.4"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert answer.main() == 0
+    text = (folder / "README.md").read_text()
+    assert "| mask | held_out/loss, end of one |" in text and "| causal | 1.800 ± 0.000 |" in text
+    assert "| bidir | 3 of 3 | 10 | - | - |" in text and "| causal | 3 of 3 | 20 | 0.1 | 0.1 |" in text
+    assert "](curves.png)" in text and (folder / "curves.png").is_file() and (folder / "figure.png").is_file()
+    monkeypatch.setattr(sys, "argv", [*words, "--check"])
+    assert answer.main() == 0
+
+
+def test_a_page_without_a_record_says_what_to_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(answer, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["answer.py", "x", "--baseline", "bidir"])
+    assert answer.main() == 1
+    assert "x/cells.csv has no cell yet; train: python train.py -m +experiment=x" in capsys.readouterr().out
 
 
 def test_a_page_has_every_composition_and_comparison(tmp_path: Path) -> None:

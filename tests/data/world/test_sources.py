@@ -17,6 +17,7 @@ from vlmlab.data.world.sources import (
     WorldCaptions,
     WorldInstruct,
     WorldInterleaved,
+    WorldInterleavedInstruct,
     WorldQuestions,
     WorldStatements,
     WorldText,
@@ -234,6 +235,17 @@ def test_interleaved_answers_are_right_and_balanced():
         assert all(abs(mine.count(a) / len(mine) - 1 / number) < 0.08 for a in set(mine))
 
 
+def test_a_share_of_instructions_is_interleaved_and_the_others_are_unchanged():
+    plain, mixed = WorldInstruct("train", 400), WorldInterleavedInstruct("train", 400, interleaved_fraction=0.5)
+    several = [index for index in range(400) if mixed.turns(index)[0].kind == "interleaved"]
+    assert 0.4 < len(several) / 400 < 0.6
+    assert all(mixed.turns(index) == plain.turns(index) for index in range(400) if index not in several)
+    assert all(mixed.turns(i) == WorldInterleaved("train", 400).turns(i) for i in several)
+    large = WorldInterleavedInstruct("train", 40, grid=6, objects=[2, 8], interleaved_fraction=1.0)[3]
+    assert len(large.images) > 1 and {image.shape for image in large.images} == {(96, 96, 3)}
+    assert "-6x6-" in large.id
+
+
 def _config():
     """The configuration, the sources of benchmarks in the place of the benchmarks."""
     config = OmegaConf.to_container(OmegaConf.create({"data": yaml.safe_load(CONFIG.read_text())}), resolve=True)[
@@ -255,6 +267,7 @@ def _config():
         (lambda: WorldQuestions("test", 1, kinds=[]), "attribute, existence, count"),
         (lambda: WorldQuestions("test", 0), "1 or more"),
         (lambda: WorldInstruct("train", 1, caption_fraction=1.5), "0 to 1"),
+        (lambda: WorldInterleavedInstruct("train", 1, interleaved_fraction=1.5), "interleaved_fraction .* 0 to 1"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_sentence(make, choices):
