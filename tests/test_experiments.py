@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from tests.test_conf import composed
 from vlmlab.analyse.combination import combinations
 from vlmlab.analyse.compare import compare
-from tests.test_conf import composed
 from vlmlab.runs.cells_csv import CellsCsv, data_hash, overrides_of, read_cells
 from vlmlab.runs.config import config_hash, plain
 from vlmlab.runs.folder import RunFolder

@@ -84,7 +84,7 @@ class CellsCsv:
     """A record that a sweep reads before it trains and adds to when its cells have ended.
 
     Args:
-        path: the file; made when the first cell is added, and with it what cells saw while they trained, if they looked.
+        path: the file; made when the first cell is added, and beside it what cells saw while they trained, if any did.
 
     Raises:
         UserError: see ``read_cells`` and ``read_looks``.
