@@ -110,10 +110,11 @@ def draw_curves(path: Path, rows: Sequence[Combination], name: str, read: Rows =
     axis = figure.subplots()
     for i, (label, band) in enumerate(bands.items()):
         steps, means = [step for step, _ in band], [interval.mean for _, interval in band]
-        ends = [(interval.low, interval.high) for _, interval in band]
+        ends = [(interval.low, interval.high) for _, interval in band if interval.half is not None]
         (line,) = axis.plot(steps, means, linewidth=1.6, label=label, linestyle=STYLES[i // 10 % len(STYLES)])
-        if all(low is not None for low, _ in ends):
-            axis.fill_between(steps, *zip(*ends, strict=True), color=line.get_color(), alpha=0.15, linewidth=0)
+        if len(ends) == len(steps):
+            lows, highs = zip(*ends, strict=True)
+            axis.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
     axis.set_xlabel("optimizer steps, over all stages", fontsize=8)
     axis.set_title(f"{name}\nmean over seeds, 95 % interval", fontsize=9, loc="left")
     axis.tick_params(labelsize=8)
