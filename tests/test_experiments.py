@@ -20,12 +20,13 @@ from vlmlab.runs.folder import RunFolder
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
-import answer  # noqa: E402  # a script beside the package
+import answer  # noqa: E402  # scripts beside the package
+import claims  # noqa: E402
 
 CONF = EXPERIMENTS.parent / "conf"
 RECORDED = sorted(EXPERIMENTS.glob("*/cells.csv"))
 NAMES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-COMMAND = re.compile(r"^    python experiments/((?:answer|claims)\.py .*)$", re.MULTILINE)
+COMMAND = re.compile(r"^    python experiments/((?:answer|claims)\.py.*)$", re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -64,7 +65,7 @@ def test_a_page_is_what_its_record_gives(record: Path, monkeypatch: pytest.Monke
     command = COMMAND.search(readme)
     assert command is not None, "the page does not say how it is made"
     monkeypatch.setattr(sys, "argv", [*shlex.split(command[1]), "--check"])
-    assert answer.main() == 0
+    assert (claims if command[1].startswith("claims") else answer).main() == 0
 
 
 @pytest.mark.parametrize("record", RECORDED, ids=lambda record: record.parent.name)
@@ -74,6 +75,55 @@ def test_a_recorded_cell_is_what_its_command_would_train_now(record: Path) -> No
     for row in {row["cell"]: row for row in (rows[0], rows[-1])}.values():
         config = plain(composed(*overrides_of(row)))
         assert (config_hash(config), data_hash(config)) == (row["config"], row["data"]), row["cell"]
+
+
+def test_every_claim_is_about_cells_that_experiments_train() -> None:
+    entries = claims.read_claims(EXPERIMENTS / "claims" / "claims.yaml")
+    assert len(entries) == len({entry.id for entry in entries}) >= 15
+    own = set()
+    for entry in entries:
+        assert entry.expect in ("higher", "same") and entry.cells[0] != entry.cells[1]
+        for experiment, row in entry.cells:
+            params = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml").hydra.sweeper.params
+            (values,) = (str(value).split(",") for key, value in params.items() if key != "seed")
+            assert row in values, entry.id
+            own |= {row} if experiment == claims.OWN else set()
+        for metric in entry.metrics:
+            assert metric.split("/")[0] in ("world_test", "world_shifted"), entry.id
+    trained = OmegaConf.load(CONF / "experiment" / "claims.yaml").hydra.sweeper.params["+cell/claims"].split(",")
+    assert own == set(trained), "cells that no claim needs"
+
+
+@pytest.mark.parametrize(
+    ("expect", "scores", "floor", "verdict"),
+    [
+        ("higher", ([0.50, 0.52, 0.51], [0.40, 0.41, 0.42]), 0.3, "seen"),
+        ("higher", ([0.40, 0.41, 0.42], [0.50, 0.52, 0.51]), 0.3, "not seen: the opposite"),
+        ("higher", ([0.50, 0.40, 0.51], [0.45, 0.46, 0.47]), 0.3, "not seen"),
+        ("same", ([0.50, 0.51, 0.52], [0.501, 0.512, 0.521]), 0.3, "seen"),
+        ("same", ([0.50, 0.40, 0.51], [0.45, 0.46, 0.47]), 0.3, "not seen"),
+        ("higher", ([0.50, 0.52, 0.51], [0.40, 0.41, 0.42]), 0.6, "not decidable here (neither is above its floor)"),
+        ("higher", ([0.50, 0.52], [0.40, 0.41]), 0.3, "not decidable here (2 common seeds)"),
+        ("higher", ([0.50, 0.52, 0.51], []), 0.3, "not decidable here (not trained yet)"),
+    ],
+)
+def test_a_claim_is_seen_or_not_or_not_decidable(
+    tmp_path: Path, expect: str, scores: tuple[list[float], list[float]], floor: float, verdict: str
+) -> None:
+    for name, values in zip(("a", "b"), scores, strict=True):
+        for seed, score in enumerate(values):
+            with RunFolder(tmp_path / "cells" / f"{name}-{seed}") as run:
+                run.open({"cell": name, "seed": seed}, [f"+cell/claims={name}", f"seed={seed}"])
+                normalised = (score - floor) / (1 - floor)
+                run.finish({answer.METRIC: score, "world_test/normalised": normalised}, {"seconds": 1.0})
+    with RunFolder(tmp_path / "cells" / "c-0") as run:  # a second row, so that the key is swept
+        run.open({"cell": "c", "seed": 0}, ["+cell/claims=c", "seed=0"])
+        run.finish({answer.METRIC: 0.3}, {})
+    CellsCsv(tmp_path / "claims" / "cells.csv").add(sorted((tmp_path / "cells").iterdir()))
+    metrics = (answer.METRIC, answer.METRIC)
+    claim = claims.Claim("x", "arXiv", "a over b", expect, (("claims", "a"), ("claims", "b")), metrics)
+    text = "\n".join(claims.page([claim], tmp_path))
+    assert f"| {verdict} |" in text and "| arXiv | a over b | a | b |" in text
 
 
 LOSSES = ((2.0, 2.0), (1.0, 1.5), (0.8, 2.0))

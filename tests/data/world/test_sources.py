@@ -1,5 +1,6 @@
 import hashlib
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from vlmlab.data.world.sources import (
     WorldInterleavedInstruct,
     WorldQuestions,
     WorldStatements,
+    WorldTaskCaptions,
+    WorldTaskInstruct,
+    WorldTaskQuestions,
     WorldText,
 )
 from vlmlab.data.world.words import lexicon
@@ -244,6 +248,22 @@ def test_a_share_of_instructions_is_interleaved_and_the_others_are_unchanged():
     large = WorldInterleavedInstruct("train", 40, grid=6, objects=[2, 8], interleaved_fraction=1.0)[3]
     assert len(large.images) > 1 and {image.shape for image in large.images} == {(96, 96, 3)}
     assert "-6x6-" in large.id
+
+
+def test_task_words_stand_before_every_prompt_and_change_nothing_else():
+    arguments = {"split": "train", "size": 60}
+    for plain, told in (
+        (WorldInstruct(**arguments), WorldTaskInstruct(**arguments)),
+        (WorldQuestions(**arguments), WorldTaskQuestions(**arguments)),
+        (WorldCaptions("mixed", **arguments), WorldTaskCaptions("mixed", **arguments)),
+    ):
+        for index in range(60):
+            for turn, other in zip(told.turns(index), plain.turns(index), strict=True):
+                word, _, prompt = turn.prompt.partition(" ")
+                assert replace(turn, prompt=prompt) == other
+                assert word == ("[caption]" if other.kind in ("caption", "dense_caption") else "[vqa]")
+    sample = WorldTaskQuestions(**arguments)[5]
+    assert sample.id == WorldQuestions(**arguments)[5].id and len(sample.images) == 1
 
 
 def _config():

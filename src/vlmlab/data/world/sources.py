@@ -413,6 +413,35 @@ class WorldInterleavedInstruct(WorldInstruct):
         return super()._unrendered(index)
 
 
+CAPTIONED = ("caption", "dense_caption")
+"""Kinds of turn that ask for a caption."""
+
+
+class _WithTaskWords(_WorldSource):
+    """A source whose prompts begin with a word for their task, as MiniGPT-v2's do (arXiv 2310.09478)."""
+
+    def _unrendered(self, index: int) -> _Unrendered:
+        sample = super()._unrendered(index)
+        turns = (replace(turn, prompt=f"{_task_word(turn)} {turn.prompt}") for turn in sample.turns)
+        return replace(sample, turns=tuple(turns))
+
+
+def _task_word(turn: Turn) -> str:
+    return "[caption]" if turn.kind in CAPTIONED else "[vqa]"
+
+
+class WorldTaskCaptions(_WithTaskWords, WorldCaptions):
+    """``WorldCaptions`` behind ``[caption]``; arguments and refusals are the same."""
+
+
+class WorldTaskQuestions(_WithTaskWords, WorldQuestions):
+    """``WorldQuestions`` behind ``[vqa]``; arguments and refusals are the same."""
+
+
+class WorldTaskInstruct(_WithTaskWords, WorldInstruct):
+    """``WorldInstruct``, each turn behind ``[vqa]`` or ``[caption]``; arguments and refusals are the same."""
+
+
 class WorldText(_WorldSource):
     """Text-only samples for the language model: no image, the scene told in words.
 
@@ -577,5 +606,8 @@ __all__ = [
     "WorldInterleavedInstruct",
     "WorldQuestions",
     "WorldStatements",
+    "WorldTaskCaptions",
+    "WorldTaskInstruct",
+    "WorldTaskQuestions",
     "WorldText",
 ]
