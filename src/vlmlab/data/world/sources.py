@@ -417,29 +417,32 @@ CAPTIONED = ("caption", "dense_caption")
 """Kinds of turn that ask for a caption."""
 
 
-class _WithTaskWords(_WorldSource):
-    """A source whose prompts begin with a word for their task, as MiniGPT-v2's do (arXiv 2310.09478)."""
-
-    def _unrendered(self, index: int) -> _Unrendered:
-        sample = super()._unrendered(index)
-        turns = (replace(turn, prompt=f"{_task_word(turn)} {turn.prompt}") for turn in sample.turns)
-        return replace(sample, turns=tuple(turns))
+def _with_task_words(sample: _Unrendered) -> _Unrendered:
+    """Every prompt behind a word for its task, as MiniGPT-v2 has it (arXiv 2310.09478)."""
+    words = ("[caption]" if turn.kind in CAPTIONED else "[vqa]" for turn in sample.turns)
+    turns = tuple(replace(turn, prompt=f"{word} {turn.prompt}") for word, turn in zip(words, sample.turns, strict=True))
+    return replace(sample, turns=turns)
 
 
-def _task_word(turn: Turn) -> str:
-    return "[caption]" if turn.kind in CAPTIONED else "[vqa]"
-
-
-class WorldTaskCaptions(_WithTaskWords, WorldCaptions):
+class WorldTaskCaptions(WorldCaptions):
     """``WorldCaptions`` behind ``[caption]``; arguments and refusals are the same."""
 
+    def _unrendered(self, index: int) -> _Unrendered:
+        return _with_task_words(super()._unrendered(index))
 
-class WorldTaskQuestions(_WithTaskWords, WorldQuestions):
+
+class WorldTaskQuestions(WorldQuestions):
     """``WorldQuestions`` behind ``[vqa]``; arguments and refusals are the same."""
 
+    def _unrendered(self, index: int) -> _Unrendered:
+        return _with_task_words(super()._unrendered(index))
 
-class WorldTaskInstruct(_WithTaskWords, WorldInstruct):
+
+class WorldTaskInstruct(WorldInstruct):
     """``WorldInstruct``, each turn behind ``[vqa]`` or ``[caption]``; arguments and refusals are the same."""
+
+    def _unrendered(self, index: int) -> _Unrendered:
+        return _with_task_words(super()._unrendered(index))
 
 
 class WorldText(_WorldSource):
