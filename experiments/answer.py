@@ -19,10 +19,10 @@ from sweeps import markdown, number  # noqa: E402  # first: it finds the package
 
 from vlmlab.analyse.combination import Combination, combinations, short_names  # noqa: E402
 from vlmlab.analyse.compare import Comparison, chosen_row, compare, races, reach, row_look  # noqa: E402
-from vlmlab.analyse.results import RunRecord, parse_overrides  # noqa: E402
+from vlmlab.analyse.results import RunRecord, read_record  # noqa: E402
 from vlmlab.analyse.steps import GAP, Threshold  # noqa: E402
 from vlmlab.contracts.errors import UserError  # noqa: E402
-from vlmlab.runs.cells_csv import Row, cost_of, metrics_of, overrides_of, read_cells  # noqa: E402
+from vlmlab.runs.cells_csv import Row, read_cells  # noqa: E402
 from vlmlab.runs.files import write_atomic  # noqa: E402
 from vlmlab.runs.looks_csv import NAME as LOOKS  # noqa: E402
 from vlmlab.runs.looks_csv import Look, read_looks  # noqa: E402
@@ -48,7 +48,7 @@ def main() -> int:
     if not cells:
         print(f"{folder}/cells.csv has no cell yet; train: python train.py -m +experiment={given.experiment}")
         return 1
-    rows = combinations([record(row) for row in cells])
+    rows = combinations(read_record(folder / "cells.csv"))
     base = chosen_row(rows, given.baseline)
     compared = compare(rows, base, given.metric, single_answers=False)
     seen = Seen(folder, cells)
@@ -128,12 +128,6 @@ def with_page(readme: str, lines: Sequence[str]) -> str:
     before, _, rest = readme.partition(BEGIN)
     after = rest.partition(END)[2]
     return "\n".join([before + BEGIN, "", *lines, "", END]) + after
-
-
-def record(row: Row) -> RunRecord:
-    """A row as the run that it was."""
-    overrides = parse_overrides(overrides_of(row))
-    return RunRecord(Path(row["cell"]), "done", "", overrides, metrics_of(row), cost_of(row))
 
 
 def page(rows: Sequence[Combination], base: Combination, compared: Sequence[Comparison], metric: str) -> list[str]:

@@ -19,10 +19,11 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from answer import METRIC, record, with_page  # noqa: E402  # first: it finds the package
+from answer import METRIC, with_page  # noqa: E402  # first: it finds the package
 from sweeps import markdown, number  # noqa: E402
 
 from vlmlab.analyse.combination import Combination, combinations  # noqa: E402
+from vlmlab.analyse.results import read_record  # noqa: E402
 from vlmlab.analyse.stats import Interval, counted, paired_difference  # noqa: E402
 from vlmlab.runs.cells_csv import read_cells  # noqa: E402
 from vlmlab.runs.files import write_atomic  # noqa: E402
@@ -89,7 +90,7 @@ def _claim(entry: Mapping[str, Any]) -> Claim:
 @cache
 def rows_of(folder: Path) -> dict[str, Combination]:
     """The compositions of an experiment's record by their labels, none where nothing is recorded."""
-    return {row.label: row for row in combinations([record(cell) for cell in read_cells(folder / "cells.csv")])}
+    return {row.label: row for row in combinations(read_record(folder / "cells.csv"))}
 
 
 def judged(claim: Claim, at: Path = HERE) -> Found:

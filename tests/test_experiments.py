@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from tests.test_conf import composed
 from vlmlab.analyse.combination import combinations
 from vlmlab.analyse.compare import compare
+from vlmlab.analyse.results import read_record
 from vlmlab.runs.cells_csv import CellsCsv, data_hash, overrides_of, read_cells
 from vlmlab.runs.config import config_hash, plain
 from vlmlab.runs.folder import RunFolder
@@ -170,7 +171,7 @@ def test_a_page_has_every_composition_and_comparison(tmp_path: Path) -> None:
                 metrics = {answer.METRIC: score + 0.01 * seed, answer.METRIC + "/lookup": 0.3}
                 run.finish(metrics, {"seconds": 3600.0, "visual_tokens": 36})
     CellsCsv(tmp_path / "cells.csv").add(sorted(tmp_path.glob("mask-*")))
-    rows = combinations([answer.record(row) for row in read_cells(tmp_path / "cells.csv")])
+    rows = combinations(read_record(tmp_path / "cells.csv"))
     compared = compare(rows, rows[0], answer.METRIC, single_answers=False)
     text = "\n".join(answer.page(rows, rows[0], compared, answer.METRIC))
     assert "| bidir | 3 | 0.510 ± 0.025 | - | 0.300 ± 0.000 |" in text
