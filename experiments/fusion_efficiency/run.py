@@ -140,19 +140,23 @@ def read() -> list[dict[str, str]]:
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
+HEAD = (
+    "fusion", "images", "text", "visual tokens in the sequence", "added parameters", "encoder TFLOP",
+    "before the first token, TFLOP", "against concat", "without the encoder", f"answer of {ANSWER} tokens",
+    "a token, GFLOP", "kept, MB", "against concat ", "weights, GB", "weights and peak",
+)  # fmt: skip
+
+
 def page(found: Sequence[dict[str, str]]) -> list[str]:
     """A table for each LM and setting, every row against ``concat`` with the same prompt."""
     base = {key_of(row): row for row in found if row["fusion"] == "concat"}
-    head = ["fusion", "images", "text", "visual tokens in the sequence", "added parameters", "encoder TFLOP",
-            "before the first token, TFLOP", "against concat", "without the encoder", f"answer of {ANSWER} tokens",
-            "a token, GFLOP", "kept, MB", "against concat ", "weights, GB", "weights + peak,\nagainst concat"]  # fmt: skip
     lines: list[str] = []
     for setting in SETTINGS:
         for lm in setting.lms:
             chosen = [row for row in found if (row["setting"], row["lm"]) == (setting.name, lm)]
             if chosen:
                 told = f"**{setting.name}, {LMS[lm]} and SigLIP-So400m**"
-                lines += [told, "", *markdown(head, [_cells(row, base) for row in chosen]), ""]
+                lines += [told, "", *markdown(HEAD, [_cells(row, base) for row in chosen]), ""]
     return lines[:-1]
 
 
