@@ -1,7 +1,7 @@
 """What an answer costs under each fusion, at real size: ``python experiments/fusion_efficiency/run.py --help``.
 
 Nothing is loaded or trained: every composition is built without weights and a prompt is sent through it
-(``vlmlab cost``). Writes ``table.csv``, and what stands between the two marks of ``README.md`` and the figure from that.
+(``vlmlab cost``). Writes ``table.csv``; and from that the figure, and the tables of ``README.md``.
 """
 
 from __future__ import annotations

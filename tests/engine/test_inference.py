@@ -10,6 +10,7 @@ from tests.plan.test_fusion_flops import Sizes, gated_block, lavi_norm, lavi_onc
 from tests.plan.test_plan import batch, entered
 from tests.test_conf import composed
 
+from vlmlab.contracts.errors import UserError
 from vlmlab.engine.cost import answering, counted
 from vlmlab.engine.inference import Reading, answer_cost, read
 from vlmlab.plan.inference import InferenceCost, inference_costs
@@ -20,8 +21,8 @@ TEXT = 80
 """Of ``test_fusion_flops``, whose formulas count so many text tokens."""
 
 
-def planned(tokens: int, *overrides: str) -> InferenceCost:
-    return inference_costs(composed(*overrides), [(1, tokens)])[0]
+def planned(tokens: int, *overrides: str, images: int = 1) -> InferenceCost:
+    return inference_costs(composed(*overrides), [(images, tokens)])[0]
 
 
 def really(*overrides: str) -> tuple[Any, Reading]:
@@ -101,6 +102,11 @@ def test_without_weights_the_counts_are_the_same(fusion: str) -> None:
 def test_adapters_are_added_weights() -> None:
     plain, adapted = (planned(8, *more) for more in ((), ("adapter=lora",)))
     assert 0 < adapted.added - plain.added == adapted.params - plain.params
+
+
+def test_a_prompt_is_bounded() -> None:
+    with pytest.raises(UserError, match="images=0 and tokens=32769 make a prompt of 32,769; at most 32,768"):
+        planned(32_769, "fusion=none", images=0)
 
 
 def test_half_precision_keeps_half_the_bytes() -> None:
