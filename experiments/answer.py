@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from sweeps import markdown, number  # noqa: E402  # first: it finds the package
+from sweeps import markdown, number, with_page  # noqa: E402  # first: it finds the package
 
 from vlmlab.analyse.combination import Combination, combinations, short_names  # noqa: E402
 from vlmlab.analyse.compare import Comparison, chosen_row, compare, races, reach, row_look  # noqa: E402
@@ -27,7 +27,6 @@ from vlmlab.runs.files import write_atomic  # noqa: E402
 from vlmlab.runs.looks_csv import NAME as LOOKS  # noqa: E402
 from vlmlab.runs.looks_csv import Look, read_looks  # noqa: E402
 
-BEGIN, END = "<!-- from cells.csv -->", "<!-- /from cells.csv -->"
 METRIC = "world_test/vqa_accuracy"
 BESIDE = ("/shuffled", "/lookup")
 
@@ -57,7 +56,7 @@ def main() -> int:
     lines += [line for until in given.until for line in seen.steps(rows, base, until)]
     lines += ["", f"![{given.curve} while they trained](curves.png)"] if seen.looks else []
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    text = with_page(readme, lines)
+    text = with_page(readme, lines, "cells.csv")
     if given.check:
         return int(text != readme)
     write_atomic(folder / "README.md", text)
@@ -121,13 +120,6 @@ def _look(text: str) -> tuple[str, bool, str]:
     if when not in ("first", "last") or not stage or not name:
         raise UserError(f"--look {text} names no look; write <stage>:first:<name> or <stage>:last:<name>")
     return stage, when == "last", name
-
-
-def with_page(readme: str, lines: Sequence[str]) -> str:
-    """The file with these lines between its marks."""
-    before, _, rest = readme.partition(BEGIN)
-    after = rest.partition(END)[2]
-    return "\n".join([before + BEGIN, "", *lines, "", END]) + after
 
 
 def page(rows: Sequence[Combination], base: Combination, compared: Sequence[Comparison], metric: str) -> list[str]:

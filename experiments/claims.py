@@ -19,8 +19,8 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from answer import METRIC, with_page  # noqa: E402  # first: it finds the package
-from sweeps import markdown, number  # noqa: E402
+from answer import METRIC  # noqa: E402  # first: it finds the package
+from sweeps import markdown, number, with_page  # noqa: E402
 
 from vlmlab.analyse.combination import Combination, combinations  # noqa: E402
 from vlmlab.analyse.results import read_record  # noqa: E402
@@ -159,7 +159,7 @@ def main() -> int:
         print(f"{folder}/cells.csv has no cell yet; train: python train.py -m +experiment={OWN}")
         return 1
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    text = with_page(readme, page(read_claims(folder / "claims.yaml")))
+    text = with_page(readme, page(read_claims(folder / "claims.yaml")), "cells.csv")
     if given.check:
         return int(text != readme)
     write_atomic(folder / "README.md", text)

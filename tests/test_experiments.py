@@ -23,8 +23,10 @@ sys.path.insert(0, str(EXPERIMENTS))
 
 import answer  # noqa: E402  # scripts beside the package
 import claims  # noqa: E402
+import sweeps  # noqa: E402
 
 CONF = EXPERIMENTS.parent / "conf"
+BEGIN, END = "<!-- from cells.csv -->", "<!-- /from cells.csv -->"
 RECORDED = sorted(EXPERIMENTS.glob("*/cells.csv"))
 NAMES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 COMMAND = re.compile(r"^    python experiments/((?:answer|claims)\.py.*)$", re.MULTILINE)
@@ -37,11 +39,11 @@ def test_every_experiment_has_a_page(name: str) -> None:
     assert f"    python train.py -m +experiment={name}\n" in readme and "**Question.**" in readme
     command = COMMAND.search(readme)
     assert command is not None and shlex.split(command[1])[:2] in (["answer.py", name], ["claims.py"])
-    assert readme.count(answer.BEGIN) == readme.count(answer.END) == 1
+    assert readme.count(BEGIN) == readme.count(END) == 1
     recorded = (EXPERIMENTS / name / "cells.csv").is_file()
     assert recorded != ("**Not run yet**" in readme)
     if not recorded:
-        assert not readme.partition(answer.BEGIN)[2].partition(answer.END)[0].strip()
+        assert not readme.partition(BEGIN)[2].partition(END)[0].strip()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -141,7 +143,7 @@ def test_a_page_has_what_cells_saw_while_they_trained(tmp_path: Path, monkeypatc
                     run.log({"stage": "one", "step": 10 * step, **looked})
                 run.finish({answer.METRIC: 0.5 + 0.1 * seed}, {"seconds": 36.0})
     CellsCsv(folder / "cells.csv").add(sorted(tmp_path.glob("mask-*")))
-    (folder / "README.md").write_text(f"# x\n\n{answer.BEGIN}\n\n{answer.END}\n")
+    (folder / "README.md").write_text(f"# x\n\n{BEGIN}\n\n{END}\n")
     monkeypatch.setattr(answer, "HERE", tmp_path)
     words = ["answer.py", "x", "--baseline", "bidir", "--look", "one:last:held_out/loss", "--until", "held_out/gap>0.4"]
     monkeypatch.setattr(sys, "argv", words)
@@ -177,5 +179,5 @@ def test_a_page_has_every_composition_and_comparison(tmp_path: Path) -> None:
     assert "| bidir | 3 | 0.510 ± 0.025 | - | 0.300 ± 0.000 |" in text
     assert "| causal | 3 | -0.100 |" in text and "not distinguishable" in text
     assert "With 3 seeds and 1 comparison nothing can be significant" in text and "6 cells, 6.00 hours" in text
-    page = answer.with_page(f"before\n{answer.BEGIN}\nold\n{answer.END}\nafter\n", ["new"])
-    assert page == f"before\n{answer.BEGIN}\n\nnew\n\n{answer.END}\nafter\n"
+    page = sweeps.with_page(f"before\n{BEGIN}\nold\n{END}\nafter\n", ["new"], "cells.csv")
+    assert page == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
