@@ -170,6 +170,14 @@ def test_gated_cross_attention(mlp: str, every: int) -> None:
     agree(found, z.encoder() + z.connector() + gated_block(z, z.d, mlp) * (layers // every) + lm)
 
 
+@pytest.mark.parametrize("sublayers", ["both", "attention", "mlp"])
+def test_visual_experts_compute_what_the_lm_did(sublayers: str) -> None:
+    """With copies of all of them a position goes through as many linear maps as before."""
+    found, trainee = found_and_trainee(3, "fusion=visual_expert", f"fusion.sublayers={sublayers}")
+    z = Sizes.of(trainee.model)
+    agree(found, z.encoder() + z.connector() + z.layer(z.n + TEXT) * z.text.num_hidden_layers + z.head())
+
+
 def test_a_frozen_lm_is_gone_back_through_from_the_first_block_on() -> None:
     """Below the block of the fourth layer nothing wants a gradient."""
     found, trainee = found_and_trainee(0, "fusion=gated_xattn", "fusion.every=4")

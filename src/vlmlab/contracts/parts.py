@@ -191,7 +191,8 @@ class Mask(Protocol):
     """Who may look at whom: ``(layout, q) -> (B, Q, S)`` bool for the query positions ``q (Q,)``; never of labels.
 
     A class may declare, as constants of its body: `shows_prompt`, under it a word of the prompt depends on later ones,
-    so that no stage can learn the prompt; `leaks`, it breaks the leak rule on purpose and nothing can be trained.
+    so that no stage can learn the prompt; `leaks`, it breaks the leak rule on purpose and nothing can be trained;
+    `visual_alone`, a visual position sees itself alone, so that no weight of its query can learn.
     """
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
@@ -216,6 +217,9 @@ class Fusion(nn.Module, ABC):
     ``features`` changes what the encoder saw before the connector reads it, ``embed`` puts tokens into the sequence,
     ``memory`` hands something to the blocks that ``attach`` has put at the ports of the LM's layers. They are called in
     this order for every batch, also for one without an image, and keep nothing from one batch to the next.
+
+    A class may declare, as a constant of its body, `visual_queries`: weights of its own make the queries of visual
+    positions, unless its key `sublayers` is "mlp".
 
     Attributes:
         reads: what it is given: the connector's tokens, or nothing at all.

@@ -211,6 +211,34 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class Split:
+    """The positions (B, S) in two kinds: those that a fusion computes in its own way, and the others.
+
+    Attributes:
+        own: (B, S) bool: those that a fusion computes in its own way.
+        here: (V,) their indices among all B * S.
+        rest: (B * S - V,) those of the others.
+        back: (B * S,) where each position stands in [here; rest].
+        rows: (B, R) indices within a row of the others, then of its own; R is the most others of any row.
+    """
+
+    own: Tensor
+    here: Tensor
+    rest: Tensor
+    back: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, own: Tensor) -> Split:
+        """By what is a fusion's own (B, S)."""
+        flat = own.flatten()
+        order = (~flat).long().argsort(stable=True)  # (B * S,)
+        count, most = int(flat.sum()), int((~own).sum(1).max())
+        rows = own.long().argsort(dim=1, stable=True)[:, :most]  # (B, R)
+        return cls(own, order[:count], order[count:], order.argsort(), rows)
+
+
+@dataclass(frozen=True)
 class Memory:
     """What a fusion hands to the LM's layers.
 
@@ -218,11 +246,13 @@ class Memory:
         tensors: by name, each (I, ...): what the blocks read of every image, computed once for all layers and steps.
         sees: (B, S, I) bool: which images a position sees.
         slots: (B, J) the images of every row, ``Images.slots``.
+        split: which positions the fusion computes in its own way; None where it has no such.
     """
 
     tensors: dict[str, Tensor]
     sees: Tensor
     slots: Tensor
+    split: Split | None = None
 
 
 @dataclass(frozen=True)

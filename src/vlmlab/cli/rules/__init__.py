@@ -47,6 +47,7 @@ from vlmlab.cli.rules.vision import (
     instruction_is_learnt,
     leaking_mask,
     prompt_learnt_in_the_open,
+    queries_that_learn,
     text_to_mix,
 )
 from vlmlab.contracts.errors import UserError
@@ -133,6 +134,7 @@ STAGE_RULES: tuple[Rule, ...] = (
     loss_for_the_lm,
     prompt_learnt_in_the_open,
     instruction_is_learnt,
+    queries_that_learn,
     towers_to_adapt,
     nothing_to_adapt,
     layers_hold_the_adapter,
