@@ -181,6 +181,14 @@ def test_gated_cross_attention(mlp: str, every: int) -> None:
     agree(found, z.encoder() + z.connector() + gated_block(z, z.d, mlp) * (layers // every) + lm)
 
 
+@pytest.mark.parametrize("sublayers", ["both", "attention", "mlp"])
+def test_visual_experts_compute_what_the_lm_did(sublayers: str) -> None:
+    """With copies of all of them a position goes through as many linear maps as before."""
+    found, trainee = found_and_trainee(3, "fusion=visual_expert", f"fusion.sublayers={sublayers}")
+    z = Sizes.of(trainee.model)
+    agree(found, z.encoder() + z.connector() + z.layer(z.n + TEXT) * z.text.num_hidden_layers + z.head())
+
+
 def test_a_frozen_lm_is_gone_back_through_from_the_first_block_on() -> None:
     """Below the block of the fourth layer nothing wants a gradient."""
     found, trainee = found_and_trainee(0, "fusion=gated_xattn", "fusion.every=4")
@@ -196,6 +204,16 @@ def test_perceptual_weights() -> None:
     layers = z.text.num_hidden_layers
     lm = z.layer(TEXT) * layers + z.head()
     agree(found, z.encoder() + z.connector() + vlora(z, z.d // 2, layers, 2, 32) + lm)
+
+
+def test_experts() -> None:
+    """arXiv 2401.15947: in every second layer two networks a token, and the router."""
+    found, trainee = found_and_trainee(3, "fusion=moe")
+    z = Sizes.of(trainee.model)
+    s = z.n + TEXT
+    more = matrix(s, 3 * z.d * z.text.intermediate_size) + matrix(s, z.d * 4)
+    lm = z.layer(s) * z.text.num_hidden_layers + more * (z.text.num_hidden_layers // 2) + z.head()
+    agree(found, z.encoder() + z.connector() + lm)
 
 
 def test_emma_with_its_text_tower() -> None:

@@ -45,6 +45,7 @@ class SeveralFusion(Fusion):
         self.in_sequence = bool(within)
         self.starts_as = "nothing" if "nothing" in starts else chosen[within[0]].starts_as if within else "text_only"
         self.reads_text = any(part.reads_text for part in chosen.values())
+        self.regroups = any(part.regroups for part in chosen.values())
 
     def _each(self) -> list[Fusion]:
         return [part for part in self.parts.values() if isinstance(part, Fusion)]
@@ -81,6 +82,10 @@ class SeveralFusion(Fusion):
         _, part, own = name.split(".", 2)
         found = self.parts[part]
         return isinstance(found, Fusion) and found.waits(own)
+
+    def replaced(self) -> Sequence[nn.Module]:
+        """Those of all parts."""
+        return [module for part in self._each() for module in part.replaced()]
 
     def undecayed(self) -> Sequence[Tensor]:
         """Those of all parts."""

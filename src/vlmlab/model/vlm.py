@@ -101,12 +101,14 @@ class VLM(Parts):
         embeds = self.embed(batch, seen)  # (B, S, D)
         if in_step:
             embeds = self._in_step(embeds, seen)
-        states = self.lm.states(embeds, batch.layout, mask or self.mask, self.inside(batch, seen))  # (B, S, D)
+        inside = self.inside(batch, seen)
+        states = self.lm.states(embeds, batch.layout, mask or self.mask, inside)  # (B, S, D)
         chosen = batch.labels[:, 1:] != -100  # (B, S - 1)
         logits = self.lm.logits(states[:, :-1][chosen])  # (T, V)
         targets = batch.labels[:, 1:][chosen]
         seen = Seen() if alone else seen
-        return Outputs(logits=logits, targets=targets, seen=seen, states=states, embeds=embeds)
+        noted = {} if inside is None else inside.memories
+        return Outputs(logits=logits, targets=targets, seen=seen, states=states, embeds=embeds, memories=noted)
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, **options: Any) -> list[str]:
