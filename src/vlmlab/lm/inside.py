@@ -41,19 +41,22 @@ class Inside:
         layout: (B, Q) what these positions are.
         memories: what blocks read, by the key that they were put with; `sees` is (B, Q, I).
         with_image: (B, Q) bool: positions whose packed sample has an image.
+        start: how many positions are before these, in a cache.
     """
 
     layout: Layout
     memories: dict[str, Memory]
     with_image: Tensor
+    start: int = 0
 
     def at(self, positions: Tensor) -> Inside:
         """For some positions (Q,) of the rows; those behind the last are generated: text of the row's last sample."""
         last = self.layout.kind.shape[1] - 1
         known = positions.clamp(max=last)
-        layout = self.layout.extended(int(positions[-1]) + 1).at(positions)
+        start, end = int(positions[0]), int(positions[-1]) + 1
+        layout = self.layout.extended(end).at(positions)
         memories = self._seeing(lambda t: t[:, known], lambda t: t, lambda t: t[:, known] & (positions <= last))
-        return Inside(layout, memories, self.with_image[:, known])
+        return Inside(layout, memories, self.with_image[:, known], start)
 
     def repeated(self, times: int) -> Inside:
         """Every row `times` times in a row, as beams and several answers to one prompt stand."""
@@ -62,7 +65,7 @@ class Inside:
     def of(self, rows: Tensor) -> Inside:
         """For some rows (R,), in the given order; they may repeat."""
         memories = self._seeing(*[lambda t: t[rows]] * 3)
-        return Inside(self.layout.select(rows), memories, self.with_image[rows])
+        return Inside(self.layout.select(rows), memories, self.with_image[rows], self.start)
 
     def _seeing(self, sees: Change, slots: Change, own: Change) -> dict[str, Memory]:
         """The memories with other `sees`, `slots` and `split`, made once for all blocks that share them."""
@@ -198,12 +201,14 @@ class Lent:
         with_image: (B, Q) bool: positions whose packed sample has an image.
         memories: port -> what each block there reads, in their order; None where this batch has nothing for it.
         splits: port -> which positions are taken over there; None where nothing takes any in this batch.
+        start: how many positions are before these, in a cache.
     """
 
     layout: Layout
     with_image: Tensor
     memories: dict[str, list[Memory | None]]
     splits: dict[str, Split | None]
+    start: int
 
 
 class LayerPorts:
@@ -327,7 +332,7 @@ class LayerPorts:
             memories[where] = [inside.memories.get(key) for key, _ in site.blocks]
             taken = None if site.taken is None else inside.memories.get(site.taken[0])
             splits[where] = None if taken is None else taken.split
-        return Lent(inside.layout, inside.with_image, memories, splits)
+        return Lent(inside.layout, inside.with_image, memories, splits, inside.start)
 
 
 class Site:
@@ -441,12 +446,13 @@ def _without_queries(joined: nn.Linear, width: int, x: Tensor) -> Tensor:
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' attention by torch's fused kernels, without the queries that a fusion skips.
+    """Attention as transformers computes it by torch's fused kernels, without the queries that a fusion skips.
 
     Args:
         module: the layer's attention.
         query: (B, H, Q, dh).
-        key, value: (B, G, S, dh), the last Q of S being those of the queries.
+        key: (B, G, S, dh), with those of the queries' own positions behind what a cache had; static ones are longer.
+        value: likewise.
         attention_mask: (B, 1, Q, S), or None: causal.
         **kwargs: transformers' own.
 
@@ -456,14 +462,18 @@ def attend(
     split = module.site.split if isinstance(module, PortedAttention) else None
     if split is None or not len(split.here):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    now = module.site.ports.now  # type: ignore[union-attr]
+    assert now is not None
     (heads, count), rows = query.shape[1:3], split.rows  # (B, R)
-    place = rows + (key.shape[2] - count)
-    shown = torch.arange(key.shape[2], device=rows.device) <= place[..., None]  # (B, R, S)
+    start = min(now.start, key.shape[2] - count)  # a window may have dropped some
+    shown = torch.arange(key.shape[2], device=rows.device) <= (rows + start)[..., None]  # (B, R, S)
     if attention_mask is not None:
         shown = attention_mask[:, 0].gather(1, rows[..., None].expand(-1, -1, key.shape[2]))
     asked = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, query.shape[-1]))  # (B, H, R, dh)
     told, _ = sdpa_attention_forward(module, asked, key, value, shown[:, None], **kwargs)  # (B, R, H, dh)
-    own = value[:, :, -count:].repeat_interleave(heads // value.shape[1], 1).transpose(1, 2)  # (B, Q, H, dh)
+    own = (
+        value[:, :, start : start + count].repeat_interleave(heads // value.shape[1], 1).transpose(1, 2)
+    )  # (B, Q, H, dh)
     index = rows[..., None, None].expand_as(told)
     real = ~split.own.gather(1, rows)[..., None, None]
     return own.scatter(1, index, torch.where(real, told, own.gather(1, index))), None
