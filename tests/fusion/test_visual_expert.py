@@ -76,14 +76,14 @@ def test_a_text_is_answered_by_the_language_model_alone() -> None:
 
 
 def test_parameters_by_hand() -> None:
-    """q 32x32, k and v 32x16 each, with biases in Qwen2; o 32x32; three maps of 32x48; only k and v in the last layer."""
+    """q 32x32, k and v 32x16, with biases in Qwen2; o 32x32; three maps of 32x48; only k and v in the last layer."""
     attention, mlp, last = 2 * 32 * 32 + 32 + 2 * (32 * 16 + 16), 3 * 32 * 48, 2 * (32 * 16 + 16)
     sizes = {"both": 3 * (attention + mlp) + last, "attention": 3 * attention + last, "mlp": 3 * mlp}
     for sublayers, size in sizes.items():
         assert sum(p.numel() for p in expert(sublayers=sublayers).fusion.parameters()) == size
     every = expert(every=2).fusion
     assert sum(p.numel() for p in every.parameters()) == attention + mlp + last
-    assert list(every.state_dict())[0] == "experts.0.q.weight"
+    assert next(iter(every.state_dict())) == "experts.0.q.weight"
 
 
 def test_the_copies_are_the_fusions_own() -> None:

@@ -65,6 +65,11 @@ class Encoder(nn.Module, ABC):
     def hw(self) -> tuple[int, int]:
         """Rows and columns of the feature grid of one image."""
 
+    @property
+    def widths(self) -> list[int]:
+        """Widths of the grids that it returns, in their order; `width` is their sum."""
+        return [self.width]
+
     @abstractmethod
     def forward(self, pixels: Tensor) -> Visual:
         """What the tower sees."""
@@ -265,6 +270,10 @@ class Fusion(nn.Module, ABC):
             text: (I, T, Dt) states of the text tower for ``batch.asked``; None unless `reads_text`.
         """
         return visual
+
+    def read_by_connector(self, grids: int) -> int:
+        """How many of the encoder's `grids` the connector reads: so many of the last ones."""
+        return grids
 
     def embed(self, seen: Seen, embeds: Tensor, batch: Batch) -> Tensor:
         """(B, S, D) embeddings of the text -> (B, S, D)."""

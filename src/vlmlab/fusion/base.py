@@ -75,14 +75,14 @@ def check_words(**given: tuple[str, Any]) -> None:
             raise UserError(f"fusion.{key}={value} is unknown; choose {' or '.join(get_args(kind))}.")
 
 
-def chosen_layers(depth: int, every: int, layers: Sequence[int] | None) -> list[int]:
-    """Which of `depth` layers get a block: the last of every group of `every`, or those listed.
+def chosen_layers(depth: int, every: int, layers: Sequence[int] | None, at: str = "last") -> list[int]:
+    """Which of `depth` layers get a block: the "last" or the "first" of every whole group of `every`, or those listed.
 
     Raises:
         UserError: a layer that does not exist, or no layer at all.
     """
     if layers is None:
-        found = list(range(every - 1, depth, every)) if every > 0 else []
+        found = [k - (every - 1) * (at == "first") for k in range(every - 1, depth, every)] if every > 0 else []
         if not found:
             raise UserError(f"fusion.every={every} leaves no layer of {depth}; give a number from 1 to {depth}.")
         return found

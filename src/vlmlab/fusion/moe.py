@@ -120,7 +120,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, out: Tensor | None, *, layout: Layout, memory: Memory) -> Tensor:
         """(B, Q, D) -> (B, Q, D); notes p (B, Q, E) as "router"."""
         flat = x.flatten(0, 1)  # (T, D)
-        p = self.router(flat).float().softmax(-1)  # (T, E)
+        p = self.router(flat).softmax(-1, dtype=torch.promote_types(flat.dtype, torch.float32))  # (T, E)
         memory.notes["router"] = p.unflatten(0, x.shape[:2])
         weight, chosen = p.topk(self.top)  # (T, k) both
         if self.training and self.capacity is not None:

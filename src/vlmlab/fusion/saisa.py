@@ -16,7 +16,7 @@ from vlmlab.lm.inside import nothing, open_ports
 
 
 class SaisaFusion(InSequence):
-    """Before each layer the states of visual positions are W_2 gelu(W_1 v) of the connector's tokens v, the layer's own.
+    """Before each layer visual positions have the states W_2 gelu(W_1 v), v the connector's tokens, W the layer's own.
 
     Text looks at them as ever; they themselves ask nothing, and their attention output and MLP are not computed, since
     the next layer overwrites them. So a visual token costs a layer its keys, its values and that projection. SAISA
@@ -75,10 +75,8 @@ class SaisaFusion(InSequence):
         shared = beside(batch, batch.layout.visual)
         made: dict[str, Memory] = {}
         for k, project in enumerate(self.projections):
-            within = (
-                k or self.every > 1
-            )  # the first projection is of the first layer alone, which finds it in the sequence
-            made[f"{self.key}.{k}"] = replace(shared, tensors={"states": project(tokens)}) if within else shared
+            in_layers = k or self.every > 1  # the first layer finds its states in the sequence
+            made[f"{self.key}.{k}"] = replace(shared, tensors={"states": project(tokens)}) if in_layers else shared
         return made
 
 

@@ -67,6 +67,10 @@ class SeveralFusion(Fusion):
             visual = part.features(visual, batch, text)
         return visual
 
+    def read_by_connector(self, grids: int) -> int:
+        """The fewest that a part leaves to it."""
+        return min(part.read_by_connector(grids) for part in self._each())
+
     def embed(self, seen: Seen, embeds: Tensor, batch: Batch) -> Tensor:
         """Through each part, (B, S, D)."""
         for part in self._each():

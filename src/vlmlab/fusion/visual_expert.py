@@ -74,7 +74,7 @@ class VisualExpert(InSequence):
                 self.experts.append(self._beside(ports[layer], wanted))
         if not len(self.experts):
             raise UserError(
-                "fusion.sublayers=mlp in the LM's last layer alone reaches no word; name an earlier one in fusion.layers."
+                "fusion.sublayers=mlp in the LM's last layer alone reaches no word; name an earlier one, too."
             )
 
     def _beside(self, ports: LayerPorts, wanted: list[str]) -> nn.ModuleDict:

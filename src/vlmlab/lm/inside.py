@@ -31,6 +31,8 @@ from vlmlab.contracts.tensors import Layout, Memory, Split
 
 Block = Callable[..., Tensor]
 Change = Callable[[Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Queries (B, H, Q, dh), keys and values (B, G, K, dh), who sees whom or None (causal) -> (B, Q, H, dh)."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,25 @@ class Inside:
         layout: (B, Q) what these positions are.
         memories: what blocks read, by the key that they were put with; `sees` is (B, Q, I).
         with_image: (B, Q) bool: positions whose packed sample has an image.
+        start: how many positions are before these, in a cache.
+        before: (B, start + Q) what those are and these; None where none are before.
     """
 
     layout: Layout
     memories: dict[str, Memory]
     with_image: Tensor
+    start: int = 0
+    before: Layout | None = None
 
     def at(self, positions: Tensor) -> Inside:
         """For some positions (Q,) of the rows; those behind the last are generated: text of the row's last sample."""
         last = self.layout.kind.shape[1] - 1
         known = positions.clamp(max=last)
-        layout = self.layout.extended(int(positions[-1]) + 1).at(positions)
+        start, end = int(positions[0]), int(positions[-1]) + 1
+        layout = self.layout.extended(end)
         memories = self._seeing(lambda t: t[:, known], lambda t: t, lambda t: t[:, known] & (positions <= last))
-        return Inside(layout, memories, self.with_image[:, known])
+        before = layout.at(torch.arange(end, device=positions.device)) if start else None
+        return Inside(layout.at(positions), memories, self.with_image[:, known], start, before)
 
     def repeated(self, times: int) -> Inside:
         """Every row `times` times in a row, as beams and several answers to one prompt stand."""
@@ -62,7 +70,8 @@ class Inside:
     def of(self, rows: Tensor) -> Inside:
         """For some rows (R,), in the given order; they may repeat."""
         memories = self._seeing(*[lambda t: t[rows]] * 3)
-        return Inside(self.layout.select(rows), memories, self.with_image[rows])
+        before = None if self.before is None else self.before.select(rows)
+        return Inside(self.layout.select(rows), memories, self.with_image[rows], self.start, before)
 
     def _seeing(self, sees: Change, slots: Change, own: Change) -> dict[str, Memory]:
         """The memories with other `sees`, `slots` and `split`, made once for all blocks that share them."""
@@ -200,12 +209,16 @@ class Lent:
         with_image: (B, Q) bool: positions whose packed sample has an image.
         memories: port -> what each block there reads, in their order; None where this batch has nothing for it.
         splits: port -> which positions are taken over there; None where nothing takes any in this batch.
+        before: (B, K) what its keys are, from the row's first position on.
+        start: how many positions are before these, in a cache.
     """
 
     layout: Layout
     with_image: Tensor
     memories: dict[str, list[Memory | None]]
     splits: dict[str, Split | None]
+    start: int
+    before: Layout
 
 
 class LayerPorts:
@@ -233,7 +246,11 @@ class LayerPorts:
             norm.*           the norm's input, the same normalised without scale and shift, and its output, all
                              (B, Q, D), and gives the output that takes its place;
             linear.*         the map's input (B, Q, Din) and output (B, Q, Dout), and gives the output;
-            mlp              the same of the whole feed-forward network.
+            mlp              the same of the whole feed-forward network;
+            attention        what gives (B, Q, H, dh) of the four tensors that follow, which are queries (B, H, Q, dh),
+                             keys and values (B, G, K, dh) of all positions so far, and who sees whom, (B, 1, Q, K) bool
+                             or None: causal; with the keywords `scale` of the scores and `keys`, the layout of all
+                             positions so far, and gives (B, Q, H, dh). A later block stands around an earlier one.
 
         Args:
             where: name of the port.
@@ -244,10 +261,12 @@ class LayerPorts:
         Raises:
             UserError: the family has no such port, or another fusion stands instead of the network.
         """
-        if where in self.paths:
+        if where == "attention":
+            where = self._attention().where
+        elif where in self.paths:
             self._site(where)
         elif where not in ("before", "after"):
-            names = ", ".join(["before", "after", *self.paths])
+            names = ", ".join(["before", "after", "attention", *self.paths])
             raise UserError(f"lm: this family has no port {where}; choose from {names}.")
         site = self.sites[where]
         if instead and site.instead:
@@ -294,12 +313,7 @@ class LayerPorts:
         Raises:
             UserError: another fusion computes these queries itself.
         """
-        attention: Any = _standing(self.layer, ATTENTION)[0]
-        site = self.sites.setdefault(ATTENTION, Site(self, ATTENTION))
-        if not isinstance(attention, Ported):
-            attention.__class__ = _with_ports(attention, PortedAttention)
-            attention.site = site
-        self._take(site, None, key)
+        self._take(self._attention(), None, key)
         width = self.linear("linear.o").in_features
         if "linear.q" in self.paths:
             self.take_over("linear.q", partial(nothing, width), key)
@@ -315,6 +329,15 @@ class LayerPorts:
         if site.taken is not None:
             raise UserError(f"fusion: two of several fusions take over {site.where}; leave one of them out.")
         site.taken = key, map
+
+    def _attention(self) -> Site:
+        """What stands at the layer's attention, whose class has ports from here on."""
+        attention: Any = _standing(self.layer, ATTENTION)[0]
+        site = self.sites.setdefault(ATTENTION, Site(self, ATTENTION))
+        if not isinstance(attention, Ported):
+            attention.__class__ = _with_ports(attention, PortedAttention)
+            attention.site = site
+        return site
 
     def _site(self, where: str) -> Site:
         """What stands at a norm or linear map, whose class has ports from here on."""
@@ -345,7 +368,8 @@ class LayerPorts:
             memories[where] = [inside.memories.get(key) for key, _ in site.blocks]
             taken = None if site.taken is None else inside.memories.get(site.taken[0])
             splits[where] = None if taken is None else taken.split
-        return Lent(inside.layout, inside.with_image, memories, splits)
+        before = inside.layout if inside.before is None else inside.before
+        return Lent(inside.layout, inside.with_image, memories, splits, inside.start, before)
 
 
 class Site:
@@ -398,6 +422,16 @@ class Site:
                 if memory is not None:
                     out = block(*given, out, layout=now.layout, memory=memory)
         return out
+
+    def around(self, plain: Attend, scale: float) -> Attend:
+        """A layer's attention with the blocks that have a memory in this call around it."""
+        now, found = self.ports.now, plain
+        if now is not None:
+            for (_, block), memory in zip(self.blocks, now.memories[self.where], strict=True):
+                if memory is not None:
+                    given = {"scale": scale, "layout": now.layout, "keys": now.before, "memory": memory}
+                    found = partial(block, found, **given)
+        return found
 
 
 class PortedLayer(nn.Module):
@@ -462,32 +496,59 @@ def _without_queries(joined: nn.Linear, width: int, x: Tensor) -> Tensor:
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' attention by torch's fused kernels, without the queries that a fusion skips.
+    """Attention as transformers computes it by torch's fused kernels, with blocks around it.
 
     Args:
         module: the layer's attention.
         query: (B, H, Q, dh).
-        key, value: (B, G, S, dh), the last Q of S being those of the queries.
+        key: (B, G, S, dh), with those of the queries' own positions behind what a cache had; static ones are longer.
+        value: likewise.
         attention_mask: (B, 1, Q, S), or None: causal.
         **kwargs: transformers' own.
 
     Returns:
         (B, Q, H, dh), and no scores.
     """
-    split = module.site.split if isinstance(module, PortedAttention) else None
-    if split is None or not len(split.here):
+    if not isinstance(module, PortedAttention):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    plain = partial(_attend, module, kwargs)
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    return module.site.around(plain, scale)(query, key, value, attention_mask), None
+
+
+def _attend(
+    module: PortedAttention, kwargs: dict[str, Any], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Tensor:
+    """(B, Q, H, dh): the same without blocks, and without the queries that a fusion skips."""
+    split, now = module.site.split, module.site.ports.now
+    if split is None or now is None or not len(split.here):
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
     (heads, count), rows = query.shape[1:3], split.rows  # (B, R)
-    place = rows + (key.shape[2] - count)
-    shown = torch.arange(key.shape[2], device=rows.device) <= place[..., None]  # (B, R, S)
-    if attention_mask is not None:
-        shown = attention_mask[:, 0].gather(1, rows[..., None].expand(-1, -1, key.shape[2]))
+    start = min(now.start, key.shape[2] - count)  # a window may have dropped some
+    shown = torch.arange(key.shape[2], device=rows.device) <= (rows + start)[..., None]  # (B, R, S)
+    if mask is not None:
+        shown = mask[:, 0].gather(1, rows[..., None].expand(-1, -1, key.shape[2]))
     asked = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, query.shape[-1]))  # (B, H, R, dh)
     told, _ = sdpa_attention_forward(module, asked, key, value, shown[:, None], **kwargs)  # (B, R, H, dh)
-    own = value[:, :, -count:].repeat_interleave(heads // value.shape[1], 1).transpose(1, 2)  # (B, Q, H, dh)
+    own = value[:, :, start : start + count].repeat_interleave(heads // value.shape[1], 1)
+    own = own.transpose(1, 2)  # (B, Q, H, dh)
     index = rows[..., None, None].expand_as(told)
     real = ~split.own.gather(1, rows)[..., None, None]
-    return own.scatter(1, index, torch.where(real, told, own.gather(1, index))), None
+    return own.scatter(1, index, torch.where(real, told, own.gather(1, index)))
+
+
+def shown(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """Who sees whom, (B or 1, 1, Q, K) bool, also where no mask says so: causal then, with no key ahead."""
+    if mask is not None:
+        return mask
+    count, keys = query.shape[2], key.shape[2]
+    return torch.ones(1, 1, count, keys, dtype=torch.bool, device=query.device).tril(keys - count)
+
+
+def of_keys(field: Tensor, count: int) -> Tensor:
+    """(B, N) of all positions so far -> (B, K) of a layer's keys: under a window the last ones; 0 where none is yet."""
+    field = field[:, max(0, field.shape[1] - count) :]
+    return F.pad(field, (0, count - field.shape[1]))
 
 
 def normalised(norm: nn.Module, states: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ class VLM(Parts):
             return Seen()
         visual = self.cache(self.encoder, batch.pixels)
         visual = self.fusion.features(visual, batch, self._asked(batch))
-        return Seen(visual, self.connector(visual, batch.instructions() if self.connector.reads_instruction else None))
+        read = replace(visual, grids=visual.grids[-self.fusion.read_by_connector(len(visual.grids)) :])
+        return Seen(visual, self.connector(read, batch.instructions() if self.connector.reads_instruction else None))
 
     def _asked(self, batch: Batch) -> Tensor | None:
         """(I, T, Dt) what the user says to each image, as the encoder's text tower reads it."""
