@@ -59,7 +59,7 @@ class Inside:
         known = positions.clamp(max=last)
         start, end = int(positions[0]), int(positions[-1]) + 1
         layout = self.layout.extended(end)
-        memories = self._seeing(lambda t: t[:, known], lambda t: t, lambda t: t[:, known] & (positions <= last))
+        memories = self.changed(lambda t: t[:, known], lambda t: t, lambda t: t[:, known] & (positions <= last))
         before = layout.at(torch.arange(end, device=positions.device)) if start else None
         return Inside(layout.at(positions), memories, self.with_image[:, known], start, before)
 
@@ -69,12 +69,12 @@ class Inside:
 
     def of(self, rows: Tensor) -> Inside:
         """For some rows (R,), in the given order; they may repeat."""
-        memories = self._seeing(*[lambda t: t[rows]] * 3)
+        memories = self.changed(*[lambda t: t[rows]] * 3)
         before = None if self.before is None else self.before.select(rows)
         return Inside(self.layout.select(rows), memories, self.with_image[rows], self.start, before)
 
-    def _seeing(self, sees: Change, slots: Change, own: Change) -> dict[str, Memory]:
-        """The memories with other `sees`, `slots` and `split`, made once for all blocks that share them."""
+    def changed(self, sees: Change, slots: Change, own: Change) -> dict[str, Memory]:
+        """The memories with other `sees`, `slots` and ``split.own``, made once for all blocks that share them."""
         once: dict[int, Any] = {id(None): None}
         for memory in self.memories.values():
             if id(memory.sees) not in once:
