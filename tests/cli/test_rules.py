@@ -341,14 +341,33 @@ def test_what_reads_visual_tokens_in_the_sequence_has_some(target: str) -> None:
     passes({"fusion": several | {"parts": {"a": inside, "b": {"_target_": "somebody.elses.Fusion"}}}, **objective})
 
 
+def test_experts_that_are_balanced_are_there() -> None:
+    objective = of_align(LM["_target_"], "vlmlab.objective.balance.ExpertBalance")
+    said = "objective=balance, which reads how experts are chosen, and fusion=concat has none; use fusion=moe"
+    assert said in refused(objective)
+    several = {"_target_": "vlmlab.fusion.several.SeveralFusion", "parts": {"a": FUSIONS["moe"]}}
+    for fusion in (FUSIONS["moe"], several, {"_target_": "somebody.elses.Fusion"}):
+        passes({"fusion": fusion, **objective})
+
+
 def test_a_prompt_that_is_learnt_is_not_read_by_the_fusion() -> None:
     passes({}, {"fusion": "emma"})
     assert "learns the words of the prompt, which fusion=emma reads" in refused(TEXT, {"fusion": "emma"})
 
 
+def test_queries_of_visual_positions_decide_something() -> None:
+    alone = {"mask": {"_target_": "vlmlab.mask.visual_self_only.VisualSelfOnly"}}
+    trained = alone | {"recipe.stages.tune.train": {"connector": 1e-3, "fusion": 1e-3}}
+    said = refused(trained, {"fusion": "visual_expert"})
+    assert "under mask=visual_self_only they decide nothing; choose another mask, or fusion.sublayers=mlp" in said
+    passes(trained | {"fusion": FUSIONS["visual_expert"] | {"sublayers": "mlp"}}, {"fusion": "visual_expert"})
+    passes(alone, {"fusion": "visual_expert"})  # they stay as they are
+    passes(trained)
+
+
 DECLARED = {
-    "mask": ("leaks", "shows_prompt"),
-    "fusion": ("reads", "in_sequence", "reads_text"),
+    "mask": ("leaks", "shows_prompt", "visual_alone"),
+    "fusion": ("reads", "in_sequence", "reads_text", "visual_queries"),
     "objective": ("per_micro_batch", "pairs", "reads_images", "reads_sequence", "reads_text_side", "reaches_lm"),
     "encoder": ("has_tower", "one_tower", "has_text"),
     "adapter": ("lm_only", "one_tower", "in_layers"),

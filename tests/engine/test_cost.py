@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.plan.test_fusion_flops import ANSWERED, ASKED, TEXT, Sizes, emma, gated_block, lavi_norm, lavi_once
+from tests.plan.test_fusion_flops import ANSWERED, ASKED, TEXT, Sizes, emma, gated_block, lavi_norm, lavi_once, skipping
 from tests.plan.test_plan import batch, entered
 from tests.test_conf import composed
 
@@ -14,7 +14,9 @@ from vlmlab.plan.plan import Shape
 from vlmlab.recipe.stage import parse
 
 
-@pytest.mark.parametrize(("fusion", "visual"), [("concat", 16), ("lavi", 0), ("gated_xattn", 0), ("emma", 16)])
+@pytest.mark.parametrize(
+    ("fusion", "visual"), [("concat", 16), ("lavi", 0), ("gated_xattn", 0), ("emma", 16), ("composite", 16)]
+)
 def test_a_sample_of_every_fusion(fusion: str, visual: int) -> None:
     cfg = composed(f"fusion={fusion}")
     stage = parse(cfg)[3]
@@ -30,6 +32,8 @@ def test_a_sample_of_every_fusion(fusion: str, visual: int) -> None:
         wanted += lavi_once(z, z.d // 2) + lavi_norm(z, z.d // 2, "attention") * (2 * layers)
     elif fusion == "gated_xattn":
         wanted += gated_block(z, z.d, "gelu") * layers
+    elif fusion == "composite":
+        wanted = z.encoder() + z.connector() + skipping(z, visual + TEXT) * layers + z.head()
     elif fusion == "emma":
         read, mixed = emma(z, model.text)
         wanted += read + mixed

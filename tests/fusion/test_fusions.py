@@ -33,7 +33,9 @@ from vlmlab.mask.bidir import Bidirectional
 from vlmlab.model.vlm import VLM
 
 NAMES = [path.stem for path in tiny.choices("fusion")]
-SEEING = [name for name in NAMES if name != "none"]
+SETTINGS = ["flamingo", "idefics", "mllama", "nvlm_x"]
+"""Settings of ``gated_xattn``, whose way it is with all else; what they say of themselves is held to."""
+SEEING = [name for name in NAMES if name not in ("none", *SETTINGS)]
 FAMILIES: dict[str, Callable[[], Path]] = {"qwen2": tiny.qwen2, "llama": tiny.llama, "gemma3": tiny.gemma3}
 EVERY = [(name, family) for name in SEEING for family in FAMILIES]
 
@@ -71,6 +73,11 @@ def loss(model: VLM, batch: Batch) -> Tensor:
     return torch.nn.functional.cross_entropy(outputs.logits, outputs.targets)
 
 
+def equal(model: VLM, a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, or up to rounding where the fusion says so."""
+    return tiny.worst(a, b) < 1e-5 if model.fusion.regroups else torch.equal(a, b)
+
+
 def answers(batch: Batch, row: int, segment: int = 0) -> list[int]:
     """Places in ``Outputs.logits`` of the supervised tokens of one packed sample."""
     told = batch.labels[:, 1:] != -100
@@ -97,7 +104,7 @@ def test_declarations(name: str) -> None:
     assert {id(p) for p in fusion.undecayed()} <= {id(p) for p in fusion.parameters()}
 
 
-@pytest.mark.parametrize(("name", "family"), [*EVERY, ("none", "qwen2")])
+@pytest.mark.parametrize(("name", "family"), [*EVERY, *((name, "qwen2") for name in ("none", *SETTINGS))])
 @torch.no_grad()
 def test_it_starts_as_it_says(name: str, family: str) -> None:
     model = built(name, family)
@@ -109,7 +116,7 @@ def test_it_starts_as_it_says(name: str, family: str) -> None:
     for pack in (None, 1000):
         ours, theirs = (collator(m, pack_length=pack)(SAMPLES) for m in (model, twin))
         assert torch.equal(ours.input_ids, theirs.input_ids)
-        assert torch.equal(model(ours).logits, twin(theirs).logits)
+        assert equal(model, model(ours).logits, twin(theirs).logits)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,13 +126,17 @@ def test_with_no_image_it_starts_as_the_language_model(name: str) -> None:
     batch = collator(model)([TEXT_ONLY])
     lm = HfLanguageModel(str(tiny.qwen2())).eval()
     want = lm.model(input_ids=batch.input_ids, attention_mask=batch.layout.valid.long()).logits
-    assert torch.equal(model(batch).logits, want[:, :-1][batch.labels[:, 1:] != -100])
+    assert equal(model, model(batch).logits, want[:, :-1][batch.labels[:, 1:] != -100])
 
 
 # -- what learns -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SEEING)
+def test_settings_are_those_of_one_fusion() -> None:
+    assert {described(name)._target_ for name in SETTINGS} == {described("gated_xattn")._target_}
+
+
+@pytest.mark.parametrize("name", [*SEEING, *SETTINGS])
 def test_the_weights_with_a_gradient_are_those_it_lists(name: str) -> None:
     model = built(name)
     batch = collator(model)(SAMPLES)
@@ -133,7 +144,10 @@ def test_the_weights_with_a_gradient_are_those_it_lists(name: str) -> None:
     for step in (0, 1):
         model.zero_grad()
         loss(model, batch).backward()
-        still = {n for n, p in model.fusion.named_parameters() if p.grad is None or not p.grad.any()}
+        least = 1e-7 if model.fusion.regroups else 0.0  # rounding
+        still = {n for n, p in model.fusion.named_parameters() if p.grad is None or p.grad.abs().max() <= least}
+        if model.fusion.has_experts:  # one that no token has chosen
+            still = {n for n in still if ".experts." not in n}
         waiting = {n for n, _ in model.fusion.named_parameters() if model.fusion.waits(n)}
         assert still == (waiting if step == 0 else set()), f"step {step}"
         if optimizer is not None:
@@ -201,8 +215,8 @@ def test_another_image_in_one_packed_sample_changes_no_bit_of_another(name: str,
         after = model(replace(batch, pixels=pixels)).logits
         own = answers(batch, 0, segment)
         others = [i for i in range(len(before)) if i not in own]
-        assert torch.equal(before[others], after[others])
-        assert tiny.worst(before[own], after[own]) > 1e-5
+        assert equal(model, before[others], after[others])
+        assert tiny.worst(before[own], after[own]) > 1e-4
 
 
 @pytest.mark.parametrize("name", SEEING)
@@ -216,7 +230,7 @@ def test_images_of_later_turns_do_not_reach_earlier_answers(name: str) -> None:
         before, after = model(batch).logits, model(replace(batch, pixels=pixels)).logits
         told = int(batch.labels[0, 1:].ne(-100).nonzero()[0]) + 1
         end = told + int(batch.labels[0, told:].eq(-100).nonzero()[0]) - told
-        assert torch.equal(before[:end], after[:end]) and tiny.worst(before[end:], after[end:]) > 1e-5
+        assert equal(model, before[:end], after[:end]) and tiny.worst(before[end:], after[end:]) > 1e-4
 
 
 @pytest.mark.parametrize(("name", "family"), EVERY)
@@ -350,6 +364,8 @@ def test_a_copy_stands_alone(name: str) -> None:
 def test_its_layers_compile_as_the_plain_ones_do(name: str) -> None:
     """No graph break, and a graph for each kind of layer."""
     model, plain = stirred(name), stirred("concat")
+    if model.fusion.regroups:
+        pytest.skip("which positions are computed together is known by their values alone")
     counts = []
     for each in (model, plain):
         batch = collator(each)([ONE_TURN, TWO_IMAGES])
@@ -363,7 +379,14 @@ def test_its_layers_compile_as_the_plain_ones_do(name: str) -> None:
         got.sum().backward()
         assert tiny.worst(got, want) < 1e-4
         counts.append(counter.frame_count)
-    assert counts == [1, 1], "one graph for all layers"
+    assert counts == [len(kinds(model)), 1], "one graph for all layers that have blocks at the same ports"
+
+
+def kinds(model: VLM) -> set[frozenset[str]]:
+    """Of its layers, by the ports where something stands."""
+    layers = [layer for layer in model.lm.model.base_model.layers if isinstance(layer, PortedLayer)]
+    used = [{w for w, site in layer.ports.sites.items() if site.blocks or site.taken} for layer in layers]
+    return {frozenset(ports) for ports in used} or {frozenset()}
 
 
 @pytest.mark.parametrize("name", SEEING)

@@ -181,6 +181,50 @@ def test_gated_cross_attention(mlp: str, every: int) -> None:
     agree(found, z.encoder() + z.connector() + gated_block(z, z.d, mlp) * (layers // every) + lm)
 
 
+@pytest.mark.parametrize("sublayers", ["both", "attention", "mlp"])
+def test_visual_experts_compute_what_the_lm_did(sublayers: str) -> None:
+    """With copies of all of them a position goes through as many linear maps as before."""
+    found, trainee = found_and_trainee(3, "fusion=visual_expert", f"fusion.sublayers={sublayers}")
+    z = Sizes.of(trainee.model)
+    agree(found, z.encoder() + z.connector() + z.layer(z.n + TEXT) * z.text.num_hidden_layers + z.head())
+
+
+def skipping(z: Sizes, rest: int) -> Count:
+    """A layer whose visual positions have no query; `rest` positions go through the output and the MLP."""
+    t = z.text
+    head = z.d // t.num_attention_heads
+    asked, known = z.d * t.num_attention_heads * head, 2 * z.d * t.num_key_value_heads * head
+    behind = matrix(rest, asked + 3 * z.d * t.intermediate_size)
+    return matrix(TEXT, asked) + matrix(z.n + TEXT, known) + attention(TEXT, z.n + TEXT, z.d) + behind
+
+
+def test_composite_saves_what_the_queries_of_images_cost() -> None:
+    """arXiv 2408.11795 as we read it: 2 V d^2 + 4 V (T + V) d a layer, with grouped heads too."""
+    found, trainee = found_and_trainee(3, "fusion=composite")
+    dense, _ = found_and_trainee(3, "fusion=concat", "mask=visual_self_only")
+    z, layers = Sizes.of(trainee.model), trainee.model.lm.model.config.num_hidden_layers  # type: ignore[union-attr]
+    agree(found, z.encoder() + z.connector() + skipping(z, z.n + TEXT) * layers + z.head())
+    saved = layers * (2 * z.n * z.d**2 + 4 * z.n * (TEXT + z.n) * z.d)
+    assert dense.forward - found.forward == pytest.approx(saved, rel=0.01)
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_saisa(every: int) -> None:
+    found, trainee = found_and_trainee(3, "fusion=saisa", f"fusion.every={every}")
+    z, layers = Sizes.of(trainee.model), trainee.model.lm.model.config.num_hidden_layers  # type: ignore[union-attr]
+    projections = matrix(z.n, 2 * z.d**2) * (layers if every == 1 else 2)  # one, in the sequence and for the others
+    agree(found, z.encoder() + z.connector() + projections + skipping(z, TEXT) * layers + z.head())
+
+
+def test_deepstack() -> None:
+    """A merge for each layer of the encoder but the last, on features that do not train."""
+    found, trainee = found_and_trainee(3, "fusion=deepstack", "encoder.layers=[1,2,3]")
+    z = Sizes.of(trainee.model)
+    v = z.vision.hidden_size
+    merges = (matrix(z.n, v * v) + matrix(z.n, v * z.d)) * 2  # the norm before them has weights
+    agree(found, z.encoder() + z.connector() + merges + z.layer(z.n + TEXT) * z.text.num_hidden_layers + z.head())
+
+
 def test_a_frozen_lm_is_gone_back_through_from_the_first_block_on() -> None:
     """Below the block of the fourth layer nothing wants a gradient."""
     found, trainee = found_and_trainee(0, "fusion=gated_xattn", "fusion.every=4")
@@ -196,6 +240,16 @@ def test_perceptual_weights() -> None:
     layers = z.text.num_hidden_layers
     lm = z.layer(TEXT) * layers + z.head()
     agree(found, z.encoder() + z.connector() + vlora(z, z.d // 2, layers, 2, 32) + lm)
+
+
+def test_experts() -> None:
+    """arXiv 2401.15947: in every second layer two networks a token, and the router."""
+    found, trainee = found_and_trainee(3, "fusion=moe")
+    z = Sizes.of(trainee.model)
+    s = z.n + TEXT
+    more = matrix(s, 3 * z.d * z.text.intermediate_size) + matrix(s, z.d * 4)
+    lm = z.layer(s) * z.text.num_hidden_layers + more * (z.text.num_hidden_layers // 2) + z.head()
+    agree(found, z.encoder() + z.connector() + lm)
 
 
 def test_emma_with_its_text_tower() -> None:

@@ -99,6 +99,7 @@ def test_a_rank_without_an_image_goes_along(tmp_path: Path) -> None:
         ("lavi", "trainer.strategy=auto"),
         pytest.param("lavi", FSDP2, marks=pytest.mark.slow),
         pytest.param("emma", FSDP2, marks=pytest.mark.slow),
+        pytest.param("visual_expert", FSDP2, marks=pytest.mark.slow),
     ],
 )
 def test_blocks_inside_the_layers_learn_the_same_on_two_ranks(tmp_path: Path, fusion: str, strategy: str) -> None:

@@ -65,6 +65,11 @@ class Encoder(nn.Module, ABC):
     def hw(self) -> tuple[int, int]:
         """Rows and columns of the feature grid of one image."""
 
+    @property
+    def widths(self) -> list[int]:
+        """Widths of the grids that it returns, in their order; `width` is their sum."""
+        return [self.width]
+
     @abstractmethod
     def forward(self, pixels: Tensor) -> Visual:
         """What the tower sees."""
@@ -191,7 +196,8 @@ class Mask(Protocol):
     """Who may look at whom: ``(layout, q) -> (B, Q, S)`` bool for the query positions ``q (Q,)``; never of labels.
 
     A class may declare, as constants of its body: `shows_prompt`, under it a word of the prompt depends on later ones,
-    so that no stage can learn the prompt; `leaks`, it breaks the leak rule on purpose and nothing can be trained.
+    so that no stage can learn the prompt; `leaks`, it breaks the leak rule on purpose and nothing can be trained;
+    `visual_alone`, a visual position sees itself alone, so that no weight of its query can learn.
     """
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
@@ -217,6 +223,9 @@ class Fusion(nn.Module, ABC):
     ``memory`` hands something to the blocks that ``attach`` has put at the ports of the LM's layers. They are called in
     this order for every batch, also for one without an image, and keep nothing from one batch to the next.
 
+    A class may declare, as a constant of its body, `visual_queries`: weights of its own make the queries of visual
+    positions, unless its key `sublayers` is "mlp".
+
     Attributes:
         reads: what it is given: the connector's tokens, or nothing at all.
         in_sequence: whether visual tokens take positions in the LM's sequence.
@@ -226,6 +235,9 @@ class Fusion(nn.Module, ABC):
         waiting: ends of the names of its weights that have no gradient before the first update, since what they are
             multiplied by is zero; all others have one, and from the second step on all have.
         key: names its memory, and its blocks, among those of several fusions.
+        has_experts: whether its blocks note how they route tokens (`router`), which an objective may balance.
+        regroups: whether it sorts positions by what computes them, which depends on their values: equal numbers are
+            then equal up to rounding, and its compiled layers have breaks.
     """
 
     reads: ClassVar[Literal["tokens", "nothing"]]
@@ -235,6 +247,8 @@ class Fusion(nn.Module, ABC):
     has_weights: ClassVar[bool] = True
     waiting: tuple[str, ...] = ()
     key: str = "fusion"
+    has_experts: ClassVar[bool] = False
+    regroups: bool = False
 
     def tokens_per_image(self, tokens: int) -> int:
         """Positions in the sequence for an image of `tokens` visual tokens."""
@@ -257,6 +271,10 @@ class Fusion(nn.Module, ABC):
         """
         return visual
 
+    def read_by_connector(self, grids: int) -> int:
+        """How many of the encoder's `grids` the connector reads: so many of the last ones."""
+        return grids
+
     def embed(self, seen: Seen, embeds: Tensor, batch: Batch) -> Tensor:
         """(B, S, D) embeddings of the text -> (B, S, D)."""
         return embeds
@@ -273,6 +291,10 @@ class Fusion(nn.Module, ABC):
     def waits(self, name: str) -> bool:
         """Whether its weight of this name has no gradient before the first update."""
         return name.endswith(self.waiting)
+
+    def replaced(self) -> Sequence[nn.Module]:
+        """Modules of the LM that are computed no more, so that nothing of them can train."""
+        return ()
 
     def undecayed(self) -> Sequence[Tensor]:
         """Matrices that weight decay would pull away from where they start, and which therefore have none."""
@@ -343,8 +365,8 @@ class Objective(Protocol):
 
     A class may declare what it needs, as constants of its body: `pairs`, the pairs of embeddings that
     ``ContrastiveModule`` makes; `reads_images`, images; `reads_sequence`, visual tokens in the LM's sequence;
-    `reads_text_side`, a connector's text side (``QueryText``); and `reaches_lm`, False where its gradient does not
-    reach the LM's layers.
+    `reads_text_side`, a connector's text side (``QueryText``); `reads_experts`, a fusion's experts;
+    and `reaches_lm`, False where its gradient does not reach the LM's layers.
     """
 
     weight: float

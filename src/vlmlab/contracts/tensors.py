@@ -5,6 +5,7 @@ Shapes: B rows, S positions, I images, N features of an image, M visual tokens o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any
@@ -211,6 +212,34 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class Split:
+    """The positions (B, S) in two kinds: those that a fusion computes in its own way, and the others.
+
+    Attributes:
+        own: (B, S) bool: those that a fusion computes in its own way.
+        here: (V,) their indices among all B * S.
+        rest: (B * S - V,) those of the others.
+        back: (B * S,) where each position stands in [here; rest].
+        rows: (B, R) indices within a row of the others, then of its own; R is the most others of any row.
+    """
+
+    own: Tensor
+    here: Tensor
+    rest: Tensor
+    back: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, own: Tensor) -> Split:
+        """By what is a fusion's own (B, S)."""
+        flat = own.flatten()
+        order = (~flat).long().argsort(stable=True)  # (B * S,)
+        count, most = int(flat.sum()), int((~own).sum(1).max())
+        rows = own.long().argsort(dim=1, stable=True)[:, :most]  # (B, R)
+        return cls(own, order[:count], order[count:], order.argsort(), rows)
+
+
+@dataclass(frozen=True)
 class Memory:
     """What a fusion hands to the LM's layers.
 
@@ -218,11 +247,16 @@ class Memory:
         tensors: by name, each (I, ...): what the blocks read of every image, computed once for all layers and steps.
         sees: (B, S, I) bool: which images a position sees.
         slots: (B, J) the images of every row, ``Images.slots``.
+        split: which positions the fusion computes in its own way; None where it has no such.
+        notes: by name what a block says of this batch, for objectives. It writes the same at every call, so that
+            recomputed activations change nothing.
     """
 
     tensors: dict[str, Tensor]
     sees: Tensor
     slots: Tensor
+    split: Split | None = None
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -325,6 +359,7 @@ class Outputs:
         states: (B, S, D) the LM's last hidden states, or None where it did not read the whole batch.
         embeds: (B, S, D) what entered the LM, or None likewise.
         pairing: the embeddings of a dual encoder, or None.
+        memories: by key what blocks in the LM's layers read, with what they noted.
     """
 
     logits: Tensor
@@ -333,3 +368,4 @@ class Outputs:
     states: Tensor | None = None
     embeds: Tensor | None = None
     pairing: Pairing | None = None
+    memories: Mapping[str, Memory] = field(default_factory=dict)

@@ -67,7 +67,8 @@ class MultiEncoder(Encoder):
         grids, hands_on = self._probe()
         _check(grids, combine, self.grid)
         widths = [width for width, _ in grids]
-        self.width = sum(widths) if combine == "channel" else widths[0]
+        self._widths = widths if combine == "channel" else widths[:1]
+        self.width = sum(self._widths)
         self._hw = _shape([self.grid or hw for _, hw in grids], combine)
         self.pooled_width = sum(hands_on)
         if pooled and not hands_on:
@@ -77,6 +78,11 @@ class MultiEncoder(Encoder):
     def hw(self) -> Size:
         """Rows and columns of the feature grid of one image; grids one after the other are stacked in rows."""
         return self._hw
+
+    @property
+    def widths(self) -> list[int]:
+        """Of every encoder and layer, or of the one that token and average give."""
+        return self._widths
 
     def forward(self, pixels: Tensor) -> Visual:
         """(I, 3, H, W) uint8 -> Visual with a grid per encoder and layer, or one (I, N, Dv) for token and average."""

@@ -108,6 +108,12 @@ class TowerEncoder(Encoder):
         """Rows and columns of the feature grid of one image."""
         return self.preprocess.height // self.patch, self.preprocess.width // self.patch
 
+    @property
+    def widths(self) -> list[int]:
+        """The tower's own for every layer."""
+        count = 1 if self.layers is None else len(self.layers)
+        return [self.width // count] * count
+
     def forward(self, pixels: Tensor) -> Visual:
         """(I, 3, H, W) uint8 -> Visual with one (I, N, Dv) grid per layer; class and register tokens dropped."""
         dtype = next(self.tower.parameters()).dtype

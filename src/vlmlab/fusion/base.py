@@ -1,4 +1,6 @@
-"""What fusions share: which layers they act on, the visual tokens that they read, and refusals that name the key."""
+"""What fusions share: which layers they act on, the visual tokens that they read, their places in the sequence, and
+refusals that name the key.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmlab.contracts import errors
-from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.parts import MemoryMask, VisionLanguageModel
-from vlmlab.contracts.tensors import Batch, Seen
+from vlmlab.contracts.errors import DataError, UserError
+from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
+from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen, Split
 
 Positions = Literal["auto"] | bool
 """Whether the 2-D place of a visual token is added to it."""
@@ -73,14 +75,14 @@ def check_words(**given: tuple[str, Any]) -> None:
             raise UserError(f"fusion.{key}={value} is unknown; choose {' or '.join(get_args(kind))}.")
 
 
-def chosen_layers(depth: int, every: int, layers: Sequence[int] | None) -> list[int]:
-    """Which of `depth` layers get a block: the last of every group of `every`, or those listed.
+def chosen_layers(depth: int, every: int, layers: Sequence[int] | None, at: str = "last") -> list[int]:
+    """Which of `depth` layers get a block: the "last" or the "first" of every whole group of `every`, or those listed.
 
     Raises:
         UserError: a layer that does not exist, or no layer at all.
     """
     if layers is None:
-        found = list(range(every - 1, depth, every)) if every > 0 else []
+        found = [k - (every - 1) * (at == "first") for k in range(every - 1, depth, every)] if every > 0 else []
         if not found:
             raise UserError(f"fusion.every={every} leaves no layer of {depth}; give a number from 1 to {depth}.")
         return found
@@ -100,3 +102,77 @@ def sight(sees: MemoryMask, batch: Batch) -> tuple[Tensor, Tensor]:
     """Which images the positions of a batch see, (B, S, I), and the images of every row, (B, J)."""
     q = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
     return sees(batch.layout, batch.images, q), batch.images.slots(len(batch.input_ids))
+
+
+# -- visual tokens in the sequence -------------------------------------------------------------------------------------
+
+
+class InSequence(Fusion):
+    """A fusion whose visual tokens stand in the LM's sequence where the image placeholders are."""
+
+    reads = "tokens"
+    in_sequence = True
+
+    def tokens_per_image(self, tokens: int) -> int:
+        """All of the connector's tokens enter the sequence."""
+        return tokens
+
+    def attach(self, model: VisionLanguageModel) -> None:
+        """Nothing is added.
+
+        Raises:
+            UserError: the connector's tokens are not as wide as the LM.
+        """
+        if model.token_width != model.lm.width:
+            raise UserError(
+                f"connector: its tokens are {model.token_width} wide and the LM is {model.lm.width} wide, so that they "
+                "cannot stand in its sequence; use connector=linear or mlp, or a fusion that reads them elsewhere."
+            )
+
+    def embed(self, seen: Seen, embeds: Tensor, batch: Batch) -> Tensor:
+        """(I, M, D) visual tokens into (B, S, D) embeddings -> (B, S, D)."""
+        return scattered(seen.tokens, embeds, batch)
+
+
+def scattered(tokens: Tensor | None, embeds: Tensor, batch: Batch) -> Tensor:
+    """(I, M, D) visual tokens into (B, S, D) embeddings, at the positions that the collator has set aside for them.
+
+    Raises:
+        DataError: the batch has more or fewer visual positions than visual tokens.
+    """
+    visual = batch.layout.visual
+    count = 0 if tokens is None else int((batch.images.row >= 0).sum()) * tokens.shape[1]
+    if int(visual.sum()) != count:
+        raise DataError(
+            f"Samples {batch.sample_ids} have {int(visual.sum())} image positions for "
+            f"{count} visual tokens; check their image tags."
+        )
+    if tokens is None or not count:
+        return embeds
+    return embeds.masked_scatter(visual[..., None], tokens.to(embeds.dtype))  # row-major, as images are listed
+
+
+def beside(batch: Batch, own: Tensor | None = None, tensors: dict[str, Tensor] | None = None) -> Memory:
+    """What blocks read that look at no image: they act on all positions, or on some by themselves.
+
+    Args:
+        batch: the batch.
+        own: (B, S) bool: those positions.
+        tensors: by name, each (I, ...).
+    """
+    nobody = torch.zeros(*batch.input_ids.shape, 0, dtype=torch.bool, device=batch.input_ids.device)
+    slots = batch.images.slots(len(nobody))
+    return Memory(tensors or {}, nobody, slots, None if own is None else Split.of(own))
+
+
+def at_their_places(tokens: Tensor, layout: Layout, memory: Memory) -> Tensor:
+    """(I, M, D) tokens of all images -> (V, D) in the order of ``memory.split.here``, which are visual positions.
+
+    An image's positions are computed all in one call, so that they can be counted from any of its beginnings.
+    """
+    assert memory.split is not None
+    here, count = memory.split.here, tokens.shape[1]
+    row, image = here // layout.image.shape[1], layout.image.flatten().index_select(0, here)
+    nth = (layout.visual.long().cumsum(1) - 1).flatten().index_select(0, here) % count
+    index = memory.slots[row, image] * count + nth if memory.slots.shape[1] else here
+    return tokens.flatten(0, 1).index_select(0, index)

@@ -45,6 +45,7 @@ class SeveralFusion(Fusion):
         self.in_sequence = bool(within)
         self.starts_as = "nothing" if "nothing" in starts else chosen[within[0]].starts_as if within else "text_only"
         self.reads_text = any(part.reads_text for part in chosen.values())
+        self.regroups = any(part.regroups for part in chosen.values())
 
     def _each(self) -> list[Fusion]:
         return [part for part in self.parts.values() if isinstance(part, Fusion)]
@@ -66,6 +67,10 @@ class SeveralFusion(Fusion):
             visual = part.features(visual, batch, text)
         return visual
 
+    def read_by_connector(self, grids: int) -> int:
+        """The fewest that a part leaves to it."""
+        return min(part.read_by_connector(grids) for part in self._each())
+
     def embed(self, seen: Seen, embeds: Tensor, batch: Batch) -> Tensor:
         """Through each part, (B, S, D)."""
         for part in self._each():
@@ -81,6 +86,10 @@ class SeveralFusion(Fusion):
         _, part, own = name.split(".", 2)
         found = self.parts[part]
         return isinstance(found, Fusion) and found.waits(own)
+
+    def replaced(self) -> Sequence[nn.Module]:
+        """Those of all parts."""
+        return [module for part in self._each() for module in part.replaced()]
 
     def undecayed(self) -> Sequence[Tensor]:
         """Those of all parts."""

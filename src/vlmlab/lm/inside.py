@@ -15,7 +15,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,11 +24,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vlmlab.contracts.errors import UserError, reason
-from vlmlab.contracts.tensors import Layout, Memory
+from vlmlab.contracts.tensors import Layout, Memory, Split
 
 Block = Callable[..., Tensor]
+Change = Callable[[Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Queries (B, H, Q, dh), keys and values (B, G, K, dh), who sees whom or None (causal) -> (B, Q, H, dh)."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +43,25 @@ class Inside:
         layout: (B, Q) what these positions are.
         memories: what blocks read, by the key that they were put with; `sees` is (B, Q, I).
         with_image: (B, Q) bool: positions whose packed sample has an image.
+        start: how many positions are before these, in a cache.
+        before: (B, start + Q) what those are and these; None where none are before.
     """
 
     layout: Layout
     memories: dict[str, Memory]
     with_image: Tensor
+    start: int = 0
+    before: Layout | None = None
 
     def at(self, positions: Tensor) -> Inside:
         """For some positions (Q,) of the rows; those behind the last are generated: text of the row's last sample."""
         last = self.layout.kind.shape[1] - 1
         known = positions.clamp(max=last)
-        layout = self.layout.extended(int(positions[-1]) + 1).at(positions)
-        return Inside(layout, self._seeing(lambda t: t[:, known], lambda t: t), self.with_image[:, known])
+        start, end = int(positions[0]), int(positions[-1]) + 1
+        layout = self.layout.extended(end)
+        memories = self.changed(lambda t: t[:, known], lambda t: t, lambda t: t[:, known] & (positions <= last))
+        before = layout.at(torch.arange(end, device=positions.device)) if start else None
+        return Inside(layout.at(positions), memories, self.with_image[:, known], start, before)
 
     def repeated(self, times: int) -> Inside:
         """Every row `times` times in a row, as beams and several answers to one prompt stand."""
@@ -58,16 +69,22 @@ class Inside:
 
     def of(self, rows: Tensor) -> Inside:
         """For some rows (R,), in the given order; they may repeat."""
-        memories = self._seeing(lambda t: t[rows], lambda t: t[rows])
-        return Inside(self.layout.select(rows), memories, self.with_image[rows])
+        memories = self.changed(*[lambda t: t[rows]] * 3)
+        before = None if self.before is None else self.before.select(rows)
+        return Inside(self.layout.select(rows), memories, self.with_image[rows], self.start, before)
 
-    def _seeing(self, sees: Callable[[Tensor], Tensor], slots: Callable[[Tensor], Tensor]) -> dict[str, Memory]:
-        """The memories with other `sees` and `slots`, made once for all blocks that share them."""
-        once: dict[int, Tensor] = {}
+    def changed(self, sees: Change, slots: Change, own: Change) -> dict[str, Memory]:
+        """The memories with other `sees`, `slots` and ``split.own``, made once for all blocks that share them."""
+        once: dict[int, Any] = {id(None): None}
         for memory in self.memories.values():
             if id(memory.sees) not in once:
                 once |= {id(memory.sees): sees(memory.sees), id(memory.slots): slots(memory.slots)}
-        return {k: replace(m, sees=once[id(m.sees)], slots=once[id(m.slots)]) for k, m in self.memories.items()}
+            if memory.split is not None and id(memory.split) not in once:
+                once[id(memory.split)] = Split.of(own(memory.split.own))
+        return {
+            key: replace(m, sees=once[id(m.sees)], slots=once[id(m.slots)], split=once[id(m.split)])
+            for key, m in self.memories.items()
+        }
 
 
 # -- the families ------------------------------------------------------------------------------------------------------
@@ -98,6 +115,8 @@ JOINED = {
     "linear.down": "mlp.down_proj",
     "mlp": "mlp",
 }
+ATTENTION = "self_attn"
+"""The module of a layer that calls the attention function, in all families."""
 FAMILIES: dict[str, dict[str, str]] = {
     **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma"), LLAMA),
     **dict.fromkeys(("gemma2", "gemma3_text"), FOUR_NORMS),
@@ -189,11 +208,17 @@ class Lent:
         layout: (B, Q) what its positions are.
         with_image: (B, Q) bool: positions whose packed sample has an image.
         memories: port -> what each block there reads, in their order; None where this batch has nothing for it.
+        splits: port -> which positions are taken over there; None where nothing takes any in this batch.
+        before: (B, K) what its keys are, from the row's first position on.
+        start: how many positions are before these, in a cache.
     """
 
     layout: Layout
     with_image: Tensor
     memories: dict[str, list[Memory | None]]
+    splits: dict[str, Split | None]
+    start: int
+    before: Layout
 
 
 class LayerPorts:
@@ -212,8 +237,8 @@ class LayerPorts:
         self.sites = {where: Site(self, where) for where in ("before", "after")}
         self.now: Lent | None = None
 
-    def put(self, where: str, block: Block, key: str) -> None:
-        """Let a block act at a port, after those that are there.
+    def put(self, where: str, block: Block, key: str, instead: bool = False) -> None:
+        """Let a block act at a port, after those that are there; or at `mlp` instead of the network.
 
         It is called with the keywords `layout` and `memory`, and at
 
@@ -221,26 +246,33 @@ class LayerPorts:
             norm.*           the norm's input, the same normalised without scale and shift, and its output, all
                              (B, Q, D), and gives the output that takes its place;
             linear.*         the map's input (B, Q, Din) and output (B, Q, Dout), and gives the output;
-            mlp              the same of the whole feed-forward network.
+            mlp              the same of the whole feed-forward network;
+            attention        what gives (B, Q, H, dh) of the four tensors that follow, which are queries (B, H, Q, dh),
+                             keys and values (B, G, K, dh) of all positions so far, and who sees whom, (B, 1, Q, K) bool
+                             or None: causal; with the keywords `scale` of the scores and `keys`, the layout of all
+                             positions so far, and gives (B, Q, H, dh). A later block stands around an earlier one.
 
         Args:
             where: name of the port.
             block: of the fusion, which keeps its weights.
             key: of the memory that it reads; the block is passed over where the batch has none of that key.
+            instead: where the block has a memory, the network is not computed and the block gets None for its output.
 
         Raises:
-            UserError: the family has no such port.
+            UserError: the family has no such port, or another fusion stands instead of the network.
         """
-        if where in self.paths:
-            site = self.sites.setdefault(where, Site(self, where))
-            for module in _standing(self.layer, self.paths[where]):
-                if not isinstance(module, Ported):
-                    module.__class__ = _with_ports(module, PortedNorm if where.startswith("norm") else PortedMap)
-                    module.site = site  # type: ignore[assignment]
-        elif where not in self.sites:
-            names = ", ".join(["before", "after", *self.paths])
+        if where == "attention":
+            where = self._attention().where
+        elif where in self.paths:
+            self._site(where)
+        elif where not in ("before", "after"):
+            names = ", ".join(["before", "after", "attention", *self.paths])
             raise UserError(f"lm: this family has no port {where}; choose from {names}.")
-        self.sites[where].blocks.append((key, block))
+        site = self.sites[where]
+        if instead and site.instead:
+            raise UserError(f"fusion: two of several fusions stand instead of the {where}; leave one of them out.")
+        site.instead = site.instead or instead
+        site.blocks.insert(0 if instead else len(site.blocks), (key, block))
 
     def module(self, where: str) -> Any:
         """The norm, linear map or feed-forward network at a port, inside its adapters.
@@ -252,9 +284,76 @@ class LayerPorts:
             raise UserError(f"lm: this family has no port {where}; choose from {', '.join(self.paths)}.")
         return _standing(self.layer, self.paths[where])[0]
 
+    def take_over(self, where: str, map: Change, key: str) -> None:
+        """Let another map compute some positions in a map's place, which then computes the others alone.
+
+        Blocks at the same port see the output of both. An adapter around a linear map acts on all positions.
+
+        Args:
+            where: name of the port of a norm, a linear map or the feed-forward network.
+            map: (V, Din) -> (V, Dout); a module of the fusion, which keeps its weights, or a function.
+            key: of the memory whose `split` says which positions; nothing is taken over where the batch has none.
+
+        Raises:
+            UserError: the family has no such port, or another fusion has taken it over.
+        """
+        if where not in self.paths or not where.startswith("linear"):
+            names = ", ".join(port for port in self.paths if port.startswith("linear"))
+            raise UserError(f"lm: this family has no linear map {where}; choose from {names}.")
+        self._take(self._site(where), map, key)
+
+    def skip_queries(self, key: str) -> None:
+        """Do not compute what some positions look for: each of them sees itself alone, whatever the mask says.
+
+        So its result is its own value, without a query and without scores. Keys and values of all positions stay.
+
+        Args:
+            key: of the memory whose `split` says which positions.
+
+        Raises:
+            UserError: another fusion computes these queries itself.
+        """
+        self._take(self._attention(), None, key)
+        width = self.linear("linear.o").in_features
+        if "linear.q" in self.paths:
+            self.take_over("linear.q", partial(nothing, width), key)
+        else:
+            self.take_over("linear.qkv", partial(_without_queries, self.linear("linear.qkv"), width), key)
+
+    def linear(self, where: str) -> nn.Linear:
+        """The linear map at a port, inside its adapters."""
+        found: nn.Linear = self.module(where)
+        return found
+
+    def _take(self, site: Site, map: Change | None, key: str) -> None:
+        if site.taken is not None:
+            raise UserError(f"fusion: two of several fusions take over {site.where}; leave one of them out.")
+        site.taken = key, map
+
+    def _attention(self) -> Site:
+        """What stands at the layer's attention, whose class has ports from here on."""
+        attention: Any = _standing(self.layer, ATTENTION)[0]
+        site = self.sites.setdefault(ATTENTION, Site(self, ATTENTION))
+        if not isinstance(attention, Ported):
+            attention.__class__ = _with_ports(attention, PortedAttention)
+            attention.site = site
+        return site
+
+    def _site(self, where: str) -> Site:
+        """What stands at a norm or linear map, whose class has ports from here on."""
+        site = self.sites.setdefault(where, Site(self, where))
+        for module in _standing(self.layer, self.paths[where]):
+            if not isinstance(module, Ported):
+                module.__class__ = _with_ports(module, PortedNorm if where.startswith("norm") else PortedMap)
+                module.site = site  # type: ignore[assignment]
+        return site
+
     def blocks(self) -> Iterator[Block]:
-        """All blocks that stand at the ports."""
-        return (block for site in self.sites.values() for _, block in site.blocks)
+        """All blocks that stand at the ports, and what takes positions over."""
+        for site in self.sites.values():
+            yield from (block for _, block in site.blocks)
+            if site.taken is not None and site.taken[1] is not None:
+                yield site.taken[1]
 
     def lent(self, inside: Inside | None) -> Lent | None:
         """What of this call is for this layer's blocks.
@@ -264,8 +363,13 @@ class LayerPorts:
         """
         if inside is None:
             return None
-        found = {where: [inside.memories.get(key) for key, _ in site.blocks] for where, site in self.sites.items()}
-        return Lent(inside.layout, inside.with_image, found)
+        memories, splits = {}, {}
+        for where, site in self.sites.items():
+            memories[where] = [inside.memories.get(key) for key, _ in site.blocks]
+            taken = None if site.taken is None else inside.memories.get(site.taken[0])
+            splits[where] = None if taken is None else taken.split
+        before = inside.layout if inside.before is None else inside.before
+        return Lent(inside.layout, inside.with_image, memories, splits, inside.start, before)
 
 
 class Site:
@@ -278,15 +382,37 @@ class Site:
         self.ports = ports
         self.where = where
         self.blocks: list[tuple[str, Block]] = []
+        self.instead = False  # whether the first block stands instead of the module
+        self.taken: tuple[str, Change | None] | None = None  # the key, and what computes the positions of its split
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
         if id(self.ports.layer) not in memo:  # that module alone is being copied, not the layer
             return self
         twin = memo[id(self)] = Site.__new__(Site)
-        twin.where = self.where
+        twin.where, twin.instead = self.where, self.instead
         twin.ports = copy.deepcopy(self.ports, memo)
         twin.blocks = copy.deepcopy(self.blocks, memo)
+        twin.taken = copy.deepcopy(self.taken, memo)
         return twin
+
+    @property
+    def split(self) -> Split | None:
+        """Which positions are taken over here in this call."""
+        now = self.ports.now
+        return None if now is None or self.taken is None else now.splits[self.where]
+
+    def compute(self, own: Change, x: Tensor) -> Tensor:
+        """(B, Q, Din) -> (B, Q, Dout): what a map gives, and for some positions what takes its place."""
+        split, now = self.split, self.ports.now
+        if self.instead and now is not None and now.memories[self.where][0] is not None:
+            return None  # type: ignore[return-value]  # for the block that stands there
+        if split is None:
+            return own(x)
+        assert self.taken is not None and self.taken[1] is not None
+        flat = x.flatten(0, -2)  # (B * Q, Din)
+        rest = own(flat.index_select(0, split.rest))
+        here = self.taken[1](flat.index_select(0, split.here)).to(rest.dtype)
+        return torch.cat([here, rest]).index_select(0, split.back).unflatten(0, x.shape[:-1])
 
     def change(self, out: Tensor, *given: Tensor) -> Tensor:
         """What a layer, norm or linear map gave, as the blocks that have a memory in this call change it."""
@@ -296,6 +422,16 @@ class Site:
                 if memory is not None:
                     out = block(*given, out, layout=now.layout, memory=memory)
         return out
+
+    def around(self, plain: Attend, scale: float) -> Attend:
+        """A layer's attention with the blocks that have a memory in this call around it."""
+        now, found = self.ports.now, plain
+        if now is not None:
+            for (_, block), memory in zip(self.blocks, now.memories[self.where], strict=True):
+                if memory is not None:
+                    given = {"scale": scale, "layout": now.layout, "keys": now.before, "memory": memory}
+                    found = partial(block, found, **given)
+        return found
 
 
 class PortedLayer(nn.Module):
@@ -339,8 +475,80 @@ class PortedMap(Ported):
 
     def forward(self, x: Tensor) -> Tensor:
         """The map's own output, as its blocks change it."""
-        out: Tensor = super().forward(x)  # type: ignore[misc]
-        return self.site.change(out, x)
+        return self.site.change(self.site.compute(super().forward, x), x)  # type: ignore[misc]
+
+
+class PortedAttention(Ported):
+    """A layer's attention, some of whose queries are not computed (``attend``)."""
+
+
+def nothing(width: int, x: Tensor) -> Tensor:
+    """(V, Din) -> (V, width) zeros."""
+    return x.new_zeros(len(x), width)
+
+
+def _without_queries(joined: nn.Linear, width: int, x: Tensor) -> Tensor:
+    """(V, Din) -> (V, Dout) of a map to queries, keys and values: zeros in place of the queries, which are `width`."""
+    bias = None if joined.bias is None else joined.bias[width:]
+    return F.pad(F.linear(x, joined.weight[width:], bias), (width, 0))
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention as transformers computes it by torch's fused kernels, with blocks around it.
+
+    Args:
+        module: the layer's attention.
+        query: (B, H, Q, dh).
+        key: (B, G, S, dh), with those of the queries' own positions behind what a cache had; static ones are longer.
+        value: likewise.
+        attention_mask: (B, 1, Q, S), or None: causal.
+        **kwargs: transformers' own.
+
+    Returns:
+        (B, Q, H, dh), and no scores.
+    """
+    if not isinstance(module, PortedAttention):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    plain = partial(_attend, module, kwargs)
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    return module.site.around(plain, scale)(query, key, value, attention_mask), None
+
+
+def _attend(
+    module: PortedAttention, kwargs: dict[str, Any], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Tensor:
+    """(B, Q, H, dh): the same without blocks, and without the queries that a fusion skips."""
+    split, now = module.site.split, module.site.ports.now
+    if split is None or now is None or not len(split.here):
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    (heads, count), rows = query.shape[1:3], split.rows  # (B, R)
+    start = min(now.start, key.shape[2] - count)  # a window may have dropped some
+    shown = torch.arange(key.shape[2], device=rows.device) <= (rows + start)[..., None]  # (B, R, S)
+    if mask is not None:
+        shown = mask[:, 0].gather(1, rows[..., None].expand(-1, -1, key.shape[2]))
+    asked = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, query.shape[-1]))  # (B, H, R, dh)
+    told, _ = sdpa_attention_forward(module, asked, key, value, shown[:, None], **kwargs)  # (B, R, H, dh)
+    own = value[:, :, start : start + count].repeat_interleave(heads // value.shape[1], 1)
+    own = own.transpose(1, 2)  # (B, Q, H, dh)
+    index = rows[..., None, None].expand_as(told)
+    real = ~split.own.gather(1, rows)[..., None, None]
+    return own.scatter(1, index, torch.where(real, told, own.gather(1, index)))
+
+
+def shown(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """Who sees whom, (B or 1, 1, Q, K) bool, also where no mask says so: causal then, with no key ahead."""
+    if mask is not None:
+        return mask
+    count, keys = query.shape[2], key.shape[2]
+    return torch.ones(1, 1, count, keys, dtype=torch.bool, device=query.device).tril(keys - count)
+
+
+def of_keys(field: Tensor, count: int) -> Tensor:
+    """(B, N) of all positions so far -> (B, K) of a layer's keys: under a window the last ones; 0 where none is yet."""
+    field = field[:, max(0, field.shape[1] - count) :]
+    return F.pad(field, (0, count - field.shape[1]))
 
 
 def normalised(norm: nn.Module, states: Tensor) -> Tensor:

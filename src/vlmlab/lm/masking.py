@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vlmlab.contracts.parts import Mask
 from vlmlab.contracts.tensors import Layout
+from vlmlab.lm.inside import attend
 
 IMPLEMENTATION = "vlmlab_sdpa"
 
@@ -91,5 +91,5 @@ def plainly_causal(allowed: Tensor, layout: Layout, q: Tensor) -> bool:
     return not bool((layout.valid[..., None] & (allowed != (q[:, None] >= q))).any())
 
 
-AttentionInterface.register(IMPLEMENTATION, sdpa_attention_forward)
+AttentionInterface.register(IMPLEMENTATION, attend)
 AttentionMaskInterface.register(IMPLEMENTATION, _policy_mask)

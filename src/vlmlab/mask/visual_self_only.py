@@ -15,6 +15,8 @@ from vlmlab.mask.base import ground, not_later, pair, same_place
 class VisualSelfOnly:
     """allowed(i, j) = j <= i, and a visual query sees only itself."""
 
+    visual_alone = True
+
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
         """(B, Q, S) for the query positions ``q (Q,)``."""
         q_visual, _ = pair(layout.visual, q)

@@ -6,12 +6,12 @@ every question goes on by itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from vlmlab.contracts.tensors import Kind, Layout, Memory
+from vlmlab.contracts.tensors import Kind, Layout
 from vlmlab.lm.inside import Inside
 
 PADDING = {"kind": int(Kind.PAD), "segment": 0, "role": 0, "position": 0}
@@ -45,11 +45,7 @@ class Unfolded:
 
     def inside(self, inside: Inside) -> Inside:
         """What the layers are given for the rows; images are still those of the trees."""
-
-        def moved(memory: Memory) -> Memory:
-            return replace(memory, sees=self.of(memory.sees), slots=memory.slots[self.tree])
-
-        memories = {key: moved(memory) for key, memory in inside.memories.items()}
+        memories = inside.changed(self.of, lambda slots: slots[self.tree], self.of)
         return Inside(self.layout(inside.layout), memories, self.of(inside.with_image))
 
 

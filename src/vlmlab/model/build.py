@@ -42,7 +42,8 @@ def _instantiate_parts(
         return {"encoder": None, "connector": None, "fusion": fusion, "lm": lm, "mask": mask}
     tower = instantiate(cfg.encoder, **(encoder or {}))
     described = _with_vocabulary(cfg.connector, lm.model.get_input_embeddings().num_embeddings)
-    connector = instantiate(described, in_width=tower.width, out_width=lm.width)
+    read = tower.widths[-fusion.read_by_connector(len(tower.widths)) :]
+    connector = instantiate(described, in_width=sum(read), out_width=lm.width)
     paired = tower.text_tower() if fusion.reads_text else None
     return {"encoder": tower, "connector": connector, "fusion": fusion, "lm": lm, "mask": mask, "text": paired}
 

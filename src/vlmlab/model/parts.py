@@ -172,10 +172,11 @@ class Parts(nn.Module):
         adapters.
         """
         out: dict[str, NamedParameters] = {}
+        gone = {id(p) for module in self.fusion.replaced() for p in module.parameters()}
         for part in PARTS:
             module = getattr(self, part)
             own = [] if module is None else list(module.trainable() if hasattr(module, "trainable") else named(module))
-            found = [(f"{part}.{name}", p) for name, p in own]
+            found = [(f"{part}.{name}", p) for name, p in own if id(p) not in gone]
             if adapters := self._adapted.get(part):
                 every = set().union(*(adapted.tensors for adapted in adapters.values()))
                 out[f"{part}.base"] = [(n, p) for n, p in found if n not in every]

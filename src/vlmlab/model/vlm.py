@@ -70,7 +70,8 @@ class VLM(Parts):
             return Seen()
         visual = self.cache(self.encoder, batch.pixels)
         visual = self.fusion.features(visual, batch, self.asked(batch))
-        return Seen(visual, self.connector(visual, batch.instructions() if self.connector.reads_instruction else None))
+        read = replace(visual, grids=visual.grids[-self.fusion.read_by_connector(len(visual.grids)) :])
+        return Seen(visual, self.connector(read, batch.instructions() if self.connector.reads_instruction else None))
 
     def asked(self, batch: Batch) -> Tensor | None:
         """(I, T, Dt) what the user says to each image, as the encoder's text tower reads it."""
@@ -101,12 +102,14 @@ class VLM(Parts):
         embeds = self.embed(batch, seen)  # (B, S, D)
         if in_step:
             embeds = self._in_step(embeds, seen)
-        states = self.lm.states(embeds, batch.layout, mask or self.mask, self.inside(batch, seen))  # (B, S, D)
+        inside = self.inside(batch, seen)
+        states = self.lm.states(embeds, batch.layout, mask or self.mask, inside)  # (B, S, D)
         chosen = batch.labels[:, 1:] != -100  # (B, S - 1)
         logits = self.lm.logits(states[:, :-1][chosen])  # (T, V)
         targets = batch.labels[:, 1:][chosen]
         seen = Seen() if alone else seen
-        return Outputs(logits=logits, targets=targets, seen=seen, states=states, embeds=embeds)
+        noted = {} if inside is None else inside.memories
+        return Outputs(logits=logits, targets=targets, seen=seen, states=states, embeds=embeds, memories=noted)
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, **options: Any) -> list[str]:

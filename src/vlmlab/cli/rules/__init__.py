@@ -31,6 +31,7 @@ from vlmlab.cli.rules.run import (
 from vlmlab.cli.rules.stages import (
     contrastive_counts,
     contrastive_towers,
+    experts_to_balance,
     images_to_learn_from,
     layers_hold_the_adapter,
     loss_for_the_lm,
@@ -47,6 +48,7 @@ from vlmlab.cli.rules.vision import (
     instruction_is_learnt,
     leaking_mask,
     prompt_learnt_in_the_open,
+    queries_that_learn,
     text_to_mix,
 )
 from vlmlab.contracts.errors import UserError
@@ -127,12 +129,14 @@ STAGE_RULES: tuple[Rule, ...] = (
     contrastive_counts,
     pairs_need_two_towers,
     images_to_learn_from,
+    experts_to_balance,
     trees_show_images_once,
     queries_meet_texts,
     objectives_with_weights,
     loss_for_the_lm,
     prompt_learnt_in_the_open,
     instruction_is_learnt,
+    queries_that_learn,
     towers_to_adapt,
     nothing_to_adapt,
     layers_hold_the_adapter,

@@ -53,6 +53,15 @@ def classes_in(node: Any) -> list[str]:
     return [str(value) for key, value in leaves(described) if key.rpartition(".")[2] == "_target_"]
 
 
+def parts_of(node: Any) -> Iterator[Mapping[str, Any]]:
+    """What describes a class in a part of the configuration, however deep."""
+    if isinstance(node, Mapping):
+        if class_of(node):
+            yield node
+        for value in node.values():
+            yield from parts_of(value)
+
+
 def objectives_of(cfg: Config, stage: Mapping[str, Any]) -> list[str]:
     """The classes of a stage's objectives."""
     return classes_in(stage.get("objective") or cfg.get("objective"))

@@ -19,6 +19,7 @@ from vlmlab.cli.rules.asking import (
     value_at,
 )
 from vlmlab.cli.rules.declared import declared, offers
+from vlmlab.runs.trust import source_of
 
 LANGUAGE = ("vlmlab.engine.alignment.AlignmentModule", "vlmlab.engine.instruction.InstructionTuningModule")
 
@@ -50,6 +51,20 @@ def images_to_learn_from(cfg: Config, choices: Choices) -> str | None:
             return (
                 f"recipe.stages.{name} has {called(target, cfg, choices)}, which reads visual tokens in the LM's "
                 f"sequence, and {fusion} puts none there; use objective=lm, or fusion=concat"
+            )
+    return None
+
+
+def experts_to_balance(cfg: Config, choices: Choices) -> str | None:
+    """An objective may read how a fusion's experts are chosen."""
+    targets = classes_in(cfg.get("fusion"))
+    if any(declared(target, "has_experts") is True or source_of(target) is None for target in targets):
+        return None
+    for name, stage in each_stage(cfg):
+        for target in declaring("reads_experts", cfg, stage):
+            return (
+                f"recipe.stages.{name} has {called(target, cfg, choices)}, which reads how experts are chosen, and "
+                f"fusion={choices.get('fusion')} has none; use fusion=moe, or leave that objective out"
             )
     return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vlmlab.cli.rules.asking import (
     Choices,
     Config,
@@ -9,6 +11,7 @@ from vlmlab.cli.rules.asking import (
     class_of,
     classes_in,
     each_stage,
+    parts_of,
     reading_key,
     value_at,
 )
@@ -70,4 +73,21 @@ def instruction_is_learnt(cfg: Config, choices: Choices) -> str | None:
             )
         if stage.get("prompt") == "text" and mixing:
             return f"{learns} fusion={choices.get('fusion')} reads; set recipe.stages.{name}.prompt=chat"
+    return None
+
+
+def queries_that_learn(cfg: Config, choices: Choices) -> str | None:
+    """Where a visual position sees itself alone, its query decides nothing and weights of its own never learn."""
+    if not any(declared(part.get("_target_", ""), "visual_queries") and part.get("sublayers") != "mlp"
+               for part in parts_of(cfg.get("fusion"))):  # fmt: skip
+        return None
+    for name, stage in each_stage(cfg):
+        target = class_of(stage.get("mask") or cfg.get("mask"))
+        trains = stage.get("train")
+        if declared(target, "visual_alone") is True and isinstance(trains, Mapping) and "fusion" in trains:
+            chosen, fusion = choice_of("mask", target), choices.get("fusion")
+            return (
+                f"recipe.stages.{name} trains the queries of visual positions that fusion={fusion} has, and under "
+                f"mask={chosen} they decide nothing; choose another mask, or fusion.sublayers=mlp"
+            )
     return None
