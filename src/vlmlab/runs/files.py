@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ ADDED_TO = ("skipped.jsonl", "evaluate/skipped.jsonl")
 
 def new_file(path: Path) -> Path:
     """Where the next content of a file is written, beside it; nothing is there."""
-    new = path.with_name(f".{path.name}.{os.getpid()}{NEW}")
+    new = path.with_name(f".{path.name}.{threading.get_native_id()}{NEW}")
     new.unlink(missing_ok=True)
     return new
 
