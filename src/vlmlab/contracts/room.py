@@ -32,7 +32,8 @@ def check_room(group: str, sizes: Mapping[str, Any], make: Callable[[], nn.Modul
     if need > have:
         numbers = {key: size for key, size in sizes.items() if isinstance(size, int) and not isinstance(size, bool)}
         largest = sorted(numbers, key=lambda key: -numbers[key])[:3]
+        named = ", ".join(f"{group}.{key}={numbers[key]}" for key in largest)
         raise UserError(
-            f"{', '.join(f'{group}.{key}={numbers[key]}' for key in largest)} would be {need / 1e9:,.0f} GB of weights and this machine has {have / 1e9:,.0f} GB of "
+            f"{named} would be {need / 1e9:,.0f} GB of weights and this machine has {have / 1e9:,.0f} GB of "
             "memory; give smaller sizes"
         )

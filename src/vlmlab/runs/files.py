@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import stat
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -132,6 +133,17 @@ def refuse_links(folder: Path) -> None:
         for place in folder.glob(name):
             if place.is_symlink():
                 raise UserError(f"{place} is a link, and nothing is written through it; remove it")
+
+
+def refuse_no_file(path: Path) -> None:
+    """Refuse the place of a file that others than this module write, where a link, a pipe or a folder is.
+
+    Raises:
+        UserError: naming it.
+    """
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise UserError(f"{path} is a link or no file, and is not written into; remove it")
 
 
 def sync_folder(folder: Path) -> None:
