@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, TypedDict, Unpack, get_args
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, Turn
@@ -121,6 +121,13 @@ class _WorldSource(ABC):
         return Stream(scene_id(self.domain, self.split, index, self.seed, self._scale), self.seed, purpose)
 
 
+class _Drawn(TypedDict, total=False):
+    """Keys of the scenes' scale."""
+
+    grid: Grid
+    objects: Objects
+
+
 class _ScaledSource(_WorldSource):
     """A source whose scenes may be of another scale than the shipped towers saw.
 
@@ -195,10 +202,9 @@ class WorldCaptions(_ScaledSource):
         size: Count,
         seed: Seed = 0,
         domain: Domain = "base",
-        grid: Grid = STANDARD.grid,
-        objects: Objects = (STANDARD.fewest, STANDARD.most),
+        **scale: Unpack[_Drawn],
     ) -> None:
-        super().__init__(split, size, seed, domain, grid, objects)
+        super().__init__(split, size, seed, domain, **scale)
         if style not in STYLES:
             raise UserError(f"The world has no caption style {style!r}; set style to one of: {', '.join(STYLES)}.")
         self.style = style
@@ -270,10 +276,9 @@ class WorldQuestions(_ScaledSource):
         domain: Domain = "base",
         multi_turn: bool = False,
         kinds: Kinds | None = None,
-        grid: Grid = STANDARD.grid,
-        objects: Objects = (STANDARD.fewest, STANDARD.most),
+        **scale: Unpack[_Drawn],
     ) -> None:
-        super().__init__(split, size, seed, domain, grid, objects)
+        super().__init__(split, size, seed, domain, **scale)
         self.multi_turn = multi_turn
         self.kinds = check_kinds(kinds)
 
@@ -317,10 +322,9 @@ class WorldInstruct(_ScaledSource):
         domain: Domain = "base",
         caption_fraction: Share = 0.15,
         kinds: Kinds | None = None,
-        grid: Grid = STANDARD.grid,
-        objects: Objects = (STANDARD.fewest, STANDARD.most),
+        **scale: Unpack[_Drawn],
     ) -> None:
-        super().__init__(split, size, seed, domain, grid, objects)
+        super().__init__(split, size, seed, domain, **scale)
         _check_share(caption_fraction)
         self.caption_fraction = caption_fraction
         self.kinds = check_kinds(kinds)
