@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,12 @@ ADDED = ("memory_mask", "experiment")
 
 
 def composed(*overrides: str) -> DictConfig:
+    """A configuration of its own; the same words are composed once."""
+    return copy.deepcopy(_composed(overrides))
+
+
+@lru_cache(maxsize=64)
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", list(overrides))

@@ -204,6 +204,7 @@ def with_broken(how: str) -> DictConfig:
     if how == "empty":
         broken = OmegaConf.merge(cfg.data.benchmarks.toy, {"source": {"count": 0}})
     cfg.data.benchmarks = {"broken": broken, "toy": cfg.data.benchmarks.toy}
+    cfg.evaluation.baselines = []
     return cfg
 
 
