@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from sweeps import markdown, number  # noqa: E402  # first: it finds the package
+from sweeps import markdown, number, with_page  # noqa: E402  # first: it finds the package
 
 from vlmlab.analyse.combination import Combination, combinations, short_names  # noqa: E402
 from vlmlab.analyse.compare import Comparison, chosen_row, compare, reach  # noqa: E402
@@ -22,7 +22,6 @@ from vlmlab.analyse.results import RunRecord, parse_overrides  # noqa: E402
 from vlmlab.runs.cells_csv import Row, cost_of, metrics_of, overrides_of, read_cells  # noqa: E402
 from vlmlab.runs.files import write_atomic  # noqa: E402
 
-BEGIN, END = "<!-- from cells.csv -->", "<!-- /from cells.csv -->"
 METRIC = "world_test/vqa_accuracy"
 BESIDE = ("/shuffled", "/lookup")
 
@@ -41,19 +40,12 @@ def main() -> int:
     base = chosen_row(rows, given.baseline)
     compared = compare(rows, base, given.metric, single_answers=False)
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    text = with_page(readme, page(rows, base, compared, given.metric))
+    text = with_page(readme, page(rows, base, compared, given.metric), "cells.csv")
     if given.check:
         return int(text != readme)
     write_atomic(folder / "README.md", text)
     drawn(folder / "figure.png", compared, given.metric)
     return 0
-
-
-def with_page(readme: str, lines: Sequence[str]) -> str:
-    """The file with these lines between its marks."""
-    before, _, rest = readme.partition(BEGIN)
-    after = rest.partition(END)[2]
-    return "\n".join([before + BEGIN, "", *lines, "", END]) + after
 
 
 def record(row: Row) -> RunRecord:

@@ -17,7 +17,8 @@ from vlmlab.runs.folder import RunFolder
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
-import answer  # noqa: E402  # a script beside the package
+import answer  # noqa: E402  # scripts beside the package
+import sweeps  # noqa: E402
 
 RECORDED = sorted(EXPERIMENTS.glob("*/cells.csv"))
 
@@ -45,5 +46,6 @@ def test_a_page_has_every_composition_and_comparison(tmp_path: Path) -> None:
     assert "| bidir | 3 | 0.510 ± 0.025 | - | 0.300 ± 0.000 |" in text
     assert "| causal | 3 | -0.100 |" in text and "not distinguishable" in text
     assert "With 3 seeds and 1 comparison nothing can be significant" in text and "6 cells, 6.00 hours" in text
-    page = answer.with_page(f"before\n{answer.BEGIN}\nold\n{answer.END}\nafter\n", ["new"])
-    assert page == f"before\n{answer.BEGIN}\n\nnew\n\n{answer.END}\nafter\n"
+    begin, end = "<!-- from cells.csv -->", "<!-- /from cells.csv -->"
+    page = sweeps.with_page(f"before\n{begin}\nold\n{end}\nafter\n", ["new"], "cells.csv")
+    assert page == f"before\n{begin}\n\nnew\n\n{end}\nafter\n"

@@ -82,6 +82,7 @@ LLAMA = {
     "linear.gate": "mlp.gate_proj",
     "linear.up": "mlp.up_proj",
     "linear.down": "mlp.down_proj",
+    "mlp": "mlp",
 }
 FOUR_NORMS = LLAMA | {
     "norm.attention_out": "post_attention_layernorm",
@@ -95,6 +96,7 @@ JOINED = {
     "linear.o": "self_attn.o_proj",
     "linear.gate_up": "mlp.gate_up_proj",
     "linear.down": "mlp.down_proj",
+    "mlp": "mlp",
 }
 FAMILIES: dict[str, dict[str, str]] = {
     **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma"), LLAMA),
@@ -218,7 +220,8 @@ class LayerPorts:
             before, after    the layer's states (B, Q, D), and gives the states that take their place;
             norm.*           the norm's input, the same normalised without scale and shift, and its output, all
                              (B, Q, D), and gives the output that takes its place;
-            linear.*         the map's input (B, Q, Din) and output (B, Q, Dout), and gives the output.
+            linear.*         the map's input (B, Q, Din) and output (B, Q, Dout), and gives the output;
+            mlp              the same of the whole feed-forward network.
 
         Args:
             where: name of the port.
@@ -232,12 +235,22 @@ class LayerPorts:
             site = self.sites.setdefault(where, Site(self, where))
             for module in _standing(self.layer, self.paths[where]):
                 if not isinstance(module, Ported):
-                    module.__class__ = _with_ports(module, PortedLinear if where.startswith("linear") else PortedNorm)
+                    module.__class__ = _with_ports(module, PortedNorm if where.startswith("norm") else PortedMap)
                     module.site = site  # type: ignore[assignment]
         elif where not in self.sites:
             names = ", ".join(["before", "after", *self.paths])
             raise UserError(f"lm: this family has no port {where}; choose from {names}.")
         self.sites[where].blocks.append((key, block))
+
+    def module(self, where: str) -> Any:
+        """The norm, linear map or feed-forward network at a port, inside its adapters.
+
+        Raises:
+            UserError: the family has no such port.
+        """
+        if where not in self.paths:
+            raise UserError(f"lm: this family has no port {where}; choose from {', '.join(self.paths)}.")
+        return _standing(self.layer, self.paths[where])[0]
 
     def blocks(self) -> Iterator[Block]:
         """All blocks that stand at the ports."""
@@ -321,8 +334,8 @@ class PortedNorm(Ported):
         return out if self.site.ports.now is None else self.site.change(out, states, normalised(self, states))
 
 
-class PortedLinear(Ported):
-    """A linear map with blocks at it."""
+class PortedMap(Ported):
+    """A linear map, or a feed-forward network, with blocks at it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The map's own output, as its blocks change it."""

@@ -69,10 +69,10 @@ class VLM(Parts):
         if self.encoder is None or self.connector is None or batch.pixels.shape[0] == 0:
             return Seen()
         visual = self.cache(self.encoder, batch.pixels)
-        visual = self.fusion.features(visual, batch, self._asked(batch))
+        visual = self.fusion.features(visual, batch, self.asked(batch))
         return Seen(visual, self.connector(visual, batch.instructions() if self.connector.reads_instruction else None))
 
-    def _asked(self, batch: Batch) -> Tensor | None:
+    def asked(self, batch: Batch) -> Tensor | None:
         """(I, T, Dt) what the user says to each image, as the encoder's text tower reads it."""
         return None if self.text is None or batch.asked is None else self.text(batch.asked)
 

@@ -33,6 +33,7 @@ from vlmlab.data.skipped import Replaced
 from vlmlab.engine import cost, proof
 from vlmlab.engine.begin import begin_with, fits_as_built, holds
 from vlmlab.engine.finite import nonfinite
+from vlmlab.engine.inference import answer_cost
 from vlmlab.engine.layers import check_layers, compiled
 from vlmlab.engine.precision import Precision, choose, on_gpu
 from vlmlab.engine.restore import Builder, enter, module_class, new_trainee, weights_file
@@ -578,6 +579,7 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
         "params": sum(parameter.numel() for parameter in last.model.parameters()),
         "trainable": last.ever_trained(),
         **cost.sample_cost(last.model, one.to(device)),
+        **(answer_cost(last.model, one.to(device)) if isinstance(last.model, VLM) else {}),
         "seconds": round(sum(float(facts.get("seconds", 0.0)) for facts in done), 1),
     }
     run.folder.write_state("running", "evaluation", 0, None)

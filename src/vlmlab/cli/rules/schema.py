@@ -208,6 +208,15 @@ class Plan(TypedDict):
     metric: Text | None
 
 
+class Cost(TypedDict):
+    """Keys of ``vlmlab cost``."""
+
+    images: Annotated[int, Interval(ge=0, le=1024)]
+    tokens: Count
+    answer: Count
+    out: Text | None
+
+
 class Evaluate(TypedDict):
     """Keys of ``vlmlab evaluate``."""
 
