@@ -60,7 +60,7 @@ def test_every_value_is_looked_at_before_their_combinations(
     hydra: Hydra, sweep: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked, real = [], _cells.rules.admitted
-    monkeypatch.setattr(_cells.rules, "admitted", lambda cfg, own: looked.append(cfg.seed) or real(cfg, own))
+    monkeypatch.setattr(_cells.rules, "admitted", lambda cfg, *own: looked.append(cfg.seed) or real(cfg, *own))
     jobs = [[f"connector.hidden={hidden}", f"seed={seed}"] for hidden in (8, 16) for seed in (0, 1, -1)]
     with pytest.raises(ConfigError, match=r"^seed=-1 is not possible"):
         _cells.plan(sweep, hydra.config_loader, jobs, 0, tmp_path)
