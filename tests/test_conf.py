@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,12 @@ ADDED = ("memory_mask", "experiment")
 
 
 def composed(*overrides: str, whole: bool = False) -> DictConfig:
-    """The configuration of a command; `whole`: with Hydra's own."""
+    """A configuration of its own, with Hydra's if `whole`; the same words are composed once."""
+    return copy.deepcopy(_composed(overrides, whole))
+
+
+@lru_cache(maxsize=64)
+def _composed(overrides: tuple[str, ...], whole: bool) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", list(overrides), return_hydra_config=whole)

@@ -47,7 +47,7 @@ GOOD: list[tuple[Any, Any]] = [
 WRONG: list[tuple[Any, Any, str]] = [
     *((Count, value, "give a whole number of at least 1") for value in (0, -1, 1.0, 1.5, True, "1", None, [], {}, NAN)),
     (Count, 10**12, "give a whole number from 1 to 1000000000"),
-    (Width | None, 0, "give a whole number from 1 to 1000000, or null"),
+    (Width | None, 0, "give a whole number from 1 to 100000, or null"),
     *((Positive, value, "give a number above 0") for value in (0, -1, NAN, INF, -INF, True, "x", None, [1])),
     *((Share, value, "give a number from 0 to 1") for value in (-0.1, 1.1, NAN, True)),
     (Drop, 1, "give a number of at least 0 and below 1"),

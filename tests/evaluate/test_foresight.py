@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tests import tiny
+from tests.evaluate.toy import VQA, toy_config
 
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.evaluate.foresight import check_evaluation
 from vlmlab.model.vlm import VLM
 
-VQA = "vlmlab.evaluate.metrics.vqa.VqaAccuracy"
 CAPTIONS = "vlmlab.evaluate.metrics.captions.CaptionScores"
 
 
@@ -59,25 +59,9 @@ class Loaded(Records):
 
 def config(benchmark: dict[str, Any], held_out: dict[str, Any], metric: str = VQA, kind: str = "Records") -> DictConfig:
     source = {"_target_": f"{__name__}.{kind}"}
-    return OmegaConf.create(
-        {
-            "data": {
-                "val_fraction": 0.05,
-                "benchmarks": {
-                    "toy": {"source": source | benchmark, "metrics": [{"_target_": metric}], "max_new_tokens": 3}
-                },
-                "val": {"captions": source | held_out},
-            },
-            "evaluation": {
-                "batch_size": 3,
-                "baselines": ["shuffled", "no_image"],
-                "held_out": ["captions", "instruct"],
-                "held_out_samples": 10,
-            },
-            "budget": {"eval_limit": None},
-            "collate": {"max_length": 512, "pack_length": None},
-        }
-    )
+    cfg = toy_config(source | benchmark, source | held_out, metric)
+    cfg.data.val_fraction = 0.05
+    return cfg
 
 
 @pytest.fixture(scope="module")

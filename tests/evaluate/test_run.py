@@ -10,6 +10,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tests import tiny
+from tests.evaluate.toy import toy_config
 
 from vlmlab.contracts.errors import Unscored, UserError
 from vlmlab.contracts.sample import SampleSource
@@ -42,26 +43,8 @@ class Together(list):  # type: ignore[type-arg]
 
 
 def config() -> DictConfig:
-    here = "tests.evaluate.test_run.Source"
-    vqa = {"_target_": "vlmlab.evaluate.metrics.vqa.VqaAccuracy"}
-    return OmegaConf.create(
-        {
-            "data": {
-                "benchmarks": {
-                    "toy": {"source": {"_target_": here, "count": 4}, "metrics": [vqa], "max_new_tokens": 3}
-                },
-                "val": {"captions": {"_target_": here, "count": 4}},
-            },
-            "evaluation": {
-                "batch_size": 3,
-                "baselines": ["shuffled", "no_image"],
-                "held_out": ["captions", "instruct"],
-                "held_out_samples": 10,
-            },
-            "budget": {"eval_limit": None},
-            "collate": {"max_length": 512, "pack_length": None},
-        }
-    )
+    source = {"_target_": "tests.evaluate.test_run.Source", "count": 4}
+    return toy_config(source, source)
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +204,7 @@ def with_broken(how: str) -> DictConfig:
     if how == "empty":
         broken = OmegaConf.merge(cfg.data.benchmarks.toy, {"source": {"count": 0}})
     cfg.data.benchmarks = {"broken": broken, "toy": cfg.data.benchmarks.toy}
+    cfg.evaluation.baselines = []
     return cfg
 
 

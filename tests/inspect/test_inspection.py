@@ -37,9 +37,9 @@ def rows(folder: Path, *answers: str) -> str:
 
 
 def inspected(path: str, *overrides: str, stage: str = "instruction_tune", n: int = 16, check: int = 50) -> Inspection:
-    data = ("data=vqa", f"data.path={path}", f"data.images={Path(path).parent / 'images'}")
     shares = ("data.val_fraction=0", "data.test_fraction=0")
-    cfg = composed(*data, *shares, *overrides)
+    cfg = composed("data=vqa", "data.path=x", "data.images=x", *shares, *overrides)  # with no path: composed once
+    cfg.data.path, cfg.data.images = path, str(Path(path).parent / "images")
     return inspect_stage(cfg, next(s for s in parse(cfg) if s.name == stage), n, check)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vlmlab.runs.folder import RunFolder
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
 
 pytestmark = pytest.mark.slow
+
+LOST = "another rank of this run has ended"
+"""What a collective that waits for a killed rank says, if that comes before the news of the process's end."""
 
 
 def fake(folder: Path, **changes) -> list[str]:
@@ -74,6 +80,44 @@ def test_killed_at_random_moments(tmp_path, app, total, kills):
     for stage, tensors in weights(whole).items():
         for name, tensor in tensors.items():
             assert torch.equal(weights(killed)[stage][name], tensor), f"{stage}: {name}"
+
+
+def child(pid: int, rank: bool) -> int:
+    """The first further rank, or the first data worker, of a command."""
+    found = [
+        int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()
+    ]
+    return next(one for one in found if (b"LOCAL_RANK=1" in Path(f"/proc/{one}/environ").read_bytes()) == rank)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("overrides", "victim", "state", "sentence"),
+    [
+        (("trainer.devices=2", "trainer.workers=0"), "rank 1", "failed", f"rank 1 .* by SIGKILL|{LOST}"),
+        (("trainer.devices=2", "trainer.workers=0"), "rank 0", "interrupted", LOST),
+        (("trainer.workers=1",), "worker", "failed", "a data worker "),
+    ],
+    ids=["rank 1", "rank 0", "data worker"],
+)
+def test_a_killed_process_ends_all_others_in_one_sentence(tmp_path, overrides, victim, state, sentence):
+    command = world(tmp_path / "run", "debug.steps=10", "trainer.accelerator=cpu", *overrides)
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    while steps_done(tmp_path / "run") < 3 and process.poll() is None:
+        time.sleep(0.005)
+    os.kill(process.pid if victim == "rank 0" else child(process.pid, rank=victim == "rank 1"), signal.SIGKILL)
+    said = process.communicate(timeout=120)[1].splitlines()  # to the end of every process that has this pipe
+    errors = [line for line in said if not line.startswith("Initializing distributed")]
+    assert len(errors) == 1 and re.fullmatch(f"error: ({sentence}).*, then give the same command again", errors[0]), (
+        errors
+    )
+    ended = RunFolder(tmp_path / "run").state()
+    assert ended["state"] == state and 2 <= ended["step"] < 10
+    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=500, cwd=ROOT)
+    assert again.returncode == 0 and "going on after step " in again.stdout, again.stderr
+    assert steps_done(tmp_path / "run") == 10
 
 
 @pytest.mark.timeout(900)

@@ -21,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from hydra_plugins.vlmlab_pool_launcher._composer import Composer
 from vlmlab.cli import rules
 from vlmlab.cli.entry import IN_USE, ConfigError
 from vlmlab.contracts.errors import UserError
@@ -239,17 +240,32 @@ def compose_cells(
         beside: what of the schema has the keys that a verb has beside those of a run.
     """
     given = as_printed(map(str, config.hydra.overrides.task))
-    cells: list[Cell] = []
-    for index, overrides in enumerate(job_overrides, first):
+    made: list[Cell] = []
+    for overrides in job_overrides:
         task = [o for o in map(str, overrides) if not override_key(o).startswith(("hydra.", "hydra/"))]
         swept = [o for o in task if o not in given]
         name = cell_name(swept)
-        if any(cell.name == name for cell in cells):
+        if any(cell.name == name for cell in made):
             name = f"{name[:90]}-{short_hash(' '.join(swept))}"
-        cell = Cell(name, sweep / name, task, dict(_pair(override) for override in swept), config)
-        _compose(config, loader, list(map(str, overrides)), index, cell, beside)
+        made.append(Cell(name, sweep / name, task, dict(_pair(override) for override in swept), config))
+    composer = Composer(config, loader)
+    for place in news_first(made):
+        _compose(composer, list(map(str, job_overrides[place])), first + place, made[place], beside)
+    cells: list[Cell] = []
+    for cell in made:
         cells.append(next((other for other in cells if other.config == cell.config), cell))
     return cells
+
+
+def news_first(cells: Sequence[Cell]) -> list[int]:
+    """The places of all cells, first of those with a value that none before has: a wrong one is found among them."""
+    seen: set[tuple[str, str]] = set()
+    new, others = [], []
+    for place, cell in enumerate(cells):
+        values = set(cell.swept.items())
+        (others if place and values <= seen else new).append(place)
+        seen |= values
+    return new + others
 
 
 def unique(cells: Sequence[Cell]) -> list[Cell]:
@@ -334,10 +350,8 @@ def _pair(override: str) -> tuple[str, str]:
     return key.lstrip("+"), value
 
 
-def _compose(
-    config: DictConfig, loader: ConfigLoader, overrides: list[str], index: int, cell: Cell, beside: Any = None
-) -> None:
-    cfg = loader.load_sweep_config(config, overrides)
+def _compose(composer: Composer, overrides: list[str], index: int, cell: Cell, beside: Any = None) -> None:
+    cfg = composer.composed(overrides)
     with open_dict(cfg):
         cfg.hydra.job.id = str(index)
         cfg.hydra.job.num = index

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig
 
 from hydra_plugins.vlmlab_pool_launcher._cells import compose_cells, unique
-from hydra_plugins.vlmlab_pool_launcher._sweep import CellReturn, refuse_at_once, untrained
+from hydra_plugins.vlmlab_pool_launcher._sweep import CellReturn, folder_of, refuse_at_once, untrained
 from vlmlab.cli.cost import checked_place, counted, lines, write_costs
 from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.rules.schema import Cost
@@ -33,7 +32,7 @@ def say_costs(
         UserError: a cell cannot be counted.
     """
     refuse_at_once(config, job_overrides)
-    jobs = compose_cells(config, loader, job_overrides, first, Path(str(config.hydra.sweep.dir)), Cost)
+    jobs = compose_cells(config, loader, job_overrides, first, folder_of(config), Cost)
     for key in ("out", SEED):
         if any(key in cell.swept for cell in jobs):
             raise ConfigError(f"{key} has several values and no cost depends on it; give one value")

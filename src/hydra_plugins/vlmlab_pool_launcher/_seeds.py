@@ -8,8 +8,8 @@ from pathlib import Path
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig
 
-from hydra_plugins.vlmlab_pool_launcher._cells import families, plan, unique
-from hydra_plugins.vlmlab_pool_launcher._sweep import CellReturn, refuse_at_once, untrained
+from hydra_plugins.vlmlab_pool_launcher._cells import families, unique
+from hydra_plugins.vlmlab_pool_launcher._sweep import CellReturn, planned, untrained
 from vlmlab.contracts.terminal import tell
 
 
@@ -35,8 +35,7 @@ def say_seeds(
         pilot: likewise.
         metric: likewise.
     """
-    refuse_at_once(config, job_overrides)
-    cells = plan(config, loader, job_overrides, first, Path(str(config.hydra.sweep.dir)))
+    cells = planned(config, loader, job_overrides, first)
     from vlmlab.analyse.foretell import Claim, foretell  # numpy and scipy
 
     seeds = families(unique(cells))

@@ -82,10 +82,8 @@ def run_sweep(
         timeout: ``hydra.launcher.timeout``.
         record: finished cells of other folders and machines, which are not trained again.
     """
-    refuse_at_once(config, job_overrides)
-    sweep = Path(str(config.hydra.sweep.dir))
-    jobs = plan(config, loader, job_overrides, first, sweep)
-    cells = unique(jobs)
+    jobs = planned(config, loader, job_overrides, first)
+    sweep, cells = folder_of(config), unique(jobs)
     left = [cell for cell in cells if not cell.settle_finished()]
     look_ahead(left)
     places = make_slots(cells, slots)
@@ -110,6 +108,21 @@ def run_sweep(
     if pool.signals:
         raise KeyboardInterrupt
     return _returns(sweep, jobs, cells, table)
+
+
+def planned(config: DictConfig, loader: ConfigLoader, job_overrides: Sequence[Sequence[str]], first: int) -> list[Cell]:
+    """The cells of a sweep, in the sweeper's order; arguments as for ``run_sweep``.
+
+    Raises:
+        ConfigError: one of them is impossible, or there is none.
+    """
+    refuse_at_once(config, job_overrides)
+    return plan(config, loader, job_overrides, first, folder_of(config))
+
+
+def folder_of(config: DictConfig) -> Path:
+    """The folder of a sweep."""
+    return Path(str(config.hydra.sweep.dir))
 
 
 def look_ahead(cells: Sequence[Cell]) -> None:

@@ -70,15 +70,24 @@ class _Told(Launcher):
     """A launcher that keeps what Hydra tells it.
 
     Attributes:
+        composes_first: every cell is composed before one runs.
         config: the sweep's configuration.
         hydra_context: with the loader that composes its cells.
     """
 
+    composes_first = True
     config: DictConfig | None = None
     hydra_context: HydraContext | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Hydra hands over the sweep's configuration, which is also the present one until a cell is composed."""
+        """Hydra hands over the sweep's configuration, which is also the present one until a cell is composed.
+
+        Raises:
+            UserError: Hydra's sweeper would write ``multirun.yaml`` through a link, or into something that is no file.
+        """
+        from vlmlab.runs.files import refuse_no_file
+
+        refuse_no_file(Path(str(config.hydra.sweep.dir)) / "multirun.yaml")
         HydraConfig.instance().set_config(config)
         self.config = config
         self.hydra_context = hydra_context

@@ -12,7 +12,7 @@ from vlmlab.connector.base import as_grid, check_counts, windows
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Connector
 from vlmlab.contracts.tensors import Visual
-from vlmlab.contracts.values import Positive, Width
+from vlmlab.contracts.values import Positive, Vocabulary, Width
 
 Tokenize = Literal["softmax", "gumbel_argmax", "st_argmax"]
 INDICATORS = 2
@@ -41,7 +41,7 @@ class OvisConnector(Connector):
         self,
         in_width: int,
         out_width: int,
-        words: Width = 16384,
+        words: Vocabulary = 16384,
         stride: Width = 1,
         tokenize: Tokenize = "softmax",
         temperature: Positive = 1.0,

@@ -13,7 +13,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 from vlmlab.connector.base import check_heads
 from vlmlab.contracts.parts import Connector, Sight
 from vlmlab.contracts.tensors import Visual
-from vlmlab.contracts.values import Depth, Drop, Width
+from vlmlab.contracts.values import Depth, Drop, Vocabulary, Width
 
 BERT_VOCABULARY = 30522
 
@@ -49,7 +49,7 @@ class QueryTransformer(Connector):
         dropout: Drop = 0.1,
         instruction: bool = False,
         text: bool = False,
-        vocab_size: Width | None = None,
+        vocab_size: Vocabulary | None = None,
         max_words: Width = 512,
     ) -> None:
         super().__init__()

@@ -37,8 +37,11 @@ Natural = Annotated[int, Interval(ge=0, le=MOST)]
 Depth = Annotated[int, Interval(ge=1, le=1000)]
 """Layers, of which a wrong number takes for ever."""
 
-Width = Annotated[int, Interval(ge=1, le=1_000_000)]
-"""Channels, heads, tokens: what a weight is as long as."""
+Width = Annotated[int, Interval(ge=1, le=100_000)]
+"""Channels, heads, tokens: what a weight is as long as; two of the longest make a matrix of 40 GB."""
+
+Vocabulary = Annotated[int, Interval(ge=1, le=1_000_000)]
+"""Words of a table of embeddings."""
 
 Index = Annotated[int, Interval(ge=-1000, le=1000)]
 """A layer; negative ones count from the last."""
@@ -307,7 +310,7 @@ class Rope(TypedDict, total=False):
 class TowerSizes(TypedDict, total=False):
     """What a ``config.json`` says of one tower; keys that are not here may have any value."""
 
-    vocab_size: Width
+    vocab_size: Vocabulary
     hidden_size: Width
     intermediate_size: Width
     num_hidden_layers: Depth

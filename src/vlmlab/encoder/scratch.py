@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from vlmlab.contracts.room import check_room
 from vlmlab.contracts.values import Depth, Layers, Pixels, Width
 from vlmlab.encoder.preprocess import Preprocess
 from vlmlab.encoder.tower import TowerEncoder
@@ -38,4 +41,5 @@ class ScratchEncoder(TowerEncoder):
             num_hidden_layers=num_hidden_layers,
             num_attention_heads=num_attention_heads,
         )
+        check_room("encoder", config.to_dict(), partial(SiglipVisionModel, config))
         super().__init__(SiglipVisionModel(config), Preprocess(image_size, image_size), layers, pooled)

@@ -17,7 +17,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder, FeatureCache, Geometry, NamedParameters
 from vlmlab.contracts.sample import Sample, SampleSource
 from vlmlab.contracts.tensors import Batch, Images, Layout, Outputs, Pairing
-from vlmlab.contracts.values import Count, Depth, Width
+from vlmlab.contracts.values import Count, Depth, Vocabulary, Width
 from vlmlab.encoder.text import tokenised
 from vlmlab.engine.stage import StageModule
 from vlmlab.lm.tokenizer import texts_of, train_tokenizer
@@ -67,7 +67,7 @@ class ScratchTextTower(nn.Module):
         num_attention_heads: Width,
         text: SampleSource | None = None,
         tokenizer_samples: Count = 4000,
-        vocab_size: Width = 512,
+        vocab_size: Vocabulary = 512,
     ) -> None:
         super().__init__()
         learnt = None if text is None else train_tokenizer(texts_of(text, tokenizer_samples), vocab_size)

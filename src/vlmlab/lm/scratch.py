@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from tokenizers import AddedToken
@@ -10,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.room import check_room
 from vlmlab.contracts.sample import SampleSource
-from vlmlab.contracts.values import Count, Depth, Positive, Texts, Width
+from vlmlab.contracts.values import Count, Depth, Positive, Texts, Vocabulary, Width
 from vlmlab.lm.causal import CausalLanguageModel
 from vlmlab.lm.tokenizer import texts_of, train_tokenizer
 
@@ -42,7 +44,7 @@ class ScratchLanguageModel(CausalLanguageModel):
         self,
         text: SampleSource,
         tokenizer_samples: Count,
-        vocab_size: Width,
+        vocab_size: Vocabulary,
         hidden_size: Width,
         intermediate_size: Width,
         num_hidden_layers: Depth,
@@ -79,6 +81,7 @@ class ScratchLanguageModel(CausalLanguageModel):
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
+        check_room("lm", config.to_dict(), partial(Qwen2ForCausalLM, config))
         super().__init__(Qwen2ForCausalLM(config), tokenizer)
         self.plain_tokenizer, self.known = copy.deepcopy(tokenizer), len(tokenizer)
         pieces = [_pieces(tokenizer, word) for word in fused or ()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
@@ -9,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.cache.none import NoCache
 from vlmlab.contracts.parts import FeatureCache
+from vlmlab.contracts.room import check_room
 from vlmlab.mask.leak import check_fusion, check_mask
 from vlmlab.model.dual import DualEncoder
 from vlmlab.model.questions import read_questions
@@ -43,7 +45,9 @@ def _instantiate_parts(
     tower = instantiate(cfg.encoder, **(encoder or {}))
     described = _with_vocabulary(cfg.connector, lm.model.get_input_embeddings().num_embeddings)
     read = tower.widths[-fusion.read_by_connector(len(tower.widths)) :]
-    connector = instantiate(described, in_width=sum(read), out_width=lm.width)
+    make = partial(instantiate, described, in_width=sum(read), out_width=lm.width)
+    check_room("connector", described, make)
+    connector = make()
     paired = tower.text_tower() if fusion.reads_text else None
     return {"encoder": tower, "connector": connector, "fusion": fusion, "lm": lm, "mask": mask, "text": paired}
 

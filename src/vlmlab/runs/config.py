@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -35,9 +34,9 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: naming the key that is missing, refers to nothing or names a class by a name it had before.
     """
-    job = copy.deepcopy(cfg)  # Hydra's own node has missing values and is nobody's business
-    OmegaConf.set_struct(job, False)
-    job.pop("hydra", None)
+    own = [key for key in cfg if key != "hydra"]  # Hydra's node has missing values and is nobody's business
+    job = OmegaConf.masked_copy(cfg, own)
+    OmegaConf.copy_cache(cfg, job)
     try:
         value = OmegaConf.to_container(job, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:

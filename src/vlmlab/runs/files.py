@@ -6,6 +6,8 @@ import errno
 import json
 import math
 import os
+import stat
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +31,7 @@ ADDED_TO = ("skipped.jsonl", "evaluate/skipped.jsonl")
 
 def new_file(path: Path) -> Path:
     """Where the next content of a file is written, beside it; nothing is there."""
-    new = path.with_name(f".{path.name}.{os.getpid()}{NEW}")
+    new = path.with_name(f".{path.name}.{threading.get_native_id()}{NEW}")
     new.unlink(missing_ok=True)
     return new
 
@@ -131,6 +133,17 @@ def refuse_links(folder: Path) -> None:
         for place in folder.glob(name):
             if place.is_symlink():
                 raise UserError(f"{place} is a link, and nothing is written through it; remove it")
+
+
+def refuse_no_file(path: Path) -> None:
+    """Refuse the place of a file that others than this module write, where a link, a pipe or a folder is.
+
+    Raises:
+        UserError: naming it.
+    """
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise UserError(f"{path} is a link or no file, and is not written into; remove it")
 
 
 def sync_folder(folder: Path) -> None:

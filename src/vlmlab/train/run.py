@@ -58,6 +58,7 @@ from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.origin import KEY, drop_origin, kept_origin, take_origin
 from vlmlab.train.keeper import Keeper
 from vlmlab.train.looks import Looks, prompts_proved
+from vlmlab.train.ranks import Ranks
 from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, mirror, stage_table, wandb_logger
 from vlmlab.train.resume import load_last
 from vlmlab.train.sharing import Sharing
@@ -96,6 +97,7 @@ def train(cfg: DictConfig, folder: Path, evaluate: Evaluate | None = None) -> di
             run.note_state()
             raise
         finally:
+            run.ranks.close()
             run.close_loggers()
 
 
@@ -141,6 +143,11 @@ class Run:
     def sharing(self) -> Sharing:
         """Which stages it has in common with other runs."""
         return Sharing(self.cfg, self.folder, self.say)
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        """The further ranks that this process starts."""
+        return Ranks(self.folder)
 
     @property
     def shards(self) -> bool:
@@ -447,6 +454,7 @@ def _trainer(run: Run, before: Sequence[L.Callback], keeper: Keeper) -> L.Traine
         max_epochs=1,
         logger=run.loggers,
         callbacks=[
+            run.ranks,
             *before,
             Recorder(run.folder, every, run.steps_before),
             Progress(settings.get("progress", "auto")),

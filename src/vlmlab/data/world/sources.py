@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, TypedDict, Unpack, get_args
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, Turn
@@ -150,6 +150,13 @@ class _WorldSource(ABC):
                 return [scenes[best], *scenes[:best], *scenes[best + 1 :]], phrase(self.domain, mask, term, plural=True)
 
 
+class _Drawn(TypedDict, total=False):
+    """Keys of the scenes' scale."""
+
+    grid: Grid
+    objects: Objects
+
+
 class _ScaledSource(_WorldSource):
     """A source whose scenes may be of another scale than the shipped towers saw.
 
@@ -224,10 +231,9 @@ class WorldCaptions(_ScaledSource):
         size: Count,
         seed: Seed = 0,
         domain: Domain = "base",
-        grid: Grid = STANDARD.grid,
-        objects: Objects = (STANDARD.fewest, STANDARD.most),
+        **scale: Unpack[_Drawn],
     ) -> None:
-        super().__init__(split, size, seed, domain, grid, objects)
+        super().__init__(split, size, seed, domain, **scale)
         if style not in STYLES:
             raise UserError(f"The world has no caption style {style!r}; set style to one of: {', '.join(STYLES)}.")
         self.style = style
@@ -299,10 +305,9 @@ class WorldQuestions(_ScaledSource):
         domain: Domain = "base",
         multi_turn: bool = False,
         kinds: Kinds | None = None,
-        grid: Grid = STANDARD.grid,
-        objects: Objects = (STANDARD.fewest, STANDARD.most),
+        **scale: Unpack[_Drawn],
     ) -> None:
-        super().__init__(split, size, seed, domain, grid, objects)
+        super().__init__(split, size, seed, domain, **scale)
         self.multi_turn = multi_turn
         self.kinds = check_kinds(kinds)
 
@@ -346,10 +351,9 @@ class WorldInstruct(_ScaledSource):
         domain: Domain = "base",
         caption_fraction: Share = 0.15,
         kinds: Kinds | None = None,
-        grid: Grid = STANDARD.grid,
-        objects: Objects = (STANDARD.fewest, STANDARD.most),
+        **scale: Unpack[_Drawn],
     ) -> None:
-        super().__init__(split, size, seed, domain, grid, objects)
+        super().__init__(split, size, seed, domain, **scale)
         _check_share("caption_fraction", caption_fraction)
         self.caption_fraction = caption_fraction
         self.kinds = check_kinds(kinds)
