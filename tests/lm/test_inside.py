@@ -195,7 +195,7 @@ def test_every_port_is_called_once_a_layer(family: str) -> None:
         layer: Any = model.base_model.layers[int(depth)]
         module: Any = layer.get_submodule(FAMILIES[family].get(port.replace("-", "."), ""))
         linear = [(3, 9, getattr(module, "in_features", 0)), (3, 9, getattr(module, "out_features", 0))]
-        want = {"before": 1, "after": 1}.get(port, 3) * [(3, 9, D)]
+        want = {"before": 1, "after": 1, "mlp": 2}.get(port, 3) * [(3, 9, D)]
         assert block.shapes == [linear if port.startswith("linear") else want], name
 
 

@@ -130,6 +130,17 @@ def gated_block(z: Sizes, inner: int, mlp: str) -> Count:
     return asks + matrix(TEXT, (3 if mlp == "swiglu" else 2) * z.d * 4 * z.d)
 
 
+def vlora(z: Sizes, g: int, layers: int, depth: int, rank: int) -> Count:
+    """arXiv 2405.20339: the image's projection, a generator per type, then x A and B of text in every layer."""
+    t = z.text
+    kv = z.d // t.num_attention_heads * t.num_key_value_heads
+    decoder = matrix(layers, (4 + 2 + 8) * g * g) + matrix(z.n, 2 * g * g)
+    decoder = decoder + attention(layers, layers, g) + attention(layers, z.n, g)
+    made = decoder * depth + matrix(layers, g * z.d * rank)
+    used = sum((matrix(TEXT, (z.d + out) * rank) for out in (z.d, kv, kv, z.d, z.d)), Count())
+    return matrix(z.n, z.d * g) + made * 5 + used * layers
+
+
 def emma(z: Sizes, text: Any) -> tuple[Count, Count]:
     """arXiv 2410.02080: the text tower, W_p on all its positions, A of every channel; the tower is frozen."""
     c = text.tower.config
@@ -221,6 +232,14 @@ def test_a_frozen_lm_is_gone_back_through_from_the_first_block_on() -> None:
     assert layers == 5
     lm = z.layer(TEXT).still * 3 + z.layer(TEXT).frozen * 2 + z.head().frozen
     agree(found, z.encoder() + z.connector() + gated_block(z, z.d, "gelu") + lm)  # its first norm has weights
+
+
+def test_perceptual_weights() -> None:
+    found, trainee = found_and_trainee(3, "fusion=vlora", "fusion.rank=32")
+    z = Sizes.of(trainee.model)
+    layers = z.text.num_hidden_layers
+    lm = z.layer(TEXT) * layers + z.head()
+    agree(found, z.encoder() + z.connector() + vlora(z, z.d // 2, layers, 2, 32) + lm)
 
 
 def test_emma_with_its_text_tower() -> None:

@@ -93,6 +93,7 @@ LLAMA = {
     "linear.gate": "mlp.gate_proj",
     "linear.up": "mlp.up_proj",
     "linear.down": "mlp.down_proj",
+    "mlp": "mlp",
 }
 FOUR_NORMS = LLAMA | {
     "norm.attention_out": "post_attention_layernorm",
@@ -106,6 +107,7 @@ JOINED = {
     "linear.o": "self_attn.o_proj",
     "linear.gate_up": "mlp.gate_up_proj",
     "linear.down": "mlp.down_proj",
+    "mlp": "mlp",
 }
 ATTENTION = "self_attn"
 """The module of a layer that calls the attention function, in all families."""
@@ -235,7 +237,8 @@ class LayerPorts:
             before, after    the layer's states (B, Q, D), and gives the states that take their place;
             norm.*           the norm's input, the same normalised without scale and shift, and its output, all
                              (B, Q, D), and gives the output that takes its place;
-            linear.*         the map's input (B, Q, Din) and output (B, Q, Dout), and gives the output.
+            linear.*         the map's input (B, Q, Din) and output (B, Q, Dout), and gives the output;
+            mlp              the same of the whole feed-forward network.
 
         Args:
             where: name of the port.
@@ -253,21 +256,21 @@ class LayerPorts:
         self.sites[where].blocks.append((key, block))
 
     def take_over(self, where: str, map: Change, key: str) -> None:
-        """Let another map compute some positions in a linear map's place, which then computes the others alone.
+        """Let another map compute some positions in the place of one of the layer's, which computes the others alone.
 
-        Blocks at the same port see the output of both. An adapter around the linear map acts on all positions.
+        Blocks at the same port see the output of both. An adapter around the layer's map acts on all positions.
 
         Args:
-            where: name of the port of a linear map.
+            where: name of the port of a linear map, or "mlp".
             map: (V, Din) -> (V, Dout); a module of the fusion, which keeps its weights, or a function.
             key: of the memory whose `split` says which positions; nothing is taken over where the batch has none.
 
         Raises:
             UserError: the family has no such port, or another fusion has taken it over.
         """
-        if where not in self.paths or not where.startswith("linear"):
-            names = ", ".join(port for port in self.paths if port.startswith("linear"))
-            raise UserError(f"lm: this family has no linear map {where}; choose from {names}.")
+        if where not in self.paths or where.startswith("norm"):
+            names = ", ".join(port for port in self.paths if not port.startswith("norm"))
+            raise UserError(f"lm: this family has no map {where}; choose from {names}.")
         self._take(self._site(where), map, key)
 
     def skip_queries(self, key: str) -> None:
@@ -287,16 +290,21 @@ class LayerPorts:
             attention.__class__ = _with_ports(attention, PortedAttention)
             attention.site = site
         self._take(site, None, key)
-        width = self.linear("linear.o").in_features
+        width = self.module("linear.o").in_features
         if "linear.q" in self.paths:
             self.take_over("linear.q", partial(nothing, width), key)
         else:
-            self.take_over("linear.qkv", partial(_without_queries, self.linear("linear.qkv"), width), key)
+            self.take_over("linear.qkv", partial(_without_queries, self.module("linear.qkv"), width), key)
 
-    def linear(self, where: str) -> nn.Linear:
-        """The linear map at a port, inside its adapters."""
-        found: Any = _standing(self.layer, self.paths[where])[0]
-        return found
+    def module(self, where: str) -> Any:
+        """The norm, linear map or feed-forward network at a port, inside its adapters.
+
+        Raises:
+            UserError: the family has no such port.
+        """
+        if where not in self.paths:
+            raise UserError(f"lm: this family has no port {where}; choose from {', '.join(self.paths)}.")
+        return _standing(self.layer, self.paths[where])[0]
 
     def _take(self, site: Site, map: Change | None, key: str) -> None:
         if site.taken is not None:
@@ -304,11 +312,11 @@ class LayerPorts:
         site.taken = key, map
 
     def _site(self, where: str) -> Site:
-        """What stands at a norm or linear map, whose class has ports from here on."""
+        """What stands at a norm or map, whose class has ports from here on."""
         site = self.sites.setdefault(where, Site(self, where))
         for module in _standing(self.layer, self.paths[where]):
             if not isinstance(module, Ported):
-                module.__class__ = _with_ports(module, PortedLinear if where.startswith("linear") else PortedNorm)
+                module.__class__ = _with_ports(module, PortedNorm if where.startswith("norm") else PortedMap)
                 module.site = site  # type: ignore[assignment]
         return site
 
@@ -364,7 +372,7 @@ class Site:
         return None if now is None or self.taken is None else now.splits[self.where]
 
     def compute(self, own: Change, x: Tensor) -> Tensor:
-        """(B, Q, Din) -> (B, Q, Dout): what a linear map gives, and for some positions what takes its place."""
+        """(B, Q, Din) -> (B, Q, Dout): what a map of the layer gives, and for some positions what takes its place."""
         split = self.split
         if split is None:
             return own(x)
@@ -420,8 +428,8 @@ class PortedNorm(Ported):
         return out if self.site.ports.now is None else self.site.change(out, states, normalised(self, states))
 
 
-class PortedLinear(Ported):
-    """A linear map with blocks at it."""
+class PortedMap(Ported):
+    """A linear map, or a feed-forward network, with blocks at it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The map's own output, as its blocks change it."""
