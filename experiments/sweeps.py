@@ -25,6 +25,13 @@ def command(words: Sequence[str]) -> str:
     return " ".join(["python train.py -m", *words])
 
 
+def with_page(readme: str, lines: Sequence[str], record: str) -> str:
+    """A README with these lines between its marks ``<!-- from <record> -->`` and ``<!-- /from <record> -->``."""
+    begin, end = f"<!-- from {record} -->", f"<!-- /from {record} -->"
+    before, _, rest = readme.partition(begin)
+    return "\n".join([before + begin, "", *lines, "", end]) + rest.partition(end)[2]
+
+
 def run_sweeps(sweeps: Mapping[str, Sequence[str]], at: Path) -> int:
     """Run sweeps one after the other; the worst exit code. One that a signal stopped is the last.
 

@@ -1,4 +1,4 @@
-"""``vlmlab inspect`` and ``vlmlab plan`` as typed: wrong words are one sentence, right ones print and write."""
+"""``vlmlab inspect``, ``plan`` and ``cost`` as typed: wrong words are one sentence, right ones print and write."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from vlmlab.cli.cost import cost_command
 from vlmlab.cli.inspect import inspect_command
 from vlmlab.cli.plan import plan_command
-from vlmlab.cli.verb import run_verb
+from vlmlab.cli.verb import run_cells, run_verb
 
-TASKS = {"inspect": inspect_command, "plan": plan_command}
+TASKS = {"inspect": inspect_command, "plan": plan_command, "cost": cost_command}
 
 
 def call(
@@ -25,7 +26,7 @@ def call(
     monkeypatch.setattr(sys, "argv", [verb, *words])
     GlobalHydra.instance().clear()
     try:
-        code = run_verb(verb, TASKS[verb])
+        code = run_cells(verb, words) if verb == "cost" and words[0] == "-m" else run_verb(verb, TASKS[verb])
     except SystemExit as end:
         code = int(end.code or 0)
     out, err = capsys.readouterr()
@@ -61,6 +62,14 @@ def call(
         ("plan lengths=3", "lengths=3 is not possible; give a mapping"),
         ("plan lengths={coarse_align:[1,x]}", 'lengths.coarse_align=[1,"x"] is not possible; give a list'),
         ("plan mask=visual_rows_open", "mask=visual_rows_open leaks"),
+        ("cost images=-1", "images=-1 is not possible; give a whole number from 0 to 1024"),
+        ("cost answer=0", "answer=0 is not possible"),
+        ("cost out=no/c.json", "out=no/c.json: there is no folder no"),
+        ("cost -m images=0,-1", "images=-1 is not possible"),
+        ("cost -m fusion=concat,lavy", "did you mean lavi?"),
+        ("cost -m images=1 images=2", "images is given twice"),
+        ("cost -m out=a.json,b.json", "out has several values and no cost depends on it"),
+        ("cost -m images=1,40000 tokens=1", "images=40000 is not possible"),
     ],
 )
 def test_mistakes(
@@ -71,12 +80,12 @@ def test_mistakes(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("verb", ["inspect", "plan"])
+@pytest.mark.parametrize("verb", ["inspect", "plan", "cost"])
 def test_options_work_as_for_training(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Before and behind the keys; with the verb's own keys, and files of one's own."""
-    own, value = {"inspect": ("check", "30"), "plan": ("mfu", "0.3")}[verb]
+    own, value = {"inspect": ("check", "30"), "plan": ("mfu", "0.3"), "cost": ("answer", "7")}[verb]
     (tmp_path / "mine" / "connector").mkdir(parents=True)
     (tmp_path / "mine" / "connector" / "wide.yaml").write_text(
         "_target_: vlmlab.connector.mlp.MlpConnector\nhidden: 77\n"
@@ -123,6 +132,32 @@ def test_plan_prints_tables_and_writes_numbers(
     assert out.startswith("2 x NVIDIA H100 SXM 80GB (84.9 GB, 989.4 TFLOP/s in 16 bit) at 50% utilisation: ")
     (stage,) = json.loads((tmp_path / "p.json").read_text())["stages"]
     assert stage["samples"] == 320 and stage["fits"] > 0 and max(map(len, out.splitlines())) <= 120
+
+
+def test_cost_of_one_composition(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, out, err = call("cost images=2 tokens=10 answer=5 out=c.json", monkeypatch, capsys, tmp_path)
+    assert (code, err) == (0, ""), err
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert found["prompt"] == 2 * found["visual_tokens"] + 10 and found["answering"] > found["first"] > 0
+    assert out.split("\n")[3].split()[:2] == ["2", "10"] and max(map(len, out.splitlines())) <= 120
+
+
+def test_cost_of_several_sets_each_against_the_first_of_its_prompt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    line = "cost -m fusion=concat,lavi images=1,3 tokens=10 out=c.json"
+    code, out, err = call(line, monkeypatch, capsys, tmp_path)
+    assert (code, err) == (0, ""), err
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert [(one["overrides"]["fusion"], one["images"]) for one in found] == [
+        ("concat", 1), ("concat", 3), ("lavi", 1), ("lavi", 3)
+    ]  # fmt: skip
+    rows = [row.split() for row in out.split("of concat")[-1].splitlines()[2:6]]
+    wanted = [f"{one['first'] / found[k % 2]['first']:.3f}" for k, one in enumerate(found)]
+    assert [row[2] for row in rows] == wanted and wanted[:2] == ["1.000", "1.000"]
+    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
 
 
 def test_plan_says_that_generated_scenes_are_no_measure_of_real_data(

@@ -17,7 +17,7 @@ from vlmlab.contracts.tensors import Batch
 from vlmlab.engine.restore import module_class
 from vlmlab.engine.weights import Trainee
 from vlmlab.plan.devices import DEVICES
-from vlmlab.plan.plan import Cost, Settings, Shape, StagePlan, _batch, _shapes, as_json, plan
+from vlmlab.plan.plan import Cost, Settings, Shape, StagePlan, _shapes, as_json, plan, shaped_batch
 from vlmlab.plan.simulation import Simulator
 from vlmlab.recipe.stage import Stage, parse
 
@@ -33,7 +33,7 @@ def entered(cfg: DictConfig, stage: Stage, device: str = "meta") -> Trainee:
 
 def batch(cfg: DictConfig, stage: Stage, trainee: Trainee, *shapes: Shape) -> Batch:
     kind: Any = module_class(stage)
-    return _batch(kind.collator(cfg, trainee.model, stage.prompt), shapes)
+    return shaped_batch(kind.collator(cfg, trainee.model, stage.prompt), shapes)
 
 
 # -- FLOPs by hand: 2 per multiply-add of every matrix product ---------------------------------------------------------

@@ -212,6 +212,32 @@ def plan(
     Raises:
         ConfigError: one of them is impossible; nothing has begun then.
     """
+    cells = compose_cells(config, loader, job_overrides, first, sweep)
+    own = unique(cells)
+    adopt(own, sweep)
+    refuse_other_trainings(own)
+    refuse_training_twice(own)
+    return cells
+
+
+def compose_cells(
+    config: DictConfig,
+    loader: ConfigLoader,
+    job_overrides: Sequence[Sequence[str]],
+    first: int,
+    sweep: Path,
+    beside: Any = None,
+) -> list[Cell]:
+    """The same without a look at what is in the sweep's folder.
+
+    Args:
+        config: the sweep's configuration.
+        loader: composes the cells.
+        job_overrides: of every cell, from the sweeper.
+        first: number of the first cell.
+        sweep: the sweep's folder.
+        beside: what of the schema has the keys that a verb has beside those of a run.
+    """
     given = as_printed(map(str, config.hydra.overrides.task))
     cells: list[Cell] = []
     for index, overrides in enumerate(job_overrides, first):
@@ -221,12 +247,8 @@ def plan(
         if any(cell.name == name for cell in cells):
             name = f"{name[:90]}-{short_hash(' '.join(swept))}"
         cell = Cell(name, sweep / name, task, dict(_pair(override) for override in swept), config)
-        _compose(config, loader, list(map(str, overrides)), index, cell)
+        _compose(config, loader, list(map(str, overrides)), index, cell, beside)
         cells.append(next((other for other in cells if other.config == cell.config), cell))
-    own = unique(cells)
-    adopt(own, sweep)
-    refuse_other_trainings(own)
-    refuse_training_twice(own)
     return cells
 
 
@@ -312,7 +334,9 @@ def _pair(override: str) -> tuple[str, str]:
     return key.lstrip("+"), value
 
 
-def _compose(config: DictConfig, loader: ConfigLoader, overrides: list[str], index: int, cell: Cell) -> None:
+def _compose(
+    config: DictConfig, loader: ConfigLoader, overrides: list[str], index: int, cell: Cell, beside: Any = None
+) -> None:
     cfg = loader.load_sweep_config(config, overrides)
     with open_dict(cfg):
         cfg.hydra.job.id = str(index)
@@ -321,7 +345,7 @@ def _compose(config: DictConfig, loader: ConfigLoader, overrides: list[str], ind
     before = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(cfg)  # values may refer to ${hydra:...}
     try:
-        values = rules.admitted(cfg, cfg.hydra)
+        values = rules.admitted(cfg, cfg.hydra, beside)
     finally:
         HydraConfig.instance().cfg = before
     trainer = values.get("trainer") or {}

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.utils import JobStatus
 from omegaconf import DictConfig
 
 from hydra_plugins.vlmlab_pool_launcher._cells import families, plan, unique
-from hydra_plugins.vlmlab_pool_launcher._sweep import CellReturn, refuse_at_once
+from hydra_plugins.vlmlab_pool_launcher._sweep import CellReturn, refuse_at_once, untrained
 from vlmlab.contracts.terminal import tell
 
 
@@ -43,7 +42,4 @@ def say_seeds(
     seeds = families(unique(cells))
     claim = Claim(len(seeds), max(seeds.values()), effect, power)
     tell("\n".join(foretell(claim, None if pilot is None else Path(pilot), metric)))
-    return [
-        CellReturn(overrides=cell.overrides, cfg=cell.cfg, status=JobStatus.COMPLETED, _return_value=None)
-        for cell in cells
-    ]
+    return untrained(cells)

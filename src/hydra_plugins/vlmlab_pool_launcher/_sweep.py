@@ -54,6 +54,14 @@ class CellReturn(JobReturn):
         self._return_value = value
 
 
+def untrained(cells: Sequence[Cell]) -> list[CellReturn]:
+    """The report of cells that were composed and not to be trained."""
+    return [
+        CellReturn(overrides=cell.overrides, cfg=cell.cfg, status=JobStatus.COMPLETED, _return_value=None)
+        for cell in cells
+    ]
+
+
 def run_sweep(
     config: DictConfig,
     loader: ConfigLoader,

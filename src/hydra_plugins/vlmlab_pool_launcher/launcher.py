@@ -56,6 +56,16 @@ class SeedsLauncherConf(PoolLauncherConf):
 ConfigStore.instance().store(group="hydra/launcher", name="seeds", node=SeedsLauncherConf, provider="vlmlab")
 
 
+@dataclass
+class CostLauncherConf(PoolLauncherConf):
+    """Keys below ``hydra.launcher`` of ``vlmlab cost -m``: those that the sweep itself may set."""
+
+    _target_: str = "hydra_plugins.vlmlab_pool_launcher.launcher.CostLauncher"
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="cost", node=CostLauncherConf, provider="vlmlab")
+
+
 class _Told(Launcher):
     """A launcher that keeps what Hydra tells it.
 
@@ -98,6 +108,23 @@ class SeedsLauncher(_Told):
         assert self.config is not None and self.hydra_context is not None
         loader = self.hydra_context.config_loader
         return say_seeds(self.config, loader, job_overrides, initial_job_idx, *self.wanted)
+
+
+class CostLauncher(_Told):
+    """Trains nothing: says what answers of the compositions of a sweep cost."""
+
+    def __init__(self, **of_the_sweep: Any) -> None: ...
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Compose every cell, print the table, report every cell as done.
+
+        Raises:
+            UserError: a cell is impossible or cannot be counted.
+        """
+        from hydra_plugins.vlmlab_pool_launcher._cost import say_costs
+
+        assert self.config is not None and self.hydra_context is not None
+        return say_costs(self.config, self.hydra_context.config_loader, job_overrides, initial_job_idx)
 
 
 class PoolLauncher(_Told):

@@ -17,7 +17,9 @@ from vlmlab.evaluate.metrics.scoring import LOOKUP
 from vlmlab.runs.files import write_atomic
 from vlmlab.runs.shared import sharing_note
 
-COST_FIRST = ("params", "trainable", "visual_tokens", "seconds")
+COST_FIRST = (
+    "params", "added", "trainable", "visual_tokens", "flops_sample", "flops_token", "cache_bytes", "seconds"
+)  # fmt: skip
 SHOWN_FAILURES = 20
 
 

@@ -14,17 +14,19 @@ VERBS = {
     "evaluate": ["vlmlab.cli.evaluate"],
     "inspect": ["vlmlab.cli.inspect"],
     "plan": ["vlmlab.cli.plan"],
+    "cost": ["vlmlab.cli.cost"],
     "compare": ["vlmlab.cli.compare"],
     "export": ["vlmlab.cli.export"],
 }
 
-USAGE = """usage: vlmlab train|sweep|evaluate|inspect|plan|compare|export [group=choice] [key=value] [--help]
+USAGE = """usage: vlmlab train|sweep|evaluate|inspect|plan|cost|compare|export [group=choice] [key=value] [--help]
 
   vlmlab train                                            train and score the embedded default
   vlmlab sweep connector=mlp,qformer mask=bidir,causal    one process per cell, then the table
   vlmlab evaluate run=outputs/<name>                      score a finished run again
   vlmlab inspect data=vqa data.path=train.json            a page of what the model will see, and what is wrong with it
   vlmlab plan preset=improved_alignment_900m device=h100  parameters, memory, FLOPs and hours; no weights are needed
+  vlmlab cost -m fusion=concat,lavi images=1,5            what an answer costs: FLOPs, cache, added parameters
   vlmlab compare sweeps/<name> baseline=mlp,bidir         what a sweep has shown: differences, intervals, tests
   vlmlab export run=outputs/<name> to=<folder>            transformers folders of what a finished run has trained
 """

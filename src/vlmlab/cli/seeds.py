@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig
-
-from vlmlab.cli.conf import conf_folder
-from vlmlab.cli.entry import ConfigError, guard, run_command
-from vlmlab.cli.verb import TOP, own_keys
+from vlmlab.cli.entry import ConfigError
+from vlmlab.cli.verb import compose_cells, launcher, own_keys, quoted
 from vlmlab.runs.names import override_key
 
 CLAIM = ("effect", "power", "pilot", "metric")
@@ -21,19 +15,7 @@ CLAIM = ("effect", "power", "pilot", "metric")
 
 def run_seeds(words: Sequence[str]) -> int:
     """Compose the cells of the sweep as training would, and say what their seeds can show; the exit code."""
-    conf = conf_folder()
-
-    def task(cfg: DictConfig) -> None:
-        raise AssertionError("the launcher runs no cell")
-
-    main = hydra.main(config_path=str(conf), config_name=TOP, version_base="1.3")(guard(task))
-    with tempfile.TemporaryDirectory() as folder:  # Hydra writes into a sweep's folder before it asks the launcher
-
-        def run() -> None:
-            sys.argv[1:] = launched(words, Path(folder) / "sweep")
-            main()
-
-        return run_command(run, conf, TOP)
+    return compose_cells(lambda sweep: launched(words, sweep))
 
 
 def launched(words: Sequence[str], sweep: Path) -> list[str]:
@@ -54,7 +36,7 @@ def launched(words: Sequence[str], sweep: Path) -> list[str]:
             )
         else:
             found.append(word)
-    return [*found, "hydra/launcher=seeds", f"hydra.sweep.dir={_quoted(str(sweep))}"]
+    return [*found, *launcher("seeds", sweep)]
 
 
 def _checked(key: str, value: str) -> str:
@@ -62,9 +44,11 @@ def _checked(key: str, value: str) -> str:
     if value == "null" and key != "power":
         return value
     if key in ("pilot", "metric"):
-        if key == "pilot" and not Path(value).is_dir():
-            raise ConfigError(f"pilot={value} is no folder; give the folder of a finished sweep, as in sweeps/<name>")
-        return _quoted(value)
+        if key == "pilot" and not Path(value).exists():
+            raise ConfigError(
+                f"pilot={value} is not there; give the folder of a finished sweep (sweeps/<name>), or its cells.csv"
+            )
+        return quoted(value)
     try:
         number = float(value)
     except ValueError:
@@ -73,8 +57,3 @@ def _checked(key: str, value: str) -> str:
         wanted = "a share between 0 and 1" if key == "power" else "a difference above 0, such as 0.03"
         raise ConfigError(f"{key}={value} is not possible; give {wanted}")
     return repr(number)
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -42,6 +44,52 @@ def run_verb(verb: str, task: Callable[[DictConfig], object]) -> int:
     return run_command(main, conf, TOP)
 
 
+def run_cells(verb: str, words: Sequence[str]) -> int:
+    """Compose the cells of a sweep with the keys of ``conf/<verb>.yaml`` for a launcher that trains nothing.
+
+    Returns:
+        The exit code.
+    """
+    for sentence in given_twice(overrides_of(words)):
+        return fail(sentence, MISTAKE)
+    given = {override_key(word).split(".")[0] for word in overrides_of(words)}
+    left = {key: value for key, value in own_keys(verb).items() if key not in given}  # a key is swept by one word
+    found = arguments(verb, words, own_keys(verb), [*(f"++{key}={_written(value)}" for key, value in left.items())])
+    return compose_cells(lambda sweep: [*found, *launcher(verb, sweep)])
+
+
+def compose_cells(launched: Callable[[Path], Sequence[str]]) -> int:
+    """Call Hydra with the words of a sweep whose launcher trains nothing; the exit code.
+
+    Args:
+        launched: the words, for the folder that Hydra writes into before it asks the launcher.
+    """
+    conf = conf_folder()
+
+    def task(cfg: DictConfig) -> None:
+        raise AssertionError("the launcher runs no cell")
+
+    main = hydra.main(config_path=str(conf), config_name=TOP, version_base="1.3")(guard(task))
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run() -> None:
+            sys.argv[1:] = launched(Path(folder) / "sweep")
+            main()
+
+        return run_command(run, conf, TOP)
+
+
+def launcher(name: str, sweep: Path) -> list[str]:
+    """The words for Hydra by which this launcher gets the cells."""
+    return [f"hydra/launcher={name}", f"hydra.sweep.dir={quoted(str(sweep))}"]
+
+
+def quoted(text: str) -> str:
+    """A text as a value for Hydra's grammar."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
 def own_keys(verb: str) -> dict[str, Any]:
     """The keys at the top that a verb has beside those of a run, with their values."""
     own = OmegaConf.to_container(OmegaConf.load(conf_folder() / f"{verb}.yaml"))
@@ -49,16 +97,25 @@ def own_keys(verb: str) -> dict[str, Any]:
     return {str(key): value for key, value in own.items()}
 
 
-def arguments(verb: str, words: Sequence[str], own: Mapping[str, Any]) -> list[str]:
+def arguments(
+    verb: str, words: Sequence[str], own: Mapping[str, Any], before: Sequence[str] | None = None
+) -> list[str]:
     """The words for Hydra: the verb's own keys are added with their values, and may then be given like any other.
 
     They stand before the user's keys and options where they were, since Hydra takes no keys on both sides of one.
+
+    Args:
+        verb: its name.
+        words: as typed.
+        own: its own keys and their values.
+        before: other words for its own keys and for what kind of run it is.
     """
-    before = [f"hydra/help={verb}", *ONE_RUN, *(f"++{key}={_written(value)}" for key, value in own.items())]
+    if before is None:
+        before = [*ONE_RUN, *(f"++{key}={_written(value)}" for key, value in own.items())]
     typed = overrides_of(words)
     given = [_added(word) if override_key(word).split(".")[0] in own and "=" in word else word for word in typed]
     place = next(i for i in range(len(words) + 1) if list(words[i : i + len(typed)]) == typed) if typed else len(words)
-    return [*words[:place], *before, *given, *words[place + len(typed) :]]
+    return [*words[:place], f"hydra/help={verb}", *before, *given, *words[place + len(typed) :]]
 
 
 def _added(word: str) -> str:

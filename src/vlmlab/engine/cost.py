@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -54,14 +55,26 @@ def sample_cost(model: nn.Module, batch: Batch) -> dict[str, Any]:
         model: on the batch's device; its mode is restored.
         batch: a micro-batch of one sample.
     """
+    with answering(model), torch.no_grad(), counted() as counter:
+        model(batch)
+    return {"flops_sample": int(counter.get_total_flops()), "visual_tokens": _visual_tokens(batch)}
+
+
+def counted() -> FlopCounterMode:
+    """Counts the operations of everything that runs inside."""
+    return FlopCounterMode(display=False, custom_mapping=OWN)
+
+
+@contextmanager
+def answering(model: nn.Module) -> Iterator[None]:
+    """The model in the mode for answers while this is open; every module's own mode is restored."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    counter = FlopCounterMode(display=False, custom_mapping=OWN)
-    with torch.no_grad(), counter:
-        model(batch)
-    for module, training in modes.items():
-        module.training = training
-    return {"flops_sample": int(counter.get_total_flops()), "visual_tokens": _visual_tokens(batch)}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _visual_tokens(batch: Batch) -> int:

@@ -95,25 +95,27 @@ class CausalLanguageModel(nn.Module):
     def states(
         self, embeds: Tensor, layout: Layout, mask: Mask, inside: Inside | None = None, keep: DynamicCache | None = None
     ) -> Tensor:
-        """(B, S, D) embeddings -> (B, S, D) last hidden states under the policy.
+        """(B, Q, D) embeddings -> (B, Q, D) last hidden states under the policy.
 
         Where the policy comes to plain causal attention and no window cuts it short, no mask is handed on: attention
         then takes its fastest kernel. States at padding are never to be used.
 
         Args:
             embeds: what enters the first layer.
-            layout: what its positions are.
+            layout: what the positions are, those of the cache and then those of `embeds`.
             mask: who may look at whom.
-            inside: what the blocks at the ports are given; None: they do nothing.
-            keep: an empty cache that is filled for what follows these positions; None: nothing follows.
+            inside: what the blocks at the ports are given for the positions of `embeds`; None: they do nothing.
+            keep: a cache of the positions before these, at first empty, that takes these up for what follows them;
+                None: nothing is before them and nothing follows.
         """
-        q = torch.arange(embeds.shape[1], device=embeds.device)
+        before = 0 if keep is None else int(keep.get_seq_length())
+        q = torch.arange(before, before + embeds.shape[1], device=embeds.device)
         shown = _per_layer_type(self.model.config, mask(layout, q), layout, q)
         return self.model.base_model(
             inputs_embeds=embeds,
             attention_mask=shown,
             # without a mask transformers looks for packed samples where positions jump, as they do at padding
-            position_ids=q.expand(embeds.shape[:2]) if shown is None else layout.position,
+            position_ids=q.expand(embeds.shape[:2]) if shown is None else layout.position[:, q],
             past_key_values=keep,
             use_cache=keep is not None,
             **({} if inside is None else {"inside": inside}),
@@ -228,15 +230,16 @@ def _refuse_unknown_heads(model: PreTrainedModel) -> None:
 
 
 def _per_layer_type(config: Any, allowed: Tensor, layout: Layout, q: Tensor) -> Tensor | dict[str, Tensor] | None:
-    """(B, 1, S, S): the policy (B, S, S), AND-ed with the window in the sliding layers of families that have them.
+    """(B, 1, Q, S): the policy (B, Q, S), AND-ed with the window in the sliding layers of families that have them.
 
     None where that is plain causal attention, which transformers does by itself.
     """
+    whole = layout.kind.shape[1]
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)  # None: all layers slide (Mistral, Phi-3) or none does
-    slides = window is not None and window < len(q) and (kinds is None or "sliding_attention" in kinds)
+    slides = window is not None and window < whole and (kinds is None or "sliding_attention" in kinds)
     if not slides:
-        return None if plainly_causal(allowed, layout, q) else allowed[:, None]
+        return None if len(q) == whole and plainly_causal(allowed, layout, q) else allowed[:, None]
     near = within(allowed, layout, q, window)[:, None]
     return near if kinds is None else {"full_attention": allowed[:, None], "sliding_attention": near}
 

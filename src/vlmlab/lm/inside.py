@@ -313,16 +313,11 @@ class LayerPorts:
             UserError: another fusion computes these queries itself.
         """
         self._take(self._attention(), None, key)
-        width = self.linear("linear.o").in_features
+        width = self.module("linear.o").in_features
         if "linear.q" in self.paths:
             self.take_over("linear.q", partial(nothing, width), key)
         else:
-            self.take_over("linear.qkv", partial(_without_queries, self.linear("linear.qkv"), width), key)
-
-    def linear(self, where: str) -> nn.Linear:
-        """The linear map at a port, inside its adapters."""
-        found: nn.Linear = self.module(where)
-        return found
+            self.take_over("linear.qkv", partial(_without_queries, self.module("linear.qkv"), width), key)
 
     def _take(self, site: Site, map: Change | None, key: str) -> None:
         if site.taken is not None:
@@ -339,7 +334,7 @@ class LayerPorts:
         return site
 
     def _site(self, where: str) -> Site:
-        """What stands at a norm or linear map, whose class has ports from here on."""
+        """What stands at a norm or map, whose class has ports from here on."""
         site = self.sites.setdefault(where, Site(self, where))
         for module in _standing(self.layer, self.paths[where]):
             if not isinstance(module, Ported):

@@ -189,6 +189,13 @@ class Parts(nn.Module):
             out["objective"] = [(f"objectives.{name}", p) for name, p in own]
         return out
 
+    def added(self) -> int:
+        """Number of weights that are in no tower: those of connector, fusion, objectives and adapters."""
+        towers = [module for module in (self.encoder, self.lm, getattr(self, "text", None)) if module is not None]
+        in_towers = {id(p) for tower in towers for p in tower.parameters()}
+        adapters = {n for others in self._adapted.values() for adapted in others.values() for n in adapted.tensors}
+        return sum(p.numel() for n, p in self.named_parameters() if id(p) not in in_towers or n in adapters)
+
     def sourced(self) -> dict[str, str]:
         """Part -> sha256 of the tower it was loaded from."""
         towers = {"encoder": self.encoder, "lm": self.lm, "text": self.text}

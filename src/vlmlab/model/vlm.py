@@ -69,11 +69,11 @@ class VLM(Parts):
         if self.encoder is None or self.connector is None or batch.pixels.shape[0] == 0:
             return Seen()
         visual = self.cache(self.encoder, batch.pixels)
-        visual = self.fusion.features(visual, batch, self._asked(batch))
+        visual = self.fusion.features(visual, batch, self.asked(batch))
         read = replace(visual, grids=visual.grids[-self.fusion.read_by_connector(len(visual.grids)) :])
         return Seen(visual, self.connector(read, batch.instructions() if self.connector.reads_instruction else None))
 
-    def _asked(self, batch: Batch) -> Tensor | None:
+    def asked(self, batch: Batch) -> Tensor | None:
         """(I, T, Dt) what the user says to each image, as the encoder's text tower reads it."""
         return None if self.text is None or batch.asked is None else self.text(batch.asked)
 

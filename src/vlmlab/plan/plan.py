@@ -224,7 +224,7 @@ def _cost(stage: Stage, trainee: Trainee, collate: Collator, shapes: Sequence[Sh
     def run(shape: Shape, count: int) -> Pass:
         key = (trainee, what, shape, count)
         if key not in known:
-            known[key] = simulate(_batch(collate, [shape] * count))
+            known[key] = simulate(shaped_batch(collate, [shape] * count))
         return known[key]
 
     mean, longest = _mean(shapes), max(shapes, key=lambda s: _length(s, collate))
@@ -384,7 +384,7 @@ class _Stated:
         )
 
 
-def _batch(collate: Collator, shapes: Sequence[Shape]) -> Batch:
+def shaped_batch(collate: Collator, shapes: Sequence[Shape]) -> Batch:
     """A micro-batch of these shapes, from the collator itself."""
     stated: Any = _Stated(collate.encoder, shapes)
     grey = np.zeros((8, 8, 3), np.uint8)

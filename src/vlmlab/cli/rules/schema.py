@@ -61,6 +61,7 @@ class Evaluation(TypedDict):
     held_out: Texts
     held_out_samples: Count
     every: NotRequired[Count | None]
+    watched: NotRequired[Texts | None]
 
 
 class Precision(TypedDict):
@@ -206,6 +207,15 @@ class Plan(TypedDict):
     power: Annotated[float, Interval(gt=0, lt=1)]
     pilot: Text | None
     metric: Text | None
+
+
+class Cost(TypedDict):
+    """Keys of ``vlmlab cost``."""
+
+    images: Annotated[int, Interval(ge=0, le=1024)]
+    tokens: Count
+    answer: Count
+    out: Text | None
 
 
 class Evaluate(TypedDict):
