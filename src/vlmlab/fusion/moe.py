@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from vlmlab.contracts.parts import VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen
 from vlmlab.contracts.values import Layers, Positive, Width
 from vlmlab.fusion.base import InSequence, beside, check_counts, chosen_layers
-from vlmlab.lm.inside import open_ports
+from vlmlab.lm.inside import copied, open_ports
 
 LEAST = 4
 """Tokens that an expert takes under a capacity, however few there are (the released code's)."""
@@ -115,7 +114,7 @@ class Experts(nn.Module):
         super().__init__()
         self.top, self.capacity = top, capacity
         self.router = nn.Linear(width, experts, bias=False)
-        self.experts = nn.ModuleList(copy.deepcopy(network).float() for _ in range(experts))
+        self.experts = nn.ModuleList(copied(network) for _ in range(experts))
 
     def forward(self, x: Tensor, out: Tensor | None, *, layout: Layout, memory: Memory) -> Tensor:
         """(B, Q, D) -> (B, Q, D); notes p (B, Q, E) as "router"."""

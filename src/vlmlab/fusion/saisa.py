@@ -57,9 +57,8 @@ class SaisaFusion(InSequence):
             at.skip_queries(self._named(layer))
             if layer:  # the first layer's stand in the sequence
                 at.put("before", overwrite, self._named(layer))
-            for port in ("linear.o", "linear.gate", "linear.up", "linear.gate_up", "linear.down"):
-                if port in at.paths:
-                    at.take_over(port, partial(nothing, at.linear(port).out_features), self._named(layer))
+            for port in ("linear.o", "mlp"):
+                at.take_over(port, partial(nothing, d), self._named(layer))
 
     def _named(self, layer: int) -> str:
         return f"{self.key}.{layer // self.every}"

@@ -81,7 +81,7 @@ class VisualExpert(InSequence):
         """Copies of some of a layer's maps, by the names of their ports."""
         copies = nn.ModuleDict()
         for port in wanted:
-            copies[port.removeprefix("linear.")] = copied = twin(ports.linear(port))
+            copies[port.removeprefix("linear.")] = copied = twin(ports.module(port))
             ports.take_over(port, copied, self.key)
         return copies
 

@@ -297,9 +297,8 @@ class LayerPorts:
         Raises:
             UserError: the family has no such port, or another fusion has taken it over.
         """
-        if where not in self.paths or not where.startswith("linear"):
-            names = ", ".join(port for port in self.paths if port.startswith("linear"))
-            raise UserError(f"lm: this family has no linear map {where}; choose from {names}.")
+        if where not in self.paths:
+            raise UserError(f"lm: this family has no port {where}; choose from {', '.join(self.paths)}.")
         self._take(self._site(where), map, key)
 
     def skip_queries(self, key: str) -> None:
@@ -314,16 +313,11 @@ class LayerPorts:
             UserError: another fusion computes these queries itself.
         """
         self._take(self._attention(), None, key)
-        width = self.linear("linear.o").in_features
+        width = self.module("linear.o").in_features
         if "linear.q" in self.paths:
             self.take_over("linear.q", partial(nothing, width), key)
         else:
-            self.take_over("linear.qkv", partial(_without_queries, self.linear("linear.qkv"), width), key)
-
-    def linear(self, where: str) -> nn.Linear:
-        """The linear map at a port, inside its adapters."""
-        found: nn.Linear = self.module(where)
-        return found
+            self.take_over("linear.qkv", partial(_without_queries, self.module("linear.qkv"), width), key)
 
     def _take(self, site: Site, map: Change | None, key: str) -> None:
         if site.taken is not None:
@@ -340,7 +334,7 @@ class LayerPorts:
         return site
 
     def _site(self, where: str) -> Site:
-        """What stands at a norm or linear map, whose class has ports from here on."""
+        """What stands at a norm or map, whose class has ports from here on."""
         site = self.sites.setdefault(where, Site(self, where))
         for module in _standing(self.layer, self.paths[where]):
             if not isinstance(module, Ported):
@@ -466,7 +460,7 @@ class PortedNorm(Ported):
 
     def forward(self, states: Tensor) -> Tensor:
         """The norm's own output, as its blocks change it."""
-        out: Tensor = super().forward(states)  # type: ignore[misc]
+        out = self.site.compute(super().forward, states)  # type: ignore[misc]
         return out if self.site.ports.now is None else self.site.change(out, states, normalised(self, states))
 
 
@@ -480,6 +474,16 @@ class PortedMap(Ported):
 
 class PortedAttention(Ported):
     """A layer's attention, some of whose queries are not computed (``attend``)."""
+
+
+def copied(module: nn.Module) -> Any:
+    """A module of a layer with weights of its own, in single precision, and without the ports that it may have."""
+    own = copy.deepcopy(module).float()
+    for part in own.modules():
+        if isinstance(part, Ported):
+            part.__class__ = type(part).__bases__[1]
+            del part.__dict__["site"]
+    return own
 
 
 def nothing(width: int, x: Tensor) -> Tensor:
