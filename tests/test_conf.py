@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from vlmlab.cli.rules import check, choices_of
+from vlmlab.cli.rules.values import wrong_values
 from vlmlab.runs import places as places  # registers the resolvers
+from vlmlab.runs.config import config_hash, plain
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("hydra",))
@@ -21,16 +25,16 @@ ADDED = ("memory_mask", "experiment")
 (``/memory_mask@sees: before``), or the command line does (``+experiment=...``)."""
 
 
-def composed(*overrides: str) -> DictConfig:
-    """A configuration of its own; the same words are composed once."""
-    return copy.deepcopy(_composed(overrides))
+def composed(*overrides: str, whole: bool = False) -> DictConfig:
+    """The configuration of a command, of one's own; `whole`: with Hydra's. The same words are composed once."""
+    return copy.deepcopy(_composed(overrides, whole))
 
 
 @lru_cache(maxsize=64)
-def _composed(overrides: tuple[str, ...]) -> DictConfig:
+def _composed(overrides: tuple[str, ...], whole: bool) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", list(overrides))
+        return compose("train", list(overrides), return_hydra_config=whole)
 
 
 def test_the_groups_are_those_of_the_design() -> None:
@@ -52,13 +56,31 @@ def test_every_choice_composes_and_is_commented(group: str, choice: str) -> None
 
 
 @pytest.mark.parametrize("file", sorted(CONF.glob("cell/*/*.yaml")), ids=lambda file: f"{file.parent.name}-{file.stem}")
-def test_every_cell_of_an_experiment_composes(file: Path) -> None:
+def test_every_cell_is_swept_over_and_commented(file: Path) -> None:
     """Cells that no single key names; the experiment of the folder's name sweeps over all of them."""
-    experiment = file.parent.name
-    cfg = composed(f"+experiment={experiment}", f"+cell/{experiment}={file.stem}")
-    OmegaConf.to_container(cfg.recipe, resolve=True, throw_on_missing=True)
-    swept = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml").hydra.sweeper.params[f"+cell/{experiment}"]
-    assert file.stem in swept.split(",") and file.read_text().splitlines()[1].startswith("# ")
+    swept = OmegaConf.load(CONF / "experiment" / f"{file.parent.name}.yaml").hydra.sweeper.params
+    assert file.stem in swept[f"+cell/{file.parent.name}"].split(",")
+    assert file.read_text().splitlines()[1].startswith("# ")
+
+
+@pytest.mark.parametrize("experiment", [choice for group, choice in CHOICES if group == "experiment"])
+def test_every_cell_of_an_experiment_can_be_trained(experiment: str) -> None:
+    """It composes, breaks no rule, has no key that nothing reads, and is no other cell's double."""
+    params = dict(OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml").hydra.sweeper.params)
+    del params["seed"]
+    seen: dict[str, tuple[str, ...]] = {}
+    for values in itertools.product(*(str(value).split(",") for value in params.values())):
+        words = [f"{key}={value}" for key, value in zip(params, values, strict=True)]
+        cfg = composed(f"+experiment={experiment}", *words, whole=True)
+        choices = choices_of(cfg.hydra)
+        OmegaConf.set_struct(cfg, False)
+        del cfg.hydra
+        config = plain(cfg)
+        assert not list(wrong_values(cfg, config, choices, None)), values
+        check(cfg, config, choices)
+        address = config_hash(config)
+        assert address not in seen, (values, seen[address])
+        seen[address] = values
 
 
 @pytest.mark.parametrize("group", ["fusion", "adapter", "cache", "logger", "debug", "preset"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -26,7 +27,7 @@ def test_without_a_pilot_only_the_floor_is_known() -> None:
     first, reach, hint = foretell(Claim(4, 3, 0.03, 0.8))
     assert first == "4 compositions with 3 seeds each: 12 cells, 3 comparisons with one baseline"
     assert reach.startswith("with 3 seeds and 3 comparisons nothing can be significant") and "7 seeds can" in reach
-    assert "pilot=<folder of a sweep>" in hint
+    assert "pilot=<folder of a sweep, or its cells.csv>" in hint
     assert foretell(Claim(2, 9, None, 0.8))[1] == "6 seeds are the fewest with which any can be significant"
 
 
@@ -37,6 +38,21 @@ def test_a_claim(pilot: Path) -> None:
     assert f"a difference of 0.03 is found with power 0.8 by {needed} seeds (" in text
     assert f"8 seeds find it with power {power_of(8, 0.03, 0.02):.2f}" in text
     assert f"that is {2 * (needed or 0)} cells, {needed} h of training at the pilot's speed" in text
+
+
+def test_a_record_is_as_good_a_pilot_as_its_sweep(pilot: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    record = tmp_path_factory.mktemp("record") / "cells.csv"
+    lines = ["cell,overrides,config,data,code,cost.seconds,quiz/vqa_accuracy"]
+    for seed, second in enumerate((0.5, 0.52, 0.54)):
+        for mask, score in (("bidir", 0.5), ("causal", second)):
+            words = json.dumps([f"mask={mask}", f"seed={seed}"]).replace('"', '""')
+            lines.append(f'{mask}{seed},"{words}",{mask}{seed},d,c,1800.0,{score}')
+    record.write_text("\n".join(lines) + "\n")
+    first, second = (foretell(Claim(2, 8, 0.03, 0.8), at, "quiz/vqa_accuracy") for at in (record, pilot))
+    assert [line.replace(str(record), str(pilot)) for line in first] == second
+    (record.parent / "none.csv").write_text("a,b\n")
+    with pytest.raises(UserError, match="is no record of cells"):
+        foretell(Claim(2, 8, 0.03, 0.8), record.parent / "none.csv")
 
 
 def test_no_claim_names_the_effect_that_can_be_seen(pilot: Path) -> None:

@@ -6,8 +6,18 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
-from vlmlab.analyse.questions import both_sources, clustered_error, numbered, over_both, over_questions, split_variance
+from vlmlab.analyse.questions import (
+    both_sources,
+    clustered_error,
+    numbered,
+    over_both,
+    over_questions,
+    share_over_questions,
+    split_variance,
+    wilson,
+)
 
 SCORES = np.array([1, 0, 1, 1, 0, 0, 1, 1, 1, 0], dtype=float)
 IMAGES = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 3])
@@ -45,6 +55,37 @@ def test_over_questions() -> None:
     assert over_questions(SCORES, np.zeros(10, dtype=int)).half is None
     with pytest.raises(ValueError, match="one image"):
         clustered_error(SCORES, np.zeros(10, dtype=int))
+
+
+def test_a_share_of_few_answers_has_wilsons_interval() -> None:
+    """Against scipy's ``binomtest``."""
+    assert wilson(0.3, 10, 1.959963984540054) == pytest.approx(binomtest(3, 10).proportion_ci(method="wilson"))
+    assert wilson(0.0, 8, 1.959963984540054) == pytest.approx(binomtest(0, 8).proportion_ci(method="wilson"))
+
+
+def test_shares_at_their_ends_have_a_width_and_others_are_as_before() -> None:
+    assert share_over_questions(np.tile(SCORES, 10), np.arange(100)) == over_questions(
+        np.tile(SCORES, 10), np.arange(100)
+    )
+    none = share_over_questions(np.zeros(8), np.arange(8))
+    t = 2.364624251592784  # 7 degrees of freedom
+    assert (none.mean, none.low) == (0.0, 0.0) and none.high == pytest.approx(t**2 / (8 + t**2))
+    few = share_over_questions([1, 0, 0, 0, 0, 0, 0, 0], np.arange(8))
+    size = (1 / 8 * 7 / 8) / (7 / 64 / 7)  # by the plain error of the mean: one less than there are
+    assert (few.low, few.high) == pytest.approx(wilson(1 / 8, size, t)) and 0 < few.low < 1 / 8 < few.high < 1
+    twice = share_over_questions(np.zeros(16), np.repeat(np.arange(8), 2))
+    assert twice.high == none.high, "two questions about an image are no more than one where all are alike"
+    assert share_over_questions([1.0, 1.0], np.zeros(2, dtype=int)).half is None
+
+
+def test_the_interval_of_a_few_answers_holds_what_it_says() -> None:
+    """Each number of right answers of 12, weighted by how likely it is where the true share is .05 or .9."""
+    for truth in (0.05, 0.9):
+        held = 0.0
+        for right in range(13):
+            one = share_over_questions(np.arange(12) < right, np.arange(12))
+            held += math.comb(12, right) * truth**right * (1 - truth) ** (12 - right) * (one.low <= truth <= one.high)
+        assert held >= 0.94
 
 
 def test_numbered() -> None:

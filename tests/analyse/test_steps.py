@@ -11,10 +11,11 @@ from scipy.stats import CensoredData, logrank
 from vlmlab.analyse.steps import GAP, Passage, Threshold, logrank_p, logrank_scores, median, passage
 from vlmlab.contracts.errors import UserError
 
+OTHER = {"held_out/short/loss": 1.0, "held_out/short/shuffled_loss": 1.5}
 ROWS = [
     {"stage": "align", "step": 0, "held_out/loss": 3.0, "held_out/shuffled_loss": 3.0},
     {"stage": "align", "step": 10, "loss": 1.0},
-    {"stage": "align", "step": 20, "held_out/loss": 2.0, "held_out/shuffled_loss": 2.05},
+    {"stage": "align", "step": 20, "held_out/loss": 2.0, "held_out/shuffled_loss": 2.05, **OTHER},
     {"stage": "dense", "step": 0, "held_out/loss": 2.5, "held_out/shuffled_loss": 2.5},
     {"stage": "dense", "step": 10, "held_out/loss": 1.0, "held_out/shuffled_loss": 1.5},
     {"stage": "dense", "step": 20, "held_out/loss": "nan", "held_out/shuffled_loss": 1.5},
@@ -28,6 +29,8 @@ ROWS = [
         ("dense:held_out/loss<2.2", Passage(30, False)),
         ("held_out/gap > 0.1", Passage(30, False)),
         ("align:held_out/gap>0.1", Passage(20, True)),
+        ("held_out/short/gap>0.1", Passage(20, False)),
+        ("held_out/short/gap>0.7", Passage(20, True)),
         ("held_out/loss<0.5", Passage(30, True)),
         ("accuracy>0.5", None),
     ],

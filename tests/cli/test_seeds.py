@@ -38,7 +38,7 @@ def test_a_sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     [
         ("-m mask=bidir,causal effect=-1", "effect=-1 is not possible; give a difference above 0"),
         ("-m mask=bidir,causal power=1", "power=1 is not possible; give a share between 0 and 1"),
-        ("-m mask=bidir,causal pilot=nowhere", "pilot=nowhere is no folder"),
+        ("-m mask=bidir,causal pilot=nowhere", "pilot=nowhere is not there; give the folder of a finished sweep"),
         ("-m mask=bidir,causal device=h100", "device=h100 is about one composition"),
         ("-m mask=bidir,casual", "did you mean causal?"),
     ],

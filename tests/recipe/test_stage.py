@@ -32,6 +32,14 @@ def test_defaults_come_from_the_groups():
     assert stage.train == {"connector": 1e-3}
 
 
+def test_a_stage_is_left_out_by_no_steps_but_not_all_of_them():
+    cfg = config(steps=0)
+    with pytest.raises(UserError, match=r"^recipe.stages.one.steps is 0, .* nothing is trained"):
+        parse(cfg)
+    cfg.recipe.stages.two = {**cfg.recipe.stages.one, "steps": 3}
+    assert [stage.steps for stage in parse(cfg)] == [0, 3]
+
+
 def test_null_turns_off_what_has_an_off_choice():
     (stage,) = parse(config(adapter=None, gradient_clip=None, train={"connector": 1e-3, "encoder": None}))
     assert stage.adapter is None

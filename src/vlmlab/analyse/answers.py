@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmlab.analyse.questions import Indices, numbered, over_questions
+from vlmlab.analyse.questions import Indices, numbered, share_over_questions
 from vlmlab.analyse.results import MetricKey
 from vlmlab.analyse.stats import Interval, Numbers
 from vlmlab.contracts.errors import UserError
@@ -95,7 +95,7 @@ def intervals_over_questions(
         for key in keys if answers is not None else ():
             if key.benchmark == benchmark and answers is not None and (chosen := answers.questions(key)):
                 images = numbered([answers.images[one] for one in chosen])
-                found[str(key)] = over_questions([answers.scores[one] for one in chosen], images)
+                found[str(key)] = share_over_questions([answers.scores[one] for one in chosen], images)
     return found
 
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from vlmlab.analyse.answers import Scored, aligned, scored
 from vlmlab.analyse.combination import Combination, short_names
 from vlmlab.analyse.questions import Variance, over_both, split_variance
-from vlmlab.analyse.results import MetricKey
-from vlmlab.analyse.stats import LEVEL, Interval, beyond_reach, holm, paired_difference, sign_flip_p
-from vlmlab.analyse.steps import Passage, Threshold, logrank_p, median, passage
+from vlmlab.analyse.results import MetricKey, RunRecord
+from vlmlab.analyse.stats import (
+    LEVEL,
+    Interval,
+    beyond_reach,
+    holm,
+    mean_interval,
+    paired_difference,
+    sign_flip_p,
+)
+from vlmlab.analyse.steps import Passage, Threshold, logrank_p, median, passage, seen
 from vlmlab.contracts.errors import UserError
 from vlmlab.runs.files import read_rows
 
@@ -203,14 +212,29 @@ class Race:
         return str(median(self.passages)) if self.passages else "-"
 
 
-def races(rows: Sequence[Combination], baseline: Combination, threshold: Threshold) -> list[Race]:
+Rows = Callable[[RunRecord], Iterable[Mapping[str, Any]]]
+"""Gives the rows of ``metrics.jsonl`` of a run."""
+
+
+def rows_of(record: RunRecord) -> list[dict[str, Any]]:
+    """Those in the run's own folder."""
+    return read_rows(record.folder / "metrics.jsonl")
+
+
+def races(rows: Sequence[Combination], baseline: Combination, threshold: Threshold, read: Rows = rows_of) -> list[Race]:
     """Steps to a threshold of every composition, the baseline first.
+
+    Args:
+        rows: of the sweep.
+        baseline: one of them.
+        threshold: what to pass.
+        read: gives what a run wrote while it trained.
 
     Raises:
         UserError: no cell of the baseline has the number in its ``metrics.jsonl``.
     """
     ordered = [baseline, *(row for row in rows if row is not baseline)]
-    found = [Race(row, _passages(row, threshold)) for row in ordered]
+    found = [Race(row, _passages(row, threshold, read)) for row in ordered]
     if not found[0].passages:
         raise UserError(
             f"no cell of {baseline.label} has {threshold.name} in its metrics.jsonl; train with "
@@ -223,6 +247,21 @@ def races(rows: Sequence[Combination], baseline: Combination, threshold: Thresho
     return [found[0], *(replace(one, adjusted=p) for one, p in zip(tested, adjusted, strict=True))]
 
 
-def _passages(row: Combination, threshold: Threshold) -> list[Passage]:
-    found = (passage(read_rows(record.folder / "metrics.jsonl"), threshold) for record in row.finished)
+def _passages(row: Combination, threshold: Threshold, read: Rows) -> list[Passage]:
+    found = (passage(read(record), threshold) for record in row.finished)
     return [one for one in found if one is not None]
+
+
+def row_band(row: Combination, name: str, read: Rows = rows_of) -> list[tuple[float, Interval]]:
+    """Step over all stages and mean with its interval over seeds, at every look that all finished cells have."""
+    runs = [{(look.step, look.stage): look.value for look in seen(read(record), name)} for record in row.finished]
+    runs = [run for run in runs if run]
+    common = [key for key in runs[0] if all(key in run for run in runs)] if runs else []
+    return [(step, mean_interval([run[step, stage] for run in runs])) for step, stage in common]
+
+
+def row_look(row: Combination, stage: str, name: str, last: bool, read: Rows = rows_of) -> Interval | None:
+    """A number at the first, or the last, look of a stage: mean with its interval over seeds."""
+    found = [[look.value for look in seen(read(record), name) if look.stage == stage] for record in row.finished]
+    values = [looks[-1 if last else 0] for looks in found if looks]
+    return mean_interval(values) if values else None

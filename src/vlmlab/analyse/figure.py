@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from vlmlab.analyse.combination import Combination
-from vlmlab.analyse.compare import Comparison
+from vlmlab.analyse.compare import Comparison, Rows, row_band, rows_of
 from vlmlab.analyse.results import FIRST, MetricKey
 from vlmlab.evaluate.metrics.captions import CEILINGS
 from vlmlab.evaluate.metrics.scoring import LOOKUP
 from vlmlab.runs.files import replacing
 
 MOST_PANELS = 6
+STYLES = ("-", "--", ":")
+"""Of lines, once the ten colours are used up."""
 BAR, INK, SHUFFLED, LOOKED_UP, CHANCE, CEILING = "#4C78A8", "#222222", "#E45756", "#B279A2", "#777777", "#54A24B"
 
 
@@ -83,6 +85,41 @@ def draw_differences(path: Path, comparisons: Sequence[Comparison], metric: str)
     axis.tick_params(labelsize=8, left=False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def draw_curves(path: Path, rows: Sequence[Combination], name: str, read: Rows = rows_of) -> Path | None:
+    """Draw a number that runs looked at while they trained: mean over seeds and its 95 % interval; None without any.
+
+    Args:
+        path: the PNG to write.
+        rows: the combinations, each a line.
+        name: of the number, as in ``metrics.jsonl``.
+        read: gives what a run wrote while it trained.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    bands = {row.label: band for row in rows if (band := row_band(row, name, read))}
+    if not bands:
+        return None
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for i, (label, band) in enumerate(bands.items()):
+        steps, means = [step for step, _ in band], [interval.mean for _, interval in band]
+        ends = [(interval.low, interval.high) for _, interval in band if interval.half is not None]
+        (line,) = axis.plot(steps, means, linewidth=1.6, label=label, linestyle=STYLES[i // 10 % len(STYLES)])
+        if len(ends) == len(steps):
+            lows, highs = zip(*ends, strict=True)
+            axis.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
+    axis.set_xlabel("optimizer steps, over all stages", fontsize=8)
+    axis.set_title(f"{name}\nmean over seeds, 95 % interval", fontsize=9, loc="left")
+    axis.tick_params(labelsize=8)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     figure.savefig(path, dpi=150)
     return path

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vlmlab.analyse.combination import Combination, combinations
 from vlmlab.analyse.power import Spread, power_of, seeds_needed, smallest_effect, spread
-from vlmlab.analyse.results import read_sweep
+from vlmlab.analyse.results import read_record, read_sweep
 from vlmlab.analyse.stats import beyond_reach, counted, fewest_seeds
 from vlmlab.analyse.sweep import main_metrics
 from vlmlab.contracts.errors import UserError
@@ -41,7 +41,8 @@ def foretell(claim: Claim, pilot: Path | None = None, metric: str | None = None)
 
     Args:
         claim: what it is to show.
-        pilot: a finished sweep of like cells; None: only what holds whatever seeds vary by.
+        pilot: folder of a sweep of like cells, or its record (``cells.csv``); None: only what holds whatever seeds vary
+            by.
         metric: as in ``result.json``; None: the first of the pilot's table.
 
     Raises:
@@ -57,7 +58,10 @@ def foretell(claim: Claim, pilot: Path | None = None, metric: str | None = None)
     reach = beyond_reach(claim.seeds, claim.comparisons)
     lines.append(reach or f"{fewest_seeds(claim.comparisons)} seeds are the fewest with which any can be significant")
     if pilot is None:
-        return [*lines, "how many seeds an effect needs is seen from pilot cells: give pilot=<folder of a sweep>"]
+        return [
+            *lines,
+            "how many seeds an effect needs is seen from pilot cells: give pilot=<folder of a sweep, or its cells.csv>",
+        ]
     rows, name = _pilot(pilot, metric)
     known = spread([row.by_seed(name) for row in rows])
     if known is None:
@@ -75,10 +79,12 @@ def foretell(claim: Claim, pilot: Path | None = None, metric: str | None = None)
 
 def _pilot(pilot: Path, metric: str | None) -> tuple[list[Combination], str]:
     """The pilot's compositions and the metric that is meant."""
-    records = read_sweep(pilot)
+    records = read_record(pilot) if pilot.is_file() else read_sweep(pilot)
     names = main_metrics(records)
     if not names:
-        raise UserError(f"pilot={pilot} has no finished cells with a metric in common; give the folder of a sweep")
+        raise UserError(
+            f"pilot={pilot} has no finished cells with a metric in common; give the folder of a sweep, or its cells.csv"
+        )
     name = metric or names[0]
     rows = [row for row in combinations(records) if row.by_seed(name)]
     if not rows:

@@ -5,15 +5,18 @@ Questions about one image are right or wrong together, so that images and not qu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vlmlab.analyse.stats import LEVEL, Interval, Numbers, t_quantile
+from vlmlab.analyse.stats import LEVEL, Interval, Numbers, ShareInterval, t_quantile
 
 Indices = NDArray[np.intp]
+FEW = 5
+"""Right, or wrong, answers below which a mean's own error says too little of it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,38 @@ def over_questions(scores: ArrayLike, images: Indices, level: float = LEVEL) -> 
     clusters = len(np.unique(images))
     half = float(t_quantile(level, clusters - 1) * clustered_error(values, images)) if clusters > 1 else None
     return Interval(float(values.mean()), half, len(values))
+
+
+def wilson(share: float, size: float, quantile: float) -> tuple[float, float]:
+    """Ends of Wilson's score interval (1927, J. Am. Stat. Assoc. 22:209) of a share in 0..1.
+
+    Args:
+        share: of `size` independent answers.
+        size: how many, need not be whole.
+        quantile: of the normal distribution, or of t.
+    """
+    wide = quantile**2 / size
+    middle = (share + wide / 2) / (1 + wide)
+    half = quantile / (1 + wide) * math.sqrt(share * (1 - share) / size + wide / (4 * size))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def share_over_questions(scores: ArrayLike, images: Indices, level: float = LEVEL) -> Interval:
+    """`over_questions` of scores in 0..1, by Wilson's interval where the t interval fails: few answers, or 0 or 1.
+
+    With fewer than `FEW` images' worth of right or of wrong answers the t interval is too narrow, and of no width where
+    all answers are alike. Wilson's is then taken of the number of independent answers that has the clustered error
+    (Korn and Graubard 1998, Surv. Methodol. 24:193), at most one an image where there is none, with the quantile of t.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    plain, clusters = over_questions(values, images, level), len(np.unique(images))
+    spread = plain.mean * (1 - plain.mean)
+    if plain.half is None or clusters * min(plain.mean, 1 - plain.mean) >= FEW:
+        return plain
+    error = float(clustered_error(values, images))
+    size = min(len(values), spread / error**2) if error > 0 else clusters
+    lower, upper = wilson(plain.mean, size, float(t_quantile(level, clusters - 1)))
+    return ShareInterval(plain.mean, (upper - lower) / 2, plain.n, lower, upper)
 
 
 def over_both(scores: ArrayLike, images: Indices, level: float = LEVEL) -> Interval:

@@ -12,6 +12,7 @@ import yaml
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.evaluate.metrics.scoring import BESIDE
+from vlmlab.runs.cells_csv import cost_of, metrics_of, overrides_of, read_cells
 from vlmlab.runs.data import CHANGED
 from vlmlab.runs.files import read_json, read_yaml
 from vlmlab.runs.folder import RunFolder
@@ -112,6 +113,18 @@ def read_sweep(sweep_dir: Path) -> list[RunRecord]:
     folders = sorted(path for path in sweep_dir.iterdir() if os.path.isdir(path)) if os.path.isdir(sweep_dir) else []
     cells = [p for p in folders if any(os.path.exists(p / mark) for mark in marks) and ".old-" not in p.name]
     return [read_run(path) for path in cells]
+
+
+def read_record(path: Path) -> list[RunRecord]:
+    """The cells of a committed record (``cells.csv``) as the runs that they were, of which no folder need be here.
+
+    Raises:
+        UserError: it is no record, see ``read_cells``.
+    """
+    return [
+        RunRecord(Path(row["cell"]), "done", "", parse_overrides(overrides_of(row)), metrics_of(row), cost_of(row))
+        for row in read_cells(path)
+    ]
 
 
 def failed_run(folder: Path, overrides: Iterable[str], reason: str) -> RunRecord:

@@ -52,6 +52,28 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class ShareInterval(Interval):
+    """An interval of a share that is not as wide downwards as upwards, and stays within 0 and 1.
+
+    Attributes:
+        lower, upper: its ends; ``half`` is half of what lies between them.
+    """
+
+    lower: float
+    upper: float
+
+    @property
+    def low(self) -> float:
+        """Lower end."""
+        return self.lower
+
+    @property
+    def high(self) -> float:
+        """Upper end."""
+        return self.upper
+
+
+@dataclass(frozen=True)
 class PairedDifference:
     """First minus second over the seeds both have.
 

@@ -6,7 +6,7 @@ Learning to look is often a jump: at a fixed step scores fall into two heaps, an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from vlmlab.analyse.stats import Numbers
 from vlmlab.contracts.errors import UserError
 
 GAP = "held_out/gap"
-"""``held_out/shuffled_loss`` minus ``held_out/loss``: what right images are worth, in nats per token."""
+"""``held_out/shuffled_loss`` minus ``held_out/loss``: what right images are worth, in nats per token; of the samples
+``<name>`` of ``evaluation.watched``, ``held_out/<name>/gap``."""
 RESAMPLES = 20_000
 """Up to so many ways to deal the runs to two groups all are gone through; beyond, so many are drawn."""
 
@@ -78,27 +79,51 @@ class Passage:
         return f"{'>' if self.censored else ''}{self.step:.0f}"
 
 
-def passage(rows: Iterable[Mapping[str, Any]], threshold: Threshold) -> Passage | None:
-    """When the rows of ``metrics.jsonl`` first pass a threshold; None where none of them has the number."""
-    before, last, stage, seen = 0.0, 0.0, None, None
+@dataclass(frozen=True)
+class Seen:
+    """One number at one look.
+
+    Attributes:
+        step: counted over all stages.
+        stage: that was trained.
+        value: the number.
+    """
+
+    step: float
+    stage: str
+    value: float
+
+
+def seen(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Seen]:
+    """A number's looks in the rows of ``metrics.jsonl``; of `GAP`, where both of its losses are."""
+    before, last, stage = 0.0, 0.0, None
     for row in rows:
         if not isinstance(row.get("step"), int | float):
             continue
         if row.get("stage") != stage:
             before, last, stage = before + last, 0.0, row.get("stage")
         last = max(last, float(row["step"]))
-        value = _value(row, threshold.name)
-        if value is None or (threshold.stage and stage != threshold.stage):
+        value = _value(row, name)
+        if value is not None:
+            yield Seen(before + float(row["step"]), str(stage), value)
+
+
+def passage(rows: Iterable[Mapping[str, Any]], threshold: Threshold) -> Passage | None:
+    """When the rows of ``metrics.jsonl`` first pass a threshold; None where none of them has the number."""
+    last = None
+    for look in seen(rows, threshold.name):
+        if threshold.stage and look.stage != threshold.stage:
             continue
-        seen = before + float(row["step"])
-        if threshold.passed(value):
-            return Passage(seen, censored=False)
-    return None if seen is None else Passage(seen, censored=True)
+        if threshold.passed(look.value):
+            return Passage(look.step, censored=False)
+        last = look.step
+    return None if last is None else Passage(last, censored=True)
 
 
 def _value(row: Mapping[str, Any], name: str) -> float | None:
-    if name == GAP:
-        loss, shuffled = _value(row, "held_out/loss"), _value(row, "held_out/shuffled_loss")
+    place, _, last = name.rpartition("/")
+    if last == "gap" and name not in row:
+        loss, shuffled = _value(row, f"{place}/loss"), _value(row, f"{place}/shuffled_loss")
         return None if loss is None or shuffled is None else shuffled - loss
     value = row.get(name)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

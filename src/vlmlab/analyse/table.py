@@ -74,9 +74,9 @@ def _benchmark_table(name: str, values: Mapping[MetricKey, float], intervals: Ma
         else:
             score, part, title, cell = _place(key, value, accuracy, scores)
             cells[score, part][title] = cell
-            if (interval := intervals.get(str(key))) is not None and interval.half is not None:
-                low, high = interval.mean - interval.half, interval.mean + interval.half
-                cells[score, part][INTERVAL] = f"{max(low, 0.0):.3f}-{min(high, 1.0):.3f}"  # scores are shares
+            interval = intervals.get(str(key))
+            if interval is not None and interval.low is not None and interval.high is not None:  # scores are shares
+                cells[score, part][INTERVAL] = f"{max(interval.low, 0.0):.3f}-{min(interval.high, 1.0):.3f}"
     ceilings: list[str] = []
     for who in CEILINGS.values():
         ceilings += [who, f"of {who}"]

@@ -44,8 +44,10 @@ def _checked(key: str, value: str) -> str:
     if value == "null" and key != "power":
         return value
     if key in ("pilot", "metric"):
-        if key == "pilot" and not Path(value).is_dir():
-            raise ConfigError(f"pilot={value} is no folder; give the folder of a finished sweep, as in sweeps/<name>")
+        if key == "pilot" and not Path(value).exists():
+            raise ConfigError(
+                f"pilot={value} is not there; give the folder of a finished sweep (sweeps/<name>), or its cells.csv"
+            )
         return quoted(value)
     try:
         number = float(value)

@@ -38,7 +38,7 @@ class Stage:
         objective: one objective's configuration, or a mapping of several.
         mask: configuration of the attention mask.
         adapter: configuration of the adapter.
-        steps: optimizer steps.
+        steps: optimizer steps; 0 leaves the stage out of the training and its weights as they are.
         batch_size: samples per optimizer step, over all ranks and micro-batches.
         accumulate: micro-batches per optimizer step and rank.
         warmup: share of the steps over which the learning rate rises linearly from 0.
@@ -118,6 +118,11 @@ def parse(cfg: DictConfig, parts: Collection[str] = PARTS) -> list[Stage]:
     limit = _given(cfg, "debug.steps", Count | None)
     names = [str(name) for name in node]
     stages = [_stage(cfg, index, name, parts) for index, name in enumerate(names)]
+    if not any(stage.steps for stage in stages):
+        raise UserError(
+            f"{stages[0].key('steps')} is 0, which leaves a stage out, and so is that of all others: nothing is "
+            "trained; give one of them steps."
+        )
     if limit is not None:
         stages = [dataclasses.replace(stages[0], steps=min(stages[0].steps, int(limit)))]
     return stages

@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from vlmlab.runs.config import config_hash
 from vlmlab.runs.environment import code_fingerprint
 from vlmlab.runs.files import write_atomic
 from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.looks_csv import NAME as LOOKS
+from vlmlab.runs.looks_csv import looks_of, read_looks, write_looks
 
 IDENTITY = ("cell", "overrides", "config", "data", "code")
 """First columns: name of the folder, task overrides as JSON, and three hashes of 16 hexadecimal digits."""
@@ -82,15 +84,16 @@ class CellsCsv:
     """A record that a sweep reads before it trains and adds to when its cells have ended.
 
     Args:
-        path: the file; made when the first cell is added.
+        path: the file; made when the first cell is added, and beside it what cells saw while they trained, if any did.
 
     Raises:
-        UserError: see ``read_cells``.
+        UserError: see ``read_cells`` and ``read_looks``.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rows = {row["config"]: row for row in read_cells(path)}
+        self._looks = read_looks(path.with_name(LOOKS)) if self._rows else {}
 
     def restore(self, folder: Path, config: Mapping[str, Any], overrides: Iterable[str]) -> str:
         """Write the result of a recorded cell into its folder, which has none yet.
@@ -105,6 +108,8 @@ class CellsCsv:
         with run:
             run.open(config, list(overrides))
             run.update_env(code=row["code"], codes=[row["code"]])
+            for look in self._looks.get(row["config"], ()):
+                run.log(look)
             run.finish(metrics_of(row), cost_of(row), recorded=str(self.path))
         return RECORDED if row["code"] == code_fingerprint() else OTHER_CODE
 
@@ -117,9 +122,12 @@ class CellsCsv:
                 continue
             row = _row(run, result, config)
             self._rows[row["config"]] = row
+            self._looks[row["config"]] = looks_of(run.metrics())
         if self._rows:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.path, _text(self._rows.values()))
+            rows = sorted(self._rows.values(), key=lambda row: row["cell"])
+            write_looks(self.path.with_name(LOOKS), {row["config"]: row["cell"] for row in rows}, self._looks)
+            write_atomic(self.path, _text(rows))
 
 
 def _row(run: RunFolder, result: Mapping[str, Any], config: Mapping[str, Any]) -> Row:
@@ -135,13 +143,12 @@ def _row(run: RunFolder, result: Mapping[str, Any], config: Mapping[str, Any]) -
     return row | {key: repr(value) for key, value in numbers.items() if isinstance(value, int | float)}
 
 
-def _text(rows: Iterable[Row]) -> str:
-    ordered = sorted(rows, key=lambda row: row["cell"])
-    columns = dict.fromkeys([*IDENTITY, *sorted({key for row in ordered for key in row if key not in IDENTITY})])
+def _text(rows: Collection[Row]) -> str:
+    columns = dict.fromkeys([*IDENTITY, *sorted({key for row in rows for key in row if key not in IDENTITY})])
     file = io.StringIO()
     writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(ordered)
+    writer.writerows(rows)
     return file.getvalue()
 
 

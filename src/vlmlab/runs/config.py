@@ -18,6 +18,7 @@ BEFORE: Mapping[str, Any] = {
     "init_from": None,
     "collate.questions": "conversation",
     "collate.control_tokens": "refuse",
+    "evaluation.watched": None,
     "image_range": "auto",  # of any source of data, as what follows
     "image_roots": [],
     "grid": 4,  # of the generated world, as what follows

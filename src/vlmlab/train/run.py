@@ -317,7 +317,7 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSo
     run.say(stage_table(stage, trainee, run.precision, prompt, len(source)))
     facts: dict[str, Any] = {"steps": 0, "seconds": 0.0, "unmoved": []}
     if not trainee.trained() or not stage.steps:
-        run.say("nothing to train here: skipped")
+        run.say("nothing to train here: skipped" if stage.steps else f"{stage.key('steps')}=0: left out")
     else:
         module = kind(trainee.model, stage, trainee.objectives, trainee.rates)
         if run.writes and (line := questions_line(cfg, trainee.model, prompt, source)) is not None:  # type: ignore[arg-type]
@@ -424,18 +424,22 @@ def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: 
 
 
 def _watching(run: Run, module: StageModule, data: StageData) -> list[L.Callback]:
-    """With ``evaluation.every``, what looks at the stage's held-out samples while it trains."""
+    """With ``evaluation.every``, what looks at held-out samples while the stage trains: its own, and those watched."""
     from vlmlab.evaluate.baselines import Limited
     from vlmlab.evaluate.run import held_out, mean_loss
     from vlmlab.train.watch import Watch
 
-    cfg, name = run.cfg, module.stage.data
+    cfg, own = run.cfg, module.stage.data
     every = OmegaConf.select(cfg, "evaluation.every")
-    if not every or name not in cfg.data.get("val", {}):
+    names = {"": own} if own in cfg.data.get("val", {}) else {}
+    names |= {str(name): str(name) for name in OmegaConf.select(cfg, "evaluation.watched") or ()}
+    if not every or not names:
         return []
-    source = Limited(held_out(cfg, name, lambda sample: data.collate([sample])), int(cfg.evaluation.held_out_samples))
+    most = int(cfg.evaluation.held_out_samples)
+    read = {name: held_out(cfg, name, lambda sample: data.collate([sample])) for name in names.values()}
+    sources = {shown: Limited(read[name], most) for shown, name in names.items()}
     loss = partial(mean_loss, data.collate, size=int(cfg.evaluation.batch_size))
-    return [Watch(source, loss, int(every), run.folder.log)]
+    return [Watch(sources, loss, int(every), run.folder.log)]
 
 
 def _trainer(run: Run, before: Sequence[L.Callback], keeper: Keeper) -> L.Trainer:

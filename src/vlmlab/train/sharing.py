@@ -165,10 +165,11 @@ def describe(
 
 def _watched(cfg: DictConfig, stage: Stage) -> Any:
     """What the rows of held-out looks depend on, with ``evaluation.every``; None without."""
-    held_out = plain_key(cfg, f"data.val.{stage.data}")
-    if not OmegaConf.select(cfg, "evaluation.every") or held_out is None:
+    names = dict.fromkeys([stage.data, *(OmegaConf.select(cfg, "evaluation.watched") or ())])
+    held_out = [node for name in names if (node := plain_key(cfg, f"data.val.{name}")) is not None]
+    if not OmegaConf.select(cfg, "evaluation.every") or not held_out:
         return None
-    return [plain_key(cfg, "evaluation"), held_out, source_fingerprint(instantiate(held_out))]
+    return [plain_key(cfg, "evaluation"), held_out, [source_fingerprint(instantiate(node)) for node in held_out]]
 
 
 def address(about: Mapping[str, Any]) -> str:

@@ -17,20 +17,24 @@ Write = Callable[[Mapping[str, object]], None]
 
 
 class Watch(L.Callback):
-    """Before a stage's first step, every so many steps, and after the last: a row of two losses in ``metrics.jsonl``.
+    """Before a stage's first step, every so many steps, and after the last: a row of losses in ``metrics.jsonl``.
 
-    ``held_out/loss`` is that of the samples, ``held_out/shuffled_loss`` of the same with another sample's images: what
-    lies between them is what the model takes from the images. Training is not disturbed by a bit.
+    ``held_out/loss`` is that of the stage's own samples, ``held_out/shuffled_loss`` of the same with another sample's
+    images: what lies between them is what the model takes from the images. Of further samples they are
+    ``held_out/<name>/loss`` and ``held_out/<name>/shuffled_loss``. Training is not disturbed by a bit.
 
     Args:
-        source: the held-out samples.
+        sources: held-out samples by name; the stage's own have an empty one.
         loss: (model, samples) -> nats per supervised token.
         every: optimizer steps between two looks.
         write: takes a row.
     """
 
-    def __init__(self, source: SampleSource, loss: Loss, every: int, write: Write) -> None:
-        self.sets = {"held_out/loss": source, "held_out/shuffled_loss": Shuffled(source)}
+    def __init__(self, sources: Mapping[str, SampleSource], loss: Loss, every: int, write: Write) -> None:
+        self.sets: dict[str, SampleSource] = {}
+        for name, source in sources.items():
+            place = f"held_out/{name}/" if name else "held_out/"
+            self.sets |= {f"{place}loss": source, f"{place}shuffled_loss": Shuffled(source)}
         self.loss, self.every, self.write = loss, every, write
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:

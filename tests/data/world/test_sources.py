@@ -1,5 +1,6 @@
 import hashlib
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,12 @@ from vlmlab.data.world.sources import (
     WorldCaptions,
     WorldInstruct,
     WorldInterleaved,
+    WorldInterleavedInstruct,
     WorldQuestions,
     WorldStatements,
+    WorldTaskCaptions,
+    WorldTaskInstruct,
+    WorldTaskQuestions,
     WorldText,
 )
 from vlmlab.data.world.words import lexicon
@@ -234,6 +239,33 @@ def test_interleaved_answers_are_right_and_balanced():
         assert all(abs(mine.count(a) / len(mine) - 1 / number) < 0.08 for a in set(mine))
 
 
+def test_a_share_of_instructions_is_interleaved_and_the_others_are_unchanged():
+    plain, mixed = WorldInstruct("train", 400), WorldInterleavedInstruct("train", 400, interleaved_fraction=0.5)
+    several = [index for index in range(400) if mixed.turns(index)[0].kind == "interleaved"]
+    assert 0.4 < len(several) / 400 < 0.6
+    assert all(mixed.turns(index) == plain.turns(index) for index in range(400) if index not in several)
+    assert all(mixed.turns(i) == WorldInterleaved("train", 400).turns(i) for i in several)
+    large = WorldInterleavedInstruct("train", 40, grid=6, objects=[2, 8], interleaved_fraction=1.0)[3]
+    assert len(large.images) > 1 and {image.shape for image in large.images} == {(96, 96, 3)}
+    assert "-6x6-" in large.id
+
+
+def test_task_words_stand_before_every_prompt_and_change_nothing_else():
+    arguments = {"split": "train", "size": 60}
+    for plain, told in (
+        (WorldInstruct(**arguments), WorldTaskInstruct(**arguments)),
+        (WorldQuestions(**arguments), WorldTaskQuestions(**arguments)),
+        (WorldCaptions("mixed", **arguments), WorldTaskCaptions("mixed", **arguments)),
+    ):
+        for index in range(60):
+            for turn, other in zip(told.turns(index), plain.turns(index), strict=True):
+                word, _, prompt = turn.prompt.partition(" ")
+                assert replace(turn, prompt=prompt) == other
+                assert word == ("[caption]" if other.kind in ("caption", "dense_caption") else "[vqa]")
+    sample = WorldTaskQuestions(**arguments)[5]
+    assert sample.id == WorldQuestions(**arguments)[5].id and len(sample.images) == 1
+
+
 def _config():
     """The configuration, the sources of benchmarks in the place of the benchmarks."""
     config = OmegaConf.to_container(OmegaConf.create({"data": yaml.safe_load(CONFIG.read_text())}), resolve=True)[
@@ -255,6 +287,7 @@ def _config():
         (lambda: WorldQuestions("test", 1, kinds=[]), "attribute, existence, count"),
         (lambda: WorldQuestions("test", 0), "1 or more"),
         (lambda: WorldInstruct("train", 1, caption_fraction=1.5), "0 to 1"),
+        (lambda: WorldInterleavedInstruct("train", 1, interleaved_fraction=1.5), "interleaved_fraction .* 0 to 1"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_sentence(make, choices):

@@ -16,6 +16,7 @@ from vlmlab.cli.rules.asking import (
 )
 from vlmlab.cli.rules.declared import declared
 from vlmlab.cli.rules.machine import WHOLE
+from vlmlab.contracts.errors import listed
 from vlmlab.contracts.values import shown
 from vlmlab.data.readers.place import is_id, is_there
 from vlmlab.runs.config import leaves
@@ -26,9 +27,17 @@ PATH_KEYS = ("path", "path_558k", "path_118k", "test_path", "file", "folder", "i
 
 
 def watched(cfg: Config, choices: Choices) -> str | None:
-    """Looks between the steps are one rank's own; with shards no rank has a model to look with."""
-    if value_at(cfg, "evaluation.every") is not None and value_at(cfg, "trainer.strategy") == "fsdp2":
+    """Looks between the steps are one rank's own, with shards no rank has a model to look with; what they look at."""
+    every, names = value_at(cfg, "evaluation.every"), value_at(cfg, "evaluation.watched")
+    if every is not None and value_at(cfg, "trainer.strategy") == "fsdp2":
         return "evaluation.every cannot look while trainer.strategy=fsdp2 has cut the model; set evaluation.every=null"
+    known = value_at(cfg, "data.val")
+    for name in names if isinstance(names, list) else ():
+        if not isinstance(known, Mapping) or name not in known:
+            there = listed(known) if isinstance(known, Mapping) and known else "which has none"
+            return f"evaluation.watched={shown(name)} is not in data.val; choose from it ({there}), or set null"
+    if names and every is None:
+        return "evaluation.watched is only looked at between steps; set evaluation.every=<steps>, or watched=null"
     return None
 
 

@@ -61,6 +61,7 @@ class Evaluation(TypedDict):
     held_out: Texts
     held_out_samples: Count
     every: NotRequired[Count | None]
+    watched: NotRequired[Texts | None]
 
 
 class Precision(TypedDict):

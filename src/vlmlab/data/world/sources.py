@@ -120,6 +120,35 @@ class _WorldSource(ABC):
     def _stream(self, index: int, purpose: str) -> Stream:
         return Stream(scene_id(self.domain, self.split, index, self.seed, self._scale), self.seed, purpose)
 
+    def _interleaved(self, index: int) -> _Unrendered:
+        """Two or three images in one prompt, and a question that needs all of them."""
+        stream = self._stream(index, "interleaved")
+        number = 2 + stream.below(2)
+        scenes, terms = self._unequal(index, number, stream)
+        words = lexicon(self.domain)
+        question = stream.choice(words.templates[f"interleaved/{'two' if number == 2 else 'three'}"])
+        place = stream.below(number)
+        scenes = scenes[1 : place + 1] + scenes[:1] + scenes[place + 1 :]
+        tags = " ".join(f"{name} {words.picture}: {IMAGE_TAG}" for name in _ORDINALS[:number])
+        turn = Turn(f"{tags} {question.format(terms=terms)}", _ORDINALS[place], "interleaved", chance=1 / number)
+        name = scene_id(self.domain, self.split, index, self.seed, self._scale)
+        return _Unrendered(f"{name}/interleaved", tuple(scenes), (turn,))
+
+    def _unequal(self, index: int, number: int, stream: Stream) -> tuple[list[Scene], str]:
+        """Scenes, the one with strictly the most first, and what is counted in them."""
+        attempt = index * _STRIDE
+        while True:
+            scenes = [self._scene(attempt + i) for i in range(number)]
+            attempt += number
+            views = [View(scene) for scene in scenes]
+            mask = stream.choice((0, COLOR, SHAPE))
+            term = stream.choice(stream.choice(views).attributes)
+            counts = [view.matching(mask, term) for view in views]
+            most = max(counts)
+            if counts.count(most) == 1:
+                best = counts.index(most)
+                return [scenes[best], *scenes[:best], *scenes[best + 1 :]], phrase(self.domain, mask, term, plural=True)
+
 
 class _Drawn(TypedDict, total=False):
     """Keys of the scenes' scale."""
@@ -324,8 +353,13 @@ class WorldInstruct(_ScaledSource):
         kinds: Kinds | None = None,
         **scale: Unpack[_Drawn],
     ) -> None:
+<<<<<<< HEAD
         super().__init__(split, size, seed, domain, **scale)
         _check_share(caption_fraction)
+=======
+        super().__init__(split, size, seed, domain, grid, objects)
+        _check_share("caption_fraction", caption_fraction)
+>>>>>>> main
         self.caption_fraction = caption_fraction
         self.kinds = check_kinds(kinds)
 
@@ -349,32 +383,75 @@ class WorldInterleaved(_WorldSource):
     """
 
     def _unrendered(self, index: int) -> _Unrendered:
-        stream = self._stream(index, "interleaved")
-        number = 2 + stream.below(2)
-        scenes, terms = self._unequal(index, number, stream)
-        words = lexicon(self.domain)
-        question = stream.choice(words.templates[f"interleaved/{'two' if number == 2 else 'three'}"])
-        place = stream.below(number)
-        scenes = scenes[1 : place + 1] + scenes[:1] + scenes[place + 1 :]
-        tags = " ".join(f"{name} {words.picture}: {IMAGE_TAG}" for name in _ORDINALS[:number])
-        turn = Turn(f"{tags} {question.format(terms=terms)}", _ORDINALS[place], "interleaved", chance=1 / number)
-        name = scene_id(self.domain, self.split, index, self.seed)
-        return _Unrendered(f"{name}/interleaved", tuple(scenes), (turn,))
+        return self._interleaved(index)
 
-    def _unequal(self, index: int, number: int, stream: Stream) -> tuple[list[Scene], str]:
-        """Scenes, the one with strictly the most first, and what is counted in them."""
-        attempt = index * _STRIDE
-        while True:
-            scenes = [self._scene(attempt + i) for i in range(number)]
-            attempt += number
-            views = [View(scene) for scene in scenes]
-            mask = stream.choice((0, COLOR, SHAPE))
-            term = stream.choice(stream.choice(views).attributes)
-            counts = [view.matching(mask, term) for view in views]
-            most = max(counts)
-            if counts.count(most) == 1:
-                best = counts.index(most)
-                return [scenes[best], *scenes[:best], *scenes[best + 1 :]], phrase(self.domain, mask, term, plural=True)
+
+class WorldInterleavedInstruct(WorldInstruct):
+    """Instruction tuning in which some samples have two or three images; the others are those of ``WorldInstruct``.
+
+    Args:
+        split, size, seed, domain: as for every source of the world.
+        caption_fraction: share of caption samples among those of one image, half of them short, in 0..1.
+        kinds: kinds of question asked of one image; all of them for None.
+        grid, objects: the scenes' scale.
+        interleaved_fraction: share of samples of several images, see ``WorldInterleaved``, in 0..1.
+
+    Raises:
+        UserError: as for ``WorldInstruct``.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        size: Count,
+        seed: Seed = 0,
+        domain: Domain = "base",
+        caption_fraction: Share = 0.15,
+        kinds: Kinds | None = None,
+        grid: Grid = STANDARD.grid,
+        objects: Objects = (STANDARD.fewest, STANDARD.most),
+        interleaved_fraction: Share = 0.5,
+    ) -> None:
+        super().__init__(split, size, seed, domain, caption_fraction, kinds, grid, objects)
+        _check_share("interleaved_fraction", interleaved_fraction)
+        self.interleaved_fraction = interleaved_fraction
+
+    def _unrendered(self, index: int) -> _Unrendered:
+        if self._stream(index, "instruct/interleaved").chance(self.interleaved_fraction):
+            return self._interleaved(index)
+        return super()._unrendered(index)
+
+
+CAPTIONED = ("caption", "dense_caption")
+"""Kinds of turn that ask for a caption."""
+
+
+def _with_task_words(sample: _Unrendered) -> _Unrendered:
+    """Every prompt behind a word for its task, as MiniGPT-v2 has it (arXiv 2310.09478)."""
+    words = ("[caption]" if turn.kind in CAPTIONED else "[vqa]" for turn in sample.turns)
+    turns = tuple(replace(turn, prompt=f"{word} {turn.prompt}") for word, turn in zip(words, sample.turns, strict=True))
+    return replace(sample, turns=turns)
+
+
+class WorldTaskCaptions(WorldCaptions):
+    """``WorldCaptions`` behind ``[caption]``; arguments and refusals are the same."""
+
+    def _unrendered(self, index: int) -> _Unrendered:
+        return _with_task_words(super()._unrendered(index))
+
+
+class WorldTaskQuestions(WorldQuestions):
+    """``WorldQuestions`` behind ``[vqa]``; arguments and refusals are the same."""
+
+    def _unrendered(self, index: int) -> _Unrendered:
+        return _with_task_words(super()._unrendered(index))
+
+
+class WorldTaskInstruct(WorldInstruct):
+    """``WorldInstruct``, each turn behind ``[vqa]`` or ``[caption]``; arguments and refusals are the same."""
+
+    def _unrendered(self, index: int) -> _Unrendered:
+        return _with_task_words(super()._unrendered(index))
 
 
 class WorldText(_WorldSource):
@@ -402,7 +479,7 @@ class WorldText(_WorldSource):
         caption_fraction: Share = CAPTION_REQUEST,
     ) -> None:
         super().__init__(split, size, seed, domain)
-        _check_share(caption_fraction)
+        _check_share("caption_fraction", caption_fraction)
         self.forms = check_forms(forms)
         self.focus = () if focus is None else check_kinds(focus)
         self.caption_fraction = caption_fraction
@@ -523,9 +600,9 @@ def _check_size(size: int) -> None:
         raise UserError(f"The world cannot have {size} samples; set size to 1 or more.")
 
 
-def _check_share(caption_fraction: float) -> None:
-    if not 0 <= caption_fraction <= 1:
-        raise UserError(f"caption_fraction is a share and cannot be {caption_fraction}; set it within 0 to 1.")
+def _check_share(key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"{key} is a share and cannot be {value}; set it within 0 to 1.")
 
 
 __all__ = [
@@ -538,7 +615,11 @@ __all__ = [
     "WorldContrasts",
     "WorldInstruct",
     "WorldInterleaved",
+    "WorldInterleavedInstruct",
     "WorldQuestions",
     "WorldStatements",
+    "WorldTaskCaptions",
+    "WorldTaskInstruct",
+    "WorldTaskQuestions",
     "WorldText",
 ]
