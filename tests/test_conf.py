@@ -26,7 +26,7 @@ ADDED = ("memory_mask", "experiment")
 
 
 def composed(*overrides: str, whole: bool = False) -> DictConfig:
-    """A configuration of its own, with Hydra's if `whole`; the same words are composed once."""
+    """The configuration of a command, of one's own; `whole`: with Hydra's. The same words are composed once."""
     return copy.deepcopy(_composed(overrides, whole))
 
 

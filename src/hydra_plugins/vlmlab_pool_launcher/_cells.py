@@ -260,7 +260,8 @@ def compose_cells(
 def news_first(cells: Sequence[Cell]) -> list[int]:
     """The places of all cells, first of those with a value that none before has: a wrong one is found among them."""
     seen: set[tuple[str, str]] = set()
-    new, others = [], []
+    new: list[int] = []
+    others: list[int] = []
     for place, cell in enumerate(cells):
         values = set(cell.swept.items())
         (others if place and values <= seen else new).append(place)

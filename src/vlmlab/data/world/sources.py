@@ -388,8 +388,8 @@ class WorldInterleavedInstruct(WorldInstruct):
         split, size, seed, domain: as for every source of the world.
         caption_fraction: share of caption samples among those of one image, half of them short, in 0..1.
         kinds: kinds of question asked of one image; all of them for None.
-        grid, objects: the scenes' scale.
         interleaved_fraction: share of samples of several images, see ``WorldInterleaved``, in 0..1.
+        grid, objects: the scenes' scale.
 
     Raises:
         UserError: as for ``WorldInstruct``.
@@ -403,11 +403,10 @@ class WorldInterleavedInstruct(WorldInstruct):
         domain: Domain = "base",
         caption_fraction: Share = 0.15,
         kinds: Kinds | None = None,
-        grid: Grid = STANDARD.grid,
-        objects: Objects = (STANDARD.fewest, STANDARD.most),
         interleaved_fraction: Share = 0.5,
+        **scale: Unpack[_Drawn],
     ) -> None:
-        super().__init__(split, size, seed, domain, caption_fraction, kinds, grid, objects)
+        super().__init__(split, size, seed, domain, caption_fraction, kinds, **scale)
         _check_share("interleaved_fraction", interleaved_fraction)
         self.interleaved_fraction = interleaved_fraction
 
