@@ -19,13 +19,13 @@ from sweeps import markdown, number, with_page  # noqa: E402  # first: it finds 
 
 from vlmlab.analyse.combination import Combination, combinations, short_names  # noqa: E402
 from vlmlab.analyse.compare import Comparison, chosen_row, compare, races, reach, row_look  # noqa: E402
-from vlmlab.analyse.results import RunRecord, read_record  # noqa: E402
+from vlmlab.analyse.read import reader_of  # noqa: E402
+from vlmlab.analyse.results import read_record  # noqa: E402
 from vlmlab.analyse.steps import GAP, Threshold  # noqa: E402
 from vlmlab.contracts.errors import UserError  # noqa: E402
-from vlmlab.runs.cells_csv import Row, read_cells  # noqa: E402
+from vlmlab.runs.cells_csv import read_cells  # noqa: E402
 from vlmlab.runs.files import write_atomic  # noqa: E402
 from vlmlab.runs.looks_csv import NAME as LOOKS  # noqa: E402
-from vlmlab.runs.looks_csv import Look, read_looks  # noqa: E402
 
 METRIC = "world_test/vqa_accuracy"
 BESIDE = ("/shuffled", "/lookup")
@@ -43,14 +43,13 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page differs")
     given = parser.parse_args()
     folder = HERE / given.experiment
-    cells = read_cells(folder / "cells.csv")
-    if not cells:
+    if not read_cells(folder / "cells.csv"):
         print(f"{folder}/cells.csv has no cell yet; train: python train.py -m +experiment={given.experiment}")
         return 1
     rows = combinations(read_record(folder / "cells.csv"))
     base = chosen_row(rows, given.baseline)
     compared = compare(rows, base, given.metric, single_answers=False)
-    seen = Seen(folder, cells)
+    seen = Seen(folder / "cells.csv")
     lines = page(rows, base, compared, given.metric)
     lines += seen.table(rows, given.look)
     lines += [line for until in given.until for line in seen.steps(rows, base, until)]
@@ -68,20 +67,16 @@ class Seen:
     """What the cells of a record saw while they trained.
 
     Args:
-        folder: the experiment's.
-        cells: its record.
+        record: the record.
 
     Attributes:
-        looks: name of a cell to its looks.
+        looks: whether they looked.
+        read: gives the looks of a cell.
     """
 
-    def __init__(self, folder: Path, cells: Sequence[Row]) -> None:
-        found = read_looks(folder / LOOKS)
-        self.looks = {row["cell"]: found[row["config"]] for row in cells if row["config"] in found}
-
-    def read(self, record: RunRecord) -> list[Look]:
-        """Those of one cell."""
-        return self.looks.get(record.folder.name, [])
+    def __init__(self, record: Path) -> None:
+        self.looks = record.with_name(LOOKS).is_file()
+        self.read = reader_of(record)
 
     def table(self, rows: Sequence[Combination], wanted: Sequence[str]) -> list[str]:
         """A column for each look that is named, under a heading; nothing where none is."""

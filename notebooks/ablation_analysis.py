@@ -13,31 +13,39 @@
 # %% [markdown]
 # # Reading an ablation
 #
-# From a sweep's folder to what may be said of it: scores with intervals over seeds, beside shuffled images and
-# chance; what is paired by seed; what it cost; where two compositions disagree. Nothing here trains or loads a model.
+# From the results of a sweep to what may be said of them: scores with intervals over seeds, beside shuffled images and
+# the lookup; what is paired by seed; what it cost; how it was learnt; where two compositions disagree. Nothing here
+# trains or loads a model.
+#
+# `SOURCE` is any of three things: the folder of a sweep (`sweeps/<name>`), a committed record (`cells.csv`, as here),
+# or an export of W&B's runs. The environment's `RESULTS` sets another one.
 
 # %%
-import json
+import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from vlmlab.analyse.results import MetricKey, read_sweep
+from vlmlab.analyse.combination import combinations
+from vlmlab.analyse.compare import compare, reach, row_band
+from vlmlab.analyse.pareto import front
+from vlmlab.analyse.read import read_results, reader_of
+from vlmlab.analyse.results import MetricKey
 from vlmlab.analyse.stats import paired_difference
-from vlmlab.analyse.sweep import combinations, main_metrics
+from vlmlab.analyse.sweep import main_metrics
 from vlmlab.analyse.text import plain_table
 from vlmlab.evaluate.metrics.rows import read_rows
 from vlmlab.evaluate.metrics.scoring import predictions_file
 from vlmlab.evaluate.metrics.vqa import VqaAccuracy
 
-SWEEP = Path("../sweeps/connector_mask")
-# python train.py -m name=connector_mask connector=mlp,qformer mask=bidir,causal seed=0,1,2
+SOURCE = Path(os.environ.get("RESULTS", "../experiments/connector_vs_mask/cells.csv"))
 
 # %%
-records = read_sweep(SWEEP)
-assert any(record.done for record in records), f"{SWEEP.resolve()} has no finished cell; run the sweep above first"
+records = read_results(SOURCE)
+assert any(record.done for record in records), f"{SOURCE.resolve()} has no finished cell; train some of them first"
 rows = [row for row in combinations(records) if row.finished]
-score = main_metrics(records)[0]
+scores = main_metrics(records)
+score = "world_test/vqa_accuracy" if "world_test/vqa_accuracy" in scores else scores[0]
 benchmark = MetricKey.parse(score).benchmark
 print(f"{len(records)} cells, {sum(record.done for record in records)} finished; the score is {score}")
 for record in records:
@@ -91,54 +99,75 @@ plt.show()
 # %% [markdown]
 # ## Differences, paired by seed
 #
-# Against the first row. Below six common seeds nothing is called a difference: the interval is printed, and no
-# verdict. `vlmlab compare` takes any baseline, corrects for several comparisons, and covers other questions too.
+# Against the first row, with the sign-flip test corrected by Holm. The table says first whether anything can be
+# significant with so many seeds at all. `vlmlab compare` takes any baseline, and covers other questions too.
 
 # %%
-lines = []
-for row in rows[1:]:
-    pair = paired_difference(row.by_seed(score), rows[0].by_seed(score))
-    lines.append([row.label, str(pair.difference) if pair else "-", pair.verdict() if pair else "no common seed"])
-print("\n".join(plain_table([f"minus {rows[0].label}", "difference", "verdict"], lines)) if lines else "one row only")
+compared = compare(rows, rows[0], score, single_answers=False) if len(rows) > 1 else []
+for one in compared:
+    print(one.sentence(rows[0].label))
+if (sentence := reach(compared)) is not None:
+    print(f"\n{sentence}")
+figure, axis = plt.subplots(figsize=(7, 0.5 * len(compared) + 1.2), layout="constrained")
+for y, one in enumerate(compared):
+    if one.difference is not None:
+        axis.errorbar(one.difference.mean, y, xerr=one.difference.half or 0, fmt="o", capsize=3, color="#4C78A8")
+axis.axvline(0, color="#777777", linewidth=1)
+axis.set_yticks(range(len(compared)), [one.row.label for one in compared], fontsize=8)
+axis.set_ylim(len(compared) - 0.4, -0.6)
+axis.set_title(f"{score} minus {rows[0].label}, 95 % over seeds", fontsize=9, loc="left")
+plt.show()
 
 # %% [markdown]
-# ## What it cost
+# ## Score against cost
+#
+# The line goes through what no other composition beats at the same cost or less, by the means; where intervals overlap,
+# another seed may draw it otherwise. A W&B export has no costs.
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
-for axis, (cost, label) in zip(
-    axes, {"seconds": "training, s", "trainable": "trainable parameters"}.items(), strict=True
-):
-    for row in rows:
-        interval, spent = row.interval(score), row.cost(cost)
-        if interval is not None and spent is not None:
-            axis.errorbar(spent, interval.mean, yerr=interval.half or 0, fmt="o", capsize=3, label=row.label)
+COSTS = {"seconds": "training, s", "trainable": "trainable parameters", "flops_sample": "FLOPs a sample"}
+figure, axes = plt.subplots(1, len(COSTS), figsize=(12, 3.4), layout="constrained", sharey=True)
+for axis, (cost, label) in zip(axes, COSTS.items(), strict=True):
+    points = [(row, row.cost(cost), row.interval(score)) for row in rows]
+    points = [point for point in points if point[1] is not None and point[2] is not None]
+    for row, spent, interval in points:
+        axis.errorbar(spent, interval.mean, yerr=interval.half or 0, fmt="o", capsize=3, label=row.label)
+    best = front([spent for _, spent, _ in points], [interval.mean for *_, interval in points])
+    axis.plot([points[i][1] for i in best], [points[i][2].mean for i in best], color="#777777", linewidth=1, zorder=0)
     axis.set_xlabel(label)
 axes[0].set_ylabel(score)
-axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
 plt.show()
 
 # %% [markdown]
 # ## How it got there
 #
-# The loss of the first seed of every composition, over all its stages.
+# Mean over seeds and its interval: of what cells looked at while they trained (`evaluation.every`, kept in `looks.csv`
+# beside a record), or else of the training loss, which only a sweep's folder has.
 
 # %%
-figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
-for row in rows:
-    text = (row.finished[0].folder / "metrics.jsonl").read_text().splitlines()
-    losses = [entry["loss"] for entry in map(json.loads, text) if "loss" in entry]
-    axis.plot(losses, label=row.label, linewidth=1)
-axis.set_xlabel("logged steps, all stages in a row")
-axis.set_ylabel("loss")
-axis.legend(fontsize=8, frameon=False)
-plt.show()
+read = reader_of(SOURCE)
+shown = next((name for name in ("held_out/gap", "loss") if any(row_band(row, name, read) for row in rows)), None)
+if shown is None:
+    print("no curves: these results were not looked at while they were trained")
+else:
+    figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
+    for row in rows:
+        band = row_band(row, shown, read)
+        (line,) = axis.plot([step for step, _ in band], [mean.mean for _, mean in band], label=row.label, linewidth=1)
+        known = [(step, mean) for step, mean in band if mean.half is not None]
+        lows, highs = [mean.low for _, mean in known], [mean.high for _, mean in known]
+        axis.fill_between([step for step, _ in known], lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
+    axis.set_xlabel("optimizer steps, over all stages")
+    axis.set_ylabel(shown)
+    axis.legend(fontsize=8, frameon=False)
+    plt.show()
 
 # %% [markdown]
 # ## Where two compositions disagree
 #
-# Every answer is kept, so the questions that one gets right and the other wrong can be read. Compare the counts in
-# both directions before you make a story of the examples.
+# A sweep's folder keeps every answer, so the questions that one composition gets right and the other wrong can be read.
+# Compare the counts in both directions before you make a story of the examples. A record has no single answers.
 
 # %%
 metric = VqaAccuracy()
@@ -151,14 +180,15 @@ def right(row) -> dict:
 
 
 best, *others = sorted(rows, key=lambda row: -row.interval(score).mean)
-for other in others[:1]:
-    mine, theirs = right(best), right(other)
+answered = [row for row in (best, *others) if predictions_file(row.finished[0].folder, benchmark).is_file()]
+if len(answered) < 2:
+    print("no single answers here; give the folder of a sweep")
+for other in answered[1:2]:
+    mine, theirs = right(answered[0]), right(other)
     common = [key for key in mine if key in theirs]
     won = [key for key in common if mine[key][1] and not theirs[key][1]]
     lost = [key for key in common if theirs[key][1] and not mine[key][1]]
-    print(
-        f"{best.label} right and {other.label} wrong: {len(won)} of {len(common)}; the other way round: {len(lost)}\n"
-    )
+    print(f"{answered[0].label} right and {other.label} wrong: {len(won)} of {len(common)}; the reverse: {len(lost)}")
     for key in won[:5]:
         answer = mine[key][0]
         print(f"  {answer.kind:11} {answer.prompt}\n    {answer.prediction!r} against {theirs[key][0].prediction!r}")

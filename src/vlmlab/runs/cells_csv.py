@@ -144,7 +144,7 @@ def _row(run: RunFolder, result: Mapping[str, Any], config: Mapping[str, Any]) -
 
 
 def _text(rows: Collection[Row]) -> str:
-    columns = dict.fromkeys([*IDENTITY, *sorted({key for row in rows for key in row if key not in IDENTITY})])
+    columns = dict.fromkeys([*IDENTITY, *(key for row in rows for key in row)])  # in the order of the first result
     file = io.StringIO()
     writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
     writer.writeheader()
