@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,8 @@ def read(model: VLM, batch: Batch, flops: Callable[[], int]) -> Reading:
     states = model.lm.states(embeds, batch.layout, model.mask, inside, cache)  # (1, S, D)
     model.lm.logits(states[:, -1])
     marks.append(flops())
-    kept = _bytes(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    layers: list[Any] = list(cache.layers)
+    kept = _bytes(tensor for layer in layers for tensor in (layer.keys, layer.values))
     _next(model, batch, embeds[:, -1:], inside, cache)
     marks.append(flops())
     vision, looked, prefill, token = (after - before for before, after in pairwise(marks))
