@@ -360,6 +360,9 @@ def test_queries_of_visual_positions_decide_something() -> None:
     trained = alone | {"recipe.stages.tune.train": {"connector": 1e-3, "fusion": 1e-3}}
     said = refused(trained, {"fusion": "visual_expert"})
     assert "under mask=visual_self_only they decide nothing; choose another mask, or fusion.sublayers=mlp" in said
+    own = {"fusion": "mixture_of_transformers"}
+    assert "choose another mask, or fusion.untied=[mlp,norms]" in refused(trained, own)
+    passes(trained | {"fusion": {**FUSIONS["mixture_of_transformers"], "untied": ["mlp", "norms"]}}, own)
     passes(trained | {"fusion": FUSIONS["visual_expert"] | {"sublayers": "mlp"}}, {"fusion": "visual_expert"})
     passes(alone, {"fusion": "visual_expert"})  # they stay as they are
     passes(trained)
@@ -367,8 +370,11 @@ def test_queries_of_visual_positions_decide_something() -> None:
 
 DECLARED = {
     "mask": ("leaks", "shows_prompt", "visual_alone"),
-    "fusion": ("reads", "in_sequence", "reads_text", "visual_queries"),
-    "objective": ("per_micro_batch", "pairs", "reads_images", "reads_sequence", "reads_text_side", "reaches_lm"),
+    "fusion": ("reads", "in_sequence", "reads_text", "visual_queries", "has_experts"),
+    "objective": (
+        *("per_micro_batch", "pairs", "reads_images", "reads_sequence", "reads_text_side", "reads_experts"),
+        "reaches_lm",
+    ),
     "encoder": ("has_tower", "one_tower", "has_text"),
     "adapter": ("lm_only", "one_tower", "in_layers"),
     "cache": ("keeps",),

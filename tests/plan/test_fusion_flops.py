@@ -252,6 +252,26 @@ def test_experts() -> None:
     agree(found, z.encoder() + z.connector() + lm)
 
 
+@pytest.mark.parametrize("name", ["prefix", "moda", "mixture_of_transformers"])
+def test_fusions_around_and_beside_the_attention(name: str) -> None:
+    """A prefix's keys and their softmax; G q, of two products, and changed scores; copies cost what they replace."""
+    found, trainee = found_and_trainee(3, f"fusion={name}")
+    z = Sizes.of(trainee.model)
+    s, layers = z.n + TEXT, z.text.num_hidden_layers
+    head = z.d // z.text.num_attention_heads
+    if name == "prefix":
+        lm = z.layer(TEXT) + matrix(z.n, 2 * z.d * head * z.text.num_key_value_heads) + attention(TEXT, z.n, z.d)
+        agree(found, z.encoder() + z.connector() + lm * layers + z.head())
+        return
+    lm = z.layer(s)
+    if name == "moda":  # two products of two changing operands, and W_1 and W_2 of either kind of query
+        lm = lm + Count(6 * s * s * z.d, 12 * s * s * z.d) + matrix(s, 4 * z.d * head)
+        lm = lm + Count(2 * s * s * z.text.num_attention_heads, 2 * s * s * z.text.num_attention_heads)
+        assert found.forward == pytest.approx((z.encoder() + z.connector() + lm * layers + z.head()).forward, rel=0.01)
+        return
+    assert found.forward == pytest.approx((z.encoder() + z.connector() + lm * layers + z.head()).forward, rel=0.01)
+
+
 def test_emma_with_its_text_tower() -> None:
     found, trainee = found_and_trainee(3, "fusion=emma")
     model: Any = trainee.model

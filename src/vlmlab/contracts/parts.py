@@ -224,7 +224,7 @@ class Fusion(nn.Module, ABC):
     this order for every batch, also for one without an image, and keep nothing from one batch to the next.
 
     A class may declare, as a constant of its body, `visual_queries`: weights of its own make the queries of visual
-    positions, unless its key `sublayers` is "mlp".
+    positions, unless its key `sublayers` is "mlp" or its key `untied` lacks "attention".
 
     Attributes:
         reads: what it is given: the connector's tokens, or nothing at all.

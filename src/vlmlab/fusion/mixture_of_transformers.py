@@ -49,6 +49,7 @@ class MixtureOfTransformers(InSequence):
     """
 
     starts_as = "concat"
+    visual_queries = True
 
     def __init__(
         self,

@@ -78,9 +78,13 @@ def instruction_is_learnt(cfg: Config, choices: Choices) -> str | None:
 
 def queries_that_learn(cfg: Config, choices: Choices) -> str | None:
     """Where a visual position sees itself alone, its query decides nothing and weights of its own never learn."""
-    if not any(declared(part.get("_target_", ""), "visual_queries") and part.get("sublayers") != "mlp"
-               for part in parts_of(cfg.get("fusion"))):  # fmt: skip
+    own = [part for part in parts_of(cfg.get("fusion")) if declared(part.get("_target_", ""), "visual_queries")]
+    own = [
+        part for part in own if part.get("sublayers") != "mlp" and "attention" in (part.get("untied") or "attention")
+    ]
+    if not own:
         return None
+    remedy = "fusion.untied=[mlp,norms]" if "untied" in own[0] else "fusion.sublayers=mlp"
     for name, stage in each_stage(cfg):
         target = class_of(stage.get("mask") or cfg.get("mask"))
         trains = stage.get("train")
@@ -88,6 +92,6 @@ def queries_that_learn(cfg: Config, choices: Choices) -> str | None:
             chosen, fusion = choice_of("mask", target), choices.get("fusion")
             return (
                 f"recipe.stages.{name} trains the queries of visual positions that fusion={fusion} has, and under "
-                f"mask={chosen} they decide nothing; choose another mask, or fusion.sublayers=mlp"
+                f"mask={chosen} they decide nothing; choose another mask, or {remedy}"
             )
     return None
