@@ -467,10 +467,11 @@ def attend(
     Returns:
         (B, Q, H, dh), and no scores.
     """
-    split = module.site.split if isinstance(module, PortedAttention) else None
-    if split is None or not len(split.here):
+    site: Site | None = module.site if isinstance(module, PortedAttention) else None
+    split = None if site is None else site.split
+    if site is None or split is None or not len(split.here):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    now = module.site.ports.now  # type: ignore[union-attr]
+    now = site.ports.now
     assert now is not None
     (heads, count), rows = query.shape[1:3], split.rows  # (B, R)
     start = min(now.start, key.shape[2] - count)  # a window may have dropped some
