@@ -136,3 +136,14 @@ def test_another_evaluation_is_made_in_the_same_folder(copied: Path, left: Path,
     assert json.loads((copied / "result.old-1.json").read_text()) == before
     assert weights(copied) == weights(left) and len(RunFolder(copied).metrics()) == rows
     assert after["metrics"]["toy/vqa_accuracy/count"] == change.get("budget.eval_limit", 4)
+
+
+def test_a_damaged_file_ends_evaluate_in_one_sentence(copied: Path) -> None:
+    for name in ("config.yaml", "env.json", "stages/0_joint/model.safetensors"):
+        whole = (copied / name).read_bytes()
+        for damage in (b"", b"[1, 2]", whole[: len(whole) // 2]):
+            (copied / name).write_bytes(damage)
+            with pytest.raises(UserError, match=name) as found:
+                evaluate_command(asked(copied))
+            assert len(str(found.value)) <= 300 and "\n" not in str(found.value)
+        (copied / name).write_bytes(whole)

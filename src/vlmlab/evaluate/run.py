@@ -370,8 +370,8 @@ def _device(name: str) -> str:
 
 
 def _compared(before: Mapping[str, float], now: Mapping[str, float]) -> str:
-    """One line: how many of the run's numbers came out the same."""
-    shared = [key for key in now if key in before]
+    """One line: how many of the run's numbers came out the same; what a damaged result has in their place is none."""
+    shared = [key for key in now if isinstance(before.get(key), int | float)]
     other = [key for key in shared if now[key] != before[key]]
     if not other:
         return f"all {len(shared)} numbers equal those of result.json"
