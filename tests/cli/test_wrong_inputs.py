@@ -88,7 +88,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     "train fusion=gated_xattn fusion.norm=batch": (2, r"fusion.norm=batch is unknown; choose one of layer, rms"),
     "train fusion=emma encoder=dinov2_base": (2, r"text tower and encoder=dinov2_base has none; choose a CLIP"),
     "train fusion=emma encoder=patch": (2, r"text tower and encoder=patch has none"),
-    "train memory_mask=latest": (2, r"latest has no place in this composition; choose fusion=gated_xattn or"),
+    "train memory_mask=latest": (2, r"latest has no place in this composition; choose fusion=flamingo or"),
     "train memory_mask@fusion.sees=latest": (2, r"no place in this composition.* write memory_mask@fusion.sees=latest"),
     "train fusion=lavi memory_mask=latest": (2, r"not said where it belongs; write memory_mask@fusion.sees=latest"),
     "train fusion=lavi memory_mask@fusion.sees=lates": (2, r"memory_mask has no choice 'lates' .did you mean latest"),

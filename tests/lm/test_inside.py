@@ -294,7 +294,7 @@ def test_what_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match="layers of the family gpt2; known are llama, qwen2"):
         open_ports(other)
     assert not has_ports(other)
-    with pytest.raises(UserError, match=r"no port linear.q; choose from before, after, norm.attention"):
+    with pytest.raises(UserError, match=r"no port linear.q; choose from before, after, attention, norm.attention"):
         open_ports(lm("phi3"))[0].put("linear.q", nn.Identity(), "a")
     odd = lm()
     del odd.base_model.layers[2].self_attn.o_proj

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from vlmlab.connector.qformer import QFormerConnector
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch, Outputs, Pairing
+from vlmlab.fusion.moe import MixtureOfExperts
 from vlmlab.objective.lm import LanguageModelling
 from vlmlab.objective.siglip import Siglip
 
@@ -85,9 +86,12 @@ def test_half_precision_logits_are_summed_in_single() -> None:
 
 @pytest.mark.parametrize("path", choices("objective"), ids=lambda p: p.stem)
 def test_every_objective_gives_sum_and_count(path: object) -> None:
-    objective = instantiate(OmegaConf.load(path))
-    assert objective.weight == 1.0 and isinstance(objective.per_micro_batch, bool)
-    model = vlm(connector=spread(QFormerConnector(32, 32, queries=4, layers=2, heads=2, text=True), seed=1))
+    described = OmegaConf.load(path)
+    objective = instantiate(described)
+    assert objective.weight == described.get("weight", 1.0) and isinstance(objective.per_micro_batch, bool)
+    fusion = MixtureOfExperts() if getattr(objective, "reads_experts", False) else None
+    connector = spread(QFormerConnector(32, 32, queries=4, layers=2, heads=2, text=True), seed=1)
+    model = vlm(connector=connector, fusion=fusion)
     if isinstance(objective, nn.Module):
         model.set_objectives({"objective": objective})
     batch = collator(model)([ONE_TURN, TWO_TURNS])
