@@ -31,7 +31,7 @@ FUSIONS = {
     "concat": ["fusion=concat"],
     "composite": ["fusion=composite"],
     "lavi": ["fusion=lavi", "fusion.every=4"],
-    "vlora": ["fusion=vlora"],
+    "vlora": ["fusion=vlora", "fusion.every=4", "fusion.rank=64", "fusion.depth=8", "fusion.heads=16"],
     "gated_xattn": ["fusion=gated_xattn", "fusion.every=4", "fusion.head_width=64"],
 }
 CROPS = ["encoder=siglip_so400m_384"]
@@ -69,16 +69,18 @@ COUNTS = ["vision", "fusing", "prefill", "token", "first", "answering", "cache",
 
 
 def main() -> int:
-    """Count what ``--only`` names and write the page."""
+    """Count what is asked for and write the page; what was counted before stays in the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=list(FUSIONS), default=list(FUSIONS))
+    parser.add_argument("--settings", nargs="+", choices=[s.name for s in SETTINGS], default=[s.name for s in SETTINGS])
+    parser.add_argument("--lms", nargs="+", choices=list(LMS), default=list(LMS))
     parser.add_argument("--page", action="store_true", help="count nothing; write the page from table.csv")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page differs")
     given = parser.parse_args()
     if not (given.page or given.check):
-        known = {key_of(row): row for row in read() if row["fusion"] not in given.only}
-        counted_rows = {key_of(row): row for row in rows(given.only)}
-        write_atomic(HERE / "table.csv", as_csv([*(known | counted_rows).values()]))
+        for row in rows(given.settings, given.lms, given.only):
+            known = {key_of(other): other for other in read()}
+            write_atomic(HERE / "table.csv", as_csv([*(known | {key_of(row): row}).values()]))
     found = read()
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     text = with_page(readme, page(found), "table.csv")
@@ -92,12 +94,12 @@ def main() -> int:
 # -- counting ----------------------------------------------------------------------------------------------------------
 
 
-def rows(fusions: Sequence[str]) -> Iterator[dict[str, str]]:
+def rows(settings: Sequence[str], lms: Sequence[str], fusions: Sequence[str]) -> Iterator[dict[str, str]]:
     """One a fusion, LM and prompt."""
     from vlmlab.plan.inference import as_json, inference_costs
 
-    for setting in SETTINGS:
-        for lm in setting.lms:
+    for setting in [one for one in SETTINGS if one.name in settings]:
+        for lm in [name for name in setting.lms if name in lms]:
             for fusion in [name for name in setting.fusions if name in fusions]:
                 words = [f"lm={lm}", *setting.words, *FUSIONS[fusion], "precision=bf16"]
                 with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
