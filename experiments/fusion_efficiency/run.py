@@ -187,8 +187,9 @@ def drawn(found: Sequence[dict[str, str]]) -> None:
     """FLOPs before the first token against the images' tokens of ``concat``, for crops and 64 words."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, lm in zip(figure.subplots(1, 2, sharey=True), LMS, strict=True):
+    lms = [lm for lm in LMS if any(row["lm"] == lm for row in found)]
+    figure = Figure(figsize=(1 + 4.5 * len(lms), 3.6), layout="constrained")
+    for axes, lm in zip(figure.subplots(1, len(lms), sharey=True, squeeze=False)[0], lms, strict=True):
         for fusion in FUSIONS:
             _line(axes, found, lm, fusion, "first", {"label": fusion, "marker": "o"})
         _line(axes, found, lm, "concat", "vision", {"label": "encoder alone", "color": "black", "linestyle": ":"})
