@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmlab.contracts import errors
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen, Split
+from vlmlab.lm.inside import LayerPorts, copied
 
 Positions = Literal["auto"] | bool
 """Whether the 2-D place of a visual token is added to it."""
@@ -163,6 +164,38 @@ def beside(batch: Batch, own: Tensor | None = None, tensors: dict[str, Tensor] |
     nobody = torch.zeros(*batch.input_ids.shape, 0, dtype=torch.bool, device=batch.input_ids.device)
     slots = batch.images.slots(len(nobody))
     return Memory(tensors or {}, nobody, slots, None if own is None else Split.of(own))
+
+
+BEFORE_THE_END = ("norm.attention", "linear.k", "linear.v", "linear.qkv")
+"""Ports of the LM's last layer through which a visual position reaches a word."""
+
+
+def copies_beside(ports: Sequence[LayerPorts], layers: Sequence[int], wanted: Sequence[str], key: str) -> nn.ModuleList:
+    """Copies of what is at some ports of some layers, which compute the positions of a memory's split in its place.
+
+    The last layer has copies of keys and values alone: what else it computes at a visual position reaches no word, and
+    such copies would never have a gradient.
+
+    Args:
+        ports: of all layers.
+        layers: indices of those that have copies.
+        wanted: names of ports; those that the family lacks are left out.
+        key: of the memory whose `split` says which positions.
+
+    Returns:
+        For every layer with any its copies by port, as "q" or "norm_attention".
+    """
+    made = nn.ModuleList()
+    for layer in layers:
+        here = [port for port in wanted if port in ports[layer].paths]
+        if layer == len(ports) - 1:
+            here = [port for port in here if port in BEFORE_THE_END]
+        if here:
+            copies = {port: copied(ports[layer].module(port)) for port in here}
+            for port, copy in copies.items():
+                ports[layer].take_over(port, copy, key)
+            made.append(nn.ModuleDict({p.removeprefix("linear.").replace(".", "_"): c for p, c in copies.items()}))
+    return made
 
 
 def at_their_places(tokens: Tensor, layout: Layout, memory: Memory) -> Tensor:

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from annotated_types import MinLen
-from torch import nn
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Memory, Seen
 from vlmlab.contracts.values import Layers, Width
-from vlmlab.fusion.base import InSequence, beside, check_words, chosen_layers
-from vlmlab.lm.inside import LayerPorts, copied, open_ports
+from vlmlab.fusion.base import InSequence, beside, check_words, chosen_layers, copies_beside
+from vlmlab.lm.inside import open_ports
 
 Untied = Literal["attention", "mlp", "norms"]
 PORTS = {
@@ -21,8 +20,6 @@ PORTS = {
     "mlp": ("mlp",),
     "norms": ("norm.attention", "norm.attention_out", "norm.mlp", "norm.mlp_out"),
 }
-BEFORE_THE_END = ("norm.attention", "linear.k", "linear.v", "linear.qkv")
-"""What of the last layer's reaches a word from a visual position."""
 
 
 class MixtureOfTransformers(InSequence):
@@ -66,24 +63,12 @@ class MixtureOfTransformers(InSequence):
         """Copy what is untied and let the copies take visual positions over."""
         super().attach(model)
         ports = open_ports(model.lm.model)
-        self.copies = nn.ModuleList()
-        for layer in chosen_layers(len(ports), self.every, self.layers):
-            wanted = [port for word in self.untied for port in PORTS[word] if port in ports[layer].paths]
-            if layer == len(ports) - 1:
-                wanted = [port for port in wanted if port in BEFORE_THE_END]
-            if wanted:
-                self.copies.append(self._beside(ports[layer], wanted))
+        wanted = [port for word in self.untied for port in PORTS[word]]
+        self.copies = copies_beside(ports, chosen_layers(len(ports), self.every, self.layers), wanted, self.key)
         if not len(self.copies):
             raise UserError(
                 "fusion.untied=[mlp] in the LM's last layer alone reaches no word; name an earlier one, too."
             )
-
-    def _beside(self, ports: LayerPorts, wanted: list[str]) -> nn.ModuleDict:
-        """Copies of what stands at some of a layer's ports, by their names."""
-        made = nn.ModuleDict({port.replace(".", "_"): copied(ports.module(port)) for port in wanted})
-        for port in wanted:
-            ports.take_over(port, made[port.replace(".", "_")], self.key)
-        return made
 
     def memory(self, seen: Seen, batch: Batch) -> Memory:
         """Which positions the copies compute."""

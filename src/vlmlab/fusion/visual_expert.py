@@ -5,21 +5,18 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Memory, Seen
 from vlmlab.contracts.values import Layers, Width
-from vlmlab.fusion.base import InSequence, beside, check_words, chosen_layers
-from vlmlab.lm.inside import LayerPorts, open_ports
+from vlmlab.fusion.base import InSequence, beside, check_words, chosen_layers, copies_beside
+from vlmlab.lm.inside import open_ports
 
 Sublayers = Literal["both", "attention", "mlp"]
 ATTENTION = ("linear.q", "linear.k", "linear.v", "linear.qkv", "linear.o")
 MLP = ("linear.gate", "linear.up", "linear.gate_up", "linear.down")
 SUBLAYERS = {"both": ATTENTION + MLP, "attention": ATTENTION, "mlp": MLP}
-BEFORE_THE_END = ("linear.k", "linear.v", "linear.qkv")
-"""What of the last layer's reaches a word from a visual position."""
 
 
 class VisualExpert(InSequence):
@@ -65,25 +62,12 @@ class VisualExpert(InSequence):
         ports = open_ports(model.lm.model)
         if self.last_as_text and model.tokens_per_image < 2:
             raise UserError("fusion.last_as_text=true leaves no visual token of an image of one; set it to false.")
-        self.experts = nn.ModuleList()
-        for layer in chosen_layers(len(ports), self.every, self.layers):
-            wanted = [port for port in SUBLAYERS[self.sublayers] if port in ports[layer].paths]
-            if layer == len(ports) - 1:
-                wanted = [port for port in wanted if port in BEFORE_THE_END]
-            if wanted:
-                self.experts.append(self._beside(ports[layer], wanted))
+        layers = chosen_layers(len(ports), self.every, self.layers)
+        self.experts = copies_beside(ports, layers, SUBLAYERS[self.sublayers], self.key)
         if not len(self.experts):
             raise UserError(
                 "fusion.sublayers=mlp in the LM's last layer alone reaches no word; name an earlier one, too."
             )
-
-    def _beside(self, ports: LayerPorts, wanted: list[str]) -> nn.ModuleDict:
-        """Copies of some of a layer's maps, by the names of their ports."""
-        copies = nn.ModuleDict()
-        for port in wanted:
-            copies[port.removeprefix("linear.")] = copied = twin(ports.module(port))
-            ports.take_over(port, copied, self.key)
-        return copies
 
     def memory(self, seen: Seen, batch: Batch) -> Memory:
         """Which positions the copies compute."""
@@ -93,14 +77,3 @@ class VisualExpert(InSequence):
             goes_on[:, :-1] = visual[:, 1:] & (image[:, 1:] == image[:, :-1])
             visual = visual & goes_on
         return beside(batch, visual)
-
-
-def twin(linear: nn.Linear) -> nn.Linear:
-    """A linear map with weights of its own, in single precision, that computes the same."""
-    shape = linear.in_features, linear.out_features
-    own = nn.Linear(*shape, bias=linear.bias is not None, device=linear.weight.device)
-    with torch.no_grad():
-        for name, parameter in own.named_parameters():
-            given: Tensor = getattr(linear, name)
-            parameter.copy_(given)
-    return own
