@@ -362,11 +362,9 @@ def test_a_copy_stands_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n if n == "lavi" else pytest.param(n, marks=pytest.mark.slow) for n in SEEING])
 def test_its_layers_compile_as_the_plain_ones_do(name: str) -> None:
-    """No graph break, and a graph for each kind of layer."""
+    """No graph break, and a graph for each kind of layer; what is routed by values has breaks and gives the same."""
     model, plain = stirred(name), stirred("concat")
-    if model.fusion.regroups:
-        pytest.skip("which positions are computed together is known by their values alone")
-    counts = []
+    routed, counts = model.fusion.regroups, []
     for each in (model, plain):
         batch = collator(each)([ONE_TURN, TWO_IMAGES])
         want = each(batch).logits.detach()
@@ -374,12 +372,14 @@ def test_its_layers_compile_as_the_plain_ones_do(name: str) -> None:
         counter = CompileCounter()
         for layer in each.lm.model.base_model.layers:
             place = "compute" if isinstance(layer, PortedLayer) else "forward"
-            setattr(layer, place, torch.compile(getattr(layer, place), dynamic=True, backend=counter, fullgraph=True))
+            setattr(
+                layer, place, torch.compile(getattr(layer, place), dynamic=True, backend=counter, fullgraph=not routed)
+            )
         got = each(batch).logits
         got.sum().backward()
         assert tiny.worst(got, want) < 1e-4
         counts.append(counter.frame_count)
-    assert counts == [len(kinds(model)), 1], "one graph for all layers that have blocks at the same ports"
+    assert routed or counts == [len(kinds(model)), 1], "one graph for all layers that have blocks at the same ports"
 
 
 def kinds(model: VLM) -> set[frozenset[str]]:
