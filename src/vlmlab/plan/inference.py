@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.data.collate import Collator
@@ -17,7 +17,7 @@ from vlmlab.engine.restore import module_class
 from vlmlab.engine.weights import Trainee
 from vlmlab.model.vlm import VLM
 from vlmlab.plan.plan import Shape, half_precision, shaped_batch
-from vlmlab.plan.simulation import Meter, shapes_only
+from vlmlab.plan.simulation import Meter, shapes_only, told_of_values
 from vlmlab.recipe.stage import parse
 
 LONGEST = 32_768
@@ -69,15 +69,9 @@ def _counted(model: VLM, collate: Collator, images: int, tokens: int, half: bool
         )
     batch = shaped_batch(collate, [Shape(images, tokens, 0)])
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with shapes_only(model, fake, []) as known, Meter(fake, known) as meter:
-        try:
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                reading = read(model, batch, lambda: meter.flops)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise UserError(
-                f"this composition decides on the values of its features ({error.func}), which a count does "
-                "not have; train it with budget=test and read its cost.json."
-            ) from error
+    half_on = torch.autocast("cpu", torch.bfloat16, enabled=half)
+    with shapes_only(model, fake, []) as known, Meter(fake, known) as meter, told_of_values(), half_on:
+        reading = read(model, batch, lambda: meter.flops)
     params = sum(p.numel() for p in model.parameters())
     return InferenceCost(
         params=params,

@@ -75,18 +75,12 @@ class Simulator:
         model = self.trainee.model
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with shapes_only(model, fake, self.trainee.trained().values()) as known, Meter(fake, known) as meter:
-            try:
-                with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
-                    loss = self._loss(model, batch)
-                    forward = meter.flops
-                    with torch.autocast("cpu", enabled=False):
-                        loss.backward()  # type: ignore[no-untyped-call]
-                del loss
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                raise UserError(
-                    f"this composition decides on the values of its features ({error.func}), which a plan does not "
-                    "have; plan another one, or train it with budget=test and read its cost.json."
-                ) from error
+            with told_of_values(), torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+                loss = self._loss(model, batch)
+                forward = meter.flops
+                with torch.autocast("cpu", enabled=False):
+                    loss.backward()  # type: ignore[no-untyped-call]
+            del loss
             return Pass(forward, meter.flops, meter.peak)
 
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -96,6 +90,22 @@ class Simulator:
             for value, _ in objective(outputs, batch).values():
                 total = total + objective.weight * value / float(batch.supervised or 1)
         return total
+
+
+@contextlib.contextmanager
+def told_of_values() -> Iterator[None]:
+    """While this is open, a decision on values that tensors of shapes alone do not have is one sentence.
+
+    Raises:
+        UserError: in that case.
+    """
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise UserError(
+            f"this composition decides on the values of its features ({error.func}), which a plan does not "
+            "have; plan another one, or train it with budget=test and read its cost.json."
+        ) from error
 
 
 @contextlib.contextmanager
