@@ -39,7 +39,7 @@ def test_the_last_layer_goes_into_the_sequence_and_the_others_inside() -> None:
     used = [len(layer.ports.sites["after"].blocks) for layer in model.lm.model.base_model.layers]
     assert used == [1, 1, 0, 0]
     other = stacked([1, 3, 2], layers=[-2, 0])
-    places = [[key for key, _ in layer.ports.sites["after"].blocks] for layer in other.lm.model.base_model.layers]
+    places = [layer.ports.sites["after"].keys for layer in other.lm.model.base_model.layers]
     assert places == [["fusion.1"], [], ["fusion.0"], []]
 
 

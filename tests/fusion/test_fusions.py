@@ -385,7 +385,7 @@ def test_its_layers_compile_as_the_plain_ones_do(name: str) -> None:
 def kinds(model: VLM) -> set[frozenset[str]]:
     """Of its layers, by the ports where something stands."""
     layers = [layer for layer in model.lm.model.base_model.layers if isinstance(layer, PortedLayer)]
-    used = [{w for w, site in layer.ports.sites.items() if site.blocks or site.taken} for layer in layers]
+    used = [{w for w, site in layer.ports.sites.items() if site.blocks or site.taken_by} for layer in layers]
     return {frozenset(ports) for ports in used} or {frozenset()}
 
 

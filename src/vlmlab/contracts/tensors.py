@@ -74,12 +74,12 @@ class Layout:
     @property
     def visual(self) -> Tensor:
         """(B, S) bool: the positions that hold visual tokens."""
-        return self.kind == Kind.VISUAL
+        return self.kind.eq(int(Kind.VISUAL))
 
     @property
     def valid(self) -> Tensor:
         """(B, S) bool: everything but padding."""
-        return self.kind != Kind.PAD
+        return self.kind.ne(int(Kind.PAD))
 
     @property
     def era(self) -> Tensor:
@@ -87,7 +87,7 @@ class Layout:
 
         Of a tree, those of the position's own branch and of what all branches share.
         """
-        answer = (self.role == Role.ANSWER) & self.valid
+        answer = self.role.eq(int(Role.ANSWER)) & self.valid
         sample = self.segment[:, 1:] != self.segment[:, :-1]  # packed samples are contiguous, and so are branches
         shared = _before(answer & (self.branch < 0), sample)
         return shared + _before(answer & (self.branch >= 0), sample | (self.branch[:, 1:] != self.branch[:, :-1]))

@@ -134,4 +134,6 @@ def add(states: Tensor, *, layout: Layout, memory: Memory) -> Tensor:
     """(B, Q, D) states behind a layer, with what is added at visual positions."""
     assert memory.split is not None
     added = at_their_places(memory.tensors["added"], layout, memory)  # (V, D)
-    return states.flatten(0, 1).index_add(0, memory.split.here, added.to(states.dtype)).view_as(states)
+    none = torch.zeros_like(states).flatten(0, 1)  # (B * Q, D)
+    everywhere = none.index_copy(0, memory.split.here, added.to(states.dtype)).view_as(states)
+    return states + everywhere  # no view of something, for which torch.compile would make another graph

@@ -272,7 +272,9 @@ class LayerPorts:
         if instead and site.instead:
             raise UserError(f"fusion: two of several fusions stand instead of the {where}; leave one of them out.")
         site.instead = site.instead or instead
-        site.blocks.insert(0 if instead else len(site.blocks), (key, block))
+        place = 0 if instead else len(site.blocks)
+        site.blocks.insert(place, block)
+        site.keys.insert(place, key)
 
     def module(self, where: str) -> Any:
         """The norm, linear map or feed-forward network at a port, inside its adapters.
@@ -320,9 +322,9 @@ class LayerPorts:
             self.take_over("linear.qkv", partial(_without_queries, self.module("linear.qkv"), width), key)
 
     def _take(self, site: Site, map: Change | None, key: str) -> None:
-        if site.taken is not None:
+        if site.taken_by is not None:
             raise UserError(f"fusion: two of several fusions take over {site.where}; leave one of them out.")
-        site.taken = key, map
+        site.taken_by, site.map = key, map
 
     def _attention(self) -> Site:
         """What stands at the layer's attention, whose class has ports from here on."""
@@ -345,9 +347,9 @@ class LayerPorts:
     def blocks(self) -> Iterator[Block]:
         """All blocks that stand at the ports, and what takes positions over."""
         for site in self.sites.values():
-            yield from (block for _, block in site.blocks)
-            if site.taken is not None and site.taken[1] is not None:
-                yield site.taken[1]
+            yield from site.blocks
+            if site.map is not None:
+                yield site.map
 
     def lent(self, inside: Inside | None) -> Lent | None:
         """What of this call is for this layer's blocks.
@@ -359,8 +361,8 @@ class LayerPorts:
             return None
         memories, splits = {}, {}
         for where, site in self.sites.items():
-            memories[where] = [inside.memories.get(key) for key, _ in site.blocks]
-            taken = None if site.taken is None else inside.memories.get(site.taken[0])
+            memories[where] = [inside.memories.get(key) for key in site.keys]
+            taken = None if site.taken_by is None else inside.memories.get(site.taken_by)
             splits[where] = None if taken is None else taken.split
         before = inside.layout if inside.before is None else inside.before
         return Lent(inside.layout, inside.with_image, memories, splits, inside.start, before)
@@ -369,31 +371,35 @@ class LayerPorts:
 class Site:
     """The blocks at one port.
 
+    The keys of their memories are apart from them, since every layer may have others and one graph is for all.
+
     An adapter may copy the module that it stands at; the copy belongs to the same layer and has the same blocks.
     """
 
     def __init__(self, ports: LayerPorts, where: str) -> None:
         self.ports = ports
         self.where = where
-        self.blocks: list[tuple[str, Block]] = []
+        self.blocks: list[Block] = []
+        self.keys: list[str] = []  # of what each block reads
         self.instead = False  # whether the first block stands instead of the module
-        self.taken: tuple[str, Change | None] | None = None  # the key, and what computes the positions of its split
+        self.taken_by: str | None = None  # the key of the memory whose split is taken over
+        self.map: Change | None = None  # what computes those positions; the attention has none
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
         if id(self.ports.layer) not in memo:  # that module alone is being copied, not the layer
             return self
         twin = memo[id(self)] = Site.__new__(Site)
-        twin.where, twin.instead = self.where, self.instead
+        twin.where, twin.instead, twin.keys, twin.taken_by = self.where, self.instead, [*self.keys], self.taken_by
         twin.ports = copy.deepcopy(self.ports, memo)
         twin.blocks = copy.deepcopy(self.blocks, memo)
-        twin.taken = copy.deepcopy(self.taken, memo)
+        twin.map = copy.deepcopy(self.map, memo)
         return twin
 
     @property
     def split(self) -> Split | None:
         """Which positions are taken over here in this call."""
         now = self.ports.now
-        return None if now is None or self.taken is None else now.splits[self.where]
+        return None if now is None else now.splits[self.where]
 
     def compute(self, own: Change, x: Tensor) -> Tensor:
         """(B, Q, Din) -> (B, Q, Dout): what a map gives, and for some positions what takes its place."""
@@ -402,17 +408,17 @@ class Site:
             return None  # type: ignore[return-value]  # for the block that stands there
         if split is None:
             return own(x)
-        assert self.taken is not None and self.taken[1] is not None
+        assert self.map is not None
         flat = x.flatten(0, -2)  # (B * Q, Din)
         rest = own(flat.index_select(0, split.rest))
-        here = self.taken[1](flat.index_select(0, split.here)).to(rest.dtype)
+        here = self.map(flat.index_select(0, split.here)).to(rest.dtype)
         return torch.cat([here, rest]).index_select(0, split.back).unflatten(0, x.shape[:-1])
 
     def change(self, out: Tensor, *given: Tensor) -> Tensor:
         """What a layer, norm or linear map gave, as the blocks that have a memory in this call change it."""
         now = self.ports.now
         if now is not None:
-            for (_, block), memory in zip(self.blocks, now.memories[self.where], strict=True):
+            for block, memory in zip(self.blocks, now.memories[self.where], strict=True):
                 if memory is not None:
                     out = block(*given, out, layout=now.layout, memory=memory)
         return out
@@ -421,7 +427,7 @@ class Site:
         """A layer's attention with the blocks that have a memory in this call around it."""
         now, found = self.ports.now, plain
         if now is not None:
-            for (_, block), memory in zip(self.blocks, now.memories[self.where], strict=True):
+            for block, memory in zip(self.blocks, now.memories[self.where], strict=True):
                 if memory is not None:
                     given = {"scale": scale, "layout": now.layout, "keys": now.before, "memory": memory}
                     found = partial(block, found, **given)
