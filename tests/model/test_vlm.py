@@ -49,7 +49,8 @@ def config(**groups: str) -> DictConfig:
     if "defaults" in cfg.fusion:  # filled from another group
         cfg.fusion = composed(f"fusion={chosen['fusion']}").fusion
     cfg.collate = {"max_length": 512, "pack_length": None}
-    for group, path in (("encoder", two_towers() if chosen["fusion"] == "emma" else siglip()), ("lm", qwen2())):
+    tower = two_towers() if chosen["fusion"].startswith("emma") else siglip()
+    for group, path in (("encoder", tower), ("lm", qwen2())):
         if "path" in list(cfg[group]):  # `in` alone counts a mandatory value as absent
             cfg[group].path = str(path)
     if chosen["lm"] == "scratch":

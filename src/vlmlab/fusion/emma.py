@@ -62,17 +62,26 @@ class InstructionMixing(Fusion):
             UserError: the encoder gives another number of features than its grid has cells.
         """
         assert text is not None and batch.asked is not None
-        widths = [grid.shape[-1] for grid in visual.grids]
-        if any(grid.shape[1] != self.tokens for grid in visual.grids) or sum(widths) != self.width:
-            shapes = ", ".join(str(tuple(grid.shape[1:])) for grid in visual.grids)
-            raise UserError(f"fusion=emma mixes a grid of {self.tokens} features and this encoder gives {shapes}.")
+        x, widths = side_by_side(visual, self.tokens, self.width)  # (I, N, Dv)
         words = F.gelu(self.project(text))  # (I, T, Dv)
         if self.mask_padding:
             words = words * (batch.asked >= 0)[..., None]
-        together = torch.cat([torch.cat(visual.grids, -1), words], 1)  # (I, N + T, Dv)
-        mixed = self.mix(together.mT).mT  # (I, N, Dv)
+        mixed = self.mix(torch.cat([x, words], 1).mT).mT  # (I, N, Dv)
         return Visual(list(mixed.split(widths, -1)), visual.pooled, visual.hw)
 
     def undecayed(self) -> Sequence[Tensor]:
         """A, whose identity block decay would shrink."""
         return [self.mix.weight]
+
+
+def side_by_side(visual: Visual, tokens: int, width: int) -> tuple[Tensor, list[int]]:
+    """The features of all layers or towers beside each other, (I, N, Dv), and the width of each.
+
+    Raises:
+        UserError: other than `tokens` features of `width` channels in all.
+    """
+    widths = [grid.shape[-1] for grid in visual.grids]
+    if any(grid.shape[1] != tokens for grid in visual.grids) or sum(widths) != width:
+        shapes = ", ".join(str(tuple(grid.shape[1:])) for grid in visual.grids)
+        raise UserError(f"fusion=emma mixes a grid of {tokens} features and this encoder gives {shapes}.")
+    return torch.cat(visual.grids, -1), widths
