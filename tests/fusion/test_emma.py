@@ -16,7 +16,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Visual
 from vlmlab.encoder.hf import HfEncoder
 from vlmlab.fusion.concat import ConcatFusion
-from vlmlab.fusion.emma import InstructionMixing
+from vlmlab.fusion.emma import InstructionMixing, share_taken
 from vlmlab.fusion.several import SeveralFusion
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.mask.bidir import Bidirectional
@@ -108,3 +108,18 @@ def test_what_it_cannot_do_is_said() -> None:
     short = Visual([torch.zeros(1, 9, 32)], None, torch.tensor([[3, 3]]))
     with pytest.raises(UserError, match=r"a grid of 16 features and this encoder gives \(9, 32\)"):
         mixing(model).features(short, batch, torch.zeros(1, 12, 24))
+
+
+def test_what_is_taken_from_whom() -> None:
+    """Two visual tokens and one of text."""
+    got = share_taken(torch.tensor([[1.0, -0.5, 0.25], [0.0, 2.0, -0.25]]), 2)
+    assert got == pytest.approx(
+        {
+            "l1, visual": (1 + 2.5) / 2, "l1, text": 0.5,
+            "l2, visual": (1 + math.sqrt(4.25)) / 2, "l2, text": math.sqrt(0.125),
+            "from other visual": 0.5 / 4, "from text": 0.5 / 4,
+        }
+    )  # fmt: skip
+    model = emma()
+    start = share_taken(mixing(model).mix.weight, 16)
+    assert (start["l1, visual"], start["l1, text"], start["from other visual"], start["from text"]) == (1, 0, 0, 0)

@@ -85,3 +85,26 @@ def side_by_side(visual: Visual, tokens: int, width: int) -> tuple[Tensor, list[
         shapes = ", ".join(str(tuple(grid.shape[1:])) for grid in visual.grids)
         raise UserError(f"fusion=emma mixes a grid of {tokens} features and this encoder gives {shapes}.")
     return torch.cat(visual.grids, -1), widths
+
+
+def share_taken(mix: Tensor, tokens: int) -> dict[str, float]:
+    """From which tokens the mixed ones take how much (EMMA's Figure 5a; the names of the measures are ours).
+
+    Args:
+        mix: (N, N + T) the matrix A.
+        tokens: N.
+
+    Returns:
+        The mean over visual and over text columns of their l1 and l2 norms (1 and 0 before training), the share of |A|
+        that visual tokens take from other visual tokens, and the share that they take from text.
+    """
+    size = mix.detach().double().abs()
+    own, visual = size[:, :tokens].diagonal().sum(), size[:, :tokens].sum()
+    columns = {"l1": size.sum(0), "l2": size.square().sum(0).sqrt()}
+    means = {
+        f"{norm}, {name}": float(each.mean())
+        for norm, column in columns.items()
+        for name, each in (("visual", column[:tokens]), ("text", column[tokens:]))
+    }
+    whole = size.sum()
+    return means | {"from other visual": float((visual - own) / whole), "from text": float((whole - visual) / whole)}
