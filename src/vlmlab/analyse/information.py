@@ -12,7 +12,7 @@ import math
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from scipy.special import digamma, logsumexp
 from torch.nn import functional as F
 
@@ -47,9 +47,9 @@ def ksg_terms(x: Numbers, y: Numbers, k: int = 3) -> Numbers:
     """
     if len(x) <= k:
         raise ValueError(f"{len(x)} samples have no {k} neighbours each")
-    reach = cKDTree(np.hstack([x, y])).query(np.hstack([x, y]), k + 1, p=np.inf)[0][:, -1]
+    reach = KDTree(np.hstack([x, y])).query(np.hstack([x, y]), k + 1, p=np.inf)[0][:, -1]
     inside = np.nextafter(reach, 0)  # strictly nearer
-    counts = [cKDTree(z).query_ball_point(z, inside, p=np.inf, return_length=True) - 1 for z in (x, y)]
+    counts = [KDTree(z).query_ball_point(z, inside, p=np.inf, return_length=True) - 1 for z in (x, y)]
     return digamma(k) + digamma(len(x)) - digamma(counts[0] + 1) - digamma(counts[1] + 1)  # type: ignore[no-any-return]
 
 
