@@ -28,6 +28,7 @@ WHOLE = {  # weights of the whole vision tower, in millions, as its model card o
     "dinov2_small": 22.1,
     "dinov2_base": 86.6,
     "dinov2_large": 304.4,
+    "eva_clip_g": 985.9,
 }
 GRID = {"384": 27, "336": 24, "224": 16}
 TOWERS: dict[str, tuple[Path, type[PreTrainedModel], int]] = {

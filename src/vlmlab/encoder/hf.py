@@ -42,7 +42,7 @@ class HfEncoder(TowerEncoder):
         architecture: Architecture | None = None,
     ) -> None:
         self._opened = path, dtype, architecture  # private: where it came from is not what it sees
-        tower, preprocess, source = open_tower(path, dtype, architecture)
+        tower, preprocess, source = open_tower(path, dtype, architecture, pooled)
         if image_size is not None:
             preprocess = preprocess.at(*sides(image_size))
         super().__init__(tower, replace(preprocess, square=square), layers, pooled, source, gradient_checkpointing)

@@ -9,40 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    CLIPVisionModel,
-    Dinov2Model,
-    PreTrainedConfig,
-    PreTrainedModel,
-    SiglipVisionModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder
 from vlmlab.contracts.tensors import Visual
 from vlmlab.contracts.values import Architecture
+from vlmlab.encoder.families import attention_of, cut, family, patch_of, reading, tapped
 from vlmlab.encoder.preprocess import Preprocess, read_preprocess
 from vlmlab.towers.blueprint import SAFE, open_config, read_config, readable, weightless
 from vlmlab.towers.source import quiet, resolve, tower_hash
-
-BEHIND_FINAL: dict[type[nn.Module], tuple[str, ...]] = {
-    SiglipVisionModel: ("head",),
-    CLIPVisionModel: ("post_layernorm",),
-    Dinov2Model: (),
-}
-"""Children that the tower's final patch features do not depend on."""
-
-BEHIND_TAP: dict[type[nn.Module], tuple[str, ...]] = {
-    SiglipVisionModel: ("post_layernorm", "head"),
-    CLIPVisionModel: ("post_layernorm",),
-    Dinov2Model: ("layernorm",),
-}
-"""Children that a hidden state does not depend on."""
-
-ONE_SIZE = (SiglipVisionModel, CLIPVisionModel)
-"""Towers that must be told to interpolate their positions for images of another size; Dinov2 always does."""
 
 
 class TowerEncoder(Encoder):
@@ -58,7 +35,8 @@ class TowerEncoder(Encoder):
         gradient_checkpointing: recompute the activations of layers that train in the backward pass.
 
     Raises:
-        UserError: the family is unknown, a layer does not exist, or an image is smaller than a patch.
+        UserError: it gives no grid of patches, a layer does not exist, an image is smaller than a patch, or the family
+            recomputes nothing.
     """
 
     def __init__(
@@ -71,9 +49,6 @@ class TowerEncoder(Encoder):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if type(tower) not in BEHIND_TAP:
-            names = ", ".join(kind.__name__ for kind in BEHIND_TAP)
-            raise UserError(f"encoder: {type(tower).__name__} is not a known vision tower; known are {names}.")
         if pooled and layers is not None:
             raise UserError("encoder.pooled=true needs encoder.layers=null: a pooled output follows the last layer.")
         self.source = source
@@ -83,24 +58,25 @@ class TowerEncoder(Encoder):
         self.pooled = pooled
         depth = int(tower.config.num_hidden_layers)
         self.layers = None if layers is None else _absolute(layers, depth)
-        if not pooled:
-            _cut(tower, depth if self.layers is None else max(self.layers), tapped=self.layers is not None)
         self.width = int(tower.config.hidden_size) * (1 if self.layers is None else len(self.layers))
         self.pooled_width = int(tower.config.hidden_size)
-        self.patch = int(tower.config.patch_size)
+        self.patch = patch_of(tower.config)
         if min(preprocess.height, preprocess.width) < self.patch:
             raise UserError(
                 f"encoder.image_size={preprocess.height}x{preprocess.width} has no room for a patch of {self.patch} "
                 f"pixels; give at least {self.patch}."
             )
-        own = sides(tower.config.image_size)
-        self.interpolate = isinstance(tower, ONE_SIZE) and own != (preprocess.height, preprocess.width)
+        self._reading = reading(tower, (preprocess.height, preprocess.width), self.layers, pooled)
+        if not pooled:
+            cut(tower, depth if self.layers is None else max(self.layers), tapped=self.layers is not None)
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         if gradient_checkpointing:
+            if not tower.supports_gradient_checkpointing:
+                raise UserError(f"encoder.gradient_checkpointing=true: {type(tower).__name__} cannot; set it to false.")
             tower.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
@@ -119,14 +95,10 @@ class TowerEncoder(Encoder):
         dtype = next(self.tower.parameters()).dtype
         # in transformers' order of operations, so that the values are its processor's to the last bit
         values = ((pixels.float() / self.white - self.mean) / self.std).to(dtype)
-        options = {"interpolate_pos_encoding": True} if self.interpolate else {}
-        out = self.tower(pixel_values=values, output_hidden_states=self.layers is not None, **options)
-        final = (out.last_hidden_state,)
-        # a tower cut down to its embedding reports no hidden states: its output is that embedding
-        taken = final if self.layers is None else [(out.hidden_states or final)[i] for i in self.layers]
+        out = self.tower(pixel_values=values, output_hidden_states=self.layers is not None, **self._reading.options)
         rows, columns = pixels.shape[2] // self.patch, pixels.shape[3] // self.patch
         # class and register tokens, where a family has them, come before the patches
-        grids = [grid[:, grid.shape[1] - rows * columns :] for grid in taken]  # each (I, N, Dv)
+        grids = [grid[:, grid.shape[1] - rows * columns :] for grid in tapped(out, self.layers)]  # each (I, N, Dv)
         pooled = out.pooler_output if self.pooled else None
         if dtype.itemsize < 4 and not autocast(pixels.device):  # a frozen tower in half precision, all else in single
             grids, pooled = [grid.float() for grid in grids], None if pooled is None else pooled.float()
@@ -134,45 +106,38 @@ class TowerEncoder(Encoder):
         return Visual(grids=grids, pooled=pooled, hw=hw)
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """The named parameters that the features depend on (Dinov2's mask token serves only its pre-training)."""
-        unused = {id(p) for n, p in self.named_parameters() if n == "tower.embeddings.mask_token"}
-        return [(n, p) for n, p in self.named_parameters() if id(p) not in unused]
+        """The named parameters that the features depend on (a mask token serves only the pre-training)."""
+        return [(n, p) for n, p in self.named_parameters() if n.removeprefix("tower.") not in self._reading.unused]
 
 
 def open_tower(
-    path: str, dtype: str, architecture: Architecture | None = None
+    path: str, dtype: str, architecture: Architecture | None = None, pooled: bool = True
 ) -> tuple[PreTrainedModel, Preprocess, str | None]:
     """A tower, its preprocessing and the hash of its weights, from a local folder or a hub id.
 
-    On the meta device (``vlmlab.towers.blueprint``) it has no values and no hash.
+    On the meta device (``vlmlab.towers.blueprint``) it has no values and no hash. Weights that serve its pooled output
+    alone may be missing where that is not wanted (`pooled`).
     """
     if weightless():
         return *_empty_tower(path, dtype, architecture), None
     folder = resolve(path, "encoder.path")
-    vision, tower_class = _kind(open_config(folder, path, "encoder.path"))
-    return load_tower(tower_class, vision, folder, dtype), read_preprocess(folder), tower_hash(folder)
-
-
-def _kind(config: PreTrainedConfig) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
-    """The config and class of a tower, or of the vision half of a two-tower checkpoint."""
-    vision = getattr(config, "vision_config", config)
-    tower_class: type[PreTrainedModel] = AutoModel._model_mapping[type(vision)]  # type: ignore[assignment]
-    return vision, tower_class
+    vision, tower_class = family(open_config(folder, path, "encoder.path"), path)
+    return load_tower(tower_class, vision, folder, dtype, pooled), read_preprocess(folder), tower_hash(folder)
 
 
 def _empty_tower(path: str, dtype: str, architecture: Architecture | None) -> tuple[PreTrainedModel, Preprocess]:
     """A tower without values; without a preprocessor file at hand it takes the size it was trained on."""
-    vision, tower_class = _kind(read_config(path, architecture, "encoder.path"))
+    vision, tower_class = family(read_config(path, architecture, "encoder.path"), path)
     folder = Path(path).expanduser()
     preprocess = read_preprocess(folder) if folder.is_dir() else Preprocess(*sides(vision.image_size))
     make: Any = tower_class._from_config
-    return make(vision, dtype=getattr(torch, dtype), attn_implementation="sdpa"), preprocess
+    return make(vision, dtype=getattr(torch, dtype), attn_implementation=attention_of(tower_class)), preprocess
 
 
 def load_tower(
-    tower_class: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, dtype: str
+    tower_class: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, dtype: str, pooled: bool = True
 ) -> PreTrainedModel:
-    """A tower, or one half of a two-tower checkpoint, with all of its weights.
+    """A tower, or one half of a two-tower checkpoint, with all of its weights, or those for its features.
 
     Raises:
         UserError: some are missing.
@@ -182,13 +147,16 @@ def load_tower(
             folder,
             config=config,
             dtype=getattr(torch, dtype),
-            attn_implementation="sdpa",
+            attn_implementation=attention_of(tower_class),
             output_loading_info=True,
             **SAFE,
         )
     tower, info = loaded
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
+    lacking = set(info["missing_keys"])
+    if lacking and not pooled:
+        lacking -= reading(tower, sides(config.image_size), None, pooled=False).unused
+    if lacking:
+        missing = ", ".join(sorted(lacking)[:3])
         raise UserError(f"{folder} lacks weights of {tower_class.__name__} ({missing}, ...); check encoder.path.")
     return tower
 
@@ -220,12 +188,3 @@ def _absolute(layers: Sequence[int], depth: int) -> list[int]:
         if not -depth - 1 <= layer <= depth:
             raise UserError(f"encoder.layers has {layer}, but the tower has {depth} layers; use {-depth - 1}..{depth}.")
     return [layer % (depth + 1) for layer in layers]
-
-
-def _cut(tower: PreTrainedModel, depth: int, tapped: bool) -> None:
-    """Removes the layers, the last norm and the pooling head that no tapped feature depends on."""
-    stack = "layers" if hasattr(tower.encoder, "layers") else "layer"
-    setattr(tower.encoder, stack, getattr(tower.encoder, stack)[:depth])
-    for name in (BEHIND_TAP if tapped else BEHIND_FINAL)[type(tower)]:
-        if hasattr(tower, name):  # SigLIP may have been saved without a head
-            setattr(tower, name, nn.Identity())
