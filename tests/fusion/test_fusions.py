@@ -256,8 +256,8 @@ def test_padding_and_packing_change_no_number(name: str, family: str) -> None:
     alone = torch.cat([model(make([sample])).logits for sample in SAMPLES])
     for left in (False, True):
         together = make._batch(SAMPLES, encoded, [[i] for i in range(len(SAMPLES))], left=left)
-        assert tiny.worst(model(together).logits, alone) < 2e-5
-    assert tiny.worst(model(collator(model, pack_length=1000)(SAMPLES)).logits, alone) < 2e-5
+        assert tiny.worst(model(together).logits, alone) < 1e-4
+    assert tiny.worst(model(collator(model, pack_length=1000)(SAMPLES)).logits, alone) < 1e-4
 
 
 def questions(model: VLM) -> Batch:

@@ -91,7 +91,7 @@ def test_merged_weights_give_the_same(family: str) -> None:
     mask = batch.layout.valid.long()
     got = merged(input_ids=batch.input_ids, attention_mask=mask).logits
     plain = lm.model(input_ids=batch.input_ids, attention_mask=mask).logits
-    assert tiny.worst(got, want) < 1e-5 < 1e-2 < tiny.worst(plain, want)
+    assert tiny.worst(got, want) < 1e-4 < 1e-2 < tiny.worst(plain, want)
     with pytest.raises(ValueError, match="one image"):
         model.fusion.merged(lm.model, Seen())
 

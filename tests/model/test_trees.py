@@ -124,7 +124,7 @@ def test_as_it_is_trained_it_differs_by_rounding(name: str) -> None:
     want = learnt(model, batch_of(model, "rows", "plain"))
     for way in WAYS:
         loss, worst = off(learnt(model, batch_of(model, "tree", way)), want)
-        assert loss < 1e-6 and worst < 5e-5, way
+        assert loss < 1e-6 and worst < 5e-4, way
 
 
 def test_the_comparison_sees_a_difference(in_float64: Callable[[VLM], VLM]) -> None:
