@@ -39,11 +39,12 @@ class Unrendered:
     id: str
     scenes: tuple[Scene, ...]
     turns: tuple[Turn, ...]
+    system: str = ""
 
     def sample(self) -> Sample:
         """The same with its images."""
         ids = tuple(scene.id for scene in self.scenes)
-        return Sample(self.id, tuple(map(render, self.scenes)), self.turns, image_ids=ids)
+        return Sample(self.id, tuple(map(render, self.scenes)), self.turns, self.system, ids)
 
 
 class WorldSource(ABC):
