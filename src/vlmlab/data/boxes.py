@@ -17,7 +17,7 @@ from vlmlab.contracts.errors import UserError
 Box: TypeAlias = tuple[float, float, float, float]
 """``(x0, y0, x1, y1)``, shares of width and height; the upper ends are where the box ends."""
 
-Boxes: TypeAlias = Literal["qwen_vl", "minigpt_v2", "shikra", "paligemma", "kosmos2"]
+Boxes = Literal["qwen_vl", "minigpt_v2", "shikra", "paligemma", "kosmos2"]
 """Whose convention."""
 BOXES: tuple[Boxes, ...] = get_args(Boxes)
 

@@ -7,6 +7,7 @@ import pytest
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.data.world.language import (
+    LANGUAGES,
     BilingualCaptions,
     BilingualInstruct,
     BilingualQuestions,
@@ -55,20 +56,23 @@ def test_the_second_language_asks_the_same_about_the_same_pictures() -> None:
     for index in range(30):
         (a,), (b,) = first.turns(index), second.turns(index)
         assert (b.prompt, b.answer) == (translate(a.prompt, "second"), translate(a.answer, "second"))
-        assert (a.kind, a.chance) == (b.kind, b.chance) and (a.group, b.group) == ("", "second")
+        assert (a.kind, a.chance, a.group) == (b.kind, b.chance, b.group)
     assert np.array_equal(first[4].images[0], second[4].images[0]) and first[4].id == second[4].id
-    held = BilingualQuestions("compositional", 20)
-    assert [held.turns(i)[0].group for i in range(20)] == [
-        WorldQuestions("compositional", 20).turns(i)[0].group for i in range(20)
-    ]
 
 
 def test_shares_of_languages_and_the_first_unchanged() -> None:
     plain, both = WorldInstruct("train", 200), BilingualInstruct("train", 200, second_fraction=0.4, mixed_fraction=0.2)
-    languages = [both.turns(index)[0].group for index in range(200)]
-    assert [languages.count(name) / 200 for name in ("", "second", "mixed")] == pytest.approx([0.4, 0.4, 0.2], abs=0.1)
-    assert all(both.turns(i) == plain.turns(i) for i in range(200) if not languages[i])
-    assert all({turn.group for turn in both.turns(i)} == {languages[i]} for i in range(200))
+    told = {
+        name: [i for i in range(200) if both.turns(i)[0].prompt == translate(plain.turns(i)[0].prompt, name)]
+        for name in LANGUAGES  # a sentence without a content word is the same code-mixed
+    }
+    assert [len(told[name]) / 200 for name in LANGUAGES] == pytest.approx([0.4, 0.4, 0.2], abs=0.14)
+    assert set().union(*told.values()) == set(range(200)) and all(
+        both.turns(i) == plain.turns(i) for i in told["first"]
+    )
+    for index in told["second"][:3]:
+        answers = [turn.answer for turn in plain.turns(index)]
+        assert [turn.answer for turn in both.turns(index)] == [translate(answer, "second") for answer in answers]
     captions = BilingualCaptions("short", "train", 100, second_fraction=1.0)
     for index in range(10):
         (turn,), (first,) = captions.turns(index), WorldCaptions("short", "train", 100).turns(index)

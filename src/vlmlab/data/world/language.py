@@ -82,13 +82,7 @@ def translate(text: str, language: Language) -> str:
 
 def _translated(turn: Turn, language: Language) -> Turn:
     say: Callable[[str], str] = lambda text: translate(text, language)  # noqa: E731
-    return replace(
-        turn,
-        prompt=say(turn.prompt),
-        answer=say(turn.answer),
-        references=tuple(map(say, turn.references)),
-        group=turn.group or language,
-    )
+    return replace(turn, prompt=say(turn.prompt), answer=say(turn.answer), references=tuple(map(say, turn.references)))
 
 
 def _in(sample: Unrendered, language: Language) -> Unrendered:
