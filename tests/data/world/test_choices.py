@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from hydra.utils import instantiate
-
 from tests.test_conf import CONF, composed
+
 from vlmlab.cli.rules.values import wrong_values
 from vlmlab.evaluate.metrics.boxes import BoxAccuracy
 from vlmlab.evaluate.metrics.rows import Row
