@@ -6,7 +6,9 @@ import pytest
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample, Turn
-from vlmlab.data.mixture import Mixture
+from vlmlab.data.fingerprint import source_fingerprint
+from vlmlab.data.mixture import Mixture, flattened
+from vlmlab.data.world.sources import WorldCaptions
 
 
 class Named:
@@ -67,3 +69,32 @@ BAD: list[tuple[list[int], list[float] | None, int | None]] = [
 def test_impossible_mixtures(sizes: list[int], weights: list[float] | None, size: int | None) -> None:
     with pytest.raises(UserError):
         Mixture([Named("x", n) for n in sizes], weights, size)
+
+
+@pytest.mark.parametrize(("temperature", "wanted"), [(1.0, [10, 40, 250]), (2.0, [50, 100, 250]), (1e9, [100] * 3)])
+def test_a_temperature_flattens_the_sizes(temperature: float, wanted: list[int]) -> None:
+    """1: the sizes; 2: their square roots (InstructBLIP); a large one: equal shares."""
+    sizes = [100, 400, 2500]
+    shares = flattened(sizes, temperature)
+    plain = [size ** (1 / temperature) for size in sizes]
+    assert [s / sum(shares) for s in shares] == pytest.approx([p / sum(plain) for p in plain])
+    total = sum(wanted)
+    mixed = Mixture([Named(n, s) for n, s in zip("abc", sizes, strict=True)], size=total, temperature=temperature)
+    found = Counter(name[0] for name in ids(mixed))
+    assert [found[n] for n in "abc"] == pytest.approx(wanted, abs=1)
+
+
+def test_a_temperature_of_one_is_no_temperature() -> None:
+    """What ran before there was one is still the same mixture."""
+    sources = [WorldCaptions("short", "train", n) for n in (30, 70)]
+    before, now = Mixture(sources), Mixture(sources, temperature=1.0)
+    assert source_fingerprint(before) == source_fingerprint(now)
+    assert source_fingerprint(Mixture(sources, temperature=2.0)) != source_fingerprint(now)
+    assert [now.turns(i) for i in range(9)] == [before.turns(i) for i in range(9)]
+
+
+def test_a_temperature_beside_weights_or_below_zero_is_refused() -> None:
+    with pytest.raises(UserError, match="give one of the two"):
+        Mixture([Named("a", 3)], [1], temperature=2.0)
+    with pytest.raises(UserError, match="positive"):
+        Mixture([Named("a", 3)], temperature=0.0)

@@ -135,9 +135,11 @@ def _turn(row: Row, shuffled: str | None, metrics: Mapping[str, float]) -> dict[
 
 
 def _verdict(row: Row, metrics: Mapping[str, float]) -> str:
-    """``caption`` where the benchmark has a caption score; otherwise ``right``, ``partly`` or ``wrong``."""
+    """``caption`` or ``box`` where the benchmark has a score of those; else ``right``, ``partly`` or ``wrong``."""
     if f"{row.benchmark}/cider_d" in metrics or not row.references:
         return "caption"
+    if f"{row.benchmark}/iou_accuracy" in metrics:
+        return "box"
     score = VqaAccuracy().score(row)
     return "right" if score >= 1 else "partly" if score > 0 else "wrong"
 

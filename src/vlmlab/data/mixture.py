@@ -9,7 +9,7 @@ import numpy as np
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample, SampleSource, Turn, turns_of
-from vlmlab.contracts.values import Count, NotNegative, Seed
+from vlmlab.contracts.values import Count, NotNegative, Positive, Seed
 from vlmlab.data.fingerprint import Facts, source_fingerprint
 from vlmlab.data.overlap import Stored
 from vlmlab.data.skipped import Skipped, label
@@ -26,12 +26,15 @@ class Mixture:
         weights: their shares, in any unit; null: their sizes, so that each sample comes once.
         size: samples of the mixture; null: those of all sources together.
         seed: of the places and of what is left out of a source that is not used up.
+        temperature: shares are the sizes to the power 1 / temperature, so that small sources come more often (T5, arXiv
+            1910.10683, section 3.5.2): 1 leaves them, 2 takes square roots (InstructBLIP, arXiv 2305.06500, section
+            2.4), and the larger it is the more equal they become.
 
     Attributes:
         skipped: what the sources have left out.
 
     Raises:
-        UserError: no source, a source without samples, or weights that do not fit.
+        UserError: no source, a source without samples, weights that do not fit, or a temperature beside weights.
     """
 
     def __init__(
@@ -40,11 +43,17 @@ class Mixture:
         weights: Sequence[NotNegative] | None = None,
         size: Count | None = None,
         seed: Seed = 0,
+        temperature: Positive = 1.0,
     ) -> None:
         sizes = [len(source) for source in sources]
         if not sizes or min(sizes) < 1:
             raise UserError("A mixture needs sources with samples; remove the empty ones from sources.")
-        shares = [float(weight) for weight in (sizes if weights is None else weights)]
+        if weights is not None and temperature != 1:
+            raise UserError(
+                f"temperature={temperature} is about the sources' sizes and weights={[*weights]} leave them aside; "
+                "give one of the two."
+            )
+        shares = flattened(sizes, temperature) if weights is None else [float(weight) for weight in weights]
         if len(shares) != len(sizes) or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
             raise UserError(f"weights={shares} do not fit {len(sizes)} sources; give one number from 0 for each.")
         total = sum(sizes) if size is None else size
@@ -87,6 +96,19 @@ class Mixture:
     def label(self, index: int) -> str:
         """The id of a sample, without loading it."""
         return label(self.sources[self._source[index]], int(self._row[index]))
+
+
+def flattened(sizes: Sequence[int], temperature: float) -> list[float]:
+    """Sizes to the power 1 / temperature, the largest being 1; the sizes themselves at temperature 1.
+
+    Raises:
+        UserError: the temperature is no positive number.
+    """
+    if not 0 < temperature < float("inf"):
+        raise UserError(f"temperature={temperature} cannot flatten sizes; give a positive number, 1 to leave them.")
+    if temperature == 1:
+        return [float(size) for size in sizes]
+    return [(size / max(sizes)) ** (1 / temperature) for size in sizes]
 
 
 def _counts(shares: Sequence[float], total: int) -> list[int]:

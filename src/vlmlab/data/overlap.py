@@ -17,6 +17,9 @@ T = TypeVar("T", bound=Hashable)
 FILE = "path"
 """Key of a source that reads a file; one without it is generated and cannot be broken."""
 
+INNER = ("source", "pool")
+"""Keys of a source that is made of others, beside a mixture's ``sources``."""
+
 LOOKED_AT = 20_000
 """Files of a source whose sizes are compared, spread over all of them."""
 
@@ -66,8 +69,9 @@ def sentence(pairs: Sequence[tuple[str, str]], train: str, other: str, same: str
 
 
 def reads(node: DictConfig) -> bool:
-    """Whether a source's configuration, or that of one it is mixed from, names a file; others are generated."""
-    return node.get(FILE) is not None or any(reads(part) for part in node.get("sources") or ())
+    """Whether a source's configuration, or that of one it is made of, names a file; others are generated."""
+    within = [*(node.get("sources") or ()), *(node.get(key) for key in INNER)]
+    return node.get(FILE) is not None or any(reads(part) for part in within if isinstance(part, DictConfig))
 
 
 def spread(items: Iterable[T], most: int) -> list[T]:

@@ -1,5 +1,6 @@
 import hashlib
 import importlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from omegaconf import OmegaConf
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG
-from vlmlab.data.world import fitting, sources
+from vlmlab.data.world import base, fitting, sources
 from vlmlab.data.world.questions import KINDS
 from vlmlab.data.world.scene import HELD_OUT, sample_scene
 from vlmlab.data.world.sources import (
@@ -25,6 +26,7 @@ from vlmlab.data.world.sources import (
     WorldTaskInstruct,
     WorldTaskQuestions,
     WorldText,
+    WorldTextInstruct,
 )
 from vlmlab.data.world.words import lexicon
 
@@ -96,7 +98,7 @@ def test_samples_are_well_formed(name):
 @pytest.mark.parametrize("name", SOURCES)
 def test_turns_come_without_pixels(name, monkeypatch):
     samples = [SOURCES[name][index] for index in range(8)]
-    monkeypatch.setattr(sources, "render", lambda scene: pytest.fail("an image was drawn"))
+    monkeypatch.setattr(base, "render", lambda scene: pytest.fail("an image was drawn"))
     assert [SOURCES[name].turns(index) for index in range(8)] == [sample.turns for sample in samples]
     with pytest.raises(IndexError):
         SOURCES[name].turns(200)
@@ -186,7 +188,7 @@ def test_kinds_can_be_chosen():
 
 @pytest.mark.parametrize(("grid", "objects"), [(2, [1, 2]), (5, [4, 8])])
 def test_every_kind_is_asked_at_other_scales(grid, objects, monkeypatch):
-    monkeypatch.setattr(sources, "weights_of", lambda scale: fitting.fit(20, 1, scale))  # shares are another test's
+    monkeypatch.setattr(base, "weights_of", lambda scale: fitting.fit(20, 1, scale))  # shares are another test's
     source = WorldQuestions("test", 70, grid=grid, objects=objects)
     turns = [source.turns(index)[0] for index in range(70)]
     assert {turn.kind for turn in turns} == set(KINDS) and all(turn.chance <= 0.5 for turn in turns)
@@ -250,6 +252,18 @@ def test_a_share_of_instructions_is_interleaved_and_the_others_are_unchanged():
     assert "-6x6-" in large.id
 
 
+def test_a_share_of_instructions_has_no_image_and_the_others_are_unchanged():
+    plain, mixed = WorldInstruct("train", 400), WorldTextInstruct("train", 400, text_fraction=0.25)
+    told = [index for index in range(400) if mixed.turns(index) != plain.turns(index)]
+    assert 0.19 < len(told) / 400 < 0.31
+    for index in told[:20]:
+        sample = mixed[index]
+        assert not sample.images and not sample.image_ids and len(sample.turns) >= 6
+        assert "row" in sample.turns[0].prompt and all(turn.prompt for turn in sample.turns)
+    assert not WorldTextInstruct("train", 9, text_fraction=1.0)[3].images
+    assert all(WorldTextInstruct("train", 40, text_fraction=0.0).turns(i) == plain.turns(i) for i in range(40))
+
+
 def test_task_words_stand_before_every_prompt_and_change_nothing_else():
     arguments = {"split": "train", "size": 60}
     for plain, told in (
@@ -287,13 +301,14 @@ def _config():
         (lambda: WorldQuestions("test", 1, kinds=[]), "attribute, existence, count"),
         (lambda: WorldQuestions("test", 0), "1 or more"),
         (lambda: WorldInstruct("train", 1, caption_fraction=1.5), "0 to 1"),
+        (lambda: WorldTextInstruct("train", 1, text_fraction=-0.5), "text_fraction .* 0 to 1"),
         (lambda: WorldInterleavedInstruct("train", 1, interleaved_fraction=1.5), "interleaved_fraction .* 0 to 1"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_sentence(make, choices):
     with pytest.raises(UserError, match=choices) as caught:
         make()
-    assert str(caught.value).count(".") - str(caught.value).count("1.5") == 1
+    assert str(caught.value).count(".") - len(re.findall(r"\d\.\d", str(caught.value))) == 1
     assert "\n" not in str(caught.value)
 
 

@@ -59,8 +59,9 @@ def _placed(thing: Object, row: int, col: int) -> Object:
     return replace(thing, row=row, col=col, origin=(left, top), box=box)
 
 
-def _with(thing: Object, position: int, value: int) -> Object:
-    changes: dict[str, Any] = {_FIELDS[position]: value}
+def with_value(thing: Object, field: str, value: int) -> Object:
+    """The object with another color, shape, size or texture, and its box anew."""
+    changes: dict[str, Any] = {field: value}
     return _placed(replace(thing, **changes), thing.row, thing.col)
 
 
@@ -69,7 +70,7 @@ def _alter(objects: list[Object], stream: Stream) -> list[Object]:
     at, position = stream.below(len(objects)), stream.below(len(_FIELDS))
     now = getattr(objects[at], _FIELDS[position])
     value = (now + 1 + stream.below(_KINDS[position] - 1)) % _KINDS[position]
-    return [*objects[:at], _with(objects[at], position, value), *objects[at + 1 :]]
+    return [*objects[:at], with_value(objects[at], _FIELDS[position], value), *objects[at + 1 :]]
 
 
 def _move(objects: list[Object], stream: Stream) -> list[Object]:
@@ -85,10 +86,10 @@ def _exchange(objects: list[Object], stream: Stream) -> list[Object]:
     if len(objects) < 2:
         return []
     a, b = stream.shuffled(range(len(objects)))[:2]
-    position = stream.below(len(_FIELDS))
-    first, second = (getattr(objects[i], _FIELDS[position]) for i in (a, b))
+    field = _FIELDS[stream.below(len(_FIELDS))]
+    first, second = (getattr(objects[i], field) for i in (a, b))
     out = list(objects)
-    out[a], out[b] = _with(objects[a], position, second), _with(objects[b], position, first)
+    out[a], out[b] = with_value(objects[a], field, second), with_value(objects[b], field, first)
     return out
 
 

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypedDict, Unpack, get_args
+from dataclasses import replace
+from typing import Literal, Unpack, get_args
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.sample import IMAGE_TAG, Sample, Turn
+from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.contracts.values import Count, Seed, Share
+from vlmlab.data.world.base import STRIDE, Drawn, ScaledSource, Unrendered, WorldSource, check_share, check_size
 from vlmlab.data.world.captions import dense_caption, loose_caption, short_captions
 from vlmlab.data.world.contrasts import contrasts
-from vlmlab.data.world.fitting import weights_of
 from vlmlab.data.world.loose import LooseScene, render_loose, sample_loose
-from vlmlab.data.world.questions import Kinds, View, check_kinds, dialogue, draw_class, single
-from vlmlab.data.world.render import render
-from vlmlab.data.world.scene import (
-    STANDARD,
-    Grid,
-    Objects,
-    Scale,
-    Scene,
-    Split,
-    check_split,
-    sample_scene,
-    scale_of,
-    scene_id,
-)
+from vlmlab.data.world.questions import Kinds, check_kinds, dialogue, draw_class, single
+from vlmlab.data.world.scene import Scene, Split, check_split, scene_id
 from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.text import (
     CAPTION_REQUEST,
@@ -39,7 +26,7 @@ from vlmlab.data.world.text import (
     describe,
     text_sample,
 )
-from vlmlab.data.world.words import COLOR, SHAPE, Domain, lexicon, phrase
+from vlmlab.data.world.words import Domain
 
 Contrast = Literal["dense", "coordinates", "short"]
 Statement = Literal["caption", "dense", "answered", "question"]
@@ -47,171 +34,21 @@ Style = Literal["short", "dense", "mixed", "cells", "placed_cells"]
 CONTRASTS: tuple[Contrast, ...] = get_args(Contrast)
 STATEMENTS: tuple[Statement, ...] = get_args(Statement)
 STYLES: tuple[Style, ...] = get_args(Style)
-_STRIDE = 1024
-"""Scenes set aside for one question or one interleaved sample: they are tried in turn until one fits."""
 _INSIST = 64
 """Compositional scenes tried for a question about a held-out pair before any question will do."""
 _MOST_CONTRASTS = 8
-_ORDINALS = ("first", "second", "third")
 
 
-@dataclass(frozen=True, slots=True)
-class _Unrendered:
-    """A sample before its scenes are drawn: what it says is known without a pixel."""
-
-    id: str
-    scenes: tuple[Scene, ...]
-    turns: tuple[Turn, ...]
-
-    def sample(self) -> Sample:
-        """The same with its images."""
-        ids = tuple(scene.id for scene in self.scenes)
-        return Sample(self.id, tuple(map(render, self.scenes)), self.turns, image_ids=ids)
+def _text_only(sample: Sample) -> Unrendered:
+    return Unrendered(sample.id, (), sample.turns)
 
 
-class _WorldSource(ABC):
-    """What all sources of the world share: an address and a size.
-
-    Args:
-        split: train, val, test or compositional.
-        size: number of samples.
-        seed: another seed gives other scenes.
-        domain: base or shifted.
-
-    Raises:
-        UserError: for an unknown split or domain, or a size below 1.
-    """
-
-    def __init__(self, split: Split, size: Count, seed: Seed = 0, domain: Domain = "base") -> None:
-        check_split(split)
-        lexicon(domain)
-        _check_size(size)
-        self.split = split
-        self.size = size
-        self.seed = seed
-        self.domain = domain
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> Sample:
-        return self._within(index).sample()
-
-    def turns(self, index: int) -> tuple[Turn, ...]:
-        """The turns of a sample, without its images."""
-        return self._within(index).turns
-
-    def _within(self, index: int) -> _Unrendered:
-        if not 0 <= index < self.size:
-            raise IndexError(f"sample {index} of {self.size}")
-        return self._unrendered(index)
-
-    @abstractmethod
-    def _unrendered(self, index: int) -> _Unrendered:
-        """The sample of an index within the size."""
-
-    @property
-    def _scale(self) -> Scale:
-        return STANDARD
-
-    def _scene(self, index: int) -> Scene:
-        return sample_scene(self.split, index, self.seed, self.domain, self._scale)
-
-    def _stream(self, index: int, purpose: str) -> Stream:
-        return Stream(scene_id(self.domain, self.split, index, self.seed, self._scale), self.seed, purpose)
-
-    def _interleaved(self, index: int) -> _Unrendered:
-        """Two or three images in one prompt, and a question that needs all of them."""
-        stream = self._stream(index, "interleaved")
-        number = 2 + stream.below(2)
-        scenes, terms = self._unequal(index, number, stream)
-        words = lexicon(self.domain)
-        question = stream.choice(words.templates[f"interleaved/{'two' if number == 2 else 'three'}"])
-        place = stream.below(number)
-        scenes = scenes[1 : place + 1] + scenes[:1] + scenes[place + 1 :]
-        tags = " ".join(f"{name} {words.picture}: {IMAGE_TAG}" for name in _ORDINALS[:number])
-        turn = Turn(f"{tags} {question.format(terms=terms)}", _ORDINALS[place], "interleaved", chance=1 / number)
-        name = scene_id(self.domain, self.split, index, self.seed, self._scale)
-        return _Unrendered(f"{name}/interleaved", tuple(scenes), (turn,))
-
-    def _unequal(self, index: int, number: int, stream: Stream) -> tuple[list[Scene], str]:
-        """Scenes, the one with strictly the most first, and what is counted in them."""
-        attempt = index * _STRIDE
-        while True:
-            scenes = [self._scene(attempt + i) for i in range(number)]
-            attempt += number
-            views = [View(scene) for scene in scenes]
-            mask = stream.choice((0, COLOR, SHAPE))
-            term = stream.choice(stream.choice(views).attributes)
-            counts = [view.matching(mask, term) for view in views]
-            most = max(counts)
-            if counts.count(most) == 1:
-                best = counts.index(most)
-                return [scenes[best], *scenes[:best], *scenes[best + 1 :]], phrase(self.domain, mask, term, plural=True)
-
-
-class _Drawn(TypedDict, total=False):
-    """Keys of the scenes' scale."""
-
-    grid: Grid
-    objects: Objects
-
-
-class _ScaledSource(_WorldSource):
-    """A source whose scenes may be of another scale than the shipped towers saw.
-
-    Args:
-        split, size, seed, domain: as for every source of the world.
-        grid: rows, and columns, of the scene, 2 to 8; 16 pixels each.
-        objects: (fewest, most) objects in a scene, at most 16.
-
-    Raises:
-        UserError: as for every source of the world, or a scale that cannot be.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
-        grid: Grid = STANDARD.grid,
-        objects: Objects = (STANDARD.fewest, STANDARD.most),
-    ) -> None:
-        super().__init__(split, size, seed, domain)
-        self.grid = grid
-        self.objects = tuple(objects)
-        self._drawn = scale_of(grid, self.objects)
-
-    @property
-    def _scale(self) -> Scale:
-        return self._drawn
-
-    def _dialogue(self, index: int, kinds: tuple[str, ...]) -> _Unrendered:
-        """A conversation about the index's scene, or about one set aside for it where that offers none of the kinds."""
-        sample, attempt = _dialogue_sample(self._scene(index), kinds), 0
-        while not sample.turns:
-            if attempt == _STRIDE:
-                raise UserError(
-                    f"No scene with grid={self.grid} and objects={[*self.objects]} has a question of kind "
-                    f"{' or '.join(kinds)}; give other kinds, or another range of objects."
-                )
-            sample, attempt = _dialogue_sample(self._scene(index * _STRIDE + attempt), kinds), attempt + 1
-        return sample
-
-
-def _caption_sample(scene: Scene, style: str) -> _Unrendered:
+def _caption_sample(scene: Scene, style: str) -> Unrendered:
     turn = caption_turn(scene, style, Stream(scene.id, scene.seed, "caption", style))
-    return _Unrendered(f"{scene.id}/{style}", (scene,), (turn,))
+    return Unrendered(f"{scene.id}/{style}", (scene,), (turn,))
 
 
-def _dialogue_sample(scene: Scene, kinds: tuple[str, ...]) -> _Unrendered:
-    stream = Stream(scene.id, scene.seed, "dialogue", *kinds)
-    turns = tuple(question.turn() for question in dialogue(scene, stream, kinds, weights_of(scene.scale)))
-    return _Unrendered(f"{scene.id}/dialogue", (scene,), turns)
-
-
-class WorldCaptions(_ScaledSource):
+class WorldCaptions(ScaledSource):
     """One image and a request for a caption.
 
     Args:
@@ -231,14 +68,14 @@ class WorldCaptions(_ScaledSource):
         size: Count,
         seed: Seed = 0,
         domain: Domain = "base",
-        **scale: Unpack[_Drawn],
+        **scale: Unpack[Drawn],
     ) -> None:
         super().__init__(split, size, seed, domain, **scale)
         if style not in STYLES:
             raise UserError(f"The world has no caption style {style!r}; set style to one of: {', '.join(STYLES)}.")
         self.style = style
 
-    def _unrendered(self, index: int) -> _Unrendered:
+    def _unrendered(self, index: int) -> Unrendered:
         style = self._stream(index, "style").choice(STYLES[:2]) if self.style == "mixed" else self.style
         return _caption_sample(self._scene(index), style)
 
@@ -257,7 +94,7 @@ class LooseCaptions:
 
     def __init__(self, split: Split, size: Count, seed: Seed = 0) -> None:
         check_split(split)
-        _check_size(size)
+        check_size(size)
         self.split, self.size, self.seed = split, size, seed
 
     def __len__(self) -> int:
@@ -281,7 +118,7 @@ def _told(scene: LooseScene) -> tuple[Turn, ...]:
     return (Turn(PLACED_CELLS_PROMPT, loose_caption(scene), "cells_caption"),)
 
 
-class WorldQuestions(_ScaledSource):
+class WorldQuestions(ScaledSource):
     """Questions about an image.
 
     With ``multi_turn`` a sample is six to eight questions about one scene. Without it a sample is one question; kinds
@@ -305,31 +142,31 @@ class WorldQuestions(_ScaledSource):
         domain: Domain = "base",
         multi_turn: bool = False,
         kinds: Kinds | None = None,
-        **scale: Unpack[_Drawn],
+        **scale: Unpack[Drawn],
     ) -> None:
         super().__init__(split, size, seed, domain, **scale)
         self.multi_turn = multi_turn
         self.kinds = check_kinds(kinds)
 
-    def _unrendered(self, index: int) -> _Unrendered:
+    def _unrendered(self, index: int) -> Unrendered:
         return self._dialogue(index, self.kinds) if self.multi_turn else self._single(index)
 
-    def _single(self, index: int) -> _Unrendered:
+    def _single(self, index: int) -> Unrendered:
         kind = self.kinds[index % len(self.kinds)]
         stream = self._stream(index, f"single/{kind}")
         key = draw_class(stream, kind, self._scale)
-        for attempt in range(_STRIDE):
-            scene = self._scene(index * _STRIDE + attempt)
+        for attempt in range(STRIDE):
+            scene = self._scene(index * STRIDE + attempt)
             question = single(scene, stream, kind, key, insist=attempt < _INSIST)
             if question:
-                return _Unrendered(f"{scene.id}/{index}", (scene,), (question.turn(),))
+                return Unrendered(f"{scene.id}/{index}", (scene,), (question.turn(),))
         raise UserError(
             f"No scene with grid={self.grid} and objects={[*self.objects]} has a question of kind {kind} "
             f"({key[0]}: {key[1]}); leave the kind out of kinds, or give another range of objects."
         )
 
 
-class WorldInstruct(_ScaledSource):
+class WorldInstruct(ScaledSource):
     """Instruction tuning: conversations of six to eight questions, mixed with requests for captions of both styles.
 
     Args:
@@ -351,21 +188,21 @@ class WorldInstruct(_ScaledSource):
         domain: Domain = "base",
         caption_fraction: Share = 0.15,
         kinds: Kinds | None = None,
-        **scale: Unpack[_Drawn],
+        **scale: Unpack[Drawn],
     ) -> None:
         super().__init__(split, size, seed, domain, **scale)
-        _check_share("caption_fraction", caption_fraction)
+        check_share("caption_fraction", caption_fraction)
         self.caption_fraction = caption_fraction
         self.kinds = check_kinds(kinds)
 
-    def _unrendered(self, index: int) -> _Unrendered:
+    def _unrendered(self, index: int) -> Unrendered:
         stream = self._stream(index, "instruct")
         if stream.chance(self.caption_fraction):
             return _caption_sample(self._scene(index), stream.choice(STYLES[:2]))
         return self._dialogue(index, self.kinds)
 
 
-class WorldInterleaved(_WorldSource):
+class WorldInterleaved(WorldSource):
     """Two or three images in one prompt and a question which of them has more of something.
 
     The position of the answer is drawn first, so every answer is equally frequent for each number of images.
@@ -377,7 +214,7 @@ class WorldInterleaved(_WorldSource):
         UserError: for an unknown split or domain, or a size below 1.
     """
 
-    def _unrendered(self, index: int) -> _Unrendered:
+    def _unrendered(self, index: int) -> Unrendered:
         return self._interleaved(index)
 
 
@@ -404,13 +241,13 @@ class WorldInterleavedInstruct(WorldInstruct):
         caption_fraction: Share = 0.15,
         kinds: Kinds | None = None,
         interleaved_fraction: Share = 0.5,
-        **scale: Unpack[_Drawn],
+        **scale: Unpack[Drawn],
     ) -> None:
         super().__init__(split, size, seed, domain, caption_fraction, kinds, **scale)
-        _check_share("interleaved_fraction", interleaved_fraction)
+        check_share("interleaved_fraction", interleaved_fraction)
         self.interleaved_fraction = interleaved_fraction
 
-    def _unrendered(self, index: int) -> _Unrendered:
+    def _unrendered(self, index: int) -> Unrendered:
         if self._stream(index, "instruct/interleaved").chance(self.interleaved_fraction):
             return self._interleaved(index)
         return super()._unrendered(index)
@@ -420,7 +257,7 @@ CAPTIONED = ("caption", "dense_caption")
 """Kinds of turn that ask for a caption."""
 
 
-def _with_task_words(sample: _Unrendered) -> _Unrendered:
+def with_task_words(sample: Unrendered) -> Unrendered:
     """Every prompt behind a word for its task, as MiniGPT-v2 has it (arXiv 2310.09478)."""
     words = ("[caption]" if turn.kind in CAPTIONED else "[vqa]" for turn in sample.turns)
     turns = tuple(replace(turn, prompt=f"{word} {turn.prompt}") for word, turn in zip(words, sample.turns, strict=True))
@@ -430,25 +267,25 @@ def _with_task_words(sample: _Unrendered) -> _Unrendered:
 class WorldTaskCaptions(WorldCaptions):
     """``WorldCaptions`` behind ``[caption]``; arguments and refusals are the same."""
 
-    def _unrendered(self, index: int) -> _Unrendered:
-        return _with_task_words(super()._unrendered(index))
+    def _unrendered(self, index: int) -> Unrendered:
+        return with_task_words(super()._unrendered(index))
 
 
 class WorldTaskQuestions(WorldQuestions):
     """``WorldQuestions`` behind ``[vqa]``; arguments and refusals are the same."""
 
-    def _unrendered(self, index: int) -> _Unrendered:
-        return _with_task_words(super()._unrendered(index))
+    def _unrendered(self, index: int) -> Unrendered:
+        return with_task_words(super()._unrendered(index))
 
 
 class WorldTaskInstruct(WorldInstruct):
     """``WorldInstruct``, each turn behind ``[vqa]`` or ``[caption]``; arguments and refusals are the same."""
 
-    def _unrendered(self, index: int) -> _Unrendered:
-        return _with_task_words(super()._unrendered(index))
+    def _unrendered(self, index: int) -> Unrendered:
+        return with_task_words(super()._unrendered(index))
 
 
-class WorldText(_WorldSource):
+class WorldText(WorldSource):
     """Text-only samples for the language model: no image, the scene told in words.
 
     Args:
@@ -473,18 +310,60 @@ class WorldText(_WorldSource):
         caption_fraction: Share = CAPTION_REQUEST,
     ) -> None:
         super().__init__(split, size, seed, domain)
-        _check_share("caption_fraction", caption_fraction)
+        check_share("caption_fraction", caption_fraction)
         self.forms = check_forms(forms)
         self.focus = () if focus is None else check_kinds(focus)
         self.caption_fraction = caption_fraction
 
-    def _unrendered(self, index: int) -> _Unrendered:
+    def _unrendered(self, index: int) -> Unrendered:
         form = self._stream(index, "form").choice(self.forms)
-        sample = text_sample(self._scene(index), form, self.focus, self.caption_fraction)
-        return _Unrendered(sample.id, (), sample.turns)
+        return _text_only(text_sample(self._scene(index), form, self.focus, self.caption_fraction))
 
 
-class WorldStatements(_WorldSource):
+TOLD_FORMS: tuple[Form, ...] = ("dense", "coordinates", "told")
+"""How scenes are told in words where samples with and without an image are mixed: as text, without cells."""
+
+
+class WorldTextInstruct(WorldInstruct):
+    """Instruction tuning in which some samples have no image, the scene told in words; the others are unchanged.
+
+    What text-only conversations are to a system trained on both, as LaVIN (arXiv 2305.15023, section 4) and LLaVA-1.5
+    (arXiv 2310.03744, table 7) are.
+
+    Args:
+        split, size, seed, domain: as for every source of the world.
+        caption_fraction: share of caption samples among those with an image, half of them short, in 0..1.
+        kinds: kinds of question asked about an image; all of them for None.
+        text_fraction: share of samples without an image, in 0..1.
+        grid, objects: the scenes' scale.
+
+    Raises:
+        UserError: as for ``WorldInstruct``.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        size: Count,
+        seed: Seed = 0,
+        domain: Domain = "base",
+        caption_fraction: Share = 0.15,
+        kinds: Kinds | None = None,
+        text_fraction: Share = 0.25,
+        **scale: Unpack[Drawn],
+    ) -> None:
+        super().__init__(split, size, seed, domain, caption_fraction, kinds, **scale)
+        check_share("text_fraction", text_fraction)
+        self.text_fraction = text_fraction
+
+    def _unrendered(self, index: int) -> Unrendered:
+        stream = self._stream(index, "instruct/text")
+        if stream.chance(self.text_fraction):
+            return _text_only(text_sample(self._scene(index), stream.choice(TOLD_FORMS)))
+        return super()._unrendered(index)
+
+
+class WorldStatements(WorldSource):
     """One image and a text about it, as the text tower beside the vision tower reads texts.
 
     ``caption`` and ``dense`` are the two caption styles, every other time behind a request for one; ``answered`` is two
@@ -514,14 +393,14 @@ class WorldStatements(_WorldSource):
             raise UserError(f"The world has {wrong}; set forms to some of: {', '.join(STATEMENTS)}.")
         self.forms = chosen
 
-    def _unrendered(self, index: int) -> _Unrendered:
+    def _unrendered(self, index: int) -> Unrendered:
         scene, stream = self._scene(index), self._stream(index, "statement")
         form = stream.choice(self.forms)
         turn = Turn("", _statement(scene, form, stream), form)
-        return _Unrendered(f"{scene.id}/{form}", (scene,), (turn,))
+        return Unrendered(f"{scene.id}/{form}", (scene,), (turn,))
 
 
-class WorldContrasts(_WorldSource):
+class WorldContrasts(WorldSource):
     """Several images, each with a whole caption: scenes that differ in one thing, which a contrast has to tell apart.
 
     Turn i is the caption of image i. ``dense`` and ``coordinates`` name every object with its attributes and its cell,
@@ -561,7 +440,7 @@ class WorldContrasts(_WorldSource):
         ids = tuple(f"{sample.id}-{i}" for i in range(self.scenes))  # the scenes of a contrast share their own
         return replace(sample, image_ids=ids)
 
-    def _unrendered(self, index: int) -> _Unrendered:
+    def _unrendered(self, index: int) -> Unrendered:
         stream = self._stream(index, "contrasts")
         form, first = stream.choice(self.forms), index * self.scenes
         if form == "short":
@@ -570,7 +449,7 @@ class WorldContrasts(_WorldSource):
             scenes = contrasts(self._scene(first), self.scenes, stream)
         turns = tuple(Turn("", _caption(scene, form, stream), form) for scene in scenes)
         name = scene_id(self.domain, self.split, first, self.seed)
-        return _Unrendered(f"{name}/contrasts", tuple(scenes), turns)
+        return Unrendered(f"{name}/contrasts", tuple(scenes), turns)
 
 
 def _caption(scene: Scene, form: str, stream: Stream) -> str:
@@ -587,16 +466,6 @@ def _statement(scene: Scene, form: str, stream: Stream) -> str:
     if form == "question":
         return told[0].prompt
     return " ".join(f"{question.prompt} {question.answer}." for question in told)
-
-
-def _check_size(size: int) -> None:
-    if size < 1:
-        raise UserError(f"The world cannot have {size} samples; set size to 1 or more.")
-
-
-def _check_share(key: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise UserError(f"{key} is a share and cannot be {value}; set it within 0 to 1.")
 
 
 __all__ = [
@@ -616,4 +485,5 @@ __all__ = [
     "WorldTaskInstruct",
     "WorldTaskQuestions",
     "WorldText",
+    "WorldTextInstruct",
 ]

@@ -13,6 +13,7 @@ from statistics import fmean
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.values import Count
+from vlmlab.evaluate.metrics.floors import above
 from vlmlab.evaluate.metrics.rows import Row
 
 ACCURACY = "vqa_accuracy"
@@ -139,17 +140,8 @@ class VqaAccuracy:
             if len(chances) == len(values):
                 result[f"chance{suffix}"] = fmean(chances)
                 known = {"chance": result[f"chance{suffix}"], **known}
-            result |= _above(accuracy, {name: level for name, level in known.items() if level is not None}, suffix)
+            result |= above(accuracy, {name: level for name, level in known.items() if level is not None}, suffix)
         return result
-
-
-def _above(accuracy: float, floors: Mapping[str, float], suffix: str) -> dict[str, float]:
-    """``floor/<name>`` and ``normalised`` over the highest floor, of equals the first; empty where none is known."""
-    if not floors or max(floors.values()) >= 1:
-        return {}
-    name = max(floors, key=lambda name: floors[name])
-    floor = floors[name]
-    return {f"floor/{name}{suffix}": floor, f"normalised{suffix}": (accuracy - floor) / (1 - floor)}
 
 
 def _one_line(text: str) -> str:
