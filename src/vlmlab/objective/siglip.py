@@ -23,6 +23,7 @@ class Siglip:
 
     per_micro_batch = True
     pairs = True
+    of_embeddings = True
 
     def __init__(self, weight: NotNegative = 1.0) -> None:
         self.weight = weight
@@ -31,11 +32,13 @@ class Siglip:
         """{"siglip": (sum in nats, images)}.
 
         Raises:
-            UserError: the model has no pair of embeddings (only ``ContrastiveModule`` gives one).
+            UserError: the model has no pair of embeddings (``PairModule`` and ``ContrastiveModule`` give one).
         """
         pairing = outputs.pairing
         if pairing is None:
-            raise UserError("objective=siglip needs a stage with module ContrastiveModule; use objective=lm otherwise.")
+            raise UserError(
+                "objective=siglip needs a stage with module PairModule or ContrastiveModule; use objective=lm otherwise."
+            )
         texts, first = _gathered(pairing.text)  # (B x ranks, E)
         scores = pairing.log_scale.exp() * pairing.image @ texts.T + pairing.bias  # (B, B x ranks)
         own = torch.arange(scores.shape[0], device=scores.device)
