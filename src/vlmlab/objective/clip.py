@@ -42,7 +42,7 @@ class Clip:
         pairing = outputs.pairing
         if pairing is None:
             raise UserError(
-                "objective=clip needs a stage with module PairModule or ContrastiveModule; use objective=lm otherwise."
+                "objective=clip needs a stage of PairModule or ContrastiveModule; use objective=lm otherwise."
             )
         images, own = gathered(pairing.image.float())  # (B x ranks, E)
         texts, _ = gathered(pairing.text.float())

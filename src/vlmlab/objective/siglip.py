@@ -37,7 +37,7 @@ class Siglip:
         pairing = outputs.pairing
         if pairing is None:
             raise UserError(
-                "objective=siglip needs a stage with module PairModule or ContrastiveModule; use objective=lm otherwise."
+                "objective=siglip needs a stage of PairModule or ContrastiveModule; use objective=lm otherwise."
             )
         texts, first = _gathered(pairing.text)  # (B x ranks, E)
         scores = pairing.log_scale.exp() * pairing.image @ texts.T + pairing.bias  # (B, B x ranks)
