@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -11,16 +12,25 @@ from torch import Tensor, nn
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Geometry
 from vlmlab.contracts.sample import Sample
-from vlmlab.contracts.tensors import Batch, Images, Layout
+from vlmlab.contracts.tensors import Batch, Images, Layout, Outputs, Pairing
+from vlmlab.data.module import Window
+from vlmlab.engine import rng
 from vlmlab.engine.stage import StageModule
 from vlmlab.model.build import build_pair
 from vlmlab.model.pair import PairedTowers
 
 
 class PairModule(StageModule):
-    """Image-text pairs; one micro-batch per step and rank, since every sample is compared with all others."""
+    """Image-text pairs, each compared with all others of the step.
+
+    With several micro-batches (`accumulate`) the loss is still over all of them together, by a gradient cache
+    (GradCache, arXiv 2101.06983, section 3): embeddings without a graph, the loss and its gradient in them, then each
+    micro-batch again with its share of that gradient, under the same random numbers. The gradients are those of one
+    batch; it costs a second forward pass and the memory of a single micro-batch.
+    """
 
     prompt = "plain"
+    caches = True
 
     @staticmethod
     def build(cfg: DictConfig) -> nn.Module:
@@ -32,6 +42,58 @@ class PairModule(StageModule):
         """Samples of as many images as turns to a micro-batch."""
         assert isinstance(model, PairedTowers) and model.encoder is not None
         return PairCollator(model.encoder.preprocess, model.lm.tokenise, model.lm.pad)
+
+    def _backward(self, window: Window) -> Tensor:
+        """As for every stage; several micro-batches through the cache."""
+        if len(window.batches) == 1:
+            return super()._backward(window)
+        self._samples = [sample for batch in window.batches for row in batch.sample_ids for sample in row]
+        states: list[dict[str, Any]] = []
+        found: list[Pairing] = []
+        for batch in window.batches:
+            states.append(rng.state())
+            with torch.no_grad():
+                found.append(self._paired(batch))
+        after = rng.state()
+        image, text = torch.cat([p.image for p in found]), torch.cat([p.text for p in found])
+        head = self.model.pair
+        total, terms = self._weighed(
+            _alone(head.compared(image.requires_grad_(), text.requires_grad_())), window.batches[0]
+        )
+        with torch.autocast(self.device.type, enabled=False):
+            self.manual_backward(total)
+        self._spread(window, states, image, text)
+        rng.restore(after)
+        sums = torch.stack([total.detach().double(), *(value.double() for value in terms.values())])
+        self._finish_report(["loss", *terms], sums[None], window)
+        self._sum_gradients()
+        self._moving = True
+        return torch.tensor(self.report.loss)
+
+    def _paired(self, batch: Batch) -> Pairing:
+        pairing: Pairing = self.model(batch, in_step=True).pairing
+        return pairing
+
+    def _spread(self, window: Window, states: Sequence[dict[str, Any]], image: Tensor, text: Tensor) -> None:
+        """Every micro-batch again, with its rows of the gradient in the embeddings (B, E) of all."""
+        start = 0
+        for batch, state in zip(window.batches, states, strict=True):
+            self._batch = batch
+            rng.restore(state)
+            again = self._paired(batch)
+            rows = slice(start, start + len(again.image))
+            start = rows.stop
+            share = [(again.image, image), (again.text, text)]
+            kept = [(out * of.grad[rows]).sum() for out, of in share if out.requires_grad and of.grad is not None]
+            if kept:
+                with torch.autocast(self.device.type, enabled=False):
+                    torch.stack(kept).sum().backward()  # fp16's scale is in the gradient already
+
+
+def _alone(pairing: Pairing) -> Outputs:
+    """Outputs of nothing but embeddings."""
+    none = pairing.image.new_zeros(0)
+    return Outputs(none[:, None], none.long(), pairing=pairing)
 
 
 class PairCollator:

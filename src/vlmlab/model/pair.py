@@ -68,8 +68,12 @@ class PairHead(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor) -> Pairing:
         """(B, Wi) and (B, Wt) -> unit vectors (B, E)."""
+        return self.compared(self.of_image(image), self.of_text(text))
+
+    def compared(self, image: Tensor, text: Tensor) -> Pairing:
+        """Unit vectors (B, E) with the temperature and bias that compare them."""
         bias = torch.zeros_like(self.log_scale) if self.bias is None else self.bias
-        return Pairing(self.of_image(image), self.of_text(text), self.log_scale, bias)
+        return Pairing(image, text, self.log_scale, bias)
 
     def of_image(self, pooled: Tensor) -> Tensor:
         """(B, Wi) -> (B, E), of unit length."""
