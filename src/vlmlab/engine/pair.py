@@ -17,7 +17,7 @@ from vlmlab.data.module import Window
 from vlmlab.engine import rng
 from vlmlab.engine.stage import StageModule
 from vlmlab.model.build import build_pair
-from vlmlab.model.pair import PairedTowers
+from vlmlab.model.pair import PairedTowers, PairHead
 
 
 class PairModule(StageModule):
@@ -56,7 +56,7 @@ class PairModule(StageModule):
                 found.append(self._paired(batch))
         after = rng.state()
         image, text = torch.cat([p.image for p in found]), torch.cat([p.text for p in found])
-        head = self.model.pair
+        head: PairHead = self.model.pair  # type: ignore[assignment]
         total, terms = self._weighed(
             _alone(head.compared(image.requires_grad_(), text.requires_grad_())), window.batches[0]
         )
