@@ -90,7 +90,11 @@ def load(
     target = _device(device)
     with _same_random_numbers(), building(folder.path):
         model = load_trained(cfg, folder.path)
-        assert isinstance(model, VLM)
+        if not isinstance(model, VLM):
+            raise UserError(
+                f"{folder.path} ends with two towers, which answer no question; score them by evaluate.py, or begin a "
+                "model with their encoder (conf/recipe/contrastive_then_vlm.yaml)."
+            )
         return LoadedModel(model.to(target), cfg)
 
 

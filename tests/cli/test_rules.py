@@ -224,6 +224,19 @@ def test_a_contrastive_stage_wants_a_pooled_tower() -> None:
     passes({"encoder": {"_target_": "a.B", "layers": None}, **stage})
 
 
+def test_a_pair_stage_wants_two_towers_and_an_objective_of_pairs() -> None:
+    align = {"recipe.stages.align.module": "vlmlab.engine.pair.PairModule"}
+    pair = {**align, "recipe.stages.align.objective": {"_target_": SIGLIP}}
+    text = {"text_tower": {"_target_": "a.B"}}
+    assert "recipe.stages.align is a PairModule and wants a text tower; add +text_tower=" in refused(pair)
+    for target in (PATCH, MULTI):
+        assert "PairModule and wants one tower that pools" in refused({"encoder": {"_target_": target}, **pair, **text})
+    lm = {"_target_": "vlmlab.objective.lm.LanguageModelling"}
+    assert "choose objective=siglip or clip" in refused({**align, **text, "recipe.stages.align.objective": lm})
+    passes({**pair, **text})
+    passes({**pair, **text, "recipe.stages.align.accumulate": 2})  # a gradient cache
+
+
 def test_raw_patches_alone_cannot_train() -> None:
     only = {f"recipe.stages.{name}.train": {"encoder": 1e-3, "lm": None} for name in ("align", "tune")}
     assert "encoder=patch has no weights" in refused({"encoder": {"_target_": PATCH}, **only})
@@ -372,7 +385,15 @@ DECLARED = {
     "mask": ("leaks", "shows_prompt", "visual_alone"),
     "fusion": ("reads", "in_sequence", "reads_text", "visual_queries", "has_experts"),
     "objective": (
-        *("per_micro_batch", "pairs", "reads_images", "reads_sequence", "reads_text_side", "reads_experts"),
+        *(
+            "per_micro_batch",
+            "pairs",
+            "of_embeddings",
+            "reads_images",
+            "reads_sequence",
+            "reads_text_side",
+            "reads_experts",
+        ),
         "reaches_lm",
     ),
     "encoder": ("has_tower", "one_tower", "has_text"),

@@ -58,6 +58,7 @@ NAMED = (
     "vlmlab.recipe.alignment.AlignmentModule",
     "vlmlab.recipe.instruction.InstructionTuningModule",
     "vlmlab.recipe.contrastive.ContrastiveModule",
+    "vlmlab.engine.text_tower.ScratchTextTower",
     "vlmlab.train.towers.ExportTowers",
     "vlmlab.data.llava.LlavaJson",
     "vlmlab.data.vqa.VqaJson",

@@ -18,7 +18,8 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.data.world.sources import WorldContrasts
 from vlmlab.encoder.text import open_text_tower
 from vlmlab.encoder.tower import TowerEncoder, open_tower
-from vlmlab.engine.text_tower import PairedTowers, TextTowerModule
+from vlmlab.engine.pair import PairModule
+from vlmlab.model.pair import PairedTowers
 from vlmlab.objective.siglip import Siglip
 from vlmlab.runs import places as places  # registers the resolvers
 from vlmlab.towers.pair_export import ExportPair, told_apart
@@ -36,7 +37,7 @@ def cfg() -> DictConfig:
 @pytest.fixture(scope="module")
 def model(cfg: DictConfig) -> PairedTowers:
     torch.manual_seed(0)
-    built = TextTowerModule.build(cfg)
+    built = PairModule.build(cfg)
     assert isinstance(built, PairedTowers)
     return built
 
@@ -44,14 +45,14 @@ def model(cfg: DictConfig) -> PairedTowers:
 def test_every_image_of_a_sample_is_a_row_with_its_own_caption(cfg: DictConfig, model: PairedTowers) -> None:
     source = instantiate(cfg.data.train.contrasts)
     some = [source[0], source[1]]
-    batch = TextTowerModule.collator(cfg, model, "plain")(some)
+    batch = PairModule.collator(cfg, model, "plain")(some)
     assert batch.pixels.shape == (8, 3, 72, 72) and len(batch.images) == 8 and batch.asked is not None
     captions = [turn.answer for sample in some for turn in sample.turns]
     for row, caption in zip(batch.asked, captions, strict=True):
         assert model.lm.tokenizer.decode(row[row >= 0]) == caption  # none is cut off
     assert list(batch.images.ids) == [name for sample in some for name in sample.image_ids]
     with pytest.raises(UserError, match=f"one text for each image, unlike {some[0].id}"):
-        TextTowerModule.collator(cfg, model, "plain")([replace(some[0], turns=some[0].turns[:3])])
+        PairModule.collator(cfg, model, "plain")([replace(some[0], turns=some[0].turns[:3])])
 
 
 def test_no_caption_is_longer_than_the_text_tower_reads(cfg: DictConfig, model: PairedTowers) -> None:
@@ -62,7 +63,7 @@ def test_no_caption_is_longer_than_the_text_tower_reads(cfg: DictConfig, model: 
 
 
 def test_both_towers_learn(cfg: DictConfig, model: PairedTowers) -> None:
-    batch = TextTowerModule.collator(cfg, model, "plain")([WorldContrasts("train", 2)[0]])
+    batch = PairModule.collator(cfg, model, "plain")([WorldContrasts("train", 2)[0]])
     total, _ = Siglip()(model(batch), batch)["siglip"]
     total.backward()
     for part in ("encoder", "lm", "pair"):

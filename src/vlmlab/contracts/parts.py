@@ -8,13 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Image
-from vlmlab.contracts.tensors import Batch, Images, Layout, Memory, Outputs, Seen, Visual
+from vlmlab.contracts.tensors import Batch, Images, Layout, Memory, Outputs, Seen, Textual, Visual
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -106,6 +107,51 @@ class TextTower(nn.Module, ABC):
     @abstractmethod
     def forward(self, ids: Tensor) -> Tensor:
         """(I, T, width); padding has states as well, as the tower computes them."""
+
+
+@dataclass(frozen=True)
+class PairWeights:
+    """What a checkpoint of two towers has behind them.
+
+    Attributes:
+        image: (E, Wi) map of the pooled image, None where that is compared as it is.
+        text: (E, Wt) map of the pooled text, likewise.
+        log_scale: scalar; similarities are multiplied by its exponential.
+        bias: scalar that is added to them, None where there is none.
+    """
+
+    image: Tensor | None
+    text: Tensor | None
+    log_scale: Tensor
+    bias: Tensor | None
+
+
+class PairText(nn.Module, ABC):
+    """The text tower of a pair, which may train: token ids ``(B, T)``, -1 behind the last -> ``Textual``.
+
+    Attributes:
+        model: the transformers tower inside.
+        width: of the pooled text.
+        state_width: of a state.
+        context: T, the same for every text: longer texts are cut off, shorter ones padded.
+        pad: the id that takes the place of -1.
+        tokenise: texts -> (B, T) ids, -1 behind the last token; a function by itself, see ``TextTower``.
+        source: sha256 of the weights it was loaded from; None if they are new.
+        head: what its checkpoint has behind both towers; None: the pair's head is new.
+    """
+
+    model: nn.Module
+    width: int
+    state_width: int
+    context: int
+    pad: int
+    tokenise: Callable[[Sequence[str]], Tensor]
+    source: str | None
+    head: PairWeights | None
+
+    @abstractmethod
+    def forward(self, ids: Tensor) -> Textual:
+        """What the tower reads."""
 
 
 class FeatureCache(ABC):
@@ -363,8 +409,9 @@ class Objective(Protocol):
     An objective with weights of its own is an ``nn.Module`` and has ``attach(model)``, which makes them. They are the
     model's part "objective" during the stage, trained at ``train.objective``, and dropped when the next stage begins.
 
-    A class may declare what it needs, as constants of its body: `pairs`, the pairs of embeddings that
-    ``ContrastiveModule`` makes; `reads_images`, images; `reads_sequence`, visual tokens in the LM's sequence;
+    A class may declare what it needs, as constants of its body: `pairs`, the pairs of embeddings that ``PairModule``
+    and ``ContrastiveModule`` make; `of_embeddings`, these and nothing else, so that their gradients can be cached
+    (``PairModule`` with `accumulate`); `reads_images`, images; `reads_sequence`, visual tokens in the LM's sequence;
     `reads_text_side`, a connector's text side (``QueryText``); `reads_experts`, a fusion's experts;
     and `reaches_lm`, False where its gradient does not reach the LM's layers.
     """

@@ -334,6 +334,21 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Textual:
+    """What the text tower of a pair returns.
+
+    Attributes:
+        states: (B, T, Dt) of every position, padding as well.
+        pooled: (B, Wt) the whole text in one vector.
+        valid: (B, T) bool: positions that hold a token of the text.
+    """
+
+    states: Tensor
+    pooled: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
 class Pairing:
     """Image and text embeddings of a dual encoder, with SigLIP's learned temperature and bias.
 
@@ -359,6 +374,7 @@ class Outputs:
         states: (B, S, D) the LM's last hidden states, or None where it did not read the whole batch.
         embeds: (B, S, D) what entered the LM, or None likewise.
         pairing: the embeddings of a dual encoder, or None.
+        textual: what the text tower of a pair returned for the row's own text, or None.
         memories: by key what blocks in the LM's layers read, with what they noted.
     """
 
@@ -368,4 +384,5 @@ class Outputs:
     states: Tensor | None = None
     embeds: Tensor | None = None
     pairing: Pairing | None = None
+    textual: Textual | None = None
     memories: Mapping[str, Memory] = field(default_factory=dict)

@@ -1,12 +1,18 @@
-"""The text tower that a vision tower was trained with: the other half of a CLIP or SigLIP checkpoint."""
+"""The text tower that a vision tower was trained with: the other half of a CLIP or SigLIP checkpoint.
+
+It is read in two ways: frozen, a state for every position, where a fusion reads the user's words; and pooled, as one of
+two towers that are compared and may train.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -19,7 +25,8 @@ from transformers import (
 )
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.parts import TextTower
+from vlmlab.contracts.parts import PairText, PairWeights, TextTower
+from vlmlab.contracts.tensors import Textual
 from vlmlab.contracts.values import Architecture
 from vlmlab.encoder.tower import autocast, load_tower
 from vlmlab.towers.blueprint import open_config, open_tokenizer, read_config, read_tokenizer, weightless
@@ -57,17 +64,14 @@ class TransformersTextTower(TextTower):
         source: str | None = None,
     ) -> None:
         super().__init__()
-        if type(tower) not in FAMILIES.values():
-            names = ", ".join(kind.__name__ for kind in FAMILIES.values())
-            raise UserError(f"{type(tower).__name__} is not a known text tower; known are {names}.")
+        _check_family(tower)
         self.tower = tower
         self.tokenizer = tokenizer
         self.source = source
         self.width = int(tower.config.hidden_size)
         self.context = int(tower.config.max_position_embeddings)
         self.tokenise = partial(tokenised, tokenizer, context=self.context)
-        own = tokenizer.pad_token_id
-        self.pad = int(tower.config.pad_token_id if own is None else own)
+        self.pad = _pad(tower, tokenizer)
         _cut(tower, layer)
         self.requires_grad_(False)
         self.train(False)
@@ -86,6 +90,64 @@ class TransformersTextTower(TextTower):
         states: Tensor = self.tower(input_ids=filled).last_hidden_state  # of the layer that `_cut` has made the last
         half = states.dtype.itemsize < 4 and not autocast(ids.device)
         return states.float() if half else states  # a frozen tower in half precision, all else in single
+
+
+class TransformersPairText(PairText):
+    """A CLIP or SigLIP text tower with its pooled output, as one of two towers that are compared.
+
+    It reads as the family's processor and model do: the whole context, SigLIP with its padding in sight and pooled at
+    the last position by its own last map, CLIP causally and pooled at the end token. Where that is is transformers'
+    rule: the highest id where the config says ``eos_token_id: 2``, as the first checkpoints do, and otherwise the first
+    end token. A half-precision tower gives single precision.
+
+    Args:
+        tower: the tower.
+        tokenizer: its tokenizer.
+        source: hash of the weights that were loaded, None where there are none.
+        head: what the checkpoint has behind both towers.
+
+    Raises:
+        UserError: the family is unknown.
+    """
+
+    def __init__(
+        self,
+        tower: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str | None = None,
+        head: PairWeights | None = None,
+    ) -> None:
+        super().__init__()
+        _check_family(tower)
+        self.model = tower
+        self.tokenizer = tokenizer
+        self.source, self.head = source, head
+        config: Any = tower.config
+        self.state_width = int(config.hidden_size)
+        self.width = int(config.projection_size) if isinstance(tower, SiglipTextModel) else self.state_width
+        self.context = int(config.max_position_embeddings)
+        self.tokenise = partial(tokenised, tokenizer, context=self.context)
+        self.pad = _pad(tower, tokenizer)
+
+    def forward(self, ids: Tensor) -> Textual:
+        """(B, T) -> states (B, T, Dt) after the last norm, and the pooled text (B, Wt)."""
+        out = self.model(input_ids=torch.where(ids < 0, self.pad, ids))
+        states, pooled = out.last_hidden_state, out.pooler_output
+        if states.dtype.itemsize < 4 and not autocast(ids.device):
+            states, pooled = states.float(), pooled.float()
+        return Textual(states, pooled, ids >= 0)
+
+
+def _check_family(tower: PreTrainedModel) -> None:
+    if type(tower) not in FAMILIES.values():
+        names = ", ".join(kind.__name__ for kind in FAMILIES.values())
+        raise UserError(f"{type(tower).__name__} is not a known text tower; known are {names}.")
+
+
+def _pad(tower: Any, tokenizer: Any) -> int:
+    """What a family's processor pads with: its tokenizer's own, and not always what its config says."""
+    own = tokenizer.pad_token_id
+    return int(tower.config.pad_token_id if own is None else own)
 
 
 def tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], context: int) -> Tensor:
@@ -121,12 +183,59 @@ def open_text_tower(
     return TransformersTextTower(tower, open_tokenizer(folder, path, "encoder.path"), layer, tower_hash(folder))
 
 
-def _kind(config: PreTrainedConfig, path: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+def open_pair_text(
+    path: str, dtype: str, head: bool = True, architecture: Architecture | None = None, key: str = "text_tower.path"
+) -> TransformersPairText:
+    """The text tower of a two-tower checkpoint as one of a pair, with what the checkpoint has behind both towers.
+
+    Args:
+        path: local folder or hub id of a two-tower checkpoint, or of a text tower alone, which has no head.
+        dtype: of the weights.
+        head: take projections, temperature and bias of the checkpoint, where it has them.
+        architecture: what the config.json of a hub id says; read only on the meta device.
+        key: the config key that holds the path.
+
+    Raises:
+        UserError: no text tower, no tokenizer or not all weights there; names the key.
+    """
+    if weightless():
+        config, kind = _kind(read_config(path, architecture, key), path, key)
+        make: Any = kind._from_config
+        empty = make(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        return TransformersPairText(empty, read_tokenizer(path)[0])
+    folder = resolve(path, key)
+    config, kind = _kind(open_config(folder, path, key), path, key)
+    tower = load_tower(kind, config, folder, dtype)
+    found = _pair_weights(folder) if head else None
+    return TransformersPairText(tower, open_tokenizer(folder, path, key), tower_hash(folder), found)
+
+
+def _pair_weights(folder: Path) -> PairWeights | None:
+    """Projections, temperature and bias of a checkpoint; None where it holds a text tower alone."""
+    named = {"visual_projection.weight", "text_projection.weight", "logit_scale", "logit_bias"}
+    found: dict[str, Tensor] = {}
+    for file in sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
+        with safe_open(str(file), framework="pt") as tensors:
+            found |= {name: tensors.get_tensor(name).float() for name in named & {*tensors.keys()}}
+    if "logit_scale" not in found:
+        return None
+    bias = found.get("logit_bias")
+    return PairWeights(
+        image=found.get("visual_projection.weight"),
+        text=found.get("text_projection.weight"),
+        log_scale=found["logit_scale"].reshape(()),
+        bias=None if bias is None else bias.reshape(()),
+    )
+
+
+def _kind(
+    config: PreTrainedConfig, path: str, key: str = "encoder.path"
+) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """The config and class of the text half of a two-tower checkpoint, or of a text tower saved alone."""
     text = getattr(config, "text_config", config)
     if type(text) not in FAMILIES:
         remedy = "give a checkpoint of both towers, as save_pretrained of CLIPModel or SiglipModel writes it"
-        raise UserError(f"encoder.path={path} has no text tower beside its vision tower; {remedy}.")
+        raise UserError(f"{key}={path} has no text tower beside its vision tower; {remedy}.")
     return text, FAMILIES[type(text)]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from vlmlab.contracts.errors import CheckpointError
 from vlmlab.engine.stamp import check_whole
 from vlmlab.engine.weights import BASE, Trainee, check_sources, plain_key, read_facts, read_tensors, tensor_names
+from vlmlab.recipe.stage import Stage
 from vlmlab.runs.config import leaves
 from vlmlab.runs.origin import KEY
 from vlmlab.runs.renamed import with_present_names
@@ -69,6 +70,50 @@ def begin_with(trainee: Trainee, path: Path, cfg: DictConfig) -> list[str]:
     trainee.take({name: tensor.to(kinds[name]) for name, tensor in tensors.items()})  # what trains stays float32
     trainee.begun_with(tensors)
     return notes
+
+
+def take_encoder(trainee: Trainee, path: Path, stage: Stage) -> list[str]:
+    """Have the encoder of an earlier stage's two towers; what this model cut off its own (a pooling head) is left out.
+
+    Args:
+        trainee: the model of the stage that begins, before any adapter of it wraps the encoder.
+        path: ``model.safetensors`` of the earlier stage.
+        stage: the one that begins.
+
+    Returns:
+        The names of the weights that came from there; none where that stage left the encoder as it was loaded.
+
+    Raises:
+        CheckpointError: the encoder there is another one, or has an adapter; or the file is damaged.
+    """
+    facts, named, found = read_facts(path), trainee.named(), read_tensors(path)
+    check_whole(path, facts, found)
+    saved, now = dict(facts.get("sources", {})), trainee.sources()
+    key = stage.key("encoder_from")
+    here, there = ({"encoder": s["encoder"]} if "encoder" in s else {} for s in (now, saved))
+    check_sources(f"{key}={stage.encoder_from}", there, here, "both stages take the encoder of the configuration")
+    tensors = {name: tensor for name, tensor in found.items() if name.startswith("encoder.")}
+    wanted = [name for name, _ in dict(trainee.model.parts()).get("encoder", [])]  # type: ignore[operator]
+    if not tensors:
+        return []
+    for name in wanted:
+        if name not in tensors and "encoder" in now:
+            continue  # a layer that did not train there is the tower's own
+        if name not in tensors or tensors[name].shape != named[name].shape:
+            raise CheckpointError(
+                f"{key}={stage.encoder_from}: its encoder has no {name} of shape {tuple(named[name].shape)}; train "
+                "the encoder itself there, without an adapter."
+            )
+    tensors = {name: tensor for name, tensor in tensors.items() if name in named}
+    if not tensors:
+        raise CheckpointError(
+            f"{key}={stage.encoder_from}: only an adapter of the encoder trained there; train it whole."
+        )
+    trainee.take(
+        {name: tensor.to(torch.promote_types(tensor.dtype, named[name].dtype)) for name, tensor in tensors.items()}
+    )
+    trainee.begun_with(tensors)
+    return sorted(tensors)
 
 
 def _compared(part: str, before: Any, cfg: DictConfig, shown: str, own: bool) -> Iterator[str]:

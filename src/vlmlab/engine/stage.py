@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 import torch.distributed as dist
+from hydra.utils import get_class
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,7 +32,7 @@ from vlmlab.contracts.errors import OutOfMemory, UserError, listed
 from vlmlab.contracts.faults import no_memory
 from vlmlab.contracts.parts import Fusion, Objective
 from vlmlab.contracts.sample import Sample
-from vlmlab.contracts.tensors import Batch
+from vlmlab.contracts.tensors import Batch, Outputs
 from vlmlab.data.module import Window
 from vlmlab.engine.finite import as_evaluated, nonfinite
 from vlmlab.engine.layers import decayed
@@ -94,6 +95,7 @@ class StageModule(L.LightningModule):
 
     Attributes:
         prompt: how captions are asked for where the stage does not say: "plain" or "chat".
+        caches: whether it compares the samples of all micro-batches with each other, by objectives of embeddings alone.
         done: optimizer steps finished in this stage.
         pending: trainable tensors that have had no gradient so far.
         report: of the last step.
@@ -101,6 +103,7 @@ class StageModule(L.LightningModule):
     """
 
     prompt: ClassVar[str] = "chat"
+    caches: ClassVar[bool] = False
 
     @staticmethod
     def build(cfg: DictConfig) -> nn.Module:
@@ -276,7 +279,10 @@ class StageModule(L.LightningModule):
 
     def _loss(self, batch: Batch, in_step: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch's part of the step's loss, and of every objective's value."""
-        outputs = self.model(batch, in_step=in_step)
+        return self._weighed(self.model(batch, in_step=in_step), batch)
+
+    def _weighed(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of all objectives by their weights, and the value of each."""
         total: Tensor | None = None
         values: dict[str, Tensor] = {}
         for name, objective in self.objectives.items():
@@ -362,13 +368,15 @@ class StageModule(L.LightningModule):
 
 
 def check_objectives(stage: Stage, objectives: Mapping[str, Objective]) -> None:
-    """Refuse accumulation for objectives that compare samples of one micro-batch with each other.
+    """Refuse accumulation for objectives that compare samples of one micro-batch, unless their gradients are cached.
 
     Raises:
         UserError: naming the stage's key.
     """
     for name, objective in objectives.items():
-        if objective.per_micro_batch and stage.accumulate > 1:
+        if not objective.per_micro_batch or stage.accumulate == 1:
+            continue
+        if not (getattr(objective, "of_embeddings", False) and getattr(get_class(stage.module), "caches", False)):
             raise UserError(
                 f"{stage.key('accumulate')}={stage.accumulate} is not possible with the objective {name}, which "
                 "compares the samples of a micro-batch with each other; set it to 1."

@@ -235,8 +235,12 @@ class Trainee:
         Raises:
             CheckpointError: as for ``load``.
         """
+        self.mix_with(self._read(path), share)
+
+    def mix_with(self, others: Mapping[str, Tensor], share: float) -> None:
+        """The same with values by name (of the stage's own start: WiSE-FT, arXiv 2109.01903, section 3)."""
         named = self.named()
-        for name, other in self._read(path).items():
+        for name, other in others.items():
             mine = named[name].data
             if mine.is_floating_point():
                 mixed = torch.lerp(other.to(mine.device).double(), mine.double(), share).to(mine.dtype)
@@ -324,7 +328,7 @@ def mixed_in(stage: Stage, cfg: DictConfig) -> Path | None:
         UserError: there is no such run or stage.
         CheckpointError: it cannot be read, or is of another composition.
     """
-    if stage.mix is None:
+    if stage.mix is None or stage.mix["run"] is None:
         return None
     run, name, key = Path(stage.mix["run"]).expanduser(), stage.mix["stage"], stage.key("mix")
     files = sorted(file for file in (run / "stages").glob("*/model.safetensors") if file.is_file())

@@ -31,8 +31,10 @@ from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled, image_names
 from vlmlab.evaluate.lookup import Lookup, training_turns
 from vlmlab.evaluate.metrics.rows import Row, read_rows, write_rows
 from vlmlab.evaluate.metrics.scoring import LOOKUP, PROBE, predictions_file, score_predictions
+from vlmlab.evaluate.pairs import pair_parts
 from vlmlab.evaluate.probe import address, probes, shipped
 from vlmlab.model.build import build_cache, build_collator
+from vlmlab.model.pair import PairedTowers
 from vlmlab.model.questions import unequal_in_trees
 from vlmlab.model.vlm import VLM
 
@@ -41,12 +43,16 @@ Progress = Callable[[str], None]
 
 
 def evaluate_model(
-    model: VLM, cfg: DictConfig, folder: Path, say: Progress = tell, before: Mapping[str, Any] | None = None
+    model: VLM | PairedTowers,
+    cfg: DictConfig,
+    folder: Path,
+    say: Progress = tell,
+    before: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Scores of all benchmarks and held-out losses; predictions go to ``<folder>/predictions``.
 
     Args:
-        model: a trained composition, on the device it shall run on.
+        model: a trained composition, or two towers, on the device it shall run on.
         cfg: the run's configuration: ``data.benchmarks``, ``data.val``, ``evaluation``, ``budget``.
         folder: the run's folder.
         say: takes one line of progress at a time.
@@ -60,18 +66,24 @@ def evaluate_model(
         Unscored: some could not be scored; it has the scores of all others.
     """
     model.eval()
-    if cfg.evaluation.get("share_images") and (why := unequal_in_trees(model)) is not None:
-        say(f"note: evaluation.share_images=true: each question reads its images itself, since {why}")
-    lookup = _lookup(cfg, say) if cfg.data.benchmarks else None
-    parts: dict[str, Callable[[], dict[str, float]]] = {
-        str(name): partial(_benchmark, model, cfg, folder, str(name), lookup, say) for name in cfg.data.benchmarks
-    }
-    for name in held_out_names(cfg):
-        parts[f"val/{name}"] = partial(_held_out_loss, model, cfg, name, say, folder)
+    parts = pair_parts(model, cfg, folder, say) if isinstance(model, PairedTowers) else _parts(model, cfg, folder, say)
     if before is None:
         return score_each(parts, say)
     left = {name: score for name, score in parts.items() if name in before["failed"]}
     return score_each(left, say, before["metrics"])
+
+
+def _parts(model: VLM, cfg: DictConfig, folder: Path, say: Progress) -> dict[str, Callable[[], Mapping[str, float]]]:
+    """What gives the scores of every benchmark and held-out set, by its name."""
+    if cfg.evaluation.get("share_images") and (why := unequal_in_trees(model)) is not None:
+        say(f"note: evaluation.share_images=true: each question reads its images itself, since {why}")
+    lookup = _lookup(cfg, say) if cfg.data.benchmarks else None
+    parts: dict[str, Callable[[], Mapping[str, float]]] = {
+        str(name): partial(_benchmark, model, cfg, folder, str(name), lookup, say) for name in cfg.data.benchmarks
+    }
+    for name in held_out_names(cfg):
+        parts[f"val/{name}"] = partial(_held_out_loss, model, cfg, name, say, folder)
+    return parts
 
 
 def score_each(
@@ -329,7 +341,7 @@ def evaluate(folder: Path, cfg: DictConfig) -> dict[str, Any]:
     torch.set_num_threads(int(config.trainer.threads))
     with building(folder):
         model = load_trained(config, folder)
-    assert isinstance(model, VLM)
+    assert isinstance(model, VLM | PairedTowers)
     model.to(_device(str(cfg.device)))
     unscored: Unscored | None = None
     try:
@@ -349,11 +361,14 @@ def overridden(run: DictConfig, cfg: DictConfig) -> DictConfig:
     """The run's configuration with what the evaluation asks for."""
     config = copy.deepcopy(run)
     if cfg.benchmarks is not None:
-        unknown = [name for name in cfg.benchmarks if name not in config.data.benchmarks]
+        groups = {key: config.data.get(key) or {} for key in ("benchmarks", "pairs")}
+        unknown = [name for name in cfg.benchmarks if not any(name in named for named in groups.values())]
         if unknown:
-            known = listed(config.data.benchmarks)
+            known = listed([str(name) for named in groups.values() for name in named])
             raise UserError(f"benchmarks={unknown[0]} is not in this run; choose from {known}.")
-        config.data.benchmarks = {name: config.data.benchmarks[name] for name in cfg.benchmarks}
+        for key, named in groups.items():
+            if named or key in config.data:
+                config.data[key] = {name: named[name] for name in cfg.benchmarks if name in named}
     if cfg.limit is not None:
         config.budget.eval_limit = cfg.limit
     if cfg.batch_size is not None:

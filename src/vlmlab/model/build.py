@@ -9,10 +9,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.cache.none import NoCache
+from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import FeatureCache
 from vlmlab.contracts.room import check_room
 from vlmlab.mask.leak import check_fusion, check_mask
 from vlmlab.model.dual import DualEncoder
+from vlmlab.model.pair import PairedTowers
 from vlmlab.model.questions import read_questions
 from vlmlab.model.vlm import VLM
 
@@ -30,6 +32,21 @@ def build_dual_encoder(cfg: DictConfig) -> DualEncoder:
     """The same groups as an image encoder and a text encoder; the text encoder is ``text_tower`` where there is one."""
     settings = cfg.get("dual_encoder") or {}
     return DualEncoder(**_instantiate_parts(cfg, text=cfg.get("text_tower"), encoder={"pooled": True}), **settings)
+
+
+def build_pair(cfg: DictConfig) -> PairedTowers:
+    """``encoder``, with the pooled output behind its last layer, and ``text_tower``, compared by ``dual_encoder``.
+
+    Raises:
+        UserError: there is no text tower, or the two do not go together.
+    """
+    if not cfg.get("text_tower"):
+        raise UserError("PairModule wants a text tower; choose one, as in +text_tower=scratch.")
+    settings = {k: v for k, v in (cfg.get("dual_encoder") or {}).items() if k != "parallel" or v}
+    if "parallel" in settings:
+        raise UserError("dual_encoder.parallel=true is of ContrastiveModule alone; set it to false for PairModule.")
+    pooled = {"pooled": True, **({"layers": None} if cfg.encoder.get("layers") is not None else {})}
+    return PairedTowers(instantiate(cfg.encoder, **pooled), instantiate(cfg.text_tower), **settings)
 
 
 def _instantiate_parts(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Connector, Encoder, Fusion, Mask, NamedParameters, TextTower
-from vlmlab.contracts.tensors import Batch, Layout, Outputs, Pairing
+from vlmlab.contracts.tensors import Batch, Layout, Outputs
 from vlmlab.lm.causal import CausalLanguageModel
 from vlmlab.mask.causal import Causal
+from vlmlab.model.pair import PairHead
 from vlmlab.model.parts import named
 from vlmlab.model.vlm import VLM
 
@@ -92,23 +92,3 @@ class DualEncoder(VLM):
     def parts(self) -> dict[str, NamedParameters]:
         """The parts of a VLM and the pair head."""
         return {**super().parts(), "pair": [(f"pair.{n}", p) for n, p in named(self.pair)]}
-
-
-class PairHead(nn.Module):
-    """Projects both sides into one space of unit vectors, with SigLIP's learned temperature and bias."""
-
-    def __init__(self, image_width: int, text_width: int, width: int, scale: float, bias: float) -> None:
-        super().__init__()
-        self.image = nn.Linear(image_width, width, bias=False)
-        self.text = nn.Linear(text_width, width, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(scale).log())
-        self.bias = nn.Parameter(torch.tensor(bias))
-
-    def forward(self, image: Tensor, text: Tensor) -> Pairing:
-        """(B, Dv) and (B, D) -> unit vectors (B, E)."""
-        return Pairing(
-            image=F.normalize(self.image(image), dim=-1),
-            text=F.normalize(self.text(text), dim=-1),
-            log_scale=self.log_scale,
-            bias=self.bias,
-        )

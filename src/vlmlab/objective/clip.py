@@ -26,6 +26,7 @@ class Clip:
 
     per_micro_batch = True
     pairs = True
+    of_embeddings = True
 
     def __init__(self, weight: NotNegative = 1.0, largest: Positive = 100.0, smoothing: Drop = 0.0) -> None:
         self.weight = weight
@@ -36,11 +37,13 @@ class Clip:
         """{"clip": (sum in nats, images)}.
 
         Raises:
-            UserError: the model has no pair of embeddings (only ``ContrastiveModule`` gives one).
+            UserError: the model has no pair of embeddings (``PairModule`` and ``ContrastiveModule`` give one).
         """
         pairing = outputs.pairing
         if pairing is None:
-            raise UserError("objective=clip needs a stage with module ContrastiveModule; use objective=lm otherwise.")
+            raise UserError(
+                "objective=clip needs a stage of PairModule or ContrastiveModule; use objective=lm otherwise."
+            )
         images, own = gathered(pairing.image.float())  # (B x ranks, E)
         texts, _ = gathered(pairing.text.float())
         scale = pairing.log_scale

@@ -13,7 +13,19 @@ from annotated_types import Interval
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.contracts.errors import UserError, listed
-from vlmlab.contracts.values import Count, Drop, Natural, NotNegative, Positive, Share, hints, nearest, refusal, shown
+from vlmlab.contracts.values import (
+    Count,
+    Drop,
+    Natural,
+    NotNegative,
+    Positive,
+    Share,
+    Text,
+    hints,
+    nearest,
+    refusal,
+    shown,
+)
 
 PARTS = ("encoder", "connector", "fusion", "lm", "pair", "objective")
 """What a stage may train; a part the composition has no weights in is empty (``pair``: a dual encoder's head;
@@ -49,7 +61,9 @@ class Stage:
             of that part is frozen. None, or a part that is not there: all of it.
         layer_decay: learning rate of a layer of the LM or the encoder as a share of that of the layer above it.
         mix: post-op, ``{run, share, stage}``: the weights become share x these + (1 - share) x those that the other
-            run folder has after its stage of that name (null: of this name).
+            run folder has after its stage of that name (null: of this name); run null: those that this stage began
+            with, as in WiSE-FT (arXiv 2109.01903, section 3).
+        encoder_from: an earlier stage of two towers, whose encoder the model of this stage begins with.
         weight_decay: on weights of two or more dimensions only.
         betas: AdamW's.
         gradient_clip: largest norm of the gradient; None: no clipping.
@@ -74,6 +88,7 @@ class Stage:
     layers: dict[str, tuple[int, int]] | None = None
     layer_decay: Annotated[float, Interval(gt=0, le=1)] = 1.0
     mix: dict[str, Any] | None = None
+    encoder_from: Text | None = None
     weight_decay: NotNegative = 0.0
     betas: tuple[Drop, Drop] = (0.9, 0.999)
     gradient_clip: Positive | None = None
@@ -118,6 +133,10 @@ def parse(cfg: DictConfig, parts: Collection[str] = PARTS) -> list[Stage]:
     limit = _given(cfg, "debug.steps", Count | None)
     names = [str(name) for name in node]
     stages = [_stage(cfg, index, name, parts) for index, name in enumerate(names)]
+    for stage in stages:
+        if stage.encoder_from is not None and stage.encoder_from not in names[: stage.index]:
+            before = listed(names[: stage.index]) if stage.index else "there is none"
+            raise UserError(f"{stage.key('encoder_from')}={stage.encoder_from} is no stage before it ({before}).")
     if not any(stage.steps for stage in stages):
         raise UserError(
             f"{stages[0].key('steps')} is 0, which leaves a stage out, and so is that of all others: nothing is "
@@ -230,7 +249,7 @@ def _ranges(value: Any, where: str, train: Collection[str]) -> dict[str, tuple[i
 
 
 def _mix(value: Any, where: str, name: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not isinstance(value.get("run"), str):
+    if not isinstance(value, Mapping) or not isinstance(value.get("run", ""), str | None):
         raise UserError(f"{where}.mix={value} names no run; give {{run: <its folder>, share: 0.5}}, or null.")
     for key in value:
         if key not in ("run", "share", "stage"):
@@ -238,6 +257,10 @@ def _mix(value: Any, where: str, name: str) -> dict[str, Any]:
     share = value.get("share", 0.5)
     if (sentence := refusal(Share, share, f"{where}.mix.share")) is not None:
         raise UserError(sentence)
+    if "run" not in value or (value["run"] is None and value.get("stage") is not None):
+        raise UserError(
+            f"{where}.mix={value} names no run; give {{run: <its folder>}}, or {{run: null}} for its start."
+        )
     return {"run": value["run"], "share": float(share), "stage": str(value.get("stage") or name)}
 
 

@@ -28,7 +28,7 @@ LONGEST = 100
 """Longest cell name in characters; a longer one is cut and ends with 8 characters of hash."""
 
 
-FOLDERS = {"data.benchmarks": "benchmark", "recipe.stages": "stage"}
+FOLDERS = {"data.benchmarks": "benchmark", "data.pairs": "benchmark", "recipe.stages": "stage"}
 """Keys of a configuration whose own keys become names of files, and what they name."""
 
 

@@ -13,6 +13,7 @@ MOVED = {
     "vlmlab.recipe.alignment": "vlmlab.engine.alignment",
     "vlmlab.recipe.instruction": "vlmlab.engine.instruction",
     "vlmlab.recipe.contrastive": "vlmlab.engine.contrastive",
+    "vlmlab.engine.text_tower": "vlmlab.encoder.scratch_text",
     "vlmlab.train.towers": "vlmlab.towers.rebuild",
     "vlmlab.data.llava": "vlmlab.data.readers.llava",
     "vlmlab.data.vqa": "vlmlab.data.readers.vqa",

@@ -16,8 +16,9 @@ from vlmlab.contracts.parts import Encoder
 from vlmlab.contracts.sample import SampleSource
 from vlmlab.contracts.values import Count, Text
 from vlmlab.encoder.preprocess import Preprocess
+from vlmlab.encoder.scratch_text import ScratchTextTower
 from vlmlab.encoder.tower import TowerEncoder, open_tower
-from vlmlab.engine.text_tower import PairedTowers
+from vlmlab.model.pair import PairedTowers
 from vlmlab.runs.files import write_atomic
 from vlmlab.towers.blueprint import OWN_CODE, SAFE
 from vlmlab.towers.card import facts
@@ -85,7 +86,7 @@ class ExportPair:
         The model's towers are afterwards what was saved, rounded to half precision.
         """
         model = models[self.stage]
-        assert isinstance(model, PairedTowers)
+        assert isinstance(model, PairedTowers) and isinstance(model.lm, ScratchTextTower) and model.encoder is not None
         vision, text = folder / "towers" / "vision", folder / "towers" / "text"
         _save_vision(model.encoder, vision)
         save_text_tower(model.lm, text)

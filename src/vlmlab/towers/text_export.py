@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, SiglipTextModel
 from vlmlab.contracts.parts import Encoder
 from vlmlab.contracts.sample import SampleSource
 from vlmlab.contracts.values import Count, Text
+from vlmlab.encoder.scratch_text import ScratchTextTower
 from vlmlab.encoder.text import tokenised
-from vlmlab.engine.text_tower import PairedTowers, ScratchTextTower
+from vlmlab.model.pair import PairedTowers
 from vlmlab.runs.files import write_atomic
 from vlmlab.towers.blueprint import OWN_CODE, SAFE
 from vlmlab.towers.card import facts
@@ -77,7 +78,7 @@ class ExportTextTower:
         The model's text tower is afterwards what was saved, rounded to half precision.
         """
         model = models[self.stage]
-        assert isinstance(model, PairedTowers)
+        assert isinstance(model, PairedTowers) and isinstance(model.lm, ScratchTextTower) and model.encoder is not None
         home = folder / "towers" / "text"
         save_text_tower(model.lm, home)
         scores: dict[str, float] = {}
@@ -152,7 +153,7 @@ def _card(
     return CARD.format(
         **facts(cfg, costs, metrics),
         parameters=sum(p.numel() for p in model.lm.parameters()),
-        vision_hash=model.encoder.source,
+        vision_hash=model.sourced()["encoder"],
         text_hash=tower_hash(home),
         images=f"{images:,}",
     )

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vlmlab.contracts.errors import CheckpointError, OutOfMemory, Unscored, UserError, listed, reason
@@ -31,7 +31,7 @@ from vlmlab.data.module import Window, Windows, step_loader
 from vlmlab.data.sampler import Order
 from vlmlab.data.skipped import Replaced
 from vlmlab.engine import cost, proof
-from vlmlab.engine.begin import begin_with, fits_as_built, holds
+from vlmlab.engine.begin import begin_with, fits_as_built, holds, take_encoder
 from vlmlab.engine.finite import nonfinite
 from vlmlab.engine.inference import answer_cost
 from vlmlab.engine.layers import check_layers, compiled
@@ -228,6 +228,8 @@ def _train(run: Run) -> dict[str, Any] | None:
         ready = ready and run.weights(stage).is_file()
         if not ready and build in run.finished:  # weights of the stages before, under their own adapters' names
             run.load(build)
+        if not ready and stage.encoder_from is not None:
+            _take_encoder(run, build, stage, stages)
         _enter(run, build, stage, origin if not ready and stage is stages[0] else None)
         if ready:
             run.say(f"\nstage {stage.index + 1} of {len(stages)}: {stage.name} is finished already")
@@ -272,6 +274,14 @@ def _origin(run: Run, first: Stage) -> Path | None:
     if value is None or run.weights(first).is_file():
         return None
     return take_origin(run.folder.path, value) if run.writes else kept_origin(run.folder.path, value)
+
+
+def _take_encoder(run: Run, build: Builder, stage: Stage, stages: Sequence[Stage]) -> None:
+    """Hand the encoder of an earlier stage's two towers on to the model of this one."""
+    source = next(other for other in stages if other.name == stage.encoder_from)
+    taken = take_encoder(_trainee(run, build), run.weights(source), stage)
+    what = f"{len(taken)} weights of the encoder" if taken else "the encoder did not train there, nothing"
+    run.say(f"{stage.name} begins with the encoder of {source.name}: {what} taken over")
 
 
 def _enter(run: Run, build: Builder, stage: Stage, origin: Path | None) -> None:
@@ -324,6 +334,7 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSo
             run.say(line)
         if run.shards:
             module.shard = partial(trainee.shard, run.precision.half)
+        start = _start(stage, trainee)
         skips = Skips(cfg, stage, source, run.folder.path, run.writes)
         data = StageData(cfg, stage, trainee.model, source, prompt, module, skips.replaces)
         keeper = _keeper(run, stage, module, trainee, home / "last.ckpt")
@@ -342,6 +353,9 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSo
         facts = {"steps": module.done, "seconds": keeper.seconds, "unmoved": unmoved}
         _say_end(run, stage, facts)
         facts |= used
+        if start is not None and stage.mix:
+            trainee.mix_with(start, stage.mix["share"])
+            run.say(f"mixed with the weights it began with (share of the trained ones {stage.mix['share']:g})")
     if (other := mixed_in(stage, cfg)) is not None and stage.mix:
         trainee.mix(other, stage.mix["share"])
         run.say(f"mixed with {other} (share of this run {stage.mix['share']:g})")
@@ -350,6 +364,13 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSo
         write_json(home / "stage.json", facts, durable=True)
         trainee.save(run.weights(stage), stage, cfg, run.stamps[stage.name])
         _drop_begun(run, stage)
+
+
+def _start(stage: Stage, trainee: Trainee) -> dict[str, Tensor] | None:
+    """The weights that a stage begins with, where it is mixed with them when it ends."""
+    if stage.mix is None or stage.mix["run"] is not None:
+        return None
+    return {name: tensor.detach().clone() for name, tensor in trainee.live().items()}
 
 
 def _drop_begun(run: Run, stage: Stage) -> None:

@@ -37,6 +37,7 @@ from vlmlab.cli.rules.stages import (
     loss_for_the_lm,
     nothing_to_adapt,
     objectives_with_weights,
+    paired_towers,
     pairs_need_two_towers,
     queries_meet_texts,
     something_to_train,
@@ -141,6 +142,7 @@ STAGE_RULES: tuple[Rule, ...] = (
     nothing_to_adapt,
     layers_hold_the_adapter,
     contrastive_towers,
+    paired_towers,
 )
 """Checked after, on stages that are well-formed."""
 

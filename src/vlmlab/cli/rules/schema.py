@@ -118,12 +118,16 @@ class Benchmark(TypedDict):
     max_new_tokens: Count
 
 
+PairBenchmark = Annotated[Mapping[str, Any], Part("PairBenchmark")]
+
+
 class Data(TypedDict):
     """Sources by name; further keys are what a data file's own sources refer to."""
 
     train: Annotated[Mapping[str, SampleSource | None], MinLen(1)]
     val: NotRequired[Mapping[str, SampleSource]]
     benchmarks: NotRequired[Mapping[str, Benchmark]]
+    pairs: NotRequired[Mapping[str, PairBenchmark]]
     probe: NotRequired[SampleSource | None]
     max_bad_fraction: NotRequired[Share]
     screen: NotRequired[Natural]
@@ -137,12 +141,12 @@ class Recipe(TypedDict):
 
 
 class DualEncoder(TypedDict, total=False):
-    """What a stage of ``ContrastiveModule`` makes of the groups."""
+    """What stages of ``PairModule`` and ``ContrastiveModule`` compare by; null is for the first alone."""
 
-    width: Width
+    width: Width | None
     parallel: bool
     scale: Positive
-    bias: float
+    bias: float | None
 
 
 class Preset(TypedDict):

@@ -24,16 +24,17 @@ from vlmlab.runs.trust import source_of
 LANGUAGE = ("vlmlab.engine.alignment.AlignmentModule", "vlmlab.engine.instruction.InstructionTuningModule")
 
 CONTRASTIVE = "vlmlab.engine.contrastive.ContrastiveModule"
+PAIR = "vlmlab.engine.pair.PairModule"
 
 
 def pairs_need_two_towers(cfg: Config, choices: Choices) -> str | None:
-    """Some objectives compare pooled images with texts, which only ``ContrastiveModule`` makes."""
+    """Some objectives compare pooled images with texts, which ``PairModule`` and ``ContrastiveModule`` make."""
     for name, stage in each_stage(cfg):
         paired = declaring("pairs", cfg, stage)
         if stage.get("module") in LANGUAGE and paired:
             return (
                 f"recipe.stages.{name} trains the LM's words and {called(paired[0], cfg, choices)} wants pairs of an "
-                f"image and a text; use objective=lm, or set recipe.stages.{name}.module={CONTRASTIVE}"
+                f"image and a text; use objective=lm, or recipe=contrastive (module {PAIR})"
             )
     return None
 
@@ -196,6 +197,26 @@ def contrastive_towers(cfg: Config, choices: Choices) -> str | None:
     return None
 
 
+def paired_towers(cfg: Config, choices: Choices) -> str | None:
+    """``PairModule`` compares the pooled output of one tower with that of a text tower, by objectives of pairs."""
+    for name, stage in each_stage(cfg):
+        if stage.get("module") != PAIR:
+            continue
+        where = f"recipe.stages.{name} is a PairModule and"
+        if not class_of(cfg.get("text_tower")):
+            return f"{where} wants a text tower; add +text_tower=scratch, hf, embedded or embedded_siglip"
+        tower = class_of(cfg.get("encoder"))
+        if declared(tower, "one_tower") is False or declared(tower, "has_tower") is False:
+            return f"{where} wants one tower that pools; use encoder=scratch, embedded or hf"
+        for target in objectives_of(cfg, stage):
+            if offers(target, "__call__") is not None and declared(target, "pairs") is not True:
+                return (
+                    f"{where} has {called(target, cfg, choices)}, which reads words or visual tokens of a language "
+                    "model; choose objective=siglip or clip"
+                )
+    return None
+
+
 def something_to_train(cfg: Config, choices: Choices) -> str | None:
     """Without vision (fusion=none) only the LM can learn; stages that train the vision side alone are skipped."""
     learns = any((stage.get("train") or {}).get("lm") is not None for _, stage in each_stage(cfg))
@@ -218,10 +239,11 @@ def something_to_train(cfg: Config, choices: Choices) -> str | None:
 
 
 def contrastive_counts(cfg: Config, choices: Choices) -> str | None:
-    """A contrastive loss compares the samples of one micro-batch, so that accumulation changes the loss."""
+    """A contrastive loss compares the samples of one micro-batch, so that accumulation changes it without a cache."""
     for name, stage in each_stage(cfg):
         for target in objectives_of(cfg, stage) if int(stage.get("accumulate") or 1) > 1 else ():
-            if declared(target, "per_micro_batch") is True:
+            cached = declared(target, "of_embeddings") is True and declared(str(stage.get("module")), "caches") is True
+            if declared(target, "per_micro_batch") is True and not cached:
                 return (
                     f"recipe.stages.{name}.accumulate={stage['accumulate']} changes {called(target, cfg, choices)}, "
                     f"which compares the samples of one micro-batch; set recipe.stages.{name}.accumulate=1"

@@ -1,0 +1,159 @@
+"""``PairedTowers``: an image tower and a text tower whose pooled outputs meet in one space, as in CLIP and SigLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlmlab.cache.none import NoCache
+from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.parts import Encoder, FeatureCache, NamedParameters, PairText, PairWeights
+from vlmlab.contracts.sample import Image
+from vlmlab.contracts.tensors import Batch, Outputs, Pairing, Seen
+from vlmlab.fusion.none import NoFusion
+from vlmlab.mask.causal import Causal
+from vlmlab.model.parts import Parts, named
+
+
+class PairHead(nn.Module):
+    """Projects both sides into one space of unit vectors, with a learned temperature and bias.
+
+    Args:
+        image_width, text_width: of the pooled outputs.
+        width: of the common space; None: no projection, the pooled outputs are compared themselves, as in SigLIP.
+        scale: initial temperature: 10 in SigLIP (arXiv 2303.15343, section 3.2), 1 / 0.07 in CLIP.
+        bias: initial bias: -10 in SigLIP; None: none, as in CLIP.
+
+    Raises:
+        UserError: widths that differ without a projection.
+    """
+
+    def __init__(
+        self, image_width: int, text_width: int, width: int | None, scale: float, bias: float | None = None
+    ) -> None:
+        super().__init__()
+        if width is None and image_width != text_width:
+            raise UserError(
+                f"dual_encoder.width=null compares an image of width {image_width} with a text of width {text_width}; "
+                "give dual_encoder.width a number, or a text tower of that width."
+            )
+        self.image: nn.Module = nn.Identity() if width is None else nn.Linear(image_width, width, bias=False)
+        self.text: nn.Module = nn.Identity() if width is None else nn.Linear(text_width, width, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(scale).log())
+        self.bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+
+    @classmethod
+    def loaded(cls, weights: PairWeights, image_width: int, text_width: int) -> PairHead:
+        """The head of a checkpoint.
+
+        Raises:
+            UserError: it belongs to an image tower of another width.
+        """
+        found = image_width if weights.image is None else weights.image.shape[1]
+        if found != image_width or (weights.image is None and image_width != text_width):
+            here = text_width if weights.image is None else found
+            raise UserError(
+                f"text_tower.head=true: its checkpoint compares texts with images of width {here} and this encoder "
+                f"gives {image_width}; give the encoder the same path, or set text_tower.head=false."
+            )
+        width = None if weights.image is None else len(weights.image)
+        bias = None if weights.bias is None else 0.0
+        head = cls(image_width, text_width, width, 1.0, bias)
+        kept = {"image.weight": weights.image, "text.weight": weights.text, "log_scale": weights.log_scale}
+        head.load_state_dict({n: t for n, t in {**kept, "bias": weights.bias}.items() if t is not None})
+        return head
+
+    def forward(self, image: Tensor, text: Tensor) -> Pairing:
+        """(B, Wi) and (B, Wt) -> unit vectors (B, E)."""
+        return self.compared(self.of_image(image), self.of_text(text))
+
+    def compared(self, image: Tensor, text: Tensor) -> Pairing:
+        """Unit vectors (B, E) with the temperature and bias that compare them."""
+        bias = torch.zeros_like(self.log_scale) if self.bias is None else self.bias
+        return Pairing(image, text, self.log_scale, bias)
+
+    def of_image(self, pooled: Tensor) -> Tensor:
+        """(B, Wi) -> (B, E), of unit length."""
+        return F.normalize(self.image(pooled), dim=-1)
+
+    def of_text(self, pooled: Tensor) -> Tensor:
+        """(B, Wt) -> (B, E), of unit length."""
+        return F.normalize(self.text(pooled), dim=-1)
+
+
+class PairedTowers(Parts):
+    """An image tower and a text tower for contrastive training, and for retrieval and zero-shot labels afterwards.
+
+    CLIP's classes in transformers (``CLIPModel``) and SigLIP's (``SiglipModel``) are this with their own towers and
+    head; either tower may also be another one, new or frozen.
+
+    Args:
+        encoder: with a pooled output; the part "encoder" of a stage.
+        lm: the text tower; the part "lm".
+        width, scale, bias: of the head, the part "pair", where the text tower brings none; see ``PairHead``.
+
+    Attributes:
+        cache: what stands before the encoder; nothing but while a ``FeatureCache`` is serving.
+    """
+
+    lm: PairText  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        lm: PairText,
+        width: int | None = None,
+        scale: float = 10.0,
+        bias: float | None = -10.0,
+    ) -> None:
+        super().__init__(encoder, None, NoFusion(), lm, Causal())  # type: ignore[arg-type]
+        widths = encoder.pooled_width, lm.width
+        self.pair = PairHead(*widths, width, scale, bias) if lm.head is None else PairHead.loaded(lm.head, *widths)
+        self.cache: FeatureCache = NoCache()
+
+    def forward(self, batch: Batch, in_step: bool = False) -> Outputs:
+        """The pair of embeddings, and what both towers saw; no logits. Every batch has images, on all ranks.
+
+        Raises:
+            UserError: the vision tower has no pooled output, or the batch no texts.
+        """
+        assert self.encoder is not None
+        visual = self.cache(self.encoder, batch.pixels)
+        if visual.pooled is None or batch.asked is None:
+            raise UserError("PairModule needs a vision tower with a pooled output and a text beside every image.")
+        textual = self.lm(batch.asked)
+        pairing = self.pair(visual.pooled, textual.pooled)
+        none = batch.input_ids.new_zeros(0)
+        logits = textual.pooled.new_zeros(0, 1)
+        return Outputs(logits, targets=none, seen=Seen(visual), pairing=pairing, textual=textual)
+
+    # -- what a trained pair is asked ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def embed_images(self, images: Sequence[Image]) -> Tensor:
+        """(I, E) unit vectors of pictures of any size."""
+        assert self.encoder is not None
+        device = self.pair.log_scale.device
+        pixels = torch.stack([torch.from_numpy(self.encoder.preprocess(image)) for image in images])
+        pooled = self.cache(self.encoder, pixels.to(device)).pooled
+        assert pooled is not None
+        return self.pair.of_image(pooled)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """(T, E) unit vectors of texts, cut off at the tower's context."""
+        return self.pair.of_text(self.lm(self.lm.tokenise(texts).to(self.pair.log_scale.device)).pooled)
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def parts(self) -> dict[str, NamedParameters]:
+        """The towers, what objectives and adapters brought, and the head."""
+        return {**super().parts(), "pair": [(f"pair.{n}", p) for n, p in named(self.pair)]}
+
+    def sourced(self) -> dict[str, str]:
+        """Part -> sha256 of the checkpoint it was loaded from."""
+        head = {} if self.lm.head is None or self.lm.source is None else {"pair": self.lm.source}
+        return {**super().sourced(), **head}
