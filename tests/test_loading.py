@@ -267,3 +267,38 @@ def test_the_package_is_imported_at_once() -> None:
     assert done.stdout.strip() == "[]"
     with pytest.raises(AttributeError, match="has no attribute 'lod'"):
         _ = vlmlab.lod
+
+
+# -- conversations, streaming, probabilities ---------------------------------------------------------------------------
+
+
+def test_the_stream_is_the_answer(model: LoadedModel) -> None:
+    pieces: list[str] = []
+    answer = model.generate(tiny.picture(1), "What is there?", max_new_tokens=12, stream=pieces.append)
+    assert "".join(pieces).strip() == answer == model.generate(tiny.picture(1), "What is there?", max_new_tokens=12)
+    with pytest.raises(UserError, match="transformers' generate does not take that"):
+        model.generate(None, "What?", num_beams=2, stream=pieces.append)
+
+
+def test_earlier_turns_are_read(model: LoadedModel) -> None:
+    """The prompt is that of a conversation whose last answer is open."""
+    image, history = tiny.picture(1), [("What is there?", "a red circle.")]
+    later = model._collator.ask([model._sample(image, [*history, ("Where?", "")], "")])
+    whole = model._collator([model._sample(image, [*history, ("Where?", "here")], "")])
+    length = later.input_ids.shape[1]
+    assert torch.equal(later.input_ids[0], whole.input_ids[0, :length])
+    assert model.generate(image, "Where?", history=history, max_new_tokens=3) is not None
+
+
+@torch.no_grad()
+def test_probabilities_are_those_of_generation(model: LoadedModel) -> None:
+    """Greedy, each token is the most probable one; and by hand from the logits."""
+    image, question = tiny.picture(2), "How many objects are there?"
+    answer = model.generate(image, question, max_new_tokens=8)
+    found = model.probabilities(image, question, answer)
+    batch = model._collator([model._sample(image, [(question, answer)], "")])
+    outputs = model.model(batch)
+    for (token, probability), logits, target in zip(found, outputs.logits, outputs.targets, strict=True):
+        assert probability == pytest.approx(float(logits.softmax(-1)[target]), abs=1e-6)
+        assert token == model.model.lm.tokenizer.decode([int(target)])
+    assert answer == "".join(token for token, _ in found[:-1]).strip()

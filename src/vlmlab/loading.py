@@ -8,7 +8,7 @@ print(model.generate("photo.jpg", "What is on the table?"))
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image as Pillow
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from vlmlab.contracts.errors import UserError, listed, reason
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
@@ -123,6 +123,8 @@ class LoadedModel:
         *,
         max_new_tokens: int = NEW_TOKENS,
         system: str = "",
+        history: Sequence[tuple[str, str]] = (),
+        stream: Callable[[str], None] | None = None,
         **options: Any,
     ) -> str:
         """The answer to one question, in the chat template the model was trained with; greedy unless options say more.
@@ -132,6 +134,8 @@ class LoadedModel:
             question: the user's words; ``<image>`` where an image stands, without tags all stand before the words.
             max_new_tokens: most tokens of the answer.
             system: the system line; empty keeps the template's own.
+            history: earlier questions of the conversation with their answers; the images stand before the first.
+            stream: is given the answer's text piece by piece while it is made; not with beams.
             options: of transformers' ``generate``, as in ``do_sample=True, temperature=0.7, top_p=0.9``. The language
                 model's own ``generation_config.json`` says nothing here.
 
@@ -139,20 +143,13 @@ class LoadedModel:
             UserError: an image that cannot be used, tags that do not fit the images, an option that is unknown or
                 cannot be had, or one that transformers refuses.
         """
-        images = _images(image, OmegaConf.select(self.config, "data.image_range"))
-        tags = question.count(IMAGE_TAG)
-        if tags not in (0, len(images)):
-            raise UserError(
-                f"the question has {_count(tags, IMAGE_TAG + ' tag')} and there {_are(len(images))}; give as many "
-                "images as tags, or leave the tags out: the images then stand before the question."
-            )
-        if images and self.model.encoder is None:
-            raise UserError("this run has no vision (its fusion reads no images); give None for the image.")
+        sample = self._sample(image, [*history, (question, "")], system)
         _check_options(options, self.model)
         options = {name: value for name, value in options.items() if name not in REFUSED}
         if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens} is not possible; give a whole number of at least 1.")
-        sample = Sample("question", images, (Turn(question, ""),), system)
+        if stream is not None:
+            options["streamer"] = _Pieces(self.model.lm.tokenizer, stream)
         batch = self._collator.ask([sample]).to(self.device)
         try:
             return self.model.generate(batch, max_new_tokens, **options)[0]
@@ -166,11 +163,71 @@ class LoadedModel:
                 "value."
             ) from error
 
+    def check_image(self, image: Picture) -> None:
+        """Refuse an image that ``generate`` would refuse.
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        self._sample(image, [("", "")], "")
+
+    @torch.no_grad()
+    def probabilities(
+        self, image: Picture | Sequence[Picture] | None, question: str, answer: str, *, system: str = ""
+    ) -> list[tuple[str, float]]:
+        """How probable each token of an answer is after those before it, as the model reads the answer in one pass.
+
+        Args:
+            image: as for ``generate``.
+            question: likewise.
+            system: likewise.
+            answer: the text, cut into tokens as in training.
+
+        Returns:
+            (token, probability), the token that ends the answer included.
+
+        Raises:
+            UserError: as ``generate`` of its image and question; an answer without a token.
+        """
+        batch = self._collator([self._sample(image, [(question, answer)], system)]).to(self.device)
+        outputs = self.model(batch)
+        chosen = outputs.logits.float().log_softmax(-1).gather(1, outputs.targets[:, None])[:, 0].exp()
+        pieces = [self.model.lm.tokenizer.decode([token]) for token in outputs.targets.tolist()]
+        return list(zip(pieces, chosen.tolist(), strict=True))
+
+    def _sample(
+        self, image: Picture | Sequence[Picture] | None, turns: Sequence[tuple[str, str]], system: str
+    ) -> Sample:
+        """The conversation as a row of data."""
+        images = _images(image, OmegaConf.select(self.config, "data.image_range"))
+        tags = sum(question.count(IMAGE_TAG) for question, _ in turns)
+        if tags not in (0, len(images)):
+            raise UserError(
+                f"the question has {_count(tags, IMAGE_TAG + ' tag')} and there {_are(len(images))}; give as many "
+                "images as tags, or leave the tags out: the images then stand before the question."
+            )
+        if images and self.model.encoder is None:
+            raise UserError("this run has no vision (its fusion reads no images); give None for the image.")
+        return Sample("question", images, tuple(Turn(question, answer) for question, answer in turns), system)
+
     def __repr__(self) -> str:
         parts = (self.config.get(name) for name in ("encoder", "connector", "fusion", "lm", "mask"))
         names = [str(part.get("_target_", "?")).rsplit(".", 1)[-1] for part in parts if part is not None]
         size = sum(parameter.numel() for parameter in self.model.parameters())
         return f"LoadedModel({', '.join(names)}; {size:,} parameters on {self.device})"
+
+
+class _Pieces(TextStreamer):
+    """Hands text on as soon as it is whole words or characters; the prompt has no token ids."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, hand_on: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=False, skip_special_tokens=True)  # type: ignore[arg-type]
+        self.hand_on = hand_on
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by transformers."""
+        if text:
+            self.hand_on(text)
 
 
 def _images(given: Picture | Sequence[Picture] | None, values: Any) -> tuple[Image, ...]:

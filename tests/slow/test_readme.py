@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 def commands() -> list[str]:
     """Lines of the README that call one of our scripts, without their comments."""
     lines = [line.strip().split("  #")[0] for line in README.splitlines()]
-    ours = r"python (train|evaluate)\.py|vlmlab (inspect|plan|cost|compare|export) "
+    ours = r"python (train|evaluate)\.py|vlmlab (inspect|plan|cost|compare|generate|chat|export) "
     lines = [re.split(r"\s{3,}", line)[0] for line in lines if re.match(ours, line)]
     return list(dict.fromkeys(lines))
 
@@ -30,6 +30,7 @@ def commands() -> list[str]:
 def user_files(folder: Path) -> None:
     """The data files that the README's commands name."""
     source = WorldQuestions(split="train", size=150, multi_turn=False)
+    Image.fromarray(source[0].images[0]).save(folder / "image.png")
     (folder / "images").mkdir()
     questions, chats, captions, images = [], [], [], []
     for index in range(len(source)):

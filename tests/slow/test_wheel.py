@@ -76,8 +76,8 @@ def test_everything_a_run_needs_is_inside(wheel: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        ([], 0, "usage: vlmlab train|sweep|evaluate"),
-        (["--help"], 0, "usage: vlmlab train|sweep|evaluate"),
+        ([], 0, "usage: vlmlab <verb>"),
+        (["--help"], 0, "usage: vlmlab <verb>"),
         (["trian"], 2, "error: vlmlab has no verb 'trian' (did you mean train?)"),
         (["train", "--help"], 0, "preset: "),
         (["train", "connector=mpl"], 2, "error: connector has no choice 'mpl' (did you mean mlp?)"),

@@ -16,10 +16,12 @@ VERBS = {
     "plan": ["vlmlab.cli.plan"],
     "cost": ["vlmlab.cli.cost"],
     "compare": ["vlmlab.cli.compare"],
+    "generate": ["vlmlab.cli.generate"],
+    "chat": ["vlmlab.cli.chat"],
     "export": ["vlmlab.cli.export"],
 }
 
-USAGE = """usage: vlmlab train|sweep|evaluate|inspect|plan|cost|compare|export [group=choice] [key=value] [--help]
+USAGE = """usage: vlmlab <verb> [group=choice] [key=value] [--help]
 
   vlmlab train                                            train and score the embedded default
   vlmlab sweep connector=mlp,qformer mask=bidir,causal    one process per cell, then the table
@@ -28,6 +30,8 @@ USAGE = """usage: vlmlab train|sweep|evaluate|inspect|plan|cost|compare|export [
   vlmlab plan preset=improved_alignment_900m device=h100  parameters, memory, FLOPs and hours; no weights are needed
   vlmlab cost -m fusion=concat,lavi images=1,5            what an answer costs: FLOPs, cache, added parameters
   vlmlab compare sweeps/<name> baseline=mlp,bidir         what a sweep has shown: differences, intervals, tests
+  vlmlab generate run=outputs/<name> image=a.jpg "What?"  an answer of a finished run
+  vlmlab chat run=outputs/<name> image=a.jpg              a conversation in the terminal
   vlmlab export run=outputs/<name> to=<folder>            transformers folders of what a finished run has trained
 """
 

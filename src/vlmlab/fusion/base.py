@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from vlmlab.contracts import errors
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
-from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen, Split
+from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen, Split, Visual
 from vlmlab.lm.inside import LayerPorts, copied
 
 Positions = Literal["auto"] | bool
@@ -103,6 +103,19 @@ def sight(sees: MemoryMask, batch: Batch) -> tuple[Tensor, Tensor]:
     """Which images the positions of a batch see, (B, S, I), and the images of every row, (B, J)."""
     q = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
     return sees(batch.layout, batch.images, q), batch.images.slots(len(batch.input_ids))
+
+
+def side_by_side(visual: Visual, tokens: int, width: int) -> tuple[Tensor, list[int]]:
+    """The features of all layers or towers beside each other, (I, N, Dv), and the width of each.
+
+    Raises:
+        UserError: other than `tokens` features of `width` channels in all.
+    """
+    widths = [grid.shape[-1] for grid in visual.grids]
+    if any(grid.shape[1] != tokens for grid in visual.grids) or sum(widths) != width:
+        shapes = ", ".join(str(tuple(grid.shape[1:])) for grid in visual.grids)
+        raise UserError(f"fusion=emma mixes a grid of {tokens} features and this encoder gives {shapes}.")
+    return torch.cat(visual.grids, -1), widths
 
 
 # -- visual tokens in the sequence -------------------------------------------------------------------------------------

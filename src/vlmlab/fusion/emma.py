@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Fusion, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Visual
+from vlmlab.fusion.base import side_by_side
 
 
 class InstructionMixing(Fusion):
@@ -72,19 +73,6 @@ class InstructionMixing(Fusion):
     def undecayed(self) -> Sequence[Tensor]:
         """A, whose identity block decay would shrink."""
         return [self.mix.weight]
-
-
-def side_by_side(visual: Visual, tokens: int, width: int) -> tuple[Tensor, list[int]]:
-    """The features of all layers or towers beside each other, (I, N, Dv), and the width of each.
-
-    Raises:
-        UserError: other than `tokens` features of `width` channels in all.
-    """
-    widths = [grid.shape[-1] for grid in visual.grids]
-    if any(grid.shape[1] != tokens for grid in visual.grids) or sum(widths) != width:
-        shapes = ", ".join(str(tuple(grid.shape[1:])) for grid in visual.grids)
-        raise UserError(f"fusion=emma mixes a grid of {tokens} features and this encoder gives {shapes}.")
-    return torch.cat(visual.grids, -1), widths
 
 
 def share_taken(mix: Tensor, tokens: int) -> dict[str, float]:

@@ -10,8 +10,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Fusion, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Visual
 from vlmlab.contracts.values import Width
-from vlmlab.fusion.base import check_counts
-from vlmlab.fusion.emma import side_by_side
+from vlmlab.fusion.base import check_counts, side_by_side
 
 
 class InstructionAttention(Fusion):

@@ -234,6 +234,30 @@ class Evaluate(TypedDict):
     trust: bool
 
 
+class Sampling(TypedDict):
+    """Keys that ``vlmlab generate`` and ``vlmlab chat`` share."""
+
+    run: Text | Count
+    image: Text | Count | list[Text | Count] | None
+    system: str
+    max_new_tokens: Count
+    do_sample: bool
+    temperature: Positive | None
+    top_p: Share | None
+    top_k: Count | None
+    num_beams: Count | None
+    seed: Seed
+    device: Text
+    trust: bool
+
+
+class Generate(Sampling):
+    """Keys of ``vlmlab generate``."""
+
+    question: Text | Count
+    probabilities: bool
+
+
 class Export(TypedDict):
     """Keys of ``vlmlab export``."""
 
