@@ -192,7 +192,7 @@ class LoadedModel:
         batch = self._collator([self._sample(image, [(question, answer)], system)]).to(self.device)
         outputs = self.model(batch)
         chosen = outputs.logits.float().log_softmax(-1).gather(1, outputs.targets[:, None])[:, 0].exp()
-        pieces = [self.model.lm.tokenizer.decode([token]) for token in outputs.targets.tolist()]
+        pieces = [str(self.model.lm.tokenizer.decode([token])) for token in outputs.targets.tolist()]
         return list(zip(pieces, chosen.tolist(), strict=True))
 
     def _sample(
