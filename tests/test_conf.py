@@ -20,7 +20,7 @@ from vlmlab.runs.config import config_hash, plain
 CONF = Path(__file__).resolve().parents[1] / "conf"
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("hydra",))
 MANDATORY = {"path": "x", "images": "y"}
-ADDED = ("memory_mask", "experiment", "text_tower")
+ADDED = ("memory_mask", "experiment", "text_tower", "benchmark")
 """Groups that no run has unless they are added: another choice's file takes one into its keys
 (``/memory_mask@sees: before``), or the command line does (``+experiment=...``)."""
 
@@ -46,11 +46,13 @@ def test_the_groups_are_those_of_the_design() -> None:
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes_and_is_commented(group: str, choice: str) -> None:
     cfg = composed(f"{'+' if group in ADDED else ''}{group}={choice}")
-    node = cfg.recipe if group in ("preset", "experiment") else OmegaConf.select(cfg, group)  # these set other groups
+    elsewhere = {"preset": "recipe", "experiment": "recipe", "benchmark": f"data.benchmarks.{choice}.source"}
+    at = elsewhere.get(group, group)  # these set other groups
+    node = OmegaConf.select(cfg, at)
     assert node is not None
     for key, value in MANDATORY.items():
         if OmegaConf.is_config(node) and OmegaConf.is_missing(node, key):
-            OmegaConf.update(cfg, f"{group}.{key}", value)
+            OmegaConf.update(cfg, f"{at}.{key}", value)
     resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     assert resolved or choice in ("none",)
 
