@@ -230,6 +230,20 @@ class Evaluate(TypedDict):
     trust: bool
 
 
+class Curate(TypedDict):
+    """Keys of ``vlmlab curate``."""
+
+    run: Text | Count
+    source: Text
+    n: Count
+    against: Annotated[int, Interval(ge=1, le=100)]
+    write: bool
+    least: float
+    out: Text
+    device: Text
+    trust: bool
+
+
 class Export(TypedDict):
     """Keys of ``vlmlab export``."""
 
