@@ -14,13 +14,14 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from vlmlab.cli.conf import conf_folder
+from vlmlab.cli.curate import curate_command
 from vlmlab.cli.entry import guard, run_command
 from vlmlab.cli.evaluate import evaluate_command
 from vlmlab.cli.export import export_command
 from vlmlab.cli.train import train_command
 from vlmlab.cli.verb import run_verb
 
-TASKS = {"train": train_command, "evaluate": evaluate_command, "export": export_command}
+TASKS = {"train": train_command, "evaluate": evaluate_command, "export": export_command, "curate": curate_command}
 VERBS = ("plan", "inspect")
 Answer = tuple[int, str, str, float]
 

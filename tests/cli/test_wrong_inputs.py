@@ -149,6 +149,12 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     "evaluate run=outputs/finished trust=2": (2, r"trust=2 is not possible; give true or false"),
     "export run=outputs/foreign to=out": (1, r"lm._target_=os.system is code from outside .* trust=true runs it"),
     "evaluate run=outputs/finished device=gpu0": (2, r"device=gpu0 is unknown; choose one of auto, cpu, cuda"),
+    # curate
+    "curate": (2, r"which run\? write run=<folder>, as in: vlmlab curate run=outputs/default out=scores.jsonl"),
+    "curate run=outputs/finished": (2, r"where to\? write out=<file>"),
+    "curate run=outputs/finished out=nowhere/x": (1, r"out=nowhere/x: there is no folder nowhere"),
+    "curate run=outputs/finished out=x n=0": (2, r"n=0 is not possible; give a whole number of at least 1"),
+    "curate run=outputs/foreign out=x": (1, r"lm._target_=os.system is code from outside .* trust=true runs it"),
     # export
     "export": (2, r"which run\? write run=<folder>, as in: vlmlab export run=outputs/default to=exported"),
     "export run=nowhere to=out": (2, r"run=nowhere is no run folder"),

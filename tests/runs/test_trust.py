@@ -16,6 +16,7 @@ from tests.test_conf import composed
 
 import vlmlab
 from vlmlab.analyse.results import read_run
+from vlmlab.cli.curate import curate_command
 from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.evaluate import evaluate_command
 from vlmlab.cli.export import export_command
@@ -135,6 +136,9 @@ def asked(run: Path) -> Iterator[tuple[str, Any]]:
     yield "evaluate", lambda: evaluate_command(OmegaConf.merge(evaluation, {"trust": False}))
     to = {"run": str(run), "to": str(run / "exported"), "trust": False}
     yield "export", lambda: export_command(OmegaConf.create(to))
+    scored = {"source": "short", "n": 1, "against": 1, "write": False, "least": 0.0, "device": "cpu"}
+    looked = {"run": str(run), "out": str(run / "scores.jsonl"), "trust": False, **scored}
+    yield "curate", lambda: curate_command(OmegaConf.create(looked))
 
 
 @pytest.mark.parametrize("target", CALLABLES)

@@ -19,6 +19,7 @@ VERBS = {
     "generate": ["vlmlab.cli.generate"],
     "chat": ["vlmlab.cli.chat"],
     "export": ["vlmlab.cli.export"],
+    "curate": ["vlmlab.cli.curate"],
 }
 
 USAGE = """usage: vlmlab <verb> [group=choice] [key=value] [--help]
@@ -33,6 +34,7 @@ USAGE = """usage: vlmlab <verb> [group=choice] [key=value] [--help]
   vlmlab generate run=outputs/<name> image=a.jpg "What?"  an answer of a finished run
   vlmlab chat run=outputs/<name> image=a.jpg              a conversation in the terminal
   vlmlab export run=outputs/<name> to=<folder>            transformers folders of what a finished run has trained
+  vlmlab curate run=outputs/<name> out=<file>             how well captions fit their images, as a finished run finds
 """
 
 

@@ -342,7 +342,7 @@ def evaluate(folder: Path, cfg: DictConfig) -> dict[str, Any]:
     with building(folder):
         model = load_trained(config, folder)
     assert isinstance(model, VLM | PairedTowers)
-    model.to(_device(str(cfg.device)))
+    model.to(device_of(str(cfg.device)))
     unscored: Unscored | None = None
     try:
         with build_cache(config).serving(model, tell):
@@ -378,7 +378,8 @@ def overridden(run: DictConfig, cfg: DictConfig) -> DictConfig:
     return config
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """The device of a command's ``device`` key; auto: a GPU where there is one."""
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"

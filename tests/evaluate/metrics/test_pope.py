@@ -23,8 +23,9 @@ def scored(answers: list[tuple[str, str]], kind: str = "") -> dict[str, float]:
 @pytest.mark.parametrize(
     ("answer", "yes"),
     [
-        ("No", False), ("no, there is", False), ("There is not", False), ("No.", False), ("Yes", True), ("yes, no", False),
-        ("Yes. There is no dog.", True), ("NO", True), ("nothing", True), ("", True), ("a cat", True),
+        ("No", False), ("no, there is", False), ("There is not", False), ("No.", False), ("Yes", True),
+        ("yes, no", False), ("Yes. There is no dog.", True),
+        ("NO", True), ("nothing", True), ("", True), ("a cat", True),
     ],
 )  # fmt: skip
 def test_an_answer_is_read_as_the_evaluator_does(answer: str, yes: bool) -> None:

@@ -258,6 +258,20 @@ class Generate(Sampling):
     probabilities: bool
 
 
+class Curate(TypedDict):
+    """Keys of ``vlmlab curate``."""
+
+    run: Text | Count
+    source: Text
+    n: Count
+    against: Annotated[int, Interval(ge=1, le=100)]
+    write: bool
+    least: float
+    out: Text
+    device: Text
+    trust: bool
+
+
 class Export(TypedDict):
     """Keys of ``vlmlab export``."""
 

@@ -23,7 +23,7 @@ def says_yes(answer: str) -> bool:
 
 
 class Pope:
-    """``pope_accuracy``, ``pope_precision``, ``pope_recall``, ``pope_f1``, ``pope_yes_ratio``; yes is the positive class.
+    """``pope_accuracy``, ``pope_precision``, ``pope_recall``, ``pope_f1``, ``pope_yes_ratio``; yes is positive.
 
     Each also per kind as ``<name>/kind/<kind>``, and ``pope_accuracy/count``, the number of questions.
     """
