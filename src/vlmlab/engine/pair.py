@@ -120,7 +120,8 @@ class PairCollator:
             raise UserError(f"PairModule wants one text for each image, unlike {bad.id}; use other data.")
         images = [image for sample in samples for image in sample.images]
         names = [name for sample in samples for name in _names(sample)]
-        asked = self.tokenise([turn.answer for sample in samples for turn in sample.turns])
+        texts = tuple(turn.answer for sample in samples for turn in sample.turns)
+        asked = self.tokenise(texts)
         ids = torch.where(asked < 0, self.pad, asked)
         return Batch(
             pixels=torch.stack([torch.from_numpy(self.resize(image)) for image in images]),
@@ -130,6 +131,7 @@ class PairCollator:
             images=_one_a_row([image.shape[:2] for image in images], names),
             sample_ids=[[sample.id] for sample in samples for _ in sample.images],
             asked=asked,
+            texts=texts,
         )
 
 

@@ -147,6 +147,21 @@ class PairedTowers(Parts):
         """(T, E) unit vectors of texts, cut off at the tower's context."""
         return self.pair.of_text(self.lm(self.lm.tokenise(texts).to(self.pair.log_scale.device)).pooled)
 
+    @torch.no_grad()
+    def judge(self, pixels: Tensor, texts: Sequence[str]) -> Pairing:
+        """What it makes of the pixels (I, 3, H, W) uint8 that another model is shown, and of texts, as a teacher.
+
+        Pixels of another size than its own are resized, smoothly and without cropping.
+        """
+        assert self.encoder is not None
+        size = self.encoder.preprocess.height, self.encoder.preprocess.width
+        if pixels.shape[-2:] != size:
+            resized = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True)
+            pixels = resized.round().clamp(0, 255).to(torch.uint8)
+        pooled = self.encoder(pixels).pooled
+        assert pooled is not None
+        return self.pair.compared(self.pair.of_image(pooled), self.embed_texts(texts))
+
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, NamedParameters]:
