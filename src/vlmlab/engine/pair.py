@@ -10,14 +10,14 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.parts import Geometry
+from vlmlab.contracts.parts import Geometry, PairHead
 from vlmlab.contracts.sample import Sample
 from vlmlab.contracts.tensors import Batch, Images, Layout, Outputs, Pairing
 from vlmlab.data.module import Window
 from vlmlab.engine import rng
 from vlmlab.engine.stage import StageModule
 from vlmlab.model.build import build_pair
-from vlmlab.model.pair import PairedTowers, PairHead
+from vlmlab.model.pair import PairedTowers
 
 
 class PairModule(StageModule):
