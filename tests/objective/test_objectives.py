@@ -97,6 +97,7 @@ def test_every_objective_gives_sum_and_count(path: object) -> None:
     batch = collator(model)([ONE_TURN, TWO_TURNS])
     out = model(batch)
     pair = pairing(2, 128)  # as wide as the shipped teacher's
-    parts = objective(replace(out, pairing=pair), replace(batch, texts=("red circle",) * 2))
+    pairs = replace(batch, texts=("red circle", "green square"), sample_ids=[["one"]] * 2)
+    parts = objective(replace(out, pairing=pair), pairs)
     for total, count in parts.values():
         assert total.shape == count.shape == () and count > 0 and total > 0
