@@ -18,7 +18,7 @@ CHOICES = ("encoder", "connector", "lm", "mask", "fusion", "objective", "adapter
 RANKS = (
     {"contracts"},
     {"data", "recipe", "runs", "cache", "digest", "towers"},
-    {"encoder", "connector", "lm", "mask", "fusion", "objective", "adapter"},
+    {"encoder", "connector", "lm", "mask", "fusion", "objective", "adapter", "pair_head"},
     {"model"},
     {"engine"},
     {
@@ -93,10 +93,10 @@ def rank(name: str) -> int:
 def plugins() -> list[str]:
     """Modules that a config group names as the target of one of its choices."""
     found = set()
-    for group in (*CHOICES, "memory_mask"):
+    for group in (*CHOICES, "memory_mask", "pair_head", "text_tower"):
         for path in (ROOT / "conf" / group).rglob("*.yaml"):
             words = re.findall(r"(?:_target_|module):\s*(vlmlab\.[\w.]+)\.\w+", path.read_text(encoding="utf-8"))
-            found |= {word for word in words if word.split(".")[1] in (*CHOICES, "engine")}
+            found |= {word for word in words if word.split(".")[1] in (*CHOICES, "engine", "pair_head")}
     return sorted(found)
 
 

@@ -23,9 +23,9 @@ from vlmlab.objective.siglip import Siglip
 EMPTY: Batch = None  # type: ignore[assignment]  # neither loss reads more than the outputs
 
 
-def pairing(n: int = 5) -> Pairing:
+def pairing(n: int = 5, width: int = 8) -> Pairing:
     generator = torch.Generator().manual_seed(0)
-    image, text = (F.normalize(torch.randn(n, 8, generator=generator), dim=-1).requires_grad_() for _ in range(2))
+    image, text = (F.normalize(torch.randn(n, width, generator=generator), dim=-1).requires_grad_() for _ in range(2))
     return Pairing(image, text, torch.tensor(10.0).log().requires_grad_(), torch.tensor(-3.0, requires_grad=True))
 
 
@@ -96,6 +96,8 @@ def test_every_objective_gives_sum_and_count(path: object) -> None:
         model.set_objectives({"objective": objective})
     batch = collator(model)([ONE_TURN, TWO_TURNS])
     out = model(batch)
-    parts = objective(replace(out, pairing=pairing()), batch)
+    pair = pairing(2, 128)  # as wide as the shipped teacher's
+    pairs = replace(batch, texts=("red circle", "green square"), sample_ids=[["one"]] * 2)
+    parts = objective(replace(out, pairing=pair), pairs)
     for total, count in parts.values():
         assert total.shape == count.shape == () and count > 0 and total > 0

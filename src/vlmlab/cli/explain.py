@@ -22,7 +22,7 @@ from vlmlab.contracts.errors import brief, listed
 from vlmlab.contracts.values import shown
 from vlmlab.recipe.stage import KEYS
 
-INSIDE = ("memory_mask",)
+INSIDE = ("memory_mask", "pair_head")
 """Groups that no run has at the top: the files of other groups take a choice of them into one of their keys."""
 
 

@@ -11,11 +11,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Image
-from vlmlab.contracts.tensors import Batch, Images, Layout, Memory, Outputs, Seen, Textual, Visual
+from vlmlab.contracts.tensors import Batch, Images, Layout, Memory, Outputs, Pairing, Seen, Textual, Visual
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -152,6 +153,41 @@ class PairText(nn.Module, ABC):
     @abstractmethod
     def forward(self, ids: Tensor) -> Textual:
         """What the tower reads."""
+
+    def cut_pooling(self) -> None:
+        """Remove the map behind the pooled state, where a family has one: the head reads states alone."""
+        if hasattr(self.model, "head"):
+            self.model.head = nn.Identity()
+
+
+class PairHead(nn.Module, ABC):
+    """What compares the two towers of a pair: ``Visual`` and ``Textual`` -> unit vectors (B, E) of one space.
+
+    Attributes:
+        log_scale: scalar; similarities are multiplied by its exponential.
+        bias: scalar that is added to them, None where there is none.
+        pooled: whether it reads the towers' pooled outputs; otherwise their pooling is cut off, which nothing trains.
+    """
+
+    pooled: ClassVar[bool] = True
+    log_scale: nn.Parameter
+    bias: nn.Parameter | None
+
+    def attach(self, image_width: int, text_width: int) -> None:
+        """Make the weights that depend on the widths of an image feature and of a text state; called once."""
+
+    @abstractmethod
+    def of_image(self, visual: Visual) -> Tensor:
+        """(B, E), of unit length."""
+
+    @abstractmethod
+    def of_text(self, textual: Textual) -> Tensor:
+        """(B, E), of unit length."""
+
+    def compared(self, image: Tensor, text: Tensor) -> Pairing:
+        """Unit vectors (B, E) with the temperature and bias that compare them."""
+        bias = torch.zeros_like(self.log_scale) if self.bias is None else self.bias
+        return Pairing(image, text, self.log_scale, bias)
 
 
 class FeatureCache(ABC):

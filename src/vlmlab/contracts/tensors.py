@@ -272,6 +272,7 @@ class Batch:
         sample_ids: the samples of every row (several when packed).
         asked: (I, T) what the user says to each image in the tokens of the encoder's text tower, -1 behind the last;
             None where nothing reads it.
+        texts: (B) the words of every row of pairs of images and texts; empty in other batches.
     """
 
     pixels: Tensor
@@ -281,6 +282,7 @@ class Batch:
     images: Images
     sample_ids: list[list[str]]
     asked: Tensor | None = None
+    texts: tuple[str, ...] = ()
 
     @property
     def supervised(self) -> int:

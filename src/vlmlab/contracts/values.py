@@ -78,6 +78,7 @@ CHOSEN = {
     "MemoryMask": "memory_mask",
     "Adapter": "adapter",
     "Objective": "objective",
+    "PairHead": "pair_head",
 }
 """Groups of ``conf/`` whose files are of a contract."""
 

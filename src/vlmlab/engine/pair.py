@@ -10,14 +10,14 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.parts import Geometry
+from vlmlab.contracts.parts import Geometry, PairHead
 from vlmlab.contracts.sample import Sample
 from vlmlab.contracts.tensors import Batch, Images, Layout, Outputs, Pairing
 from vlmlab.data.module import Window
 from vlmlab.engine import rng
 from vlmlab.engine.stage import StageModule
 from vlmlab.model.build import build_pair
-from vlmlab.model.pair import PairedTowers, PairHead
+from vlmlab.model.pair import PairedTowers
 
 
 class PairModule(StageModule):
@@ -120,7 +120,8 @@ class PairCollator:
             raise UserError(f"PairModule wants one text for each image, unlike {bad.id}; use other data.")
         images = [image for sample in samples for image in sample.images]
         names = [name for sample in samples for name in _names(sample)]
-        asked = self.tokenise([turn.answer for sample in samples for turn in sample.turns])
+        texts = tuple(turn.answer for sample in samples for turn in sample.turns)
+        asked = self.tokenise(texts)
         ids = torch.where(asked < 0, self.pad, asked)
         return Batch(
             pixels=torch.stack([torch.from_numpy(self.resize(image)) for image in images]),
@@ -130,6 +131,7 @@ class PairCollator:
             images=_one_a_row([image.shape[:2] for image in images], names),
             sample_ids=[[sample.id] for sample in samples for _ in sample.images],
             asked=asked,
+            texts=texts,
         )
 
 

@@ -43,9 +43,12 @@ def build_pair(cfg: DictConfig) -> PairedTowers:
     if not cfg.get("text_tower"):
         raise UserError("PairModule wants a text tower; choose one, as in +text_tower=scratch.")
     settings = {k: v for k, v in (cfg.get("dual_encoder") or {}).items() if k != "parallel" or v}
+    if settings.get("head") is not None:
+        settings["head"] = instantiate(settings["head"])
+    reads_pooled = settings.get("head") is None or settings["head"].pooled
     if "parallel" in settings:
         raise UserError("dual_encoder.parallel=true is of ContrastiveModule alone; set it to false for PairModule.")
-    pooled = {"pooled": True, **({"layers": None} if cfg.encoder.get("layers") is not None else {})}
+    pooled = {"pooled": reads_pooled, **({"layers": None} if cfg.encoder.get("layers") is not None else {})}
     return PairedTowers(instantiate(cfg.encoder, **pooled), instantiate(cfg.text_tower), **settings)
 
 

@@ -12,7 +12,7 @@ from vlmlab.contracts.parts import Connector, Encoder, Fusion, Mask, NamedParame
 from vlmlab.contracts.tensors import Batch, Layout, Outputs
 from vlmlab.lm.causal import CausalLanguageModel
 from vlmlab.mask.causal import Causal
-from vlmlab.model.pair import PairHead
+from vlmlab.model.pair import PooledHead
 from vlmlab.model.parts import named
 from vlmlab.model.vlm import VLM
 
@@ -48,7 +48,7 @@ class DualEncoder(VLM):
     ) -> None:
         super().__init__(encoder, connector, fusion, lm, mask, text)
         self.parallel = parallel
-        self.pair = PairHead(encoder.pooled_width, lm.width, width, scale, bias)
+        self.pair = PooledHead(encoder.pooled_width, lm.width, width, scale, bias)
 
     def forward(self, batch: Batch, mask: Mask | None = None, in_step: bool = False) -> Outputs:
         """The captioning outputs with the pair of embeddings."""

@@ -10,15 +10,15 @@ from torch.nn import functional as F
 
 from vlmlab.cache.none import NoCache
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.parts import Encoder, FeatureCache, NamedParameters, PairText, PairWeights
+from vlmlab.contracts.parts import Encoder, FeatureCache, NamedParameters, PairHead, PairText, PairWeights
 from vlmlab.contracts.sample import Image
-from vlmlab.contracts.tensors import Batch, Outputs, Pairing, Seen
+from vlmlab.contracts.tensors import Batch, Outputs, Pairing, Seen, Textual, Visual
 from vlmlab.fusion.none import NoFusion
 from vlmlab.mask.causal import Causal
 from vlmlab.model.parts import Parts, named
 
 
-class PairHead(nn.Module):
+class PooledHead(PairHead):
     """Projects both sides into one space of unit vectors, with a learned temperature and bias.
 
     Args:
@@ -46,7 +46,7 @@ class PairHead(nn.Module):
         self.bias = None if bias is None else nn.Parameter(torch.tensor(bias))
 
     @classmethod
-    def loaded(cls, weights: PairWeights, image_width: int, text_width: int) -> PairHead:
+    def loaded(cls, weights: PairWeights, image_width: int, text_width: int) -> PooledHead:
         """The head of a checkpoint.
 
         Raises:
@@ -67,21 +67,24 @@ class PairHead(nn.Module):
         return head
 
     def forward(self, image: Tensor, text: Tensor) -> Pairing:
-        """(B, Wi) and (B, Wt) -> unit vectors (B, E)."""
-        return self.compared(self.of_image(image), self.of_text(text))
+        """Pooled outputs (B, Wi) and (B, Wt) -> unit vectors (B, E)."""
+        return self.compared(F.normalize(self.image(image), dim=-1), F.normalize(self.text(text), dim=-1))
 
-    def compared(self, image: Tensor, text: Tensor) -> Pairing:
-        """Unit vectors (B, E) with the temperature and bias that compare them."""
-        bias = torch.zeros_like(self.log_scale) if self.bias is None else self.bias
-        return Pairing(image, text, self.log_scale, bias)
+    def of_image(self, visual: Visual) -> Tensor:
+        """(B, E) of the pooled image.
 
-    def of_image(self, pooled: Tensor) -> Tensor:
-        """(B, Wi) -> (B, E), of unit length."""
-        return F.normalize(self.image(pooled), dim=-1)
+        Raises:
+            UserError: the vision tower has none.
+        """
+        if visual.pooled is None:
+            raise UserError(
+                "PairModule needs a vision tower with a pooled output; use encoder=scratch, embedded or hf."
+            )
+        return F.normalize(self.image(visual.pooled), dim=-1)
 
-    def of_text(self, pooled: Tensor) -> Tensor:
-        """(B, Wt) -> (B, E), of unit length."""
-        return F.normalize(self.text(pooled), dim=-1)
+    def of_text(self, textual: Textual) -> Tensor:
+        """(B, E) of the pooled text."""
+        return F.normalize(self.text(textual.pooled), dim=-1)
 
 
 class PairedTowers(Parts):
@@ -93,7 +96,8 @@ class PairedTowers(Parts):
     Args:
         encoder: with a pooled output; the part "encoder" of a stage.
         lm: the text tower; the part "lm".
-        width, scale, bias: of the head, the part "pair", where the text tower brings none; see ``PairHead``.
+        width, scale, bias: of the head, the part "pair", where the text tower brings none; see ``PooledHead``.
+        head: another head, which does not compare pooled outputs; the text tower's own is then left out.
 
     Attributes:
         cache: what stands before the encoder; nothing but while a ``FeatureCache`` is serving.
@@ -108,10 +112,14 @@ class PairedTowers(Parts):
         width: int | None = None,
         scale: float = 10.0,
         bias: float | None = -10.0,
+        head: PairHead | None = None,
     ) -> None:
         super().__init__(encoder, None, NoFusion(), lm, Causal())  # type: ignore[arg-type]
-        widths = encoder.pooled_width, lm.width
-        self.pair = PairHead(*widths, width, scale, bias) if lm.head is None else PairHead.loaded(lm.head, *widths)
+        self.pair: PairHead = _pooled(encoder, lm, width, scale, bias) if head is None else head
+        if head is not None:
+            head.attach(encoder.width, lm.state_width)
+            if not head.pooled:
+                lm.cut_pooling()
         self.cache: FeatureCache = NoCache()
 
     def forward(self, batch: Batch, in_step: bool = False) -> Outputs:
@@ -122,10 +130,10 @@ class PairedTowers(Parts):
         """
         assert self.encoder is not None
         visual = self.cache(self.encoder, batch.pixels)
-        if visual.pooled is None or batch.asked is None:
-            raise UserError("PairModule needs a vision tower with a pooled output and a text beside every image.")
+        if batch.asked is None:
+            raise UserError("PairModule needs a text beside every image; give recipe.stages.<name>.data captions.")
         textual = self.lm(batch.asked)
-        pairing = self.pair(visual.pooled, textual.pooled)
+        pairing = self.pair.compared(self.pair.of_image(visual), self.pair.of_text(textual))
         none = batch.input_ids.new_zeros(0)
         logits = textual.pooled.new_zeros(0, 1)
         return Outputs(logits, targets=none, seen=Seen(visual), pairing=pairing, textual=textual)
@@ -138,14 +146,25 @@ class PairedTowers(Parts):
         assert self.encoder is not None
         device = self.pair.log_scale.device
         pixels = torch.stack([torch.from_numpy(self.encoder.preprocess(image)) for image in images])
-        pooled = self.cache(self.encoder, pixels.to(device)).pooled
-        assert pooled is not None
-        return self.pair.of_image(pooled)
+        return self.pair.of_image(self.cache(self.encoder, pixels.to(device)))
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """(T, E) unit vectors of texts, cut off at the tower's context."""
-        return self.pair.of_text(self.lm(self.lm.tokenise(texts).to(self.pair.log_scale.device)).pooled)
+        return self.pair.of_text(self.lm(self.lm.tokenise(texts).to(self.pair.log_scale.device)))
+
+    @torch.no_grad()
+    def judge(self, pixels: Tensor, texts: Sequence[str]) -> Pairing:
+        """What it makes of the pixels (I, 3, H, W) uint8 that another model is shown, and of texts, as a teacher.
+
+        Pixels of another size than its own are resized, smoothly and without cropping.
+        """
+        assert self.encoder is not None
+        size = self.encoder.preprocess.height, self.encoder.preprocess.width
+        if pixels.shape[-2:] != size:
+            resized = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True)
+            pixels = resized.round().clamp(0, 255).to(torch.uint8)
+        return self.pair.compared(self.pair.of_image(self.encoder(pixels)), self.embed_texts(texts))
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
@@ -155,5 +174,12 @@ class PairedTowers(Parts):
 
     def sourced(self) -> dict[str, str]:
         """Part -> sha256 of the checkpoint it was loaded from."""
-        head = {} if self.lm.head is None or self.lm.source is None else {"pair": self.lm.source}
+        own = isinstance(self.pair, PooledHead) and self.lm.head is not None
+        head = {"pair": self.lm.source} if own and self.lm.source is not None else {}
         return {**super().sourced(), **head}
+
+
+def _pooled(encoder: Encoder, lm: PairText, width: int | None, scale: float, bias: float | None) -> PooledHead:
+    """The head of the text tower's checkpoint, or a new one."""
+    widths = encoder.pooled_width, lm.width
+    return PooledHead(*widths, width, scale, bias) if lm.head is None else PooledHead.loaded(lm.head, *widths)

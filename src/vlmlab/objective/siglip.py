@@ -17,7 +17,7 @@ from vlmlab.contracts.values import NotNegative
 class Siglip:
     """- sum over all image-text pairs of log sigmoid(z (t <x, y> + b)), z = 1 for the true pair and -1 otherwise.
 
-    Divided by the number of images, as in the paper. Over several ranks texts go round in a ring (section 3.1): each
+    Divided by the number of images, as in the paper. Over several ranks texts go round in a ring (section 3.3): each
     rank compares its images with one rank's texts at a time, and gradients come back the other way round, so that no
     rank holds more than its own share of the scores.
 

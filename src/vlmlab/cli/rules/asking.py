@@ -63,8 +63,10 @@ def parts_of(node: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def objectives_of(cfg: Config, stage: Mapping[str, Any]) -> list[str]:
-    """The classes of a stage's objectives."""
-    return classes_in(stage.get("objective") or cfg.get("objective"))
+    """The classes of a stage's objectives; what these are made of themselves is left out."""
+    node = stage.get("objective") or cfg.get("objective")
+    several = [node] if class_of(node) or not isinstance(node, Mapping) else list(node.values())
+    return [target for target in map(class_of, several) if target]
 
 
 def declaring(name: str, cfg: Config, stage: Mapping[str, Any]) -> list[str]:

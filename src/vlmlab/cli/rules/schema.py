@@ -37,6 +37,7 @@ CausalLanguageModel = Annotated[Mapping[str, Any], Part("CausalLanguageModel")]
 Mask = Annotated[Mapping[str, Any], Part("Mask")]
 Metric = Annotated[Mapping[str, Any], Part("Metric")]
 Objective = Annotated[Mapping[str, Any], Part("Objective")]
+PairHead = Annotated[Mapping[str, Any], Part("PairHead")]
 SampleSource = Annotated[Mapping[str, Any], Part("SampleSource")]
 TextTower = Annotated[Mapping[str, Any], Part("TextTower")]
 
@@ -147,6 +148,7 @@ class DualEncoder(TypedDict, total=False):
     parallel: bool
     scale: Positive
     bias: float | None
+    head: PairHead | None
 
 
 class Preset(TypedDict):
