@@ -46,6 +46,7 @@ from vlmlab.engine.weights import (
     build_objectives,
     check_adapter,
     check_fusion_learns,
+    check_paths,
     mixed_in,
     plain_key,
 )
@@ -225,6 +226,7 @@ def _train(run: Run) -> dict[str, Any] | None:
             if kinds[later.index].build is build:
                 check_layers(_trainee(run, build).model, later)
                 check_adapter(_trainee(run, build).model, later)
+                check_paths(_trainee(run, build).model, later)
         ready = ready and run.weights(stage).is_file()
         if not ready and build in run.finished:  # weights of the stages before, under their own adapters' names
             run.load(build)

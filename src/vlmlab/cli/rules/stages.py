@@ -16,9 +16,11 @@ from vlmlab.cli.rules.asking import (
     in_the_sequence,
     objectives_of,
     sees_nothing,
+    trained_by,
     value_at,
 )
 from vlmlab.cli.rules.declared import declared, offers
+from vlmlab.contracts.values import shown
 from vlmlab.runs.trust import source_of
 
 LANGUAGE = ("vlmlab.engine.alignment.AlignmentModule", "vlmlab.engine.instruction.InstructionTuningModule")
@@ -109,7 +111,7 @@ def objectives_with_weights(cfg: Config, choices: Choices) -> str | None:
     for name, stage in each_stage(cfg):
         train = stage.get("train") or {}
         for target in objectives_of(cfg, stage):
-            if train.get("objective") is None and offers(target, "attach"):
+            if "objective" not in trained_by(stage) and offers(target, "attach"):
                 plus = "" if "objective" in train else "+"
                 return (
                     f"recipe.stages.{name} has {called(target, cfg, choices)}, which has weights of its own, and "
@@ -121,9 +123,10 @@ def objectives_with_weights(cfg: Config, choices: Choices) -> str | None:
 def loss_for_the_lm(cfg: Config, choices: Choices) -> str | None:
     """A stage that trains the LM has an objective that reaches it."""
     for name, stage in each_stage(cfg):
-        rate, targets = (stage.get("train") or {}).get("lm"), objectives_of(cfg, stage)
-        if rate is not None and targets and all(declared(target, "reaches_lm") is False for target in targets):
+        targets = objectives_of(cfg, stage)
+        if "lm" in trained_by(stage) and targets and all(declared(target, "reaches_lm") is False for target in targets):
             objectives = " and ".join(called(target, cfg, choices) for target in targets)
+            rate = shown(stage["train"].get("lm"))
             return (
                 f"recipe.stages.{name}.train.lm={rate} trains the LM, whose layers get no gradient from {objectives}; "
                 "put objective lm beside it (as conf/recipe/cg_vlm.yaml does), or set "
@@ -198,13 +201,11 @@ def contrastive_towers(cfg: Config, choices: Choices) -> str | None:
 
 def something_to_train(cfg: Config, choices: Choices) -> str | None:
     """Without vision (fusion=none) only the LM can learn; stages that train the vision side alone are skipped."""
-    learns = any((stage.get("train") or {}).get("lm") is not None for _, stage in each_stage(cfg))
+    learns = any("lm" in trained_by(stage) for _, stage in each_stage(cfg))
     if sees_nothing(cfg) and not learns:
         only = f"fusion={choices.get('fusion')} leaves only the LM"
         return f"{only} and no stage of the recipe trains lm; choose another fusion or recipe"
-    trains = {
-        part for _, stage in each_stage(cfg) for part, rate in (stage.get("train") or {}).items() if rate is not None
-    }
+    trains = {part for _, stage in each_stage(cfg) for part in trained_by(stage)}
     weighted = value_at(cfg, "encoder.features") is not None or value_at(cfg, "encoder.newline")
     tower = class_of(cfg.get("encoder"))
     if all(declared(target, "has_weights") is False for target in classes_in(cfg.get("fusion"))):
