@@ -136,7 +136,7 @@ def loss_for_the_lm(cfg: Config, choices: Choices) -> str | None:
 
 
 def towers_to_adapt(cfg: Config, choices: Choices) -> str | None:
-    """``adapter.parts`` names towers that this composition has; found before the stages without adapter are trained."""
+    """``adapter.parts`` names parts that this composition has; found before the stages without adapter are trained."""
     for name, stage in each_stage(cfg):
         adapter = stage.get("adapter", cfg.get("adapter"))
         parts = adapter.get("parts") if isinstance(adapter, Mapping) else None
@@ -147,8 +147,15 @@ def towers_to_adapt(cfg: Config, choices: Choices) -> str | None:
         if declared(kind, "lm_only") is True and parts != ["lm"]:
             chosen = choice_of("adapter", kind)
             return f"{where}={parts} and adapter={chosen} is read by the LM alone; set adapter.parts=[lm]"
-        if "encoder" in parts and sees_nothing(cfg):
-            return f"{where}={parts} and fusion={choices.get('fusion')} leaves no encoder; set adapter.parts=[lm]"
+        if declared(kind, "towers_only") is True and (others := sorted({*parts} - {"lm", "encoder"})):
+            chosen = choice_of("adapter", kind)
+            return f"{where}={parts} and adapter={chosen} wraps lm and encoder alone; take out {' and '.join(others)}"
+        gone = [part for part in ("encoder", "connector") if part in parts]
+        if gone and sees_nothing(cfg):
+            return f"{where}={parts} and fusion={choices.get('fusion')} leaves no {gone[0]}; set adapter.parts=[lm]"
+        bare = all(declared(target, "has_weights") is False for target in classes_in(cfg.get("fusion")))
+        if "fusion" in parts and bare:
+            return f"{where}={parts} and fusion={choices.get('fusion')} has no weights; take out fusion"
     return None
 
 
