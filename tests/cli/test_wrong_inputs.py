@@ -109,7 +109,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     "train evaluation.lookup_samples=0": (2, r"evaluation.lookup_samples=0 is not possible; .* 1, or null"),
     "train evaluation.baselines=[blind]": (2, r"evaluation.baselines=.*blind.* is .*shuffled or no_image"),
     "train collate.pack_length=-1": (2, r"collate.pack_length=-1 is not possible"),
-    "train collate.questions=forest": (2, r"questions=forest is unknown; choose one of conversation, rows, tree"),
+    "train collate.questions=forest": (2, r"questions=forest is unknown; choose .* conversation, rows, tree, whole"),
     "train evaluation.share_images=often": (2, r"evaluation.share_images=often is not possible; give true or false"),
     f"{JOINT}collate.questions=tree objective=asvr +{STAGE}.train.objective=1e-3": (
         2, r"joint has objective=asvr, which counts images, and collate.questions=tree .* set collate.questions=rows",

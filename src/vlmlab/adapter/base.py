@@ -52,7 +52,8 @@ def inject(config: PeftConfig, part: nn.Module, name: str) -> nn.Module:
         found = [re.escape(path) for path, _ in select(part, targets)]
         if not found:
             raise UserError(_nothing(part, targets))
-        config.target_modules = "|".join(found)
+        described: Any = config
+        described.target_modules = "|".join(found)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant

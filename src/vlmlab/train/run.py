@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -51,8 +51,9 @@ from vlmlab.engine.weights import (
     plain_key,
 )
 from vlmlab.model.build import build_cache
-from vlmlab.model.questions import questions_line
+from vlmlab.model.questions import questions_line, read_questions
 from vlmlab.model.vlm import VLM
+from vlmlab.recipe.preset import deviations
 from vlmlab.recipe.stage import Stage, check_divides, drawn_from, parse
 from vlmlab.runs.files import write_atomic, write_json
 from vlmlab.runs.folder import RunFolder
@@ -211,6 +212,8 @@ def _train(run: Run) -> dict[str, Any] | None:
     if cfg.logger.name == "wandb" and run.writes:
         run.loggers.append(wandb_logger(cfg, run.folder))
 
+    for text in deviations(cfg):
+        run.say(f"note: {text}")
     if not any(run.folder.path.glob("stages/*/*")):
         _foresee(run, kinds[stages[-1].index].build)
     ready = True
@@ -322,8 +325,7 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSo
         run.say("nothing to train here: skipped" if stage.steps else f"{stage.key('steps')}=0: left out")
     else:
         module = kind(trainee.model, stage, trainee.objectives, trainee.rates)
-        if run.writes and (line := questions_line(cfg, trainee.model, prompt, source)) is not None:  # type: ignore[arg-type]
-            run.say(line)
+        _say_questions(run, trainee, prompt, source)
         if run.shards:
             module.shard = partial(trainee.shard, run.precision.half)
         skips = Skips(cfg, stage, source, run.folder.path, run.writes)
@@ -352,6 +354,13 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSo
         write_json(home / "stage.json", facts, durable=True)
         trainee.save(run.weights(stage), stage, cfg, run.stamps[stage.name])
         _drop_begun(run, stage)
+
+
+def _say_questions(run: Run, trainee: Trainee, prompt: Any, source: SampleSource) -> None:
+    if not run.writes or not isinstance(trainee.model, VLM):
+        return
+    if (line := questions_line(run.cfg, trainee.model, prompt, source)) is not None:
+        run.say(line)
 
 
 def _drop_begun(run: Run, stage: Stage) -> None:
@@ -603,10 +612,24 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
     for logger in run.loggers:
         if not isinstance(logger, RunLogger):
             logger.log_metrics({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
-    result = run.folder.finish(metrics, costs, None if unscored is None else unscored.failed)
+    failed = None if unscored is None else unscored.failed
+    result = run.folder.finish(metrics, costs, failed, notes=_notes(run, stages, kinds))
     if unscored is not None:
         raise unscored
     return result
+
+
+def _notes(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]]) -> list[str]:
+    """Where the preset deviates from its paper, and the stages that asked questions one by one of themselves."""
+    found = deviations(run.cfg)
+    for stage in stages:
+        kind = kinds[stage.index]
+        model, prompt = run.trainees[kind.build].model, cast(Any, stage.prompt or kind.prompt)
+        if isinstance(model, VLM) and stage.steps:
+            questions, why = read_questions(run.cfg, model, prompt)
+            if questions == "rows" and why:
+                found.append(f"stage {stage.name} asked one question a row, since {why}")
+    return found
 
 
 def _benchmarks(model: nn.Module, cfg: DictConfig, folder: Path) -> dict[str, Any]:
