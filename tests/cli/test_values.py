@@ -154,7 +154,7 @@ WRONG: list[tuple[str, Any]] = [
     ("lm.chat_template", 3),
     *(("adapter.r", value) for value in (0, -1, "x", 2.5)),
     *(("adapter.lr", value) for value in (-1, INF, "x")),
-    ("adapter.parts", ["connector"]),
+    ("adapter.parts", ["pair"]),
     ("adapter.targets", 3),
     ("adapter.targets", []),
     ("adapter.parts", []),

@@ -262,6 +262,33 @@ def test_what_reads_the_question_asks_one_a_row() -> None:
         line = questions_line(settings("tree"), model, "chat", SAMPLES)
         assert line == f"note: collate.questions=tree: one question a row here, since {why}"
         assert read_questions(settings("rows"), model, "chat") == ("rows", "")
+        split = isinstance(model.mask, Bidirectional)
+        for unsaid in (None, "conversation"):
+            assert read_questions(settings(unsaid), model, "chat") == (("rows", why) if split else ("conversation", ""))
+            line = questions_line(settings(unsaid), model, "chat", SAMPLES)
+            said = f"note: collate.questions=conversation: one question a row here, since {why}"
+            assert line == (f"{said}; collate.questions=whole keeps conversations" if split else None)
+            assert read_questions(settings(unsaid), model, "plain") == ("conversation", "")
+        assert read_questions(settings("whole"), model, "chat") == ("conversation", "")
+        assert questions_line(settings("whole"), model, "chat", SAMPLES) is None
+
+
+@torch.no_grad()
+def test_a_connector_that_reads_the_question_reads_the_one_that_it_answers() -> None:
+    """Of a conversation it reads the first question; split, each row is what a benchmark asks."""
+    *_, (model, _) = reading()
+    tiny.spread(model.connector, seed=2)
+    whole, split = (build_collator(settings(kind), model, "chat")([QUESTIONS]) for kind in ("whole", None))
+    assert whole.instructions().shape[0] == 1 and len(split.images) == len(QUESTIONS.turns)
+    alone = [build_collator(settings(None), model, "chat").ask([one]) for one in asked_apart(QUESTIONS)]
+    tokens = model.see(split).tokens
+    assert tokens is not None
+    for k, asked in enumerate(alone):
+        own = model.see(asked).tokens
+        assert own is not None and tiny.worst(tokens[k], own[0]) < 1e-5
+    first = model.see(whole).tokens
+    assert first is not None and tiny.worst(first[0], tokens[0]) < 1e-5
+    assert tiny.worst(first[0], tokens[1]) > 1e-4
 
 
 def test_what_is_said_of_the_data() -> None:

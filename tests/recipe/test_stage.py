@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.recipe.stage import Stage, parse
+from vlmlab.recipe.stage import Stage, leads, parse
 
 
 def config(**stage):
@@ -52,6 +52,10 @@ def test_null_turns_off_what_has_an_off_choice():
     [
         ({"train": {"conector": 1e-3}}, "train.conector"),
         ({"train": {}}, "train"),
+        ({"train": {"connector": {"out": None}}}, "train"),
+        ({"train": {"connector.": 1e-3}}, "train.connector"),
+        ({"train": {"connector.out": "fast"}}, "train.connector.out"),
+        ({"train": {"brain.out": 1e-3}}, "train.brain"),
         ({"train": {"lm": None}}, "train"),
         ({"train": {"lm": "fast"}}, "train.lm"),
         ({"train": {"lm": -1.0}}, "train.lm"),
@@ -133,3 +137,38 @@ def test_layers_and_mix():
     (stage,) = parse(config(**keys, mix={"run": "a/run"}))
     assert stage.layers == {"lm": (-2, -1)} and stage.layer_decay == 0.9
     assert stage.mix == {"run": "a/run", "share": 0.5, "stage": "one"}
+
+
+def test_paths_inside_parts_may_be_nested_or_dotted():
+    (stage,) = parse(
+        config(train={"connector": {"out": 1e-3, "qformer": None}, "lm.**.self_attn": 2e-3, "encoder": None})
+    )
+    assert stage.train == {"connector.out": 1e-3, "connector.qformer": None, "lm.**.self_attn": 2e-3}
+    assert stage.rates == {"connector.out": 1e-3, "lm.**.self_attn": 2e-3}
+    assert [stage.trains(part) for part in ("connector", "lm", "encoder")] == [True, True, False]
+    assert stage.deciding("lm", "lm.model.layers.0.self_attn.q_proj.weight") == "lm.**.self_attn"
+    assert stage.deciding("lm", "lm.model.layers.0.mlp.up_proj.weight") is None
+    assert stage.deciding("lm.base", "lm.model.layers.0.self_attn.q_proj.weight") is None
+
+
+def test_the_longest_path_decides():
+    (stage,) = parse(config(train={"connector": 1e-3, "connector.out": 1e-4, "connector.out.bias": None}))
+    names = ("connector.in.weight", "connector.out.weight", "connector.out.bias", "connector.outer.bias")
+    found = [stage.deciding("connector", name) for name in names]
+    assert found == ["connector", "connector.out", "connector.out.bias", "connector"]
+    assert stage.rates == {"connector": 1e-3, "connector.out": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("path", "leads_to", "not_to"),
+    [
+        ("lm.layers.*.mlp", "layers.3.mlp.up.weight", "layers.3.self_attn.q.weight"),
+        ("lm.layers.1?", "layers.12.mlp.up.weight", "layers.1.mlp.up.weight"),
+        ("lm.**.*_proj.bias", "a.b.q_proj.bias", "a.b.q_proj.weight"),
+        ("lm.**", "a.b", None),
+        ("lm.**.norm", "norm.weight", "abnorm.weight"),
+    ],
+)
+def test_wildcards(path, leads_to, not_to):
+    assert leads(path, leads_to.split("."))
+    assert not_to is None or not leads(path, not_to.split("."))

@@ -1,6 +1,8 @@
+import re
+
 import pytest
 import torch
-from fake_lab import config, run
+from fake_lab import FakeVLM, config, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -133,3 +135,43 @@ def test_broken_data_stops_with_its_own_sentence(tmp_path):
     cfg = config(data__train__short__broken=7, trainer__workers=2, recipe__stages__align__steps=50)
     with pytest.raises(DataError, match=r"^row 7 is broken; mend it\.$"):
         run(cfg, tmp_path)
+
+
+PATHS = {"lm": 1e-3, "lm.mix": None, "lm.head": 1e-2, "connector.bias": 1e-3}
+
+
+def test_only_the_paths_that_train_move_and_the_rest_is_proved(tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    align, tune = "recipe__stages__align__train", "recipe__stages__tune__train"
+    run(config(**{align: {"connector": {"weight": 1e-2}}, tune: PATHS}), tmp_path)
+    first, second = (load_file(tmp_path / "stages" / n / "model.safetensors") for n in ("0_align", "1_tune"))
+    new = FakeVLM(**config().fake)
+    assert torch.equal(first["connector.weight"], second["connector.weight"])
+    assert not torch.equal(first["connector.bias"], second["connector.bias"])
+    before = {name: p for name, p in new.named_parameters() if name.startswith("lm.")}
+    assert {name for name in second if name.startswith("lm.")} == {"lm.embed.weight", "lm.head.weight", "lm.head.bias"}
+    assert all(not torch.equal(second[n], before[n]) for n in ("lm.embed.weight", "lm.head.weight", "lm.head.bias"))
+    rows = [row for row in RunFolder(tmp_path).metrics() if row["stage"] == "tune" and "loss" in row]
+    assert rows[0]["lr/lm.head"] == pytest.approx(10 * rows[0]["lr/lm"]) and "lr/lm.mix" not in rows[0]
+    said = capsys.readouterr().out
+    rows = ("connector.weight 64 64 0.01", "connector, the rest 8 - frozen", "lm, the rest 184 184 0.001")
+    for row in (*rows, "lm.mix 432 - frozen", "lm.head 207 207 0.01"):
+        line = re.escape(row).replace(r"\ ", " +")
+        assert re.search(rf"^{line}$", said, re.MULTILINE), row
+
+
+def test_a_frozen_rest_of_a_part_that_changes_fails_the_run(tmp_path):
+    changes = {"fake__drift": True, "recipe__stages__align__steps": 0}
+    with pytest.raises(UserError, match=r"stage tune: frozen weights changed \(encoder\.0\.weight\)"):
+        run(config(recipe__stages__tune__train={"encoder": {"1": 1e-3}, "lm": 1e-3}, **changes), tmp_path)
+
+
+def test_a_path_that_leads_nowhere_says_what_there_is(tmp_path):
+    for train, sentence in (
+        ({"lm": {"had": 1e-3}}, r"tune.train.lm.had leads to no weight; in lm there is embed, mix, head\."),
+        ({"lm.head.wait": 1e-3}, r"tune.train.lm.head.wait leads to no weight; in lm.head there is weight, bias\."),
+        ({"lm.**.wait": 1e-3}, r"tune.train.lm.\*\*.wait leads to no weight; in lm there is embed, mix, head\."),
+    ):
+        with pytest.raises(UserError, match=rf"^recipe.stages.{sentence}$"):
+            run(config(recipe__stages__tune__train=train), tmp_path / str(len(sentence)))

@@ -74,6 +74,18 @@ def test_a_signal_saves_and_loses_nothing(tmp_path, monkeypatch, uninterrupted, 
     assert not list(tmp_path.glob("stages/*/last.ckpt"))
 
 
+def test_stages_that_train_paths_inside_parts_go_on_too(tmp_path, monkeypatch):
+    paths = {"lm": 1e-3, "lm.mix": None, "lm.head": 1e-2, "connector.bias": 1e-3}
+    cfg = config(recipe__stages__align__train={"connector": {"weight": 1e-2}}, recipe__stages__tune__train=paths)
+    run(cfg, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            run(cfg, tmp_path / "stopped")
+    run(cfg, tmp_path / "stopped")
+    assert end_of(tmp_path / "stopped") == end_of(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(("step", "workers"), [(4, 2), (9, 0)])
 def test_a_killed_run_replays(tmp_path, uninterrupted, step, workers):
     cfg = config(fake__dropout=0.3, trainer__workers=workers)

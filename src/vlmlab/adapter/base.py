@@ -16,6 +16,7 @@ from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
 from vlmlab.contracts.errors import CheckpointError, UserError, listed
 from vlmlab.contracts.parts import Adapter
@@ -41,11 +42,18 @@ def check_name(name: str) -> str:
 
 
 def inject(config: PeftConfig, part: nn.Module, name: str) -> nn.Module:
-    """The tower with peft's adapter in it, under its name; the class of the tower stays.
+    """The part with peft's adapter in it, under its name; the class of the part stays.
 
     Raises:
-        UserError: no module of the tower has such a name.
+        UserError: no module of the part has such a name.
     """
+    targets = getattr(config, "target_modules", None)
+    if targets == ALL_LINEAR and not isinstance(part, PreTrainedModel):  # which peft knows of these alone
+        found = [re.escape(path) for path, _ in select(part, targets)]
+        if not found:
+            raise UserError(_nothing(part, targets))
+        described: Any = config
+        described.target_modules = "|".join(found)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
@@ -54,7 +62,7 @@ def inject(config: PeftConfig, part: nn.Module, name: str) -> nn.Module:
     except ValueError as error:
         if "not found in the base model" not in str(error):
             raise
-        raise UserError(_nothing(part, getattr(config, "target_modules", None))) from error
+        raise UserError(_nothing(part, targets)) from error
 
 
 class Layer(nn.Module, BaseTunerLayer):
@@ -152,7 +160,7 @@ def check_targets(part: nn.Module, targets: str | Sequence[str]) -> None:
 
 def _nothing(part: nn.Module, targets: Any) -> str:
     names = targets if isinstance(targets, str) else listed(sorted(targets or ()))
-    return f"adapter.targets={names} fits no layer of {type(part).__name__}; name layers of that tower."
+    return f"adapter.targets={names} fits no layer of {type(part).__name__}; name layers of that part."
 
 
 # -- switching and merging -------------------------------------------------------------------------------------------

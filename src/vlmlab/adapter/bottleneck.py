@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from vlmlab.adapter.base import Layer, check_name, insert
 from vlmlab.contracts.errors import UserError, listed
 from vlmlab.contracts.parts import Adapter
-from vlmlab.contracts.values import Names, NotNegative, Text, Towers, Width
+from vlmlab.contracts.values import Names, NotNegative, Text, Width, Wrapped
 
 
 class BottleneckAdapter(Adapter):
@@ -20,7 +20,7 @@ class BottleneckAdapter(Adapter):
     (arXiv 2005.00247, section 3); the norm in front is a key of its own.
 
     Args:
-        parts: towers to wrap, of ``lm`` and ``encoder``.
+        parts: what to wrap, of ``lm``, ``encoder``, ``connector`` and ``fusion``.
         width: of the bottleneck.
         targets: ends of the names of the output projections; names that a tower lacks are passed over.
         norm: LayerNorm before W_down.
@@ -31,7 +31,7 @@ class BottleneckAdapter(Adapter):
 
     def __init__(
         self,
-        parts: Towers = ("lm",),
+        parts: Wrapped = ("lm",),
         width: Width = 16,
         targets: Text | Names = ("o_proj", "down_proj"),
         norm: bool = True,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vlmlab.adapter.base import Layer, check_name, insert
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Adapter
-from vlmlab.contracts.values import Drop, Names, Natural, NotNegative, Text, Towers, Width
+from vlmlab.contracts.values import Drop, Names, Natural, NotNegative, Text, Width, Wrapped
 
 
 class CompLoraAdapter(Adapter):
@@ -22,7 +22,7 @@ class CompLoraAdapter(Adapter):
     left as it is.
 
     Args:
-        parts: towers to wrap, of ``lm`` and ``encoder``.
+        parts: what to wrap, of ``lm``, ``encoder``, ``connector`` and ``fusion``.
         r: rank of the update.
         k: protected directions.
         alpha: scale; the update is alpha / r times B A.
@@ -34,7 +34,7 @@ class CompLoraAdapter(Adapter):
 
     def __init__(
         self,
-        parts: Towers = ("lm",),
+        parts: Wrapped = ("lm",),
         r: Width = 4,
         k: Natural = 16,
         alpha: Width = 8,

@@ -7,14 +7,14 @@ from torch import nn
 
 from vlmlab.adapter.base import check_name, inject
 from vlmlab.contracts.parts import Adapter
-from vlmlab.contracts.values import Names, NotNegative, Text, Towers
+from vlmlab.contracts.values import Names, NotNegative, Text, Wrapped
 
 
 class Ia3Adapter(Adapter):
     """peft's IA3 on each named tower: one vector for each target, all ones at first.
 
     Args:
-        parts: towers to wrap, of ``lm`` and ``encoder``.
+        parts: what to wrap, of ``lm``, ``encoder``, ``connector`` and ``fusion``.
         targets: ends of the names of the linear layers; names that a tower lacks are passed over.
         feedforward: those of them whose input is scaled instead of their output.
         lr: learning rate of the adapter wherever a stage trains the wrapped part; null takes the stage's.
@@ -23,7 +23,7 @@ class Ia3Adapter(Adapter):
 
     def __init__(
         self,
-        parts: Towers = ("lm",),
+        parts: Wrapped = ("lm",),
         targets: Names = ("k_proj", "v_proj", "down_proj"),
         feedforward: Names = ("down_proj",),
         lr: NotNegative | None = None,

@@ -8,14 +8,14 @@ from torch import nn
 
 from vlmlab.adapter.base import check_name, inject
 from vlmlab.contracts.parts import Adapter
-from vlmlab.contracts.values import Names, NotNegative, Text, Towers
+from vlmlab.contracts.values import Names, NotNegative, Text, Wrapped
 
 
 class LnTuningAdapter(Adapter):
     """A trained copy of every norm of the tower stands in for it; the original stays.
 
     Args:
-        parts: towers to wrap, of ``lm`` and ``encoder``.
+        parts: what to wrap, of ``lm``, ``encoder``, ``connector`` and ``fusion``.
         targets: ends of the names of the norms; null is every norm.
         lr: learning rate of the adapter wherever a stage trains the wrapped part; null takes the stage's.
         name: of the adapter, where several share one tower.
@@ -23,7 +23,7 @@ class LnTuningAdapter(Adapter):
 
     def __init__(
         self,
-        parts: Towers = ("lm",),
+        parts: Wrapped = ("lm",),
         targets: Names | None = None,
         lr: NotNegative | None = None,
         name: Text = "default",

@@ -9,14 +9,14 @@ from torch import nn
 from vlmlab.adapter.base import check_name, inject, layers
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Adapter
-from vlmlab.contracts.values import Drop, Names, NotNegative, Positive, Text, Towers, Width
+from vlmlab.contracts.values import Drop, Names, NotNegative, Positive, Text, Width, Wrapped
 
 
 class LoraAdapter(Adapter):
-    """peft's LoRA on each named tower; the tower's own weights stay frozen and the stage trains the adapter instead.
+    """peft's LoRA in each named part; the part's own weights stay frozen and the stage trains the adapter instead.
 
     Args:
-        parts: towers to wrap, of ``lm`` and ``encoder``.
+        parts: what to wrap, of ``lm``, ``encoder``, ``connector`` and ``fusion``.
         r: rank.
         alpha: scale; the update is alpha / r times B A.
         dropout: on the adapter's input.
@@ -34,7 +34,7 @@ class LoraAdapter(Adapter):
 
     def __init__(
         self,
-        parts: Towers = ("lm",),
+        parts: Wrapped = ("lm",),
         r: Width = 16,
         alpha: Width = 32,
         dropout: Drop = 0.0,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vlmlab.adapter.base import Layer, check_name, insert
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Adapter
-from vlmlab.contracts.values import Drop, Names, NotNegative, Positive, Text, Towers, Width
+from vlmlab.contracts.values import Drop, Names, NotNegative, Positive, Text, Width, Wrapped
 from vlmlab.lm.inside import LayerPorts, open_ports
 
 GROUPS = 2
@@ -37,10 +37,11 @@ class MmaAdapter(Adapter):
     """
 
     one_tower = True
+    towers_only = True
 
     def __init__(
         self,
-        parts: Towers = ("lm",),
+        parts: Wrapped = ("lm",),
         width: Width = 8,
         temperature: Positive = 10.0,
         scale: NotNegative = 1.0,

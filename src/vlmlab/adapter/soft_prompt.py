@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from vlmlab.adapter.base import Layer, check_name, insert
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Adapter
-from vlmlab.contracts.values import NotNegative, Text, Towers, Width
+from vlmlab.contracts.values import NotNegative, Text, Width, Wrapped
 
 
 class SoftPromptAdapter(Adapter):
@@ -32,7 +32,7 @@ class SoftPromptAdapter(Adapter):
     in_layers = False
 
     def __init__(
-        self, parts: Towers = ("lm",), length: Width = 8, lr: NotNegative | None = None, name: Text = "default"
+        self, parts: Wrapped = ("lm",), length: Width = 8, lr: NotNegative | None = None, name: Text = "default"
     ) -> None:
         if tuple(parts) != ("lm",):
             raise UserError(f"adapter.parts={list(parts)}: soft prompts are read by the LM; set it to [lm].")

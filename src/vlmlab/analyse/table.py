@@ -165,7 +165,7 @@ def final_table(result: Mapping[str, Any], folder: Path | None = None, config: M
         lines = ["no metrics", ""]
     if intervals:
         lines += [*textwrap.wrap(OF_ONE_MODEL, terminal_width(), subsequent_indent="  "), ""]
-    return "\n".join([*lines, *_cost_lines(result)])
+    return "\n".join([*lines, *_cost_lines(result), *_note_lines(result)])
 
 
 def _intervals(
@@ -176,6 +176,12 @@ def _intervals(
     from vlmlab.analyse.answers import intervals_over_questions  # numpy and scipy, which no other table needs
 
     return intervals_over_questions(folder, metrics, config)
+
+
+def _note_lines(result: Mapping[str, Any]) -> list[str]:
+    notes = result.get("notes")
+    found = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+    return [line for note in found for line in textwrap.wrap(f"note: {note}", terminal_width(), subsequent_indent="  ")]
 
 
 def _cost_lines(result: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from vlmlab.contracts.errors import UserError, listed
 from vlmlab.contracts.terminal import tell
 from vlmlab.data.overlap import reads
 from vlmlab.plan.devices import DEVICES, Device
+from vlmlab.recipe.preset import deviations
 from vlmlab.recipe.stage import parse
 from vlmlab.runs.files import check_place, write_json
 
@@ -60,7 +61,8 @@ def plan_command(cfg: DictConfig) -> None:
     found = plan(cfg, settings)
     if not found:
         raise UserError("recipe.stages trains nothing: no part named in train has weights in this composition.")
-    tell("\n".join([*lines(found, settings), *generated(cfg, lengths)]))
+    told = [f"note: {text}" for text in deviations(cfg)]
+    tell("\n".join([*lines(found, settings), *told, *generated(cfg, lengths)]))
     if cfg.out is not None:
         write_json(Path(str(cfg.out)), as_json(found, settings))
         tell(f"\n{cfg.out}")
@@ -154,6 +156,7 @@ def _gb(number: float) -> str:
 
 def _notes(found: Sequence[StagePlan], settings: Settings) -> list[str]:
     notes = [f"{s.name}: lengths {s.measured}" for s in found]
+    notes += [f"{s.name}: one question a row, since {s.apart}" for s in found if s.apart]
     if not all(s.own_tokenizer for s in found):
         notes.append(
             "the LM's tokenizer is not here: measured lengths are in tokens of the embedded LM, which needs more"

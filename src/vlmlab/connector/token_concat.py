@@ -38,7 +38,8 @@ class TokenConcatConnector(Connector):
         """(I, M, D) visual tokens; the instruction is not used."""
         features = torch.cat(visual.grids, -1)  # (I, N, Dv)
         tokens = self._tokens(features.shape[1])
-        return self.proj(features.reshape(-1, tokens, self.proj.in_features))  # (I, M, g * Dv) -> (I, M, D)
+        joined = features.reshape(len(features), tokens, features.shape[1] // tokens * features.shape[2])
+        return self.proj(joined)  # (I, M, g * Dv) -> (I, M, D)
 
     def _tokens(self, features: int) -> int:
         if features % self.group:

@@ -461,15 +461,16 @@ class Objective(Protocol):
 
 
 class Adapter(ABC):
-    """Wraps towers in small trainable parts.
+    """Wraps parts of a model, towers or what aligns them, in small trainable ones.
 
     Attributes:
-        parts: names of the towers it wraps.
+        parts: names of the parts it wraps.
         name: of the adapter; several share one tower under names of their own.
         lr: learning rate wherever a stage trains such a part; None takes the stage's.
         prompt_tokens: positions it wants before every sample; the collator writes the ids -1, -2, ... there.
         alone: whether it changes the tower's own weights, so that no second adapter can share them.
         lm_only: whether the LM alone can have it.
+        towers_only: whether it wraps transformers towers alone, the LM or the encoder.
         one_tower: whether it wraps an encoder only where that is a single transformers tower.
         in_layers: whether its weights lie in the tower's layers.
     """
@@ -480,12 +481,13 @@ class Adapter(ABC):
     prompt_tokens: int = 0
     alone: bool = False
     lm_only: ClassVar[bool] = False
+    towers_only: ClassVar[bool] = False
     one_tower: ClassVar[bool] = False
     in_layers: ClassVar[bool] = True
 
     @abstractmethod
     def wrap(self, part: Any) -> Any:
-        """The tower with its adapter; equal to the tower before the first update."""
+        """The part with its adapter; equal to the part before the first update."""
 
     def ratios(self, part: nn.Module) -> dict[nn.Parameter, float]:
         """Parameters whose learning rate is a multiple of `lr`, with that multiple."""

@@ -65,7 +65,7 @@ Levels = Literal["auto"] | Annotated[Sequence[float], Len(2, 2)]
 """Black and white of an image."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Towers = Annotated[Sequence[Literal["lm", "encoder"]], MinLen(1)]
+Wrapped = Annotated[Sequence[Literal["lm", "encoder", "connector", "fusion"]], MinLen(1)]
 """What an adapter wraps."""
 
 

@@ -118,7 +118,7 @@ def decayed(model: Any, stage: Stage) -> dict[int, float]:
     """
     if stage.layer_decay == 1.0:
         return {}
-    modules = [getattr(model, part, None) for part in LAYERED if part in stage.train]
+    modules = [getattr(model, part, None) for part in LAYERED if stage.trains(part)]
     found = [place for module in modules if module is not None for place in places(module).items()]
     return {parameter: stage.layer_decay ** (depth - 1 - layer) for parameter, (layer, depth) in found}
 

@@ -91,7 +91,7 @@ class StageModule(L.LightningModule):
         model: a ``VLM`` or ``DualEncoder``; the same object in all stages that share it.
         stage: what trains, how fast and for how long.
         objectives: the losses, by name.
-        rates: learning rate of every part that trains (the stage's, or its adapter's own).
+        rates: learning rate of what trains, by the key of ``train`` (the stage's, or its adapter's own).
 
     Attributes:
         prompt: how captions are asked for where the stage does not say: "plain" or "chat".
@@ -144,14 +144,15 @@ class StageModule(L.LightningModule):
             self.shard(self.device_mesh["data_parallel"])
 
     def trained(self) -> Iterator[tuple[str, str, nn.Parameter]]:
-        """``(name, part, parameter)`` of everything this stage trains, in a fixed order."""
+        """``(name, key of train, parameter)`` of everything this stage trains, in a fixed order."""
         for part, named in self.model.parts().items():  # type: ignore[operator]
             for name, parameter in named:
-                if part in self.rates and parameter.requires_grad:  # of a part in a range of layers, only those
-                    yield name, part, parameter
+                key = self.stage.deciding(part, name)
+                if key in self.rates and parameter.requires_grad:  # of a part in a range of layers, only those
+                    yield name, key, parameter
 
     def configure_optimizers(self) -> Optimizer:
-        """Groups by part: matrices with weight decay, vectors without (and what a fusion asks to leave alone)."""
+        """Groups by key of ``train``: matrices with weight decay; vectors, and what a fusion asks for, without."""
         ratios: Mapping[str, float] = getattr(self.model, "ratios", dict)()  # an adapter's, as in LoRA+
         by_layer = decayed(self.model, self.stage)
         hidden = hidden_matrices(self.model) if self.stage.optimizer == "muon" else set()

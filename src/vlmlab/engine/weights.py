@@ -23,7 +23,7 @@ from vlmlab.engine.shards import shard
 from vlmlab.engine.stage import check_objectives
 from vlmlab.engine.stamp import CHECKSUM, RUN, Stamp, check_whole, checksum
 from vlmlab.mask.leak import check_mask
-from vlmlab.recipe.stage import Stage
+from vlmlab.recipe.stage import Stage, leads
 from vlmlab.runs.files import placing, share
 from vlmlab.runs.renamed import with_present_names
 from vlmlab.runs.withheld import stored
@@ -42,7 +42,7 @@ class Trainee:
         model: a ``VLM`` or ``DualEncoder``.
 
     Attributes:
-        rates: learning rate of every part that trains in the stage entered last.
+        rates: learning rate of what trains in the stage entered last, by the key of its ``train``.
         adapted: parts that its adapter wraps.
         objectives: the losses of that stage, by name.
     """
@@ -52,6 +52,7 @@ class Trainee:
         self.rates: dict[str, float] = {}
         self.adapted: tuple[str, ...] = ()
         self.objectives: dict[str, Objective] = {}
+        self._parts: set[str] = set()  # those that the stage trains, or something in them
         self._ever: dict[int, nn.Parameter] = {}  # by identity: an adapter renames the weights it wraps
         self._begun: dict[int, nn.Parameter] = {}  # those that came from an earlier run, likewise
 
@@ -68,23 +69,32 @@ class Trainee:
         self.adapted = tuple(getattr(adapter, "parts", ()))
         if self.adapted:
             model.set_adapter(adapter)
-        self.rates = dict(stage.train)
+        self.rates = stage.rates
         if (own := getattr(adapter, "lr", None)) is not None:
-            self.rates |= {part: float(own) for part in self.adapted if part in stage.train}
+            self.rates |= {path: float(own) for path in self.rates if path.split(".")[0] in self.adapted}
+        check_paths(model, stage)
         model.requires_grad_(False)
         for part, named in model.parts().items():
-            if part in self.rates:
+            if stage.trains(part):
                 self._thaw(part, named, stage)
+        self._parts = {part for part in model.parts() if stage.trains(part)}
         _set_modes(model)
 
     def _thaw(self, part: str, named: list[tuple[str, nn.Parameter]], stage: Stage) -> None:
-        """Let a part train, or the layers of it that the stage names.
+        """Let a part train, or the paths and layers of it that the stage names.
 
         Raises:
-            UserError: these layers hold nothing of it, as with an adapter that is not in the layers.
+            UserError: these hold nothing of it, as with an adapter that is not in the layers.
         """
         inside = chosen(self.model, stage, part)
-        trained = [parameter for _, parameter in named if inside is None or id(parameter) in inside]
+        meant = [parameter for name, parameter in named if stage.deciding(part, name) in self.rates]
+        if named and not meant:
+            paths = listed(path for path in self.rates if path.split(".")[0] == part)
+            raise UserError(
+                f"{stage.key('train')}: {paths} leads to no weight that can train, since the {part}'s adapter has none "
+                f"there; give a rate to {part}, or choose other adapter.targets."
+            )
+        trained = [parameter for parameter in meant if inside is None or id(parameter) in inside]
         if named and not trained:
             raise UserError(f"{stage.key('layers')}.{part} names layers without any weight to train; leave it out.")
         for parameter in trained:
@@ -100,7 +110,7 @@ class Trainee:
         """
         model: Any = self.model
         own = {name: objective for name, objective in self.objectives.items() if isinstance(objective, nn.Module)}
-        if own and "objective" not in stage.train:
+        if own and not stage.trains("objective"):
             raise UserError(
                 f"{stage.key('objective')} has weights of its own ({listed(own)}) and {stage.key('train')} gives "
                 "them no learning rate; add train.objective."
@@ -121,7 +131,26 @@ class Trainee:
     def trained(self) -> dict[str, nn.Parameter]:
         """What the present stage trains, by name."""
         parts: Mapping[str, list[tuple[str, nn.Parameter]]] = self.model.parts()  # type: ignore[operator]
-        return {n: p for part, named in parts.items() if part in self.rates for n, p in named if p.requires_grad}
+        return {n: p for part, named in parts.items() if part in self._parts for n, p in named if p.requires_grad}
+
+    def table(self, stage: Stage) -> list[tuple[str, int, int, float | None]]:
+        """Part, or path inside one, with its weights, those that train, and their learning rate.
+
+        What no path of a part leads to has a line of its own, "<part>, the rest".
+        """
+        lines = []
+        for part, named in self.model.parts().items():  # type: ignore[operator]
+            decided: dict[str | None, list[nn.Parameter]] = {}
+            for name, parameter in named:
+                decided.setdefault(stage.deciding(part, name), []).append(parameter)
+            for path in [part, None, *(path for path in stage.train if path != part)]:
+                if path in decided:
+                    sizes = [(p.numel(), p.numel() if p.requires_grad else 0) for p in decided[path]]
+                    alone = len(decided) == 1 and path in (part, None)
+                    shown = path if path not in (part, None) else part if alone else f"{part}, the rest"
+                    total, trains = (sum(size) for size in zip(*sizes, strict=True))
+                    lines.append((str(shown), total, trains, self.rates.get(path or "") if trains else None))
+        return lines
 
     def live(self) -> dict[str, Tensor]:
         """What the present stage may change: trained weights and the buffers of modules that hold any."""
@@ -354,11 +383,36 @@ def check_fusion_learns(model: Any, stages: Sequence[Stage]) -> None:
         UserError: the fusion has weights and no stage trains them.
     """
     size = sum(parameter.numel() for _, parameter in model.parts().get("fusion", ()))
-    if size and not any("fusion" in stage.train for stage in stages):
+    if size and not any(stage.trains("fusion") for stage in stages):
         raise UserError(
             f"{stages[-1].key('train')}: the fusion has {size:,} weights and no stage trains them, so that it would "
             f"stay as it starts; add +{stages[-1].key('train')}.fusion=1e-3."
         )
+
+
+def check_paths(model: Any, stage: Stage) -> None:
+    """Refuse a path of a stage's ``train`` that leads to no weight of the model, also where its stage is far away.
+
+    A part without any weight in this composition is passed over, as it is where it trains whole.
+
+    Raises:
+        UserError: naming the path and what there is in its place.
+    """
+    parts = model.parts()
+    for path in stage.train:
+        part, *names = path.split(".")
+        weights = [*parts.get(part, ()), *parts.get(f"{part}{BASE}", ())]
+        within = [name.split(".")[1:] for name, _ in weights]
+        if not names or not within or any(leads(path, weight) for weight in within):
+            continue
+        known = part
+        for name in names:
+            if name == "**" or not any(leads(f"{known}.{name}", weight) for weight in within):
+                break
+            known += f".{name}"
+        depth = known.count(".")
+        there = dict.fromkeys(w[depth] for w in within if len(w) > depth and leads(known, w))
+        raise UserError(f"{stage.key('train')}.{path} leads to no weight; in {known} there is {listed(there, 200)}.")
 
 
 def check_adapter(model: Any, stage: Stage) -> None:

@@ -12,7 +12,7 @@ The weights of blocks belong to ``model.fusion``; a port holds a plain reference
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -159,6 +159,23 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
     layers: Any = getattr(model.base_model, "layers", ())
     found = (block for layer in layers if isinstance(layer, PortedLayer) for block in layer.ports.blocks())
     return list({id(block): block for block in found if isinstance(block, nn.Module)}.values())
+
+
+def exchange(model: PreTrainedModel, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Let other modules stand at the ports in the place of those that fusions have put there, as around them.
+
+    Args:
+        model: the LM; nothing is done where it has no ports.
+        new: old module -> new module.
+    """
+    layers: Any = getattr(model.base_model, "layers", ())
+    for site in (site for layer in layers if isinstance(layer, PortedLayer) for site in layer.ports.sites.values()):
+        site.blocks = [_instead(block, new) for block in site.blocks]
+        site.map = None if site.map is None else _instead(site.map, new)
+
+
+def _instead(block: Any, new: Mapping[nn.Module, nn.Module]) -> Any:
+    return new.get(block, block) if isinstance(block, nn.Module) else block
 
 
 def _ports_of(layer: nn.Module, known: dict[str, str], family: str) -> LayerPorts:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +12,19 @@ from torch import Tensor, nn
 from vlmlab.contracts.errors import UserError, listed
 from vlmlab.contracts.parts import Adapter, Connector, Encoder, Fusion, Mask, NamedParameters, TextTower
 from vlmlab.lm.causal import CausalLanguageModel
+from vlmlab.lm.inside import exchange
 
 PARTS = ("encoder", "connector", "fusion", "lm", "text")
 """Attributes that are parts, in the order of the data."""
 
+TOWERS = ("lm", "encoder")
+ADAPTABLE = ("lm", "encoder", "connector", "fusion")
+"""Parts that adapters wrap, and those of them that are towers."""
+
 
 @dataclass(frozen=True)
 class Adapted:
-    """What an adapter did to one tower.
+    """What an adapter did to one part.
 
     Attributes:
         adapter: the adapter.
@@ -75,21 +81,25 @@ class Parts(nn.Module):
         self.objectives = nn.ModuleDict(dict(objectives))
 
     def set_adapter(self, adapter: Adapter) -> None:
-        """Lets the adapter act on the towers that it names, wrapping each of them once per name of an adapter.
+        """Lets the adapter act on the parts that it names, wrapping each of them once per name of an adapter.
 
         Raises:
             UserError: the adapter names a part that this composition does not have, or its name or kind does not go
                 with the adapters that are there.
         """
         for part in adapter.parts:
-            if part not in ("lm", "encoder") or getattr(self, part) is None:
-                raise UserError(f"adapter.parts has {part}, which is no tower of this composition; use lm or encoder.")
+            if part not in ADAPTABLE or getattr(self, part) is None:
+                there = listed(name for name in ADAPTABLE if getattr(self, name) is not None)
+                raise UserError(f"adapter.parts has {part}, which this composition has not; use some of {there}.")
+            if adapter.towers_only and part not in TOWERS:
+                raise UserError(f"adapter.parts has {part} and {type(adapter).__name__} wraps lm and encoder alone.")
             others = self._adapted.setdefault(part, {})
             _check_company(adapter, part, others)
             if adapter.name not in others:
                 known = {id(t) for t in self.state_dict(keep_vars=True).values()}
                 owner, place = self._tower(part)
-                wrapped = adapter.wrap(getattr(owner, place))
+                with self._ports_kept(part):
+                    wrapped = adapter.wrap(getattr(owner, place))
                 setattr(owner, place, wrapped)
                 ratios = {id(p): ratio for p, ratio in adapter.ratios(wrapped).items()}
                 new = {n: t for n, t in _once(self.state_dict(keep_vars=True)).items() if id(t) not in known}
@@ -101,7 +111,7 @@ class Parts(nn.Module):
         """Look for an adapter's targets, long before it is set.
 
         Raises:
-            UserError: a tower that it wraps has none of them.
+            UserError: a part that it wraps has none of them.
         """
         from vlmlab.adapter.base import check_targets
 
@@ -144,12 +154,23 @@ class Parts(nn.Module):
 
         for part in list(self._adapted):
             owner, place = self._tower(part)
-            setattr(owner, place, merge(getattr(owner, place)))
+            with self._ports_kept(part):
+                setattr(owner, place, merge(getattr(owner, place)))
             del self._adapted[part], self._acting[part]
 
     def _tower(self, part: str) -> tuple[Any, str]:
-        """Where a tower is: its owner and the attribute's name."""
-        return (self.lm, "model") if part == "lm" else (self.encoder, "tower")
+        """Where what an adapter wraps is: its owner and the attribute's name."""
+        inside = {"lm": (self.lm, "model"), "encoder": (self.encoder, "tower")}
+        return inside.get(part, (self, part))
+
+    @contextmanager
+    def _ports_kept(self, part: str) -> Iterator[None]:
+        """While this is open modules of a part may be wrapped or come out again: ports of the LM see to it."""
+        old = dict(self.fusion.named_modules()) if part == "fusion" else {}
+        yield
+        now = dict(self.fusion.named_modules()) if old else {}
+        if new := {old[path]: now[path] for path in old if path in now and now[path] is not old[path]}:
+            exchange(self.lm.model, new)
 
     @property
     def prompt_tokens(self) -> int:

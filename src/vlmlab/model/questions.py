@@ -23,20 +23,36 @@ WORDS = {"conversation": "conversations", "rows": "one question a row", "tree": 
 
 
 def read_questions(cfg: DictConfig, model: VLM, prompt: Prompt) -> tuple[Questions, str]:
-    """What becomes of several questions about an image, and why where that is not what ``collate.questions`` says."""
-    wanted: Questions = cfg.collate.get("questions") or "conversation"  # a configuration older than that key has none
-    if wanted != "conversation" and prompt != "chat":
-        return "conversation", f"prompt={prompt} asks no questions"
-    why = unequal_in_trees(model) if wanted == "tree" else None
-    return (wanted, "") if why is None else ("rows", why)
+    """What becomes of several questions about an image, and why where that is not what ``collate.questions`` says.
+
+    What reads the question reads that of an image's own turn: of a conversation the first one, for all its answers,
+    while it is asked single questions afterwards. So there every question is a row, unless the key says "whole".
+    """
+    wanted = str(cfg.collate.get("questions") or "conversation")  # a configuration older than that key has none
+    split: dict[str, Questions] = {"rows": "rows", "tree": "tree"}
+    if prompt != "chat":
+        return "conversation", f"prompt={prompt} asks no questions" if wanted in split else ""
+    if wanted == "whole":
+        return "conversation", ""
+    why = {"conversation": reads_question, "tree": unequal_in_trees}.get(wanted, _never)(model)
+    return (split.get(wanted, "conversation"), "") if why is None else ("rows", why)
+
+
+def _never(model: VLM) -> str | None:
+    return None
+
+
+def reads_question(model: VLM) -> str | None:
+    """What of the composition reads the user's question beside the image, in words; None: nothing does."""
+    if model.connector is not None and model.connector.reads_instruction:
+        return "the connector reads the question"
+    return "the fusion reads the question" if model.fusion.reads_text else None
 
 
 def unequal_in_trees(model: VLM) -> str | None:
     """Why questions cannot share their images in this composition and still be what they are alone; None: they can."""
-    if model.connector is not None and model.connector.reads_instruction:
-        return "the connector reads the question"
-    if model.fusion.reads_text:
-        return "the fusion reads the question"
+    if (reader := reads_question(model)) is not None:
+        return reader
     if not equal_in_trees(model.mask):
         return f"{type(model.mask).__name__} shows what stands before the question some of it"
     sees = [sees for part in model.fusion.modules() if (sees := getattr(part, "sees", None)) is not None]
@@ -54,11 +70,12 @@ def questions_line(cfg: DictConfig, model: VLM, prompt: Prompt, source: SampleSo
         source: its samples.
     """
     wanted = OmegaConf.select(cfg, "collate.questions") or "conversation"
-    if wanted == "conversation":
-        return None
     found, why = read_questions(cfg, model, prompt)
     if why:
-        return f"note: collate.questions={wanted}: {WORDS[found]} here, since {why}"
+        otherwise = "; collate.questions=whole keeps conversations" if wanted == "conversation" else ""
+        return f"note: collate.questions={wanted}: {WORDS[found]} here, since {why}{otherwise}"
+    if found == "conversation":
+        return None
     several = [front(sample) is not None for sample in _first(source) if len(sample.turns) > 1]
     looked, apart = min(LOOKED_AT, len(source)), sum(several)
     line = f"collate.questions={found}: {WORDS[found]}, as {apart} of the first {looked} samples"

@@ -37,6 +37,7 @@ from vlmlab.engine.shards import replicated, units
 from vlmlab.engine.weights import Trainee
 from vlmlab.lm.causal import CausalLanguageModel
 from vlmlab.lm.scratch import ScratchLanguageModel
+from vlmlab.model.questions import read_questions
 from vlmlab.plan.devices import Device
 from vlmlab.plan.simulation import Pass, Simulator
 from vlmlab.recipe.stage import Stage, parse
@@ -73,6 +74,7 @@ class StagePlan:
         fits: largest micro-batch that fits the device, 0 for none; accumulate: what the recipe then needs.
         samples, steps, hours: of the stage.
         file, checkpoint: bytes of model.safetensors after it and of last.ckpt in it.
+        apart: why each question is a row of its own though the key does not ask for that; empty where that is not so.
     """
 
     name: str
@@ -102,6 +104,7 @@ class StagePlan:
     hours: float
     file: int
     checkpoint: int
+    apart: str = ""
 
     def peak_of(self, micro_batch: int) -> int:
         """Bytes with another micro-batch."""
@@ -177,6 +180,7 @@ def _stage(cfg: DictConfig, stage: Stage, trainee: Trainee, settings: Settings, 
     lengths = [_length(shape, collate) for shape in shapes]
     return StagePlan(
         name=stage.name,
+        apart=_apart(cfg, model, stage.prompt or kind.prompt),
         parameters=_parameters(trainee),
         visual_tokens=model.tokens_per_image,
         length=fmean(lengths),
@@ -238,6 +242,11 @@ def _cost(stage: Stage, trainee: Trainee, collate: Collator, shapes: Sequence[Sh
 def _per_row(shape: Shape, collate: Collator) -> int:
     """Samples of one shape in a row."""
     return 1 if collate.pack_length is None else max(1, collate.pack_length // max(1, _length(shape, collate)))
+
+
+def _apart(cfg: DictConfig, model: Any, prompt: Any) -> str:
+    questions, why = read_questions(cfg, model, prompt)
+    return why if questions == "rows" else ""
 
 
 def _parameters(trainee: Trainee) -> dict[str, tuple[int, int]]:

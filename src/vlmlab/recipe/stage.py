@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
@@ -43,7 +44,8 @@ class Stage:
         index: place in the recipe, from 0.
         name: its key in ``recipe.stages``.
         module: dotted path of a ``vlmlab.engine.stage.StageModule`` class.
-        train: learning rate of every part that trains; all others are frozen.
+        train: learning rate of what trains: of whole parts, and of paths inside parts (``connector.out``), of which
+            the longest that leads to a weight decides about it; None: frozen there. All else is frozen.
         data: key of ``data.train``.
         prompt: "plain" (image, then caption), "chat" (the LM's template) or "text" (the template, every word
             supervised); empty takes the module's own.
@@ -72,7 +74,7 @@ class Stage:
     index: int
     name: str
     module: str
-    train: dict[str, float]
+    train: dict[str, float | None]
     data: str
     objective: dict[str, Any]
     steps: Natural
@@ -97,6 +99,26 @@ class Stage:
         """The full name of one of this stage's keys on the command line."""
         return f"recipe.stages.{self.name}.{name}"
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rates by part, or path inside one; what is frozen is left out."""
+        return {path: rate for path, rate in self.train.items() if rate is not None}
+
+    def trains(self, part: str) -> bool:
+        """Whether it trains a part, or anything in it."""
+        return part in parts_in(self.train)
+
+    def deciding(self, part: str, weight: str) -> str | None:
+        """The key of `train` that decides about a weight, as "connector.out" does about ``connector.out.bias``.
+
+        Args:
+            part: a name of ``parts()`` of a model.
+            weight: its name there, the part's name before it.
+        """
+        within = weight.split(".")[1:]
+        paths = [path for path in self.train if path.split(".")[0] == part and leads(path, within)]
+        return max(reversed(paths), key=lambda path: path.count("."), default=None)
+
     def factor(self, step: int) -> float:
         """What the learning rates are multiplied by in an optimizer step (from 0)."""
         rising = math.ceil(self.warmup * self.steps)
@@ -107,6 +129,38 @@ class Stage:
         share = (step - rising) / max(1, self.steps - rising)
         shape = 0.5 * (1.0 + math.cos(math.pi * share)) if self.schedule == "cosine" else 1.0 - share
         return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * shape
+
+
+def leads(path: str, within: Sequence[str]) -> bool:
+    """Whether a path inside a part leads to a weight: ``*`` stands for any characters of a name, ``**`` for any names.
+
+    Args:
+        path: of the part, as in ``lm.**.self_attn``.
+        within: the names inside the part that the weight has, from outside to inside.
+    """
+    return _leads(path.split(".")[1:], within)
+
+
+def _leads(path: Sequence[str], within: Sequence[str]) -> bool:
+    if not path:
+        return True
+    if path[0] == "**":
+        return any(_leads(path[1:], within[k:]) for k in range(len(within) + 1))
+    return bool(within) and fnmatchcase(within[0], path[0]) and _leads(path[1:], within[1:])
+
+
+def paths_in(train: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every path and its rate, of rates that are nested or written with dots."""
+    for key, value in train.items() if isinstance(train, Mapping) else ():
+        if isinstance(value, Mapping):
+            yield from paths_in(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
+
+
+def parts_in(train: Any) -> set[str]:
+    """The parts in which something trains."""
+    return {path.split(".")[0] for path, rate in paths_in(train) if rate is not None}
 
 
 KEYS = {field.name for field in dataclasses.fields(Stage)} - {"index", "name"}
@@ -212,22 +266,25 @@ def _module(value: Any, where: str) -> str:
     return path
 
 
-def _rates(value: Any, where: str, parts: Collection[str]) -> dict[str, float]:
-    if not isinstance(value, Mapping) or not any(rate is not None for rate in value.values()):
+def _rates(value: Any, where: str, parts: Collection[str]) -> dict[str, float | None]:
+    if not parts_in(value):
         raise UserError(f"{where}.train is empty; give a learning rate to at least one of {', '.join(parts)}.")
-    rates = {}
-    for part, rate in value.items():
+    rates: dict[str, float | None] = {}
+    for path, rate in paths_in(value):
+        part, *within = path.split(".")
         if part not in parts:
             raise UserError(f"{where}.train.{part} is no part of the model; choose from {', '.join(parts)}.")
-        if rate is None:  # frozen, written out
+        if not all(within):
+            raise UserError(f"{where}.train.{path} has an empty name in it; write names with one dot between them.")
+        if rate is None and not within:  # frozen, written out
             continue
-        if (sentence := refusal(NotNegative | None, rate, f"{where}.train.{part}")) is not None:
+        if (sentence := refusal(NotNegative | None, rate, f"{where}.train.{path}")) is not None:
             raise UserError(sentence)
-        rates[str(part)] = float(rate)
+        rates[path] = None if rate is None else float(rate)
     return rates
 
 
-def _ranges(value: Any, where: str, train: Collection[str]) -> dict[str, tuple[int, int]]:
+def _ranges(value: Any, where: str, train: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     if not isinstance(value, Mapping):
         raise UserError(f"{where}.layers={value} is no mapping; give ranges as in {{lm: [-2, -1]}}, or null.")
     ranges = {}
@@ -237,7 +294,7 @@ def _ranges(value: Any, where: str, train: Collection[str]) -> dict[str, tuple[i
             raise UserError(f"{key} is no part made of layers; choose from {', '.join(LAYERED)}.")
         if ends is None:  # the whole part, written out
             continue
-        if part not in train:
+        if part not in parts_in(train):
             raise UserError(f"{key} chooses layers of a part that is frozen; add {where}.train.{part}.")
         pair = list(ends) if isinstance(ends, (list, tuple)) else []
         if len(pair) != 2 or not all(isinstance(end, int) and not isinstance(end, bool) for end in pair):
@@ -273,7 +330,7 @@ def _check_choices(keys: Mapping[str, Any], where: str, sources: Collection[str]
 
 def _check_numbers(keys: Mapping[str, Any], where: str, devices: Any) -> None:
     layer_decay = keys.get("layer_decay", 1.0)
-    if layer_decay != 1.0 and not set(keys["train"]) & set(LAYERED):
+    if layer_decay != 1.0 and not parts_in(keys["train"]) & set(LAYERED):
         raise UserError(f"{where}.layer_decay={layer_decay} has no layers to act on; train encoder or lm, or give 1.")
     if isinstance(devices, int) and devices > 0:
         check_divides(keys["batch_size"], keys.get("accumulate", 1), devices, where)

@@ -445,6 +445,7 @@ class RunFolder:
         cost: Mapping[str, Any],
         failed: Mapping[str, str] | None = None,
         recorded: str = "",
+        notes: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Write ``result.json``, the last file of a run, at once and durably; return it.
 
@@ -453,6 +454,7 @@ class RunFolder:
             cost: what the run took.
             failed: benchmarks that could not be scored, and why; the same command tries these again.
             recorded: the record of cells that this result was taken from, where it was not made here.
+            notes: what whoever reads the scores should know, a sentence each.
 
         Raises:
             UserError: the folder has no configuration, or a number is none.
@@ -472,6 +474,7 @@ class RunFolder:
             "cost": dict(cost),
         }
         result |= ({"failed": dict(failed)} if failed else {}) | ({"recorded": recorded} if recorded else {})
+        result |= {"notes": list(notes)} if notes else {}
         self.write_state("done")
         write_json(self.path / "result.json", result, durable=True)
         return result

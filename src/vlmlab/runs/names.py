@@ -12,6 +12,7 @@ NOT_THE_RESULT = (
     "share_stages",
     "logger",
     "hydra",
+    "preset.deviates",
     "cache.folder",
     "cache.max_gb",
     "trainer.save_every_s",

@@ -206,12 +206,8 @@ class Progress(L.Callback):
 def stage_table(stage: Stage, trainee: Trainee, precision: Precision, prompt: str, samples: int) -> str:
     """What is printed before a stage's first step: part, parameters, trainable, learning rate; the rest in words."""
     rows = [("part", "parameters", "trainable", "learning rate")]
-    parts: Mapping[str, Any] = trainee.model.parts()  # type: ignore[operator]
-    for part, named in parts.items():
-        size = sum(parameter.numel() for _, parameter in named)
-        trains = part in trainee.rates
-        rate = f"{trainee.rates[part]:g}" if trains else "frozen"
-        rows.append((part, f"{size:,}", f"{size:,}" if trains else "-", rate))
+    for part, size, trained, rate in trainee.table(stage):
+        rows.append((part, f"{size:,}", f"{trained:,}" if trained else "-", "frozen" if rate is None else f"{rate:g}"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [f"{r[0]:<{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]:>{widths[3]}}" for r in rows]
     adapter = target(stage.adapter) if trainee.adapted else "none"

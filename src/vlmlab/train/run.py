@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -46,12 +46,14 @@ from vlmlab.engine.weights import (
     build_objectives,
     check_adapter,
     check_fusion_learns,
+    check_paths,
     mixed_in,
     plain_key,
 )
 from vlmlab.model.build import build_cache
-from vlmlab.model.questions import questions_line
+from vlmlab.model.questions import questions_line, read_questions
 from vlmlab.model.vlm import VLM
+from vlmlab.recipe.preset import deviations
 from vlmlab.recipe.stage import Stage, check_divides, drawn_from, parse
 from vlmlab.runs.files import write_atomic, write_json
 from vlmlab.runs.folder import RunFolder
@@ -210,6 +212,8 @@ def _train(run: Run) -> dict[str, Any] | None:
     if cfg.logger.name == "wandb" and run.writes:
         run.loggers.append(wandb_logger(cfg, run.folder))
 
+    for text in deviations(cfg):
+        run.say(f"note: {text}")
     if not any(run.folder.path.glob("stages/*/*")):
         _foresee(run, kinds[stages[-1].index].build)
     ready = True
@@ -225,6 +229,7 @@ def _train(run: Run) -> dict[str, Any] | None:
             if kinds[later.index].build is build:
                 check_layers(_trainee(run, build).model, later)
                 check_adapter(_trainee(run, build).model, later)
+                check_paths(_trainee(run, build).model, later)
         ready = ready and run.weights(stage).is_file()
         if not ready and build in run.finished:  # weights of the stages before, under their own adapters' names
             run.load(build)
@@ -330,8 +335,7 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSo
         run.say("nothing to train here: skipped" if stage.steps else f"{stage.key('steps')}=0: left out")
     else:
         module = kind(trainee.model, stage, trainee.objectives, trainee.rates)
-        if run.writes and (line := questions_line(cfg, trainee.model, prompt, source)) is not None:  # type: ignore[arg-type]
-            run.say(line)
+        _say_questions(run, trainee, prompt, source)
         if run.shards:
             module.shard = partial(trainee.shard, run.precision.half)
         start = _start(stage, trainee)
@@ -371,6 +375,13 @@ def _start(stage: Stage, trainee: Trainee) -> dict[str, Tensor] | None:
     if stage.mix is None or stage.mix["run"] is not None:
         return None
     return {name: tensor.detach().clone() for name, tensor in trainee.live().items()}
+
+
+def _say_questions(run: Run, trainee: Trainee, prompt: Any, source: SampleSource) -> None:
+    if not run.writes or not isinstance(trainee.model, VLM):
+        return
+    if (line := questions_line(run.cfg, trainee.model, prompt, source)) is not None:
+        run.say(line)
 
 
 def _drop_begun(run: Run, stage: Stage) -> None:
@@ -622,10 +633,24 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
     for logger in run.loggers:
         if not isinstance(logger, RunLogger):
             logger.log_metrics({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
-    result = run.folder.finish(metrics, costs, None if unscored is None else unscored.failed)
+    failed = None if unscored is None else unscored.failed
+    result = run.folder.finish(metrics, costs, failed, notes=_notes(run, stages, kinds))
     if unscored is not None:
         raise unscored
     return result
+
+
+def _notes(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]]) -> list[str]:
+    """Where the preset deviates from its paper, and the stages that asked questions one by one of themselves."""
+    found = deviations(run.cfg)
+    for stage in stages:
+        kind = kinds[stage.index]
+        model, prompt = run.trainees[kind.build].model, cast(Any, stage.prompt or kind.prompt)
+        if isinstance(model, VLM) and stage.steps:
+            questions, why = read_questions(run.cfg, model, prompt)
+            if questions == "rows" and why:
+                found.append(f"stage {stage.name} asked one question a row, since {why}")
+    return found
 
 
 def _benchmarks(model: nn.Module, cfg: DictConfig, folder: Path) -> dict[str, Any]:

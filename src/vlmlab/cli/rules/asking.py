@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.rules.declared import declared, source_of
+from vlmlab.recipe.stage import parts_in
 from vlmlab.runs.config import leaves
 
 Config = Mapping[str, Any]
@@ -34,6 +35,11 @@ def each_stage(cfg: Config) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for name, stage in (stages if isinstance(stages, Mapping) else {}).items():
         if isinstance(stage, Mapping):
             yield str(name), stage
+
+
+def trained_by(stage: Mapping[str, Any]) -> set[str]:
+    """The parts that a stage trains, or something in them."""
+    return parts_in(stage.get("train"))
 
 
 def keeps_features(cfg: Config) -> bool:

@@ -22,7 +22,7 @@ Strategy = Literal["auto", "ddp", "ddp_fork", "ddp_spawn", "ddp_find_unused_para
 Precisions = Literal["auto", "fp32", "bf16", "fp16"]
 Loggers = Literal["jsonl", "none", "wandb"]
 Baselines = Sequence[Literal["shuffled", "no_image"]]
-Questions = Literal["conversation", "rows", "tree"]
+Questions = Literal["conversation", "rows", "tree", "whole"]
 ControlTokens = Literal["refuse", "text"]
 
 
@@ -152,7 +152,9 @@ class DualEncoder(TypedDict, total=False):
 
 
 class Preset(TypedDict):
-    """Nothing of its own: a preset sets keys of the other groups."""
+    """A preset sets keys of the other groups; its own say in words where it is not what its paper describes."""
+
+    deviates: NotRequired[Texts]
 
 
 class Root(TypedDict):

@@ -16,9 +16,11 @@ from vlmlab.cli.rules.asking import (
     in_the_sequence,
     objectives_of,
     sees_nothing,
+    trained_by,
     value_at,
 )
 from vlmlab.cli.rules.declared import declared, offers
+from vlmlab.contracts.values import shown
 from vlmlab.runs.trust import source_of
 
 LANGUAGE = ("vlmlab.engine.alignment.AlignmentModule", "vlmlab.engine.instruction.InstructionTuningModule")
@@ -110,7 +112,7 @@ def objectives_with_weights(cfg: Config, choices: Choices) -> str | None:
     for name, stage in each_stage(cfg):
         train = stage.get("train") or {}
         for target in objectives_of(cfg, stage):
-            if train.get("objective") is None and offers(target, "attach"):
+            if "objective" not in trained_by(stage) and offers(target, "attach"):
                 plus = "" if "objective" in train else "+"
                 return (
                     f"recipe.stages.{name} has {called(target, cfg, choices)}, which has weights of its own, and "
@@ -122,9 +124,10 @@ def objectives_with_weights(cfg: Config, choices: Choices) -> str | None:
 def loss_for_the_lm(cfg: Config, choices: Choices) -> str | None:
     """A stage that trains the LM has an objective that reaches it."""
     for name, stage in each_stage(cfg):
-        rate, targets = (stage.get("train") or {}).get("lm"), objectives_of(cfg, stage)
-        if rate is not None and targets and all(declared(target, "reaches_lm") is False for target in targets):
+        targets = objectives_of(cfg, stage)
+        if "lm" in trained_by(stage) and targets and all(declared(target, "reaches_lm") is False for target in targets):
             objectives = " and ".join(called(target, cfg, choices) for target in targets)
+            rate = shown(stage["train"].get("lm"))
             return (
                 f"recipe.stages.{name}.train.lm={rate} trains the LM, whose layers get no gradient from {objectives}; "
                 "put objective lm beside it (as conf/recipe/cg_vlm.yaml does), or set "
@@ -134,7 +137,7 @@ def loss_for_the_lm(cfg: Config, choices: Choices) -> str | None:
 
 
 def towers_to_adapt(cfg: Config, choices: Choices) -> str | None:
-    """``adapter.parts`` names towers that this composition has; found before the stages without adapter are trained."""
+    """``adapter.parts`` names parts that this composition has; found before the stages without adapter are trained."""
     for name, stage in each_stage(cfg):
         adapter = stage.get("adapter", cfg.get("adapter"))
         parts = adapter.get("parts") if isinstance(adapter, Mapping) else None
@@ -145,8 +148,15 @@ def towers_to_adapt(cfg: Config, choices: Choices) -> str | None:
         if declared(kind, "lm_only") is True and parts != ["lm"]:
             chosen = choice_of("adapter", kind)
             return f"{where}={parts} and adapter={chosen} is read by the LM alone; set adapter.parts=[lm]"
-        if "encoder" in parts and sees_nothing(cfg):
-            return f"{where}={parts} and fusion={choices.get('fusion')} leaves no encoder; set adapter.parts=[lm]"
+        if declared(kind, "towers_only") is True and (others := sorted({*parts} - {"lm", "encoder"})):
+            chosen = choice_of("adapter", kind)
+            return f"{where}={parts} and adapter={chosen} wraps lm and encoder alone; take out {' and '.join(others)}"
+        gone = [part for part in ("encoder", "connector") if part in parts]
+        if gone and sees_nothing(cfg):
+            return f"{where}={parts} and fusion={choices.get('fusion')} leaves no {gone[0]}; set adapter.parts=[lm]"
+        bare = all(declared(target, "has_weights") is False for target in classes_in(cfg.get("fusion")))
+        if "fusion" in parts and bare:
+            return f"{where}={parts} and fusion={choices.get('fusion')} has no weights; take out fusion"
     return None
 
 
@@ -219,13 +229,11 @@ def paired_towers(cfg: Config, choices: Choices) -> str | None:
 
 def something_to_train(cfg: Config, choices: Choices) -> str | None:
     """Without vision (fusion=none) only the LM can learn; stages that train the vision side alone are skipped."""
-    learns = any((stage.get("train") or {}).get("lm") is not None for _, stage in each_stage(cfg))
+    learns = any("lm" in trained_by(stage) for _, stage in each_stage(cfg))
     if sees_nothing(cfg) and not learns:
         only = f"fusion={choices.get('fusion')} leaves only the LM"
         return f"{only} and no stage of the recipe trains lm; choose another fusion or recipe"
-    trains = {
-        part for _, stage in each_stage(cfg) for part, rate in (stage.get("train") or {}).items() if rate is not None
-    }
+    trains = {part for _, stage in each_stage(cfg) for part in trained_by(stage)}
     weighted = value_at(cfg, "encoder.features") is not None or value_at(cfg, "encoder.newline")
     tower = class_of(cfg.get("encoder"))
     if all(declared(target, "has_weights") is False for target in classes_in(cfg.get("fusion"))):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from vlmlab.cli.rules.asking import (
     Choices,
     Config,
@@ -13,6 +11,7 @@ from vlmlab.cli.rules.asking import (
     each_stage,
     parts_of,
     reading_key,
+    trained_by,
     value_at,
 )
 from vlmlab.cli.rules.declared import declared
@@ -87,8 +86,7 @@ def queries_that_learn(cfg: Config, choices: Choices) -> str | None:
     remedy = "fusion.untied=[mlp,norms]" if "untied" in own[0] else "fusion.sublayers=mlp"
     for name, stage in each_stage(cfg):
         target = class_of(stage.get("mask") or cfg.get("mask"))
-        trains = stage.get("train")
-        if declared(target, "visual_alone") is True and isinstance(trains, Mapping) and "fusion" in trains:
+        if declared(target, "visual_alone") is True and "fusion" in trained_by(stage):
             chosen, fusion = choice_of("mask", target), choices.get("fusion")
             return (
                 f"recipe.stages.{name} trains the queries of visual positions that fusion={fusion} has, and under "
