@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 def commands() -> list[str]:
     """Lines of the README that call one of our scripts, without their comments."""
     lines = [line.strip().split("  #")[0] for line in README.splitlines()]
-    ours = r"python (train|evaluate)\.py|vlmlab (inspect|plan|cost|compare|generate|chat|export) "
+    ours = r"python (train|evaluate)\.py|vlmlab (inspect|plan|cost|compare|generate|chat|score|export) "
     lines = [re.split(r"\s{3,}", line)[0] for line in lines if re.match(ours, line)]
     return list(dict.fromkeys(lines))
 

@@ -18,6 +18,7 @@ VERBS = {
     "compare": ["vlmlab.cli.compare"],
     "generate": ["vlmlab.cli.generate"],
     "chat": ["vlmlab.cli.chat"],
+    "score": ["vlmlab.cli.score"],
     "export": ["vlmlab.cli.export"],
     "curate": ["vlmlab.cli.curate"],
 }
@@ -33,6 +34,7 @@ USAGE = """usage: vlmlab <verb> [group=choice] [key=value] [--help]
   vlmlab compare sweeps/<name> baseline=mlp,bidir         what a sweep has shown: differences, intervals, tests
   vlmlab generate run=outputs/<name> image=a.jpg "What?"  an answer of a finished run
   vlmlab chat run=outputs/<name> image=a.jpg              a conversation in the terminal
+  vlmlab score run=outputs/<name>                         the scores again, from the answers that the run keeps
   vlmlab export run=outputs/<name> to=<folder>            transformers folders of what a finished run has trained
   vlmlab curate run=outputs/<name> out=<file>             how well captions fit their images, as a finished run finds
 """

@@ -71,6 +71,7 @@ class SampleSource(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
+@runtime_checkable
 class Metric(Protocol):
     """What a metric is: rows of predictions in, named scores of the whole set out, over all ranks.
 

@@ -276,6 +276,15 @@ class Curate(TypedDict):
     trust: bool
 
 
+class Score(TypedDict):
+    """Keys of ``vlmlab score``."""
+
+    run: Text | Count
+    benchmarks: Names | None
+    metrics: Names | None
+    trust: bool
+
+
 class Export(TypedDict):
     """Keys of ``vlmlab export``."""
 
