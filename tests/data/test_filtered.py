@@ -7,8 +7,8 @@ import pytest
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.data.filtered import Captions, Filtered, Scored, read_scores, write_scores
 from vlmlab.data.fingerprint import source_fingerprint
-from vlmlab.data.world.noisy import NoisyCaptions
-from vlmlab.data.world.sources import WorldCaptions, WorldQuestions
+from vlmlab.data.world.noisy import NoisyCaptions, NoisyInstruct
+from vlmlab.data.world.sources import WorldCaptions, WorldInstruct, WorldQuestions
 
 SOURCE = WorldCaptions("short", "train", 20)
 ROWS = [
@@ -63,8 +63,18 @@ def test_least_and_fingerprint(file: str) -> None:
     assert source_fingerprint(Filtered(SOURCE, file))["files"] != facts["files"]
 
 
+def test_the_best_share_is_kept(file: str) -> None:
+    """Of 5 texts, by score: 0, then 1 as written, 3, and the two at -0.5."""
+    best = Filtered(SOURCE, file, least=None, share=0.4)
+    assert [best[i].id.removeprefix("world-v1/train/") for i in range(len(best))] == ["0/short", "1/short/written"]
+    assert len(Filtered(SOURCE, file, least=None)) == 5 and len(Filtered(SOURCE, file, share=0.01)) == 1
+    assert len(Filtered(SOURCE, file, least=None, captions="given", share=0.5)) == 2
+    facts = [source_fingerprint(Filtered(SOURCE, file, share=share)) for share in (1.0, 0.5)]
+    assert facts[0] != facts[1]
+
+
 def test_what_does_not_fit_is_refused(file: str) -> None:
-    with pytest.raises(UserError, match="lower it"):
+    with pytest.raises(UserError, match="set least=null"):
         Filtered(SOURCE, file, least=9.0)
     with pytest.raises(UserError, match="choose from given, written, both"):
         Filtered(SOURCE, file, captions="all")  # type: ignore[arg-type]
@@ -88,5 +98,8 @@ def test_a_known_share_of_captions_is_another_pictures() -> None:
     assert [NoisyCaptions("short", "train", 9, noise=0.0).turns(i) for i in range(9)] == [
         plain.turns(i) for i in range(9)
     ]
+    talk, other = WorldInstruct("train", 60), NoisyInstruct("train", 60, noise=0.5)
+    right = [index for index in range(60) if other.turns(index) == talk.turns(index)]
+    assert right == [index for index in range(60) if other.matched(index)] and 20 < len(right) < 40
     with pytest.raises(UserError, match="noise"):
         NoisyCaptions("short", "train", 1, noise=1.5)

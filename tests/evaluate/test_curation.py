@@ -65,8 +65,9 @@ def test_what_is_no_source_of_captions_is_refused(model: VLM) -> None:
         curate(model, CONFIG, "long", 2, 1, False)
     talk = {"_target_": "vlmlab.data.world.sources.WorldQuestions", "split": "train", "size": 9, "multi_turn": True}
     cfg = OmegaConf.merge(CONFIG, {"data": {"train": {"talk": talk}}})
-    with pytest.raises(UserError, match="turns a sample"):
-        curate(model, cfg, "talk", 2, 1, False)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"turns a sample.*write=false"):
+        curate(model, cfg, "talk", 2, 1, True)  # type: ignore[arg-type]
+    assert len(curate(model, cfg, "talk", 2, 1, False)) == 2  # type: ignore[arg-type]
 
 
 class Known:

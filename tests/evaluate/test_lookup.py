@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.data.sampler import Order
-from vlmlab.data.world import sources
+from vlmlab.data.world import base
 from vlmlab.evaluate.lookup import Lookup, commonest, training_turns
 
 TAUGHT = [
@@ -109,7 +109,7 @@ def test_rows_that_cannot_be_used_teach_nothing() -> None:
 
 
 def test_the_world_is_not_drawn_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "render", lambda scene: pytest.fail("an image was drawn"))
+    monkeypatch.setattr(base, "render", lambda scene: pytest.fail("an image was drawn"))
     cfg = config(2, {})
     cfg.data.train.quiz = {"_target_": "vlmlab.data.world.sources.WorldInstruct", "split": "train", "size": 100000}
     kinds = {turn.kind for turn in training_turns(cfg, 2000)}

@@ -22,7 +22,8 @@ README = (ROOT / "README.md").read_text()
 def commands() -> list[str]:
     """Lines of the README that call one of our scripts, without their comments."""
     lines = [line.strip().split("  #")[0] for line in README.splitlines()]
-    ours = r"python (train|evaluate)\.py|vlmlab (inspect|plan|cost|compare|generate|chat|score|export) "
+    verbs = "inspect|plan|cost|compare|generate|chat|score|export|import|curate"
+    ours = rf"python (train|evaluate)\.py|vlmlab ({verbs}) "
     lines = [re.split(r"\s{3,}", line)[0] for line in lines if re.match(ours, line)]
     return list(dict.fromkeys(lines))
 
@@ -69,6 +70,7 @@ def test_every_command_runs(tmp_path: Path) -> None:
             there = {
                 "run=outputs/<name>": lambda: f"run={finished(tmp_path)}",
                 "sweeps/<name>": lambda: str(swept(tmp_path)),
+                "n=4000": lambda: "n=64",
             }
             words = [there[word]() if word in there else word for word in shlex.split(line)[1:]]
             done = verb(*words, cwd=tmp_path)

@@ -7,6 +7,7 @@ found or written, that it takes for unmatched. ``vlmlab curate`` has a run do bo
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import Sample, SampleSource, Turn, turns_of
-from vlmlab.contracts.values import Text
+from vlmlab.contracts.values import Share, Text
 from vlmlab.data.fingerprint import Facts, files_fingerprint, source_fingerprint
 from vlmlab.data.overlap import Stored
 from vlmlab.data.skipped import Skipped, label
@@ -72,9 +73,12 @@ class Filtered:
     """The samples of a source whose text a trained model finds to match, its own texts among them.
 
     Args:
-        source: single-turn captions, as they were scored.
+        source: the samples, as they were scored.
         path: the file that ``vlmlab curate`` wrote; samples without a row there are left out.
-        least: texts with a smaller score are dropped; 0: the image has to explain its text better than all others did.
+        least: texts with a smaller score are dropped; 0: the image has to explain its text better than all others did;
+            null: none is.
+        share: of the texts that are left the best so many, in 0..1, as Align2LLaVA keeps a tenth (its ranking is a
+            reward model's that people taught; here it is the score).
         captions: ``given`` texts, those the model has ``written``, or ``both``, each kept by its own score.
 
     Raises:
@@ -82,18 +86,30 @@ class Filtered:
         UserError: an unknown word, or nothing is left.
     """
 
-    def __init__(self, source: SampleSource, path: Text, least: float = 0.0, captions: Captions = "both") -> None:
+    def __init__(
+        self,
+        source: SampleSource,
+        path: Text,
+        least: float | None = 0.0,
+        captions: Captions = "both",
+        share: Share = 1.0,
+    ) -> None:
         if captions not in CAPTIONS:
             raise UserError(f"captions={captions!r} is unknown; choose from {', '.join(CAPTIONS)}.")
-        self.source, self.path, self.least, self.captions = source, str(path), least, captions
+        self.source, self.path, self.least, self.captions, self.share = source, str(path), least, captions, share
         rows = read_scores(Path(path).expanduser())
         if rows and not all(0 <= row.index < len(source) for row in rows):
             raise DataError(f"{path} has rows beyond the {len(source)} samples of its source; it is of other data.")
-        given = [(row, "") for row in rows if captions != "written" and row.score >= least]
-        own = [(row, row.written) for row in rows if captions != "given" and row.written and row.written_score >= least]
-        self._kept = sorted([*given, *own], key=lambda kept: (kept[0].index, kept[1] != ""))
-        if not self._kept:
-            raise UserError(f"No text in {path} has a score of least={least}; lower it.")
+        given = [(row.score, row, "") for row in rows if captions != "written"]
+        own = [(row.written_score, row, row.written) for row in rows if captions != "given" and row.written]
+        fitting = [text for text in (*given, *own) if least is None or text[0] >= least]
+        best = sorted(fitting, key=lambda text: (-text[0], text[1].index, text[2] != ""))
+        kept = [text[1:] for text in best[: math.ceil(share * len(best))]]
+        if not kept:
+            raise UserError(
+                f"No text in {path} is kept by least={least} and share={share}; set least=null or raise share."
+            )
+        self._kept = sorted(kept, key=lambda text: (text[0].index, text[1] != ""))
         self.skipped: list[Skipped] = list(getattr(source, "skipped", []))
 
     def __len__(self) -> int:
@@ -127,7 +143,13 @@ class Filtered:
     def fingerprint(self) -> Facts:
         """That of its source, the content of the file, and what is kept."""
         facts = files_fingerprint([Path(self.path)])
-        return {**facts, "source": source_fingerprint(self.source), "least": self.least, "captions": self.captions}
+        return {
+            **facts,
+            "source": source_fingerprint(self.source),
+            "least": self.least,
+            "captions": self.captions,
+            "share": self.share,
+        }
 
 
 def _said(turns: Sequence[Turn], text: str) -> tuple[Turn, ...]:

@@ -23,6 +23,9 @@ from vlmlab.evaluate.baselines import Limited, Shuffled
 from vlmlab.model.build import build_collator
 from vlmlab.model.vlm import VLM
 
+_LOOKED_AT = 16
+"""Samples whose turns are counted before a source is taken for one of captions."""
+
 
 @torch.no_grad()
 def losses_of(collate: Collator, model: VLM, samples: Sequence[Sample]) -> list[float]:
@@ -58,15 +61,15 @@ def curate(model: VLM, cfg: DictConfig, name: str, n: int, against: int, write: 
     Args:
         model: a trained composition, on the device it shall run on.
         cfg: the run's configuration.
-        name: of the source in ``data.train``; single-turn captions.
+        name: of the source in ``data.train``; captions, or where nothing is written conversations.
         n: how many samples.
         against: other images that each text is compared under; chance is one in so many and one more.
-        write: whether the model captions the images, too.
+        write: whether the model captions the images, too; wants captions of one turn.
 
     Raises:
-        UserError: there is no such source, or one with several turns a sample.
+        UserError: there is no such source, or one with several turns a sample that is to be written.
     """
-    source = _captions(cfg, name, n)
+    source = _opened(cfg, name, n, write)
     chat = build_collator(cfg, model, "chat")
     collate = replace(chat, pack_length=None, questions="conversation")
     size, device = int(cfg.evaluation.batch_size), next(model.parameters()).device
@@ -87,12 +90,15 @@ def curate(model: VLM, cfg: DictConfig, name: str, n: int, against: int, write: 
     return rows
 
 
-def _captions(cfg: DictConfig, name: str, n: int) -> SampleSource:
+def _opened(cfg: DictConfig, name: str, n: int, write: bool) -> SampleSource:
     if name not in cfg.data.train:
         raise UserError(f"source={name} is not in the run's data.train; choose from {listed(cfg.data.train)}.")
     source = Limited(instantiate(cfg.data.train[name]), n)
-    if len(source[0].turns) != 1:
-        raise UserError(f"source={name} has {len(source[0].turns)} turns a sample; give a source of captions.")
+    turns = max(len(source[index].turns) for index in range(min(_LOOKED_AT, len(source))))
+    if write and turns > 1:
+        raise UserError(
+            f"source={name} has up to {turns} turns a sample, which cannot be written anew; set write=false."
+        )
     return source
 
 

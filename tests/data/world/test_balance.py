@@ -3,7 +3,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from vlmlab.data.world import sources
+from vlmlab.data.world import base
 from vlmlab.data.world.balance import WEIGHTS, targets
 from vlmlab.data.world.questions import KINDS
 from vlmlab.data.world.scene import STANDARD
@@ -16,7 +16,7 @@ TARGETS = targets(STANDARD)
 def undrawn():
     """Sources that do not draw: these tests look at words alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "render", lambda scene: np.zeros((1, 1, 3), np.uint8))
+        patch.setattr(base, "render", lambda scene: np.zeros((1, 1, 3), np.uint8))
         yield
 
 

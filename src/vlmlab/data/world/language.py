@@ -7,7 +7,6 @@ code-mixed ones of Dhenu. The words are coined, so that no tower has met them; n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Literal, Unpack, get_args
@@ -81,8 +80,9 @@ def translate(text: str, language: Language) -> str:
 
 
 def _translated(turn: Turn, language: Language) -> Turn:
-    say: Callable[[str], str] = lambda text: translate(text, language)  # noqa: E731
-    return replace(turn, prompt=say(turn.prompt), answer=say(turn.answer), references=tuple(map(say, turn.references)))
+    references = tuple(translate(text, language) for text in turn.references)
+    prompt, answer = translate(turn.prompt, language), translate(turn.answer, language)
+    return replace(turn, prompt=prompt, answer=answer, references=references)
 
 
 def _in(sample: Unrendered, language: Language) -> Unrendered:
@@ -100,7 +100,7 @@ def _check_shares(second: float, mixed: float) -> None:
 
 
 def _drawn(stream: Stream, second: float, mixed: float) -> Language:
-    return ("second", "mixed", "first")[stream.weighted((second, mixed, 1 - second - mixed))]  # type: ignore[return-value]
+    return LANGUAGES[stream.weighted((1 - second - mixed, second, mixed))]
 
 
 class BilingualCaptions(WorldCaptions):

@@ -1,13 +1,15 @@
-"""Captions of which a known share belongs to another picture, as texts beside images of the web often do."""
+"""Texts of which a known share belongs to another picture, as texts beside images of the web often do."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Unpack
 
 from vlmlab.contracts.values import Count, Seed, Share
 from vlmlab.data.world.base import STRIDE, Drawn, Unrendered, check_share
+from vlmlab.data.world.questions import Kinds
 from vlmlab.data.world.scene import Split
-from vlmlab.data.world.sources import Style, WorldCaptions
+from vlmlab.data.world.sources import Style, WorldCaptions, WorldInstruct
 from vlmlab.data.world.words import Domain
 
 
@@ -44,5 +46,46 @@ class NoisyCaptions(WorldCaptions):
         sample = super()._unrendered(index)
         if self.matched(index):
             return sample
-        other = super()._unrendered(self.size + STRIDE * (index + 1))  # beyond those that are anyone's own
-        return Unrendered(sample.id, sample.scenes, other.turns)
+        return replace(sample, turns=super()._unrendered(_elsewhere(index, self.size)).turns)
+
+
+class NoisyInstruct(WorldInstruct):
+    """``WorldInstruct`` of which a share of conversations is about another scene.
+
+    Args:
+        split, size, seed, domain, caption_fraction, kinds, grid, objects: as for ``WorldInstruct``.
+        noise: share of samples with another scene's turns, in 0..1.
+
+    Raises:
+        UserError: as for ``WorldInstruct``, or a share outside 0..1.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        size: Count,
+        seed: Seed = 0,
+        domain: Domain = "base",
+        caption_fraction: Share = 0.15,
+        kinds: Kinds | None = None,
+        noise: Share = 0.4,
+        **scale: Unpack[Drawn],
+    ) -> None:
+        super().__init__(split, size, seed, domain, caption_fraction, kinds, **scale)
+        check_share("noise", noise)
+        self.noise = noise
+
+    def matched(self, index: int) -> bool:
+        """Whether a sample's turns are about its own picture."""
+        return not self._stream(index, "noise").chance(self.noise)
+
+    def _unrendered(self, index: int) -> Unrendered:
+        sample = super()._unrendered(index)
+        if self.matched(index):
+            return sample
+        return replace(sample, turns=super()._unrendered(_elsewhere(index, self.size)).turns)
+
+
+def _elsewhere(index: int, size: int) -> int:
+    """A scene's number beyond those that are any sample's own."""
+    return size + STRIDE * (index + 1)
