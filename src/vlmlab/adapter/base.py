@@ -43,9 +43,14 @@ def check_name(name: str) -> str:
 def inject(config: PeftConfig, part: nn.Module, name: str) -> nn.Module:
     """The tower with peft's adapter in it, under its name; the class of the tower stays.
 
+    Modules inside ``nn.MultiheadAttention`` are left out: it uses their weights without calling them.
+
     Raises:
         UserError: no module of the tower has such a name.
     """
+    attentions = [(path, m) for path, m in part.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    if inner := [f"{path}.{own}" for path, m in attentions for own, _ in m.named_modules() if own]:
+        config.exclude_modules = inner  # type: ignore[attr-defined]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
