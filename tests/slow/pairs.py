@@ -29,7 +29,17 @@ DEFAULTS: Row = {
 }  # fmt: skip
 """The groups that are paired, and what fills a row where nothing is left to cover."""
 
-PAIRS = ("contrastive", "contrastive_then_vlm", "dc_clip", "fdt", "fg_clip_2", "lexvla", "ood_vlm_distill", "priorclip")
+PAIRS = (
+    "contrastive",
+    "contrastive_then_vlm",
+    "dc_clip",
+    "fdt",
+    "fg_clip_2",
+    "lexvla",
+    "medslip",
+    "ood_vlm_distill",
+    "priorclip",
+)
 LEFT_OUT = {
     ("encoder", "scratch"), ("recipe", "embedded_towers"), ("recipe", "embedded_text_tower"),
     *(("recipe", name) for name in PAIRS),
@@ -37,7 +47,7 @@ LEFT_OUT = {
 """They rebuild the towers, or train two towers, for which most groups have nothing to choose.
 Encoders with a path of their own, and recipes of presets at real size, are left out too."""
 
-BESIDE = ("cluster_attribution", "dc_clip", "hard_negatives", "ood_vlm_distill", "overuse", "text_contrast")
+BESIDE = ("cluster_attribution", "dc_clip", "hard_negatives", "medslip", "ood_vlm_distill", "overuse", "text_contrast")
 """Objectives of two towers."""
 
 ALONE = {
