@@ -62,7 +62,8 @@ def export(run: str | Path, folder: str | Path, trust: bool = False) -> dict[str
     _check_empty(Path(folder))
     with building(Path(run)):
         model = load_trained(cfg, Path(run))
-    assert isinstance(model, VLM)
+    if not isinstance(model, VLM):
+        raise UserError(f"{run} ends with two towers, which answer no question; only a VLM is exported.")
     return export_model(model, cfg, Path(folder))
 
 

@@ -125,9 +125,12 @@ def test_only_what_reads_embeddings_alone_can_be_cached() -> None:
 
 
 def test_both_towers_take_an_adapter() -> None:
-    _, module, model = stage_of("adapter=lora", "adapter.parts=[lm,encoder]")
+    cfg, module, model = stage_of("adapter=lora", "adapter.parts=[lm,encoder]")
     names = [name for name, _, _ in module.trained()]
     assert any(".lora_" in n and n.startswith("lm") for n in names)
     assert any(".lora_" in n and n.startswith("encoder") for n in names)
     assert all(".lora_" in n or n.startswith("pair") for n in names)
+    batch = PairModule.collator(cfg, model, "plain")(samples(cfg, 4))
+    module._loss(batch)[0].backward()
+    assert all(p.grad is not None for _, _, p in module.trained())  # also behind SigLIP's attention that pools
     assert isinstance(model.pair.compared(torch.eye(2), torch.eye(2)), Pairing)

@@ -18,6 +18,7 @@ from vlmlab.engine.pair import PairModule
 from vlmlab.model.pair import PairedTowers
 from vlmlab.objective.clip import Clip
 from vlmlab.pair_head.fdt import FiniteDiscreteTokens, sparsemax
+from vlmlab.pair_head.lexical import Lexical
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -80,9 +81,29 @@ def test_padding_has_no_say() -> None:
     )
 
 
-@pytest.mark.parametrize("recipe", sorted(p.stem for p in (CONF / "pair_head").glob("*.yaml")))
-def test_every_head_trains_whole_and_embeds_as_it_trains(recipe: str) -> None:
-    cfg = composed(f"recipe={recipe}", *SMALL[1:])
+@torch.no_grad()
+def test_lexical_weights_are_the_loop() -> None:
+    torch.manual_seed(0)
+    ours = Lexical(words=9, width=4)
+    ours.attach(6, 5)
+    states = torch.randn(2, 3, 5)
+    valid = torch.tensor([[True, True, False], [True, True, True]])
+    found = ours.of_text(Textual(states, states[:, 0], valid))
+    for row in range(2):
+        mapped = [ours.text(states[row, t]).tolist() for t in range(int(valid[row].sum()))]
+        weights = []
+        for code in ours.codebook.tolist():
+            best = max(sum(a * b for a, b in zip(one, code, strict=True)) for one in mapped)
+            weights.append(math.log(1 + max(best, 0.0)))
+        length = math.sqrt(sum(w * w for w in weights))
+        assert worst(found[row], torch.tensor([w / length for w in weights])) < 1e-5 and 0.0 in weights
+    grid = torch.randn(2, 3, 6)
+    assert (ours.of_image(Visual([grid], None, torch.zeros(2, 2))) >= 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "pair_head").glob("*.yaml")))
+def test_every_head_trains_whole_and_embeds_as_it_trains(name: str) -> None:
+    cfg = composed(*SMALL, f"+pair_head@dual_encoder.head={name}")
     torch.manual_seed(0)
     model = PairModule.build(cfg)
     assert isinstance(model, PairedTowers)

@@ -84,7 +84,11 @@ def test_half_precision_logits_are_summed_in_single() -> None:
     assert total.dtype == torch.float32
 
 
-@pytest.mark.parametrize("path", choices("objective"), ids=lambda p: p.stem)
+PAIRED = ("medslip",)
+"""Built on two towers, which no VLM has; see test_dual_streams."""
+
+
+@pytest.mark.parametrize("path", [p for p in choices("objective") if p.stem not in PAIRED], ids=lambda p: p.stem)
 def test_every_objective_gives_sum_and_count(path: object) -> None:
     described = OmegaConf.load(path)
     objective = instantiate(described)

@@ -15,6 +15,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch, Outputs, Pairing
 from vlmlab.objective.cluster_attribution import ClusterAttribution
 from vlmlab.objective.hard_negatives import HardNegatives
+from vlmlab.objective.overuse import Overuse
 from vlmlab.objective.text_contrast import TextContrast
 
 ROWS = 7
@@ -99,7 +100,20 @@ def test_centres_of_classes_are_the_loop(softness: float) -> None:
     assert none[0].item() == 0.0 and int(none[1]) == 0 and none[0].requires_grad
 
 
-@pytest.mark.parametrize("objective", [HardNegatives(), TextContrast(), ClusterAttribution(["x"])])
+def test_overuse_is_the_loop() -> None:
+    outputs, batch = case()
+    pair: Any = outputs.pairing
+    total, count = Overuse()(outputs, batch)["overuse"]
+    want = 0.0
+    for side in (pair.image.tolist(), pair.text.tolist()):
+        want += sum((sum(column) / ROWS) ** 2 for column in zip(*side, strict=True))
+    assert (total / count).item() == pytest.approx(want, abs=1e-5) and int(count) == ROWS
+    (total / count).backward()
+    mean = pair.image.detach().mean(0)
+    assert worst(pair.image.grad, (2 * mean / ROWS).expand(ROWS, 5)) < 1e-6
+
+
+@pytest.mark.parametrize("objective", [HardNegatives(), TextContrast(), Overuse(), ClusterAttribution(["x"])])
 def test_without_pairs_they_are_refused(objective: Any) -> None:
     outputs, batch = case()
     with pytest.raises(UserError, match="needs a stage of PairModule"):

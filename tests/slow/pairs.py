@@ -29,12 +29,30 @@ DEFAULTS: Row = {
 }  # fmt: skip
 """The groups that are paired, and what fills a row where nothing is left to cover."""
 
-LEFT_OUT = {("encoder", "scratch"), ("recipe", "embedded_towers"), ("recipe", "embedded_text_tower")}
-"""They rebuild the towers. Encoders with a path of their own, and recipes of presets at real size, are left out too."""
+PAIRS = (
+    "contrastive",
+    "contrastive_then_vlm",
+    "dc_clip",
+    "fdt",
+    "fg_clip_2",
+    "lexvla",
+    "medslip",
+    "ood_vlm_distill",
+    "priorclip",
+)
+LEFT_OUT = {
+    ("encoder", "scratch"), ("recipe", "embedded_towers"), ("recipe", "embedded_text_tower"),
+    *(("recipe", name) for name in PAIRS),
+}  # fmt: skip
+"""They rebuild the towers, or train two towers, for which most groups have nothing to choose.
+Encoders with a path of their own, and recipes of presets at real size, are left out too."""
+
+BESIDE = ("cluster_attribution", "dc_clip", "hard_negatives", "medslip", "ood_vlm_distill", "overuse", "text_contrast")
+"""Objectives of two towers."""
 
 ALONE = {
     ("fusion", "none"), ("mask", "visual_rows_open"), ("recipe", "blip2"),
-    *(("objective", name) for name in ("siglip", "clip", "itc", "itm", "itg", "blip2")),
+    *(("objective", name) for name in ("siglip", "clip", "itc", "itm", "itg", "blip2", *BESIDE)),
 }  # fmt: skip
 """Choices that go with few others, or leave vision out: they fill no row that tests other pairs and might hide them."""
 
@@ -99,7 +117,7 @@ class Compositions:
         cfg = copy.deepcopy(self.base)
         for group, name in row.items():
             cfg[group] = copy.deepcopy(self._part(group, name))
-        if row["objective"] not in ("lm", "blip2", "itc", "itm", "itg", "siglip", "clip"):
+        if row["objective"] not in ("lm", "blip2", "itc", "itm", "itg", "siglip", "clip", *BESIDE):
             cfg.objective = {"lm": self._part("objective", "lm"), row["objective"]: cfg.objective}
         stages = cfg.recipe.stages
         for middle in list(stages)[1:-1]:

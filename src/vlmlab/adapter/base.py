@@ -44,9 +44,14 @@ def check_name(name: str) -> str:
 def inject(config: PeftConfig, part: nn.Module, name: str) -> nn.Module:
     """The part with peft's adapter in it, under its name; the class of the part stays.
 
+    Modules inside ``nn.MultiheadAttention`` are left out: it uses their weights without calling them.
+
     Raises:
         UserError: no module of the part has such a name.
     """
+    attentions = [(path, m) for path, m in part.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    if inner := [f"{path}.{own}" for path, m in attentions for own, _ in m.named_modules() if own]:
+        config.exclude_modules = inner  # type: ignore[attr-defined]
     targets = getattr(config, "target_modules", None)
     if targets == ALL_LINEAR and not isinstance(part, PreTrainedModel):  # which peft knows of these alone
         found = [re.escape(path) for path, _ in select(part, targets)]
