@@ -17,9 +17,10 @@ VERBS = {
     "cost": ["vlmlab.cli.cost"],
     "compare": ["vlmlab.cli.compare"],
     "export": ["vlmlab.cli.export"],
+    "import": ["vlmlab.cli.import_model"],
 }
 
-USAGE = """usage: vlmlab train|sweep|evaluate|inspect|plan|cost|compare|export [group=choice] [key=value] [--help]
+USAGE = """usage: vlmlab train|sweep|evaluate|inspect|plan|cost|compare|export|import [group=choice] [key=value]
 
   vlmlab train                                            train and score the embedded default
   vlmlab sweep connector=mlp,qformer mask=bidir,causal    one process per cell, then the table
@@ -29,6 +30,7 @@ USAGE = """usage: vlmlab train|sweep|evaluate|inspect|plan|cost|compare|export [
   vlmlab cost -m fusion=concat,lavi images=1,5            what an answer costs: FLOPs, cache, added parameters
   vlmlab compare sweeps/<name> baseline=mlp,bidir         what a sweep has shown: differences, intervals, tests
   vlmlab export run=outputs/<name> to=<folder>            transformers folders of what a finished run has trained
+  vlmlab import path=<folder> to=outputs/<name>           a run of a published model: LLaVA, BLIP-2, PaliGemma ...
 """
 
 
