@@ -133,14 +133,14 @@ def test_the_console_command_runs_the_verbs(tmp_path: Path) -> None:
     said = (
         "error: vlmlab has no verb 'trian' (did you mean train?); choose one of train, sweep, evaluate, inspect, plan"
     )
-    assert (wrong.returncode, wrong.stderr) == (2, f"{said}, cost, compare, export\n")
+    assert (wrong.returncode, wrong.stderr) == (2, f"{said}, cost, compare, export, import\n")
 
 
 @pytest.mark.parametrize(
     ("words", "code", "start"),
     [
-        ([], 0, "usage: vlmlab train|sweep|evaluate|inspect|plan|cost|compare|export"),
-        (["--help"], 0, "usage: vlmlab train|sweep|evaluate|inspect|plan|cost|compare|export"),
+        ([], 0, "usage: vlmlab train|sweep|evaluate|inspect|plan|cost|compare|export|import"),
+        (["--help"], 0, "usage: vlmlab train|sweep|evaluate|inspect|plan|cost|compare|export|import"),
         (
             ["xyz"],
             2,

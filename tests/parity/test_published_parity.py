@@ -56,5 +56,17 @@ def test_logits(name: str, tmp_path: Path) -> None:
     assert worst(logits(model, blank)[valid], want[valid]) > 1e-3, "the comparison sees the images"
 
 
+@torch.no_grad()
+def test_generation(tmp_path: Path) -> None:
+    """Left-padded prompts of several images: the ids that transformers' own ``generate`` gives."""
+    loaded = vlmlab.load(imported(MODELS["llava"](), tmp_path / "run"), device="cpu")
+    model, theirs = loaded.model, _published(MODELS["llava"]())
+    batch = build_collator(loaded.config, model, "chat").ask([ONE_TURN, TWO_IMAGES])
+    given = their_inputs(theirs, batch)
+    want = theirs.generate(**given, max_new_tokens=6, do_sample=False, eos_token_id=model.lm.stop_ids)
+    got = model.lm.generate(model.embed(batch), batch.layout, model.mask, 6)
+    assert torch.equal(got, want[:, batch.input_ids.shape[1] :])
+
+
 def _published(folder: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()

@@ -21,6 +21,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     MistralConfig,
     OPTConfig,
     Ovis2Config,
@@ -168,6 +170,19 @@ def ovis2(stride: int = 2, **vision: Any) -> Ovis2Config:
 
 
 @cache
+def llava_onevision() -> Path:
+    """Its processor cuts tiles."""
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**VISION),
+        text_config=Qwen2Config(**text_config()),
+        image_token_index=image_id(),
+        video_token_index=tokenizer().convert_tokens_to_ids("#"),
+    )
+    settings = {**SQUARE, "image_grid_pinpoints": [[SIZE, SIZE]], "do_pad": True}
+    return save(LlavaOnevisionForConditionalGeneration(config), "llava-onevision", settings)
+
+
+@cache
 def ovis2_folder() -> Path:
     return save(Ovis2ForConditionalGeneration(ovis2()), "ovis2", {**SQUARE, "crop_to_patches": True})
 
@@ -181,8 +196,9 @@ MODELS: dict[str, Any] = {
     "paligemma": paligemma,
     "idefics2": idefics2,
     "ovis2": ovis2_folder,
+    "llava_onevision": llava_onevision,
 }
-ONE_SIZE = ("idefics2", "ovis2")
+ONE_SIZE = ("idefics2", "ovis2", "llava_onevision")
 """Those whose processors have no single size, so that one has to be given."""
 
 
@@ -200,6 +216,10 @@ def their_inputs(theirs: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         given["token_type_ids"] = started.long().masked_fill(~batch.layout.valid, 1)
     if isinstance(theirs, Idefics2ForConditionalGeneration):
         given["pixel_values"] = pixels[None]  # their order is that of the placeholders
+    if isinstance(theirs, LlavaOnevisionForConditionalGeneration):  # as it reads several images: one tile each
+        given["pixel_values"] = pixels[:, None]
+        given["image_sizes"] = torch.full((len(pixels), 2), SIZE)
+        given["batch_num_images"] = torch.tensor([len(pixels)])
     if isinstance(theirs, Ovis2ForConditionalGeneration):
         given["input_ids"] = with_indicators(theirs, batch)
     return given

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.published.models import llava
 from tests.slow.runs import ROOT, command, verb
 from vlmlab.data.world.sources import WorldQuestions
 
@@ -22,7 +24,7 @@ README = (ROOT / "README.md").read_text()
 def commands() -> list[str]:
     """Lines of the README that call one of our scripts, without their comments."""
     lines = [line.strip().split("  #")[0] for line in README.splitlines()]
-    ours = r"python (train|evaluate)\.py|vlmlab (inspect|plan|cost|compare|export) "
+    ours = r"python (train|evaluate)\.py|vlmlab (inspect|plan|cost|compare|export|import) "
     lines = [re.split(r"\s{3,}", line)[0] for line in lines if re.match(ours, line)]
     return list(dict.fromkeys(lines))
 
@@ -41,6 +43,7 @@ def user_files(folder: Path) -> None:
         chats.append({"id": str(index), "image": f"{index}.png", "conversations": talk})
         images.append({"id": index, "file_name": f"{index}.png"})
         captions += [{"id": 2 * index + k, "image_id": index, "caption": f"picture {index % 7} {k}"} for k in range(2)]
+    shutil.copytree(llava(), folder / "llava")
     (folder / "train.json").write_text(json.dumps(questions[:120]))
     (folder / "test.json").write_text(json.dumps(questions[120:]))
     (folder / "chat.json").write_text(json.dumps(chats))

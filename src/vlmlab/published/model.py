@@ -34,6 +34,7 @@ from vlmlab.published.base import Keys, Published
 from vlmlab.published.blip2 import Blip2
 from vlmlab.published.idefics2 import Idefics2
 from vlmlab.published.llava import Llava
+from vlmlab.published.llava_onevision import LlavaOnevision
 from vlmlab.published.ovis2 import Ovis2
 from vlmlab.published.paligemma import PaliGemma
 from vlmlab.towers.blueprint import SAFE, open_config, open_tokenizer, readable
@@ -41,6 +42,7 @@ from vlmlab.towers.source import quiet, resolve
 
 KNOWN: Mapping[type[PreTrainedConfig], Published] = {
     LlavaConfig: Llava(),
+    LlavaOnevisionConfig: LlavaOnevision(),
     Blip2Config: Blip2(),
     PaliGemmaConfig: PaliGemma(),
     Idefics2Config: Idefics2(),
@@ -49,7 +51,6 @@ KNOWN: Mapping[type[PreTrainedConfig], Published] = {
 """What can be taken apart, by the class of its config."""
 
 REFUSED: Mapping[type[PreTrainedConfig], str] = {
-    LlavaOnevisionConfig: "it cuts images into tiles and ends each with a learned word, which no connector here does",
     LlavaNextConfig: "it cuts images into tiles with a learned word behind every row, which no connector here does",
     InstructBlipConfig: "its Q-Former reads the instruction in BERT's words, and connectors here in the LM's",
     Qwen2VLConfig: "it reads images at their own sizes and has positions in three dimensions",
@@ -185,12 +186,11 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, image_token: str, given: s
             )
         try:
             encoder = ChatEncoder(tokenizer, image_token, 2)
-            asked = Sample("template", (np.zeros((2, 2, 3), np.uint8),), (Turn("question", "answer"),))
-            assert encoder.stops and encoder.train(asked)
+            encoder.train(Sample("template", (np.zeros((2, 2, 3), np.uint8),), (Turn("question", "answer"),)))
+            if encoder.stops:
+                return
         except UserError as error:
             why = f"has no usable chat template ({brief(str(error).rstrip('.'), 150)})"
-        else:
-            return
     raise UserError(
         f"path={brief(path, 90)} {why}; give chat_template=<Jinja text, or a file of it>, for messages whose content "
         "is text, with the end token behind answers."

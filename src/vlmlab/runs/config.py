@@ -18,6 +18,7 @@ BEFORE: Mapping[str, Any] = {
     "init_from": None,
     "collate.questions": "conversation",
     "collate.control_tokens": "refuse",
+    "connector.end": False,
     "connector.ends": 1,
     "connector.norm_eps": 1e-5,
     "encoder.class_token": False,
