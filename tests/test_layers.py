@@ -28,6 +28,7 @@ RANKS = (
         "analyse",
         "loading",
         "export",
+        "published",
         "towers.rebuild",
         "towers.text_export",
         "towers.pair_export",

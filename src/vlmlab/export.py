@@ -22,7 +22,7 @@ from transformers import CLIPVisionModel, Dinov2Model, SiglipVisionModel
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder
 from vlmlab.encoder.multi import MultiEncoder
-from vlmlab.encoder.preprocess import Preprocess
+from vlmlab.encoder.preprocess import Preprocess, processor_of
 from vlmlab.encoder.tower import TowerEncoder
 from vlmlab.model.vlm import VLM
 from vlmlab.runs.files import is_free, share
@@ -141,7 +141,7 @@ def _save_encoder(encoder: Encoder, cfg: DictConfig, folder: Path) -> Path:
         assert isinstance(encoder.preprocess, Preprocess)
         tower = _whole(encoder, cfg)
         save_tower(tower, folder)
-        encoder.preprocess.save(folder, PROCESSORS[type(tower)])
+        encoder.preprocess.save(folder, PROCESSORS.get(type(tower)) or processor_of(encoder.preprocess))
     elif tensors := encoder.state_dict():
         _save_tensors(tensors, folder / "model.safetensors")
     return folder

@@ -38,6 +38,7 @@ FAMILIES = {  # config -> other sizes that its images may have
     "ChineseCLIPVisionConfig": True,
     "Data2VecVisionConfig": True,
     "ViTMSNConfig": True,
+    "Idefics2VisionConfig": True,  # of one image size
 }
 
 

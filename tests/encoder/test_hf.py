@@ -126,3 +126,16 @@ def test_scratch() -> None:
     visual = encoder(seen(encoder))
     assert visual.grids[0].shape == (2, 16, 32) and visual.pooled is not None and visual.pooled.shape == (2, 32)
     assert encoder.source is None
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_class_tokens_may_be_kept(name: str) -> None:
+    """They stand before the patches, and the features form a row in place of a grid."""
+    folder, _, special = TOWERS[name]
+    encoder, without = (HfEncoder(str(folder()), layers=[-2], class_token=kept).eval() for kept in (True, False))
+    pixels = seen(encoder)
+    whole, patches = encoder(pixels), without(pixels)
+    assert torch.equal(whole.grids[0][:, special:], patches.grids[0]) and without.hw == (4, 4)
+    assert whole.grids[0].shape[1] == 16 + special and encoder.hw == ((1, 17) if special else (4, 4))
+    assert whole.hw.tolist() == [list(encoder.hw)] * len(pixels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.published.models import llava
 from tests.slow.runs import ROOT, command, verb
 from vlmlab.data.world.sources import WorldQuestions
 
@@ -43,6 +45,7 @@ def user_files(folder: Path) -> None:
         chats.append({"id": str(index), "image": f"{index}.png", "conversations": talk})
         images.append({"id": index, "file_name": f"{index}.png"})
         captions += [{"id": 2 * index + k, "image_id": index, "caption": f"picture {index % 7} {k}"} for k in range(2)]
+    shutil.copytree(llava(), folder / "llava")
     (folder / "train.json").write_text(json.dumps(questions[:120]))
     (folder / "test.json").write_text(json.dumps(questions[120:]))
     (folder / "chat.json").write_text(json.dumps(chats))

@@ -20,6 +20,7 @@ VERBS = {
     "chat": ["vlmlab.cli.chat"],
     "score": ["vlmlab.cli.score"],
     "export": ["vlmlab.cli.export"],
+    "import": ["vlmlab.cli.import_model"],
     "curate": ["vlmlab.cli.curate"],
 }
 
@@ -36,6 +37,7 @@ USAGE = """usage: vlmlab <verb> [group=choice] [key=value] [--help]
   vlmlab chat run=outputs/<name> image=a.jpg              a conversation in the terminal
   vlmlab score run=outputs/<name>                         the scores again, from the answers that the run keeps
   vlmlab export run=outputs/<name> to=<folder>            transformers folders of what a finished run has trained
+  vlmlab import path=<folder> to=outputs/<name>           a run of a published model: LLaVA, BLIP-2, PaliGemma ...
   vlmlab curate run=outputs/<name> out=<file>             how well captions fit their images, as a finished run finds
 """
 

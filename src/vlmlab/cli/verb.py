@@ -24,12 +24,13 @@ ONE_RUN = ("hydra.run.dir=.", "hydra.mode=RUN")
 """No folder of its own, and no sweep where a choice says one: an experiment is looked at as its first composition."""
 
 
-def run_verb(verb: str, task: Callable[[DictConfig], object]) -> int:
+def run_verb(verb: str, task: Callable[[DictConfig], object], more: Sequence[str] = ()) -> int:
     """Compose ``conf/train.yaml`` with the keys of ``conf/<verb>.yaml`` and call the task; no run folder is made.
 
     Args:
         verb: its name; ``conf/hydra/help/<verb>.yaml`` is its help.
         task: what it does with the configuration.
+        more: words that stand before those that were typed.
 
     Returns:
         The exit code.
@@ -39,7 +40,7 @@ def run_verb(verb: str, task: Callable[[DictConfig], object]) -> int:
         return fail(sentence, MISTAKE)
     for sentence in given_twice(overrides_of(sys.argv[1:])):  # a second value replaces the one that the verb adds
         return fail(sentence, MISTAKE)
-    sys.argv[1:] = arguments(verb, sys.argv[1:], own_keys(verb))
+    sys.argv[1:] = arguments(verb, sys.argv[1:], own_keys(verb), more=more)
     main = hydra.main(config_path=str(conf), config_name=TOP, version_base="1.3")(guard(task))
     return run_command(main, conf, TOP)
 
@@ -98,7 +99,11 @@ def own_keys(verb: str) -> dict[str, Any]:
 
 
 def arguments(
-    verb: str, words: Sequence[str], own: Mapping[str, Any], before: Sequence[str] | None = None
+    verb: str,
+    words: Sequence[str],
+    own: Mapping[str, Any],
+    before: Sequence[str] | None = None,
+    more: Sequence[str] = (),
 ) -> list[str]:
     """The words for Hydra: the verb's own keys are added with their values, and may then be given like any other.
 
@@ -109,13 +114,14 @@ def arguments(
         words: as typed.
         own: its own keys and their values.
         before: other words for its own keys and for what kind of run it is.
+        more: words of the composition that stand before those that were typed.
     """
     if before is None:
         before = [*ONE_RUN, *(f"++{key}={_written(value)}" for key, value in own.items())]
     typed = overrides_of(words)
     given = [_added(word) if override_key(word).split(".")[0] in own and "=" in word else word for word in typed]
     place = next(i for i in range(len(words) + 1) if list(words[i : i + len(typed)]) == typed) if typed else len(words)
-    return [*words[:place], f"hydra/help={verb}", *before, *given, *words[place + len(typed) :]]
+    return [*words[:place], f"hydra/help={verb}", *before, *more, *given, *words[place + len(typed) :]]
 
 
 def _added(word: str) -> str:

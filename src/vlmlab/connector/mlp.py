@@ -20,22 +20,27 @@ class MlpConnector(Connector):
         out_width: width of the LM.
         depth: number of linear layers; 2 is LLaVA's ``mlp2x_gelu``.
         hidden: width between them; null means the LM's.
+        end: a learned vector behind every image's tokens (LLaVA-OneVision's ``image_newline``, arXiv 2408.03326).
     """
 
-    def __init__(self, in_width: int, out_width: int, depth: Depth = 2, hidden: Width | None = None) -> None:
+    def __init__(
+        self, in_width: int, out_width: int, depth: Depth = 2, hidden: Width | None = None, end: bool = False
+    ) -> None:
         super().__init__()
         widths = [in_width, *[hidden or out_width] * (depth - 1), out_width]
         layers: list[nn.Module] = [nn.Linear(a, b) for a, b in pairwise(widths)]
         self.layers = nn.Sequential(*[m for layer in layers for m in (layer, nn.GELU())][:-1])
+        self.end = nn.Parameter(torch.randn(out_width) / out_width**0.5) if end else None
 
     def tokens_per_image(self, hw: tuple[int, int]) -> int:
-        """One token per feature of the grid."""
-        return hw[0] * hw[1]
+        """One token per feature of the grid, and the end."""
+        return hw[0] * hw[1] + (self.end is not None)
 
-    def grid(self, hw: tuple[int, int]) -> tuple[int, int]:
-        """That of the features."""
-        return hw
+    def grid(self, hw: tuple[int, int]) -> tuple[int, int] | None:
+        """That of the features; none with an end, which has no place in the picture."""
+        return hw if self.end is None else None
 
     def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
         """(I, M, D) visual tokens; the instruction is not used."""
-        return self.layers(torch.cat(visual.grids, -1))  # (I, N, Dv) -> (I, N, D)
+        tokens = self.layers(torch.cat(visual.grids, -1))  # (I, N, Dv) -> (I, N, D)
+        return tokens if self.end is None else torch.cat([tokens, self.end.expand(len(tokens), 1, -1)], 1)

@@ -15,8 +15,6 @@ from vlmlab.contracts.tensors import Visual
 from vlmlab.contracts.values import Positive, Vocabulary, Width
 
 Tokenize = Literal["softmax", "gumbel_argmax", "st_argmax"]
-INDICATORS = 2
-"""Words that no feature is made of: where an image begins and where it ends."""
 
 
 class OvisConnector(Connector):
@@ -31,6 +29,7 @@ class OvisConnector(Connector):
             (the likeliest word); the last two have the softmax's gradient.
         temperature: of gumbel_argmax.
         indicators: a learned begin and end word around each image's tokens.
+        ends: number of end words (Ovis2 has two behind an image that is not cut into tiles).
         std: of the table's first values.
 
     Raises:
@@ -46,23 +45,24 @@ class OvisConnector(Connector):
         tokenize: Tokenize = "softmax",
         temperature: Positive = 1.0,
         indicators: bool = True,
+        ends: Width = 1,
         std: Positive = 0.02,
     ) -> None:
         super().__init__()
         if tokenize not in get_args(Tokenize):
             raise UserError(f"connector.tokenize={tokenize} is unknown; choose from {', '.join(get_args(Tokenize))}.")
-        check_counts(words=words, stride=stride)
+        check_counts(words=words, stride=stride, ends=ends)
         self.stride = stride
         self.tokenize = tokenize
         self.temperature = temperature
-        self.indicators = INDICATORS if indicators else 0
+        self.indicators = 1 + ends if indicators else 0
         self.head = nn.Linear(in_width * stride**2, words, bias=False)
         self.norm = nn.LayerNorm(words)
         self.table = nn.Embedding(words + self.indicators, out_width)  # the indicators are its last rows
         nn.init.normal_(self.table.weight, std=std)
 
     def tokens_per_image(self, hw: tuple[int, int]) -> int:
-        """One token per block of features, and the two indicators."""
+        """One token per block of features, and the indicators."""
         return -(-hw[0] // self.stride) * -(-hw[1] // self.stride) + self.indicators
 
     def grid(self, hw: tuple[int, int]) -> tuple[int, int] | None:
@@ -75,7 +75,8 @@ class OvisConnector(Connector):
         tokens = words.to(self.table.weight.dtype) @ self.table.weight[: words.shape[-1]]  # (I, M', D)
         if not self.indicators:
             return tokens
-        begin, end = self.table.weight[-INDICATORS:].expand(len(tokens), -1, -1).split(1, 1)  # (I, 1, D) each
+        around = self.table.weight[-self.indicators :].expand(len(tokens), -1, -1)  # (I, 1 + ends, D)
+        begin, end = around[:, :1], around[:, 1:]
         return torch.cat([begin, tokens, end], 1)
 
     def probabilities(self, visual: Visual) -> Tensor:

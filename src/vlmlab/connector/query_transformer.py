@@ -13,7 +13,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 from vlmlab.connector.base import check_heads
 from vlmlab.contracts.parts import Connector, Sight
 from vlmlab.contracts.tensors import Visual
-from vlmlab.contracts.values import Depth, Drop, Vocabulary, Width
+from vlmlab.contracts.values import Depth, Drop, Positive, Vocabulary, Width
 
 BERT_VOCABULARY = 30522
 
@@ -35,6 +35,7 @@ class QueryTransformer(Connector):
         vocab_size: of the tokenizer that the instruction is written in; null is filled with the LM's (BERT's in the
             paper, and where there is no LM).
         max_words: places of an instruction; words behind them are not read (512 in the paper's BERT).
+        norm_eps: of the norm of the features (1e-6 in the released models).
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class QueryTransformer(Connector):
         text: bool = False,
         vocab_size: Vocabulary | None = None,
         max_words: Width = 512,
+        norm_eps: Positive = 1e-5,
     ) -> None:
         super().__init__()
         width = hidden or out_width
@@ -66,7 +68,7 @@ class QueryTransformer(Connector):
             attention_probs_dropout_prob=dropout,
             use_qformer_text_input=instruction or text,
         )
-        self.norm = nn.LayerNorm(in_width)
+        self.norm = nn.LayerNorm(in_width, eps=norm_eps)
         self.queries = nn.Parameter(torch.zeros(1, queries, width).normal_(0.0, 0.02))
         self.qformer = Blip2QFormerModel(config)
         self.out = nn.Linear(width, out_width)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, CLIPVisionModel, Dinov2Model, PreTrainedConfig, PreTrainedModel, SiglipVisionModel
+from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 
 from vlmlab.contracts.errors import UserError, reason
 
@@ -18,6 +19,7 @@ BEHIND_FINAL: dict[type[nn.Module], tuple[str, ...]] = {
     SiglipVisionModel: ("head",),
     CLIPVisionModel: ("post_layernorm",),
     Dinov2Model: (),
+    Idefics2VisionTransformer: (),
 }
 """Children that the tower's final patch features do not depend on, of the families that lose them."""
 
@@ -25,8 +27,12 @@ BEHIND_TAP: dict[type[nn.Module], tuple[str, ...]] = {
     SiglipVisionModel: ("post_layernorm", "head"),
     CLIPVisionModel: ("post_layernorm",),
     Dinov2Model: ("layernorm",),
+    Idefics2VisionTransformer: ("post_layernorm",),
 }
 """Children that a hidden state does not depend on."""
+
+PATCHES_ALONE = (SiglipVisionModel, Idefics2VisionTransformer)
+"""Those of these families without a token before the patches; the others have one."""
 
 SIZES = ("hidden_size", "num_hidden_layers", "patch_size", "image_size")
 
@@ -66,7 +72,7 @@ def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def _reads_pixels(kind: type[PreTrainedModel]) -> bool:
-    return kind.main_input_name == "pixel_values" and "forward" in vars(kind)
+    return "forward" in vars(kind) and "pixel_values" in inspect.signature(kind.forward).parameters
 
 
 def attention_of(kind: type[PreTrainedModel]) -> str:
@@ -115,10 +121,12 @@ class Reading:
     Attributes:
         options: keywords of its ``forward``.
         unused: names of weights that no tapped feature depends on.
+        special: tokens that stand before the patches (class, registers).
     """
 
     options: dict[str, bool]
     unused: frozenset[str]
+    special: int
 
 
 def reading(tower: PreTrainedModel, size: tuple[int, int], layers: Sequence[int] | None, pooled: bool) -> Reading:
@@ -138,7 +146,8 @@ def reading(tower: PreTrainedModel, size: tuple[int, int], layers: Sequence[int]
     takes = "interpolate_pos_encoding" in inspect.signature(kind.forward).parameters
     options = {"interpolate_pos_encoding": True} if takes and own != size else {}
     if known:
-        return Reading(options, frozenset({"embeddings.mask_token"} if kind is Dinov2Model else ()))
+        unused = frozenset({"embeddings.mask_token"} if kind is Dinov2Model else ())
+        return Reading(options, unused, 0 if kind in PATCHES_ALONE else 1)
     make: Any = kind._from_config
     with torch.device("meta"), torch.enable_grad():
         twin = make(tower.config, attn_implementation=attention_of(kind)).train(False)
@@ -150,13 +159,13 @@ def reading(tower: PreTrainedModel, size: tuple[int, int], layers: Sequence[int]
         except Exception as error:  # whatever a family does with images that it cannot take
             told = f"encoder: {kind.__name__} does not take {size[0]}x{size[1]} pixels ({reason(error)})"
             raise UserError(f"{told}; set encoder.image_size=null, or use another tower.") from error
-        _check_grids(tower, taken, size)
+        special = taken[0].shape[1] - _check_grids(tower, taken, size)
         if pooled:
             if getattr(out, "pooler_output", None) is None:
                 raise UserError(f"encoder.pooled=true: {kind.__name__} has no pooled output; set encoder.pooled=false.")
             taken = [*taken, out.pooler_output]
         sum(each.sum() for each in taken).backward()  # type: ignore[union-attr]
-    return Reading(options, frozenset(name for name, p in twin.named_parameters() if p.grad is None))
+    return Reading(options, frozenset(name for name, p in twin.named_parameters() if p.grad is None), special)
 
 
 def tapped(out: Any, layers: Sequence[int] | None) -> list[torch.Tensor]:
@@ -168,7 +177,12 @@ def tapped(out: Any, layers: Sequence[int] | None) -> list[torch.Tensor]:
     return final if layers is None else [(out.hidden_states or final)[i] for i in layers]
 
 
-def _check_grids(tower: PreTrainedModel, taken: Sequence[torch.Tensor], size: tuple[int, int]) -> None:
+def _check_grids(tower: PreTrainedModel, taken: Sequence[torch.Tensor], size: tuple[int, int]) -> int:
+    """The number of patches.
+
+    Raises:
+        UserError: what was taken is not one such grid an image, with or without tokens before it.
+    """
     patch = patch_of(tower.config)
     count, width = (size[0] // patch) * (size[1] // patch), int(tower.config.hidden_size)
     for grid in taken:
@@ -177,6 +191,7 @@ def _check_grids(tower: PreTrainedModel, taken: Sequence[torch.Tensor], size: tu
                 f"encoder: {type(tower).__name__} gives {tuple(grid.shape)} of two images instead of (2, {count} or "
                 f"more, {width}); it is not a tower of one grid of patches an image."
             )
+    return count
 
 
 def _sides(size: Any) -> tuple[int, int]:

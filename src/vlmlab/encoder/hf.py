@@ -22,6 +22,8 @@ class HfEncoder(TowerEncoder):
             preprocessor file says. At another size than it was trained on, its positions are interpolated.
         square: pad images to squares in the mean colour first, as LLaVA-1.5 does, so that no margin is cut off.
         gradient_checkpointing: recompute the activations of layers that train in the backward pass.
+        class_token: keep the tokens that stand before the patches (class, registers), as BLIP-2's Q-Former reads them;
+            the features then form one row and no grid.
         architecture: what the config.json of a hub id says; read only on the meta device (``vlmlab.towers.blueprint``).
 
     Raises:
@@ -39,13 +41,15 @@ class HfEncoder(TowerEncoder):
         image_size: Size | None = None,
         square: bool = False,
         gradient_checkpointing: bool = False,
+        class_token: bool = False,
         architecture: Architecture | None = None,
     ) -> None:
         self._opened = path, dtype, architecture  # private: where it came from is not what it sees
         tower, preprocess, source = open_tower(path, dtype, architecture, pooled)
         if image_size is not None:
             preprocess = preprocess.at(*sides(image_size))
-        super().__init__(tower, replace(preprocess, square=square), layers, pooled, source, gradient_checkpointing)
+        preprocess = replace(preprocess, square=square)
+        super().__init__(tower, preprocess, layers, pooled, source, gradient_checkpointing, class_token)
 
     def text_tower(self) -> TransformersTextTower:
         """The text half of the same checkpoint, a module of its own: none of it is the encoder's."""

@@ -142,13 +142,23 @@ class Preprocess:
         return (long, self.shortest_edge) if columns <= rows else (self.shortest_edge, long)
 
 
-def read_preprocess(folder: Path) -> Preprocess:
+def processor_of(preprocess: Preprocess) -> str:
+    """An image processor of transformers that says the same; SigLIP's cuts nothing out."""
+    cuts = preprocess.shortest_edge is not None or preprocess.squeeze is not None
+    return "CLIPImageProcessor" if cuts else "SiglipImageProcessor"
+
+
+def read_preprocess(folder: Path, settings: tuple[Path, dict[str, Any]] | None = None) -> Preprocess:
     """The settings in a tower's ``preprocessor_config.json``, or the image section of its ``processor_config.json``.
+
+    Args:
+        folder: the tower's.
+        settings: a file and what is taken for its content; None: what is there.
 
     Raises:
         UserError: the file is missing, gives images no single size, or asks for something that is not done here.
     """
-    path, raw = _settings(folder)
+    path, raw = settings_of(folder) if settings is None else settings
     if raw.get("do_resize") is False:
         raise UserError(f"{path} has do_resize=false, but a batch needs images of one size; give it a size.")
     if raw.get("do_pad"):
@@ -169,7 +179,12 @@ def read_preprocess(folder: Path) -> Preprocess:
     )
 
 
-def _settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+def settings_of(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of an image processor, and its settings.
+
+    Raises:
+        UserError: there is none.
+    """
     for name in FILES:
         path = folder / name
         if path.is_file():

@@ -33,6 +33,7 @@ class TowerEncoder(Encoder):
         pooled: keep the tower's pooling head and return its output (contrastive training needs it).
         source: hash of the weights that were loaded, None where there are none.
         gradient_checkpointing: recompute the activations of layers that train in the backward pass.
+        class_token: keep the tokens that stand before the patches (class, registers); the features then form one row.
 
     Raises:
         UserError: it gives no grid of patches, a layer does not exist, an image is smaller than a patch, or the family
@@ -47,6 +48,7 @@ class TowerEncoder(Encoder):
         pooled: bool = False,
         source: str | None = None,
         gradient_checkpointing: bool = False,
+        class_token: bool = False,
     ) -> None:
         super().__init__()
         if pooled and layers is not None:
@@ -67,6 +69,7 @@ class TowerEncoder(Encoder):
                 f"pixels; give at least {self.patch}."
             )
         self._reading = reading(tower, (preprocess.height, preprocess.width), self.layers, pooled)
+        self.class_token = class_token
         if not pooled:
             cut(tower, depth if self.layers is None else max(self.layers), tapped=self.layers is not None)
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
@@ -81,8 +84,13 @@ class TowerEncoder(Encoder):
 
     @property
     def hw(self) -> tuple[int, int]:
-        """Rows and columns of the feature grid of one image."""
-        return self.preprocess.height // self.patch, self.preprocess.width // self.patch
+        """Rows and columns of the feature grid of one image; one row of all where class tokens are kept."""
+        return self._shape(self.preprocess.height, self.preprocess.width)
+
+    def _shape(self, height: int, width: int) -> tuple[int, int]:
+        rows, columns = height // self.patch, width // self.patch
+        kept = self._reading.special if self.class_token else 0
+        return (1, kept + rows * columns) if kept else (rows, columns)
 
     @property
     def widths(self) -> list[int]:
@@ -91,12 +99,12 @@ class TowerEncoder(Encoder):
         return [self.width // count] * count
 
     def forward(self, pixels: Tensor) -> Visual:
-        """(I, 3, H, W) uint8 -> Visual with one (I, N, Dv) grid per layer; class and register tokens dropped."""
+        """(I, 3, H, W) uint8 -> Visual with one (I, N, Dv) grid per layer; class and register tokens where kept."""
         dtype = next(self.tower.parameters()).dtype
         # in transformers' order of operations, so that the values are its processor's to the last bit
         values = ((pixels.float() / self.white - self.mean) / self.std).to(dtype)
         out = self.tower(pixel_values=values, output_hidden_states=self.layers is not None, **self._reading.options)
-        rows, columns = pixels.shape[2] // self.patch, pixels.shape[3] // self.patch
+        rows, columns = self._shape(pixels.shape[2], pixels.shape[3])
         # class and register tokens, where a family has them, come before the patches
         grids = [grid[:, grid.shape[1] - rows * columns :] for grid in tapped(out, self.layers)]  # each (I, N, Dv)
         pooled = out.pooler_output if self.pooled else None

@@ -18,6 +18,10 @@ BEFORE: Mapping[str, Any] = {
     "init_from": None,
     "collate.questions": "conversation",
     "collate.control_tokens": "refuse",
+    "connector.end": False,
+    "connector.ends": 1,
+    "connector.norm_eps": 1e-5,
+    "encoder.class_token": False,
     "evaluation.watched": None,
     "image_range": "auto",  # of any source of data, as what follows
     "image_roots": [],

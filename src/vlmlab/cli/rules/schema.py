@@ -12,7 +12,20 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from annotated_types import Interval, MinLen
 
-from vlmlab.contracts.values import Count, Names, Natural, NotNegative, Part, Positive, Seed, Share, Text, Texts, Width
+from vlmlab.contracts.values import (
+    Count,
+    Names,
+    Natural,
+    NotNegative,
+    Part,
+    Positive,
+    Seed,
+    Share,
+    Size,
+    Text,
+    Texts,
+    Width,
+)
 
 Threads = Annotated[int, Interval(ge=1, le=4096)]
 Workers = Annotated[int, Interval(ge=0, le=4096)]
@@ -291,3 +304,12 @@ class Export(TypedDict):
     run: Text | Count
     to: Text | Count
     trust: bool
+
+
+class Import(TypedDict):
+    """Keys of ``vlmlab import``."""
+
+    path: Text | None
+    to: Text | Count | None
+    chat_template: Text | None
+    image_size: Size | None

@@ -1,0 +1,97 @@
+"""What a published model is to the lab: the keys that compose the same model, and where its weights go."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.encoder.families import attention_of, family, reading
+from vlmlab.encoder.tower import sides
+
+Keys = dict[str, Any]
+"""Keys of a composition and their values, as they are given to training."""
+
+
+class Published(ABC):
+    """One class of transformers.
+
+    Attributes:
+        model: the class.
+        image_token: attribute of the config that has the placeholder's id.
+        tiled: the published processor cuts images into tiles, or keeps their sizes; here they are brought to one.
+    """
+
+    model: type[PreTrainedModel]
+    image_token: str = "image_token_id"
+    tiled: bool = False
+
+    @abstractmethod
+    def keys(self, config: Any) -> Keys:
+        """The groups and keys that compose the same model: encoder, connector and mask.
+
+        Raises:
+            UserError: it has something that no key says.
+        """
+
+    @abstractmethod
+    def tower(self, model: Any) -> PreTrainedModel:
+        """The vision tower."""
+
+    @abstractmethod
+    def lm(self, model: Any) -> PreTrainedModel:
+        """The causal language model."""
+
+    @abstractmethod
+    def connector(self, model: Any) -> Mapping[str, Tensor]:
+        """The connector's weights by the names of ours."""
+
+
+def causal_lm(base: PreTrainedModel, head: nn.Module, settings: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """A language model and its head, which a published model keeps apart, as one causal LM; nothing is copied.
+
+    Args:
+        base: the layers.
+        head: the linear layer behind them.
+        settings: config of the whole; None: that of the layers.
+    """
+    config = base.config if settings is None else settings
+    weights = {"table": base.get_input_embeddings().weight, "head": head.weight}
+    config.tie_word_embeddings = torch.equal(weights["table"], weights["head"])
+    with torch.device("meta"):
+        whole: Any = AutoModelForCausalLM.from_config(config, dtype=base.dtype, trust_remote_code=False)
+    setattr(whole, whole.base_model_prefix, base)
+    whole.set_output_embeddings(head)
+    if config.tie_word_embeddings:
+        head.weight = base.get_input_embeddings().weight
+    return whole
+
+
+def before_patches(vision: PreTrainedConfig) -> int:
+    """Tokens that a tower of this config has before its patches (class, registers)."""
+    settings, kind = family(vision, "path")
+    make: Any = kind._from_config
+    with torch.device("meta"):
+        tower = make(settings, attn_implementation=attention_of(kind))
+    return reading(tower, sides(settings.image_size), None, pooled=False).special
+
+
+def only(config: Any, what: str, **wanted: Any) -> None:
+    """Refuse a config that says something else than what is reproduced here.
+
+    Args:
+        config: of the model or a part of it.
+        what: the part, in words.
+        wanted: its keys and the one value that each may have.
+
+    Raises:
+        UserError: names the first key and its value.
+    """
+    for key, value in wanted.items():
+        if getattr(config, key, value) != value:
+            raise UserError(f"{what} has {key}={getattr(config, key)}, and here it can only be {value}")

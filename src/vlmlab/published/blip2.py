@@ -1,0 +1,63 @@
+"""BLIP-2 (arXiv 2301.12597): tower, pretrained Q-Former, one linear layer, a causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import Blip2ForConditionalGeneration, PreTrainedModel
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.published.base import Keys, Published, only
+
+
+class Blip2(Published):
+    """``Blip2ForConditionalGeneration`` with a causal language model (OPT, LLaMA).
+
+    The norm behind the tower is the connector's here, where it trains with the Q-Former, as in the paper's code.
+    """
+
+    model = Blip2ForConditionalGeneration
+
+    def keys(self, config: Any) -> Keys:
+        """All tokens of the tower before its norm, and ``qformer``."""
+        if not config.use_decoder_only_language_model:
+            raise UserError(f"its language model ({config.text_config.model_type}) has an encoder; lm=hf is a decoder")
+        queries = config.qformer_config
+        only(
+            queries, "its Q-Former",
+            intermediate_size=4 * queries.hidden_size, hidden_act="gelu", layer_norm_eps=1e-12,
+            use_qformer_text_input=False, attention_probs_dropout_prob=queries.hidden_dropout_prob,
+        )  # fmt: skip
+        return {
+            "encoder.layers": [-1],
+            "encoder.class_token": True,
+            "connector": "qformer",
+            "connector.queries": config.num_query_tokens,
+            "connector.hidden": queries.hidden_size,
+            "connector.layers": queries.num_hidden_layers,
+            "connector.heads": queries.num_attention_heads,
+            "connector.cross_every": queries.cross_attention_frequency,
+            "connector.dropout": queries.hidden_dropout_prob,
+            "connector.norm_eps": config.vision_config.layer_norm_eps,
+            "mask": "causal",
+        }
+
+    def tower(self, model: Any) -> PreTrainedModel:
+        """As it is; its norm is not read."""
+        return model.vision_model
+
+    def lm(self, model: Any) -> PreTrainedModel:
+        """A causal LM already."""
+        return model.language_model
+
+    def connector(self, model: Any) -> Mapping[str, Tensor]:
+        """The tower's norm, the queries, the Q-Former and the linear layer behind it."""
+        parts = {
+            "norm": model.vision_model.post_layernorm,
+            "qformer": model.qformer,
+            "out": model.language_projection,
+        }
+        weights = {f"{part}.{name}": w for part, module in parts.items() for name, w in module.state_dict().items()}
+        return {"queries": model.query_tokens, **weights}

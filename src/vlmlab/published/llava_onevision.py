@@ -1,0 +1,27 @@
+"""LLaVA-OneVision (arXiv 2408.03326) with every image as one tile, as it reads several images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import LlavaOnevisionForConditionalGeneration
+
+from vlmlab.published.base import Keys
+from vlmlab.published.llava import Llava
+
+
+class LlavaOnevision(Llava):
+    """``LlavaOnevisionForConditionalGeneration``; the tiles of a single image are not reproduced, nor videos."""
+
+    model = LlavaOnevisionForConditionalGeneration
+    tiled = True
+
+    def keys(self, config: Any) -> Keys:
+        """LLaVA's, and the learned vector behind every image."""
+        return {**super().keys(config), "connector.end": True}
+
+    def connector(self, model: Any) -> Mapping[str, Tensor]:
+        """LLaVA's two layers and that vector."""
+        return {**super().connector(model), "end": model.model.image_newline}

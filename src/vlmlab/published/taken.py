@@ -1,0 +1,101 @@
+"""A published model becomes a run: towers as transformers folders, the connector as the weights of its one stage.
+
+<run>/encoder, lm      ordinary transformers folders
+<run>/...              what any finished run has; its one stage ``published`` has learnt nothing
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from transformers import GenerationConfig
+
+from vlmlab.contracts.errors import UserError
+from vlmlab.encoder.preprocess import processor_of
+from vlmlab.engine.restore import enter, module_class, new_trainee, weights_file
+from vlmlab.engine.stamp import stamps
+from vlmlab.engine.weights import Trainee
+from vlmlab.published.model import Found
+from vlmlab.recipe.stage import Stage, parse
+from vlmlab.runs.config import plain
+from vlmlab.runs.files import is_free
+from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.withheld import stored
+from vlmlab.towers.source import save_tower
+
+
+def take_apart(found: Found, cfg: DictConfig, to: Path, words: Sequence[str] = ()) -> dict[str, Any]:
+    """Write the run folder of a published model.
+
+    Args:
+        found: the model.
+        cfg: what ``found.words(to)`` compose, with whatever else was chosen.
+        to: a new or empty folder; what was written is removed again where that fails.
+        words: the overrides, for the run's record.
+
+    Returns:
+        The run's result, which has no scores.
+
+    Raises:
+        UserError: the folder has files in it, the weights are not whole, or the parts do not make the same connector.
+    """
+    if not is_free(to):
+        raise UserError(f"{to} has files in it; give a new or empty folder.")
+    try:
+        with RunFolder(to) as run:
+            run.open(plain(cfg), list(words), written=stored(cfg))
+            connector = _write_towers(found, to)
+            trainee, stage = _composed(cfg)
+            _give(trainee, connector, found)
+            file = weights_file(to, stage)
+            file.parent.mkdir(parents=True)
+            trainee.save(file, stage, cfg, stamps(cfg, [stage], run, writes=True)[stage.name])
+            run.update_env(published={"path": found.path, "class": found.plan.model.__name__})
+            params = sum(parameter.numel() for parameter in trainee.model.parameters())
+            return run.finish({}, {"params": params, "trainable": 0, "seconds": 0.0})
+    except BaseException:
+        for path in to.glob("*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
+
+
+def _write_towers(found: Found, to: Path) -> dict[str, Tensor]:
+    """Write both towers, and keep the connector's weights of the published model alone."""
+    model = found.load()
+    tower, lm = found.plan.tower(model), found.plan.lm(model)
+    settings = getattr(model, "generation_config", None)
+    lm.generation_config = GenerationConfig() if settings is None else settings
+    save_tower(lm, to / "lm")
+    found.tokenizer.save_pretrained(to / "lm")
+    save_tower(tower, to / "encoder")
+    found.preprocess.save(to / "encoder", processor_of(found.preprocess))
+    return {name: weight.detach().float().clone() for name, weight in found.plan.connector(model).items()}
+
+
+def _composed(cfg: DictConfig) -> tuple[Trainee, Stage]:
+    """The lab's model from the towers that were written, in the one stage of the recipe."""
+    stage = parse(cfg)[0]
+    trainee = new_trainee(cfg, module_class(stage).build)
+    enter(trainee, cfg, stage)
+    return trainee, stage
+
+
+@torch.no_grad()
+def _give(trainee: Trainee, weights: Mapping[str, Tensor], found: Found) -> None:
+    """The connector's weights, all of them.
+
+    Raises:
+        UserError: it has others.
+    """
+    model: Any = trainee.model
+    own = model.connector.state_dict()
+    wrong = own.keys() ^ weights.keys() or {name for name in own if own[name].shape != weights[name].shape}
+    if wrong:
+        raise UserError(f"path={found.path}: its connector does not fit ({sorted(wrong)[0]}), so that it is another.")
+    model.connector.load_state_dict(weights)
