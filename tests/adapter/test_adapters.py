@@ -100,8 +100,8 @@ def test_only_the_adapter_may_train() -> None:
 
 
 def test_a_tower_that_is_not_there_is_refused() -> None:
-    with pytest.raises(UserError, match=r"adapter\.parts has connector"):
-        vlm().set_adapter(LoraAdapter(parts=["connector"]))
+    with pytest.raises(UserError, match=r"adapter\.parts has text, which this composition has not"):
+        vlm().set_adapter(LoraAdapter(parts=["text"]))
 
 
 @pytest.mark.parametrize("path", choices("adapter"), ids=lambda p: p.stem)
@@ -111,10 +111,10 @@ def test_every_adapter_starts_as_the_composition_without_it(path: object) -> Non
     model = vlm(encoder=HfEncoder(str(clip()), layers=[-2]))
     batch = collator(model)([ONE_TURN, TWO_TURNS, TWO_IMAGES])
     before = model(batch).logits
-    if adapter.parts and not adapter.prompt_tokens:  # soft prompts are the LM's alone
+    if adapter.parts and not adapter.lm_only:
         adapter.parts = ("lm", "encoder")
     model.set_adapter(adapter)
-    assert torch.equal(model.eval()(batch).logits, before)
+    assert torch.equal(model.eval()(batch).logits, before) is adapter.starts_equal
 
 
 @torch.no_grad()

@@ -60,14 +60,14 @@ KINDS = [path for path in choices("adapter") if path.stem != "none"]
 LM_LOSS = {"_target_": "vlmlab.objective.lm.LanguageModelling", "weight": 1.0}
 MERGE = {"lora", "dora", "ia3", "ln_tuning", "comp_lora"}
 SAMPLES = [ONE_TURN, TWO_TURNS, TWO_IMAGES, TEXT_ONLY]
-SMALL = {"r": 3, "k": 2, "alpha": 6, "width": 4, "length": 3}
+SMALL = {"r": 3, "k": 2, "alpha": 6, "width": 4, "length": 3, "gate": "zero"}
 every_kind = pytest.mark.parametrize("path", KINDS, ids=lambda p: p.stem)
 
 
 def configured(path: Path, **changes: Any) -> dict[str, Any]:
     """A kind's configuration at the size of the tiny towers, around both of them where it can."""
     config: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))
-    towers = ["lm"] if path.stem == "soft_prompt" else ["lm", "encoder"]
+    towers = ["lm"] if path.stem in ("soft_prompt", "prefix_tuning") else ["lm", "encoder"]
     return config | {k: v for k, v in SMALL.items() if k in config} | {"parts": towers} | changes
 
 

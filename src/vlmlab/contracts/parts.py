@@ -473,6 +473,7 @@ class Adapter(ABC):
         towers_only: whether it wraps transformers towers alone, the LM or the encoder.
         one_tower: whether it wraps an encoder only where that is a single transformers tower.
         in_layers: whether its weights lie in the tower's layers.
+        starts_equal: whether a part with it equals the part without it before the first update.
     """
 
     parts: tuple[str, ...]
@@ -480,6 +481,7 @@ class Adapter(ABC):
     lr: float | None = None
     prompt_tokens: int = 0
     alone: bool = False
+    starts_equal: bool = True
     lm_only: ClassVar[bool] = False
     towers_only: ClassVar[bool] = False
     one_tower: ClassVar[bool] = False
@@ -487,7 +489,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def wrap(self, part: Any) -> Any:
-        """The part with its adapter; equal to the part before the first update."""
+        """The part with its adapter; equal to the part before the first update, if it says so (`starts_equal`)."""
 
     def ratios(self, part: nn.Module) -> dict[nn.Parameter, float]:
         """Parameters whose learning rate is a multiple of `lr`, with that multiple."""

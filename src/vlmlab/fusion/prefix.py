@@ -11,7 +11,7 @@ from vlmlab.contracts.parts import Fusion, MemoryMask, VisionLanguageModel
 from vlmlab.contracts.tensors import Batch, Layout, Memory, Seen
 from vlmlab.contracts.values import Layers, Width
 from vlmlab.fusion.base import Positions, check_counts, check_words, chosen_layers, memory_tokens, sight, token_places
-from vlmlab.lm.inside import Attend, look, open_ports, seen_in_row, shown
+from vlmlab.lm.inside import Attend, before_the_keys, look, open_ports, seen_in_row
 
 Gate = Literal["zero", "none"]
 
@@ -137,10 +137,6 @@ class PrefixBlock(nn.Module):
         if memory.slots.shape[1] == 0:
             return attend(query, key, value, mask) + 0.0 * (k.sum() + v.sum())
         sees, images = seen_in_row(memory)  # (B, Q, J), (B, J)
-        key, value = (
-            torch.cat([part[images].flatten(1, 2).transpose(1, 2).to(own.dtype), own], 2)
-            for part, own in ((k, key), (v, value))
-        )  # (B, G, J * M + K, dh)
+        keys, values = (part[images].flatten(1, 2).transpose(1, 2) for part in (k, v))  # (B, G, J * M, dh)
         before = sees.repeat_interleave(k.shape[1], -1)[:, None]  # (B, 1, Q, J * M)
-        text = shown(mask, query, key[:, :, before.shape[-1] :]).expand(len(before), -1, -1, -1)
-        return attend(query, key, value, torch.cat([before, text], -1))
+        return before_the_keys(attend, query, key, value, mask, keys, values, before)

@@ -338,6 +338,23 @@ class LayerPorts:
         else:
             self.take_over("linear.qkv", partial(_without_queries, self.module("linear.qkv"), width), key)
 
+    def adapt_attention(self, around: Callable[[Attend, float], Attend]) -> None:
+        """Let an adapter act around the attention, inside all blocks, also where the layer is given nothing to read.
+
+        Args:
+            around: what gives the attention's inner function and the scale of its scores -> the function in its place.
+
+        Raises:
+            UserError: a fusion does not compute some queries, and counts the layer's own keys for that.
+        """
+        site = self._attention()
+        if site.taken_by is not None:
+            raise UserError(
+                "adapter: keys of its own cannot stand before a layer's where the fusion leaves out visual queries; "
+                "use adapter=lora, or another fusion."
+            )
+        site.adapter = around
+
     def _take(self, site: Site, map: Change | None, key: str) -> None:
         if site.taken_by is not None:
             raise UserError(f"fusion: two of several fusions take over {site.where}; leave one of them out.")
@@ -401,6 +418,7 @@ class Site:
         self.instead = False  # whether the first block stands instead of the module
         self.taken_by: str | None = None  # the key of the memory whose split is taken over
         self.map: Change | None = None  # what computes those positions; the attention has none
+        self.adapter: Callable[[Attend, float], Attend] | None = None  # around the attention
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
         if id(self.ports.layer) not in memo:  # that module alone is being copied, not the layer
@@ -410,6 +428,7 @@ class Site:
         twin.ports = copy.deepcopy(self.ports, memo)
         twin.blocks = copy.deepcopy(self.blocks, memo)
         twin.map = copy.deepcopy(self.map, memo)
+        twin.adapter = copy.deepcopy(self.adapter, memo)
         return twin
 
     @property
@@ -442,7 +461,7 @@ class Site:
 
     def around(self, plain: Attend, scale: float) -> Attend:
         """A layer's attention with the blocks that have a memory in this call around it."""
-        now, found = self.ports.now, plain
+        now, found = self.ports.now, plain if self.adapter is None else self.adapter(plain, scale)
         if now is not None:
             for block, memory in zip(self.blocks, now.memories[self.where], strict=True):
                 if memory is not None:
@@ -570,6 +589,36 @@ def shown(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         return mask
     count, keys = query.shape[2], key.shape[2]
     return torch.ones(1, 1, count, keys, dtype=torch.bool, device=query.device).tril(keys - count)
+
+
+def before_the_keys(
+    attend: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    seen: Tensor,
+) -> Tensor:
+    """Attention in which further keys and values stand before a layer's own, in one softmax with them.
+
+    Args:
+        attend: the attention's inner function.
+        query: (B, H, Q, dh).
+        key: (B, G, K, dh), the layer's own, as are the `value` beside it.
+        value: (B, G, K, dh).
+        mask: (B, 1, Q, K), or None: causal.
+        keys: (B, G, P, dh), the further ones.
+        values: (B, G, P, dh).
+        seen: (B, 1, Q, P) which of them a query sees.
+
+    Returns:
+        (B, Q, H, dh).
+    """
+    text = shown(mask, query, key).expand(len(seen), -1, -1, -1)  # (B, 1, Q, K)
+    key, value = (torch.cat([part.to(own.dtype), own], 2) for part, own in ((keys, key), (values, value)))
+    return attend(query, key, value, torch.cat([seen, text], -1))
 
 
 def of_keys(field: Tensor, count: int) -> Tensor:
