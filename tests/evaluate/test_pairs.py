@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from vlmlab.data.readers.coco_captions import CocoCaptions
 from vlmlab.data.world.labels import WorldLabels
 from vlmlab.evaluate import retrieval
 from vlmlab.evaluate.baselines import Limited, Shuffled
-from vlmlab.evaluate.pairs import pair_parts
+from vlmlab.evaluate.pairs import check_pairs, pair_parts
 from vlmlab.evaluate.retrieval import Retrieval, hit, placed, rank
 from vlmlab.evaluate.run import score_each
 from vlmlab.evaluate.zero_shot import ZeroShot, credits
@@ -121,6 +121,11 @@ def test_identity_is_whole_and_a_constant_is_chance() -> None:
     for k in (1, 5, 10):
         assert found[f"image_to_text_r{k}"] == pytest.approx(k / 20)
     assert found["image_to_text_median_rank"] == pytest.approx(10.5)
+    half = Table({i: eye[i % 2] for i in range(20)}, {f"t{i}": eye[i] for i in range(20)})
+    found = Retrieval(samples)(half, samples, "b", 7).scores  # type: ignore[arg-type]
+    # beside the first two, one wrong text is nearer than the right one and 18 are as near
+    ranks = [rank(1 if i > 1 else 0, 18 if i > 1 else 0, 1) for i in range(20)]
+    assert found["image_to_text_median_rank"] == median(ranks)
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +243,13 @@ def test_each_benchmark_has_its_shuffled_score_beside_it(tmp_path: Path, monkeyp
     assert scores["some/count"] == 4 and any("no_image is left out" in line for line in said)
     assert any("asked ask a language model" in line for line in said)
     assert {path.name for path in (tmp_path / "predictions").iterdir()} == {"some.jsonl", "some.shuffled.jsonl"}
+
+
+def test_a_benchmark_of_one_sample_is_found_before_the_first_step() -> None:
+    cfg = composed("recipe=contrastive", "budget.eval_limit=1")
+    with pytest.raises(DataError, match=r"data\.pairs\.world_retrieval has 1 samples"):
+        check_pairs(cfg)
+    check_pairs(composed("recipe=contrastive", "budget=test"))
 
 
 def test_photographs_with_five_captions_each(shared_data: Path) -> None:

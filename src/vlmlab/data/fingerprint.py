@@ -34,7 +34,8 @@ def data_fingerprint(cfg: DictConfig) -> Facts:
         cfg: the configuration; read are ``data`` and ``recipe.stages``.
 
     Returns:
-        ``{"train": {name: facts}, "val": {...}, "benchmarks": {...}}``; see `source_fingerprint`.
+        ``{"train": {name: facts}, "val": {...}, "benchmarks": {...}}``, and "pairs" if there
+        are any; see `source_fingerprint`.
 
     Raises:
         UserError: data that cannot be read.
@@ -45,6 +46,8 @@ def data_fingerprint(cfg: DictConfig) -> Facts:
         "val": {name: cfg.data.val[name] for name in names if name in (cfg.data.get("val") or {})},
         "benchmarks": {str(name): b.source for name, b in (cfg.data.get("benchmarks") or {}).items()},
     }
+    if pairs := cfg.data.get("pairs"):
+        nodes["pairs"] = {str(name): b.source for name, b in pairs.items()}
     known: dict[str, Facts] = {}  # the same source under several names is opened once
     return {part: {n: _of_node(node, known) for n, node in group.items()} for part, group in nodes.items()}
 

@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
+from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Image, SampleSource
 from vlmlab.data.skipped import note
 from vlmlab.evaluate.baselines import Limited, Shuffled
@@ -86,6 +87,21 @@ def pair_parts(
             f"note: data.benchmarks: {', '.join(map(str, asked))} ask a language model, two towers are asked data.pairs"
         )
     return {str(name): partial(_benchmark, towers, cfg, folder, str(name), say) for name in named}
+
+
+def check_pairs(cfg: DictConfig) -> None:
+    """Before the first step: make every benchmark of ``data.pairs``, and see that it has two samples to compare.
+
+    Raises:
+        DataError: it has not; names its key.
+    """
+    for name, node in (cfg.data.get("pairs") or {}).items():
+        source = Limited(instantiate(node).source, cfg.budget.eval_limit)
+        if len(source) < 2:
+            raise DataError(
+                f"data.pairs.{name} has {len(source)} samples and compares images with each other; give it more, or "
+                "raise budget.eval_limit."
+            )
 
 
 def _benchmark(

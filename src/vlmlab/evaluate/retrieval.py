@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, median
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class Retrieval:
         for way, (queries, candidates, own, asked, offered) in ways.items():
             places, first = placed(queries, candidates, own)
             scores |= {f"{way}_r{k}": fmean(hit(*place, k) for place in places) for k in self.at}
-            scores[f"{way}_median_rank"] = float(torch.tensor([rank(*place) for place in places]).median())
+            scores[f"{way}_median_rank"] = median(rank(*place) for place in places)
             rows += _rows(name, way, asked, offered, own, first)
         chance = float(right.double().mean())
         return Found(scores, rows, {"chance": chance, "count": float(len(images))})

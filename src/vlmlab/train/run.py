@@ -51,6 +51,7 @@ from vlmlab.engine.weights import (
     plain_key,
 )
 from vlmlab.model.build import build_cache
+from vlmlab.model.pair import PairedTowers
 from vlmlab.model.questions import questions_line, read_questions
 from vlmlab.model.vlm import VLM
 from vlmlab.recipe.preset import deviations
@@ -263,10 +264,13 @@ def _foresee(run: Run, build: Builder) -> None:
     if not run.writes or run.evaluate is not _benchmarks or OmegaConf.select(run.cfg, "debug.steps") is not None:
         return
     from vlmlab.evaluate.foresight import check_evaluation
+    from vlmlab.evaluate.pairs import check_pairs
 
     model = _trainee(run, build).model
     if isinstance(model, VLM):
         check_evaluation(run.cfg, model)
+    elif isinstance(model, PairedTowers):
+        check_pairs(run.cfg)
 
 
 def _origin(run: Run, first: Stage) -> Path | None:
