@@ -268,8 +268,9 @@ def vlm(
 
 
 def collator(model: VLM, prompt: Any = "chat", pack_length: int | None = None) -> Collator:
-    cfg = OmegaConf.create({"collate": {"max_length": 512, "pack_length": pack_length}})
-    return build_collator(cfg, model, prompt)
+    """Conversations as they stand, also for what reads the question."""
+    collate = {"max_length": 512, "pack_length": pack_length, "questions": "whole"}
+    return build_collator(OmegaConf.create({"collate": collate}), model, prompt)
 
 
 def choices(group: str) -> list[Path]:
