@@ -193,7 +193,7 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, image_token: str, given: s
         except UserError as error:
             why = f"has no usable chat template ({brief(str(error).partition(';')[0], 110)})"
     raise UserError(
-        f"path={brief(path, 60)} {why}; give chat_template=<Jinja text or a file of it> for messages that are plain text."
+        f"path={brief(path, 60)} {why}; give chat_template=<Jinja text or a file of it> for messages of plain text."
     )
 
 
