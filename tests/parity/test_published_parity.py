@@ -52,6 +52,7 @@ def test_logits(name: str, tmp_path: Path) -> None:
     valid = batch.layout.valid
     assert worst(logits(model, batch)[valid], want[valid]) < 1e-4 and want[valid].std() > 0.05
     assert isinstance(model.mask, PrefixLM if name == "paligemma" else Causal)
+    assert not getattr(model.lm.model.config, "use_bidirectional_attention", None), "the mask says who sees whom"
     blank = Batch(**{**batch.__dict__, "pixels": torch.zeros_like(batch.pixels)})
     assert worst(logits(model, blank)[valid], want[valid]) > 1e-3, "the comparison sees the images"
 

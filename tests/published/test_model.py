@@ -96,7 +96,7 @@ def test_a_chat_template_is_needed(tmp_path: Path) -> None:
     jinja = folder / "chat_template.jinja"
     own = jinja.read_text()
     jinja.write_text(OF_A_PROCESSOR)
-    with pytest.raises(UserError, match=r"has no usable chat template .*; give chat_template=<Jinja text, or a file"):
+    with pytest.raises(UserError, match=r"has no usable chat template .*; give chat_template=<Jinja text or a file"):
         find(str(folder))
     jinja.unlink()
     with pytest.raises(UserError, match="has no chat template; give chat_template="):

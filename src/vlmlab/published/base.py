@@ -23,12 +23,10 @@ class Published(ABC):
 
     Attributes:
         model: the class.
-        image_token: attribute of the config that has the placeholder's id.
         tiled: the published processor cuts images into tiles, or keeps their sizes; here they are brought to one.
     """
 
     model: type[PreTrainedModel]
-    image_token: str = "image_token_id"
     tiled: bool = False
 
     @abstractmethod
@@ -52,23 +50,26 @@ class Published(ABC):
         """The connector's weights by the names of ours."""
 
 
-def causal_lm(base: PreTrainedModel, head: nn.Module, settings: PreTrainedConfig | None = None) -> PreTrainedModel:
+def causal_lm(base: PreTrainedModel, head: nn.Linear) -> PreTrainedModel:
     """A language model and its head, which a published model keeps apart, as one causal LM; nothing is copied.
 
     Args:
         base: the layers.
-        head: the linear layer behind them.
-        settings: config of the whole; None: that of the layers.
+        head: the linear layer behind them; it is the table again where the two are equal.
+
+    Raises:
+        UserError: they are of different numbers of words.
     """
-    config = base.config if settings is None else settings
-    weights = {"table": base.get_input_embeddings().weight, "head": head.weight}
-    config.tie_word_embeddings = torch.equal(weights["table"], weights["head"])
+    config, table, head_weight = base.config, base.get_input_embeddings().weight, head.weight
+    if table.shape != head_weight.shape:
+        raise UserError(f"its head is of shape {tuple(head_weight.shape)} and its table of {tuple(table.shape)}.")
+    config.tie_word_embeddings = torch.equal(table, head_weight)
     with torch.device("meta"):
         whole: Any = AutoModelForCausalLM.from_config(config, dtype=base.dtype, trust_remote_code=False)
     setattr(whole, whole.base_model_prefix, base)
     whole.set_output_embeddings(head)
     if config.tie_word_embeddings:
-        head.weight = base.get_input_embeddings().weight
+        head.weight = table
     return whole
 
 

@@ -134,7 +134,7 @@ def find(path: str, chat_template: str | None = None, image_size: Any = None) ->
     except UserError as error:
         raise _refused(config, path, str(error).rstrip(".")) from error
     tokenizer = open_tokenizer(folder, path, "path")
-    token = _image_token(plan, config, tokenizer)
+    token = _image_token(config, tokenizer)
     _set_template(tokenizer, token, chat_template, path)
     preprocess = _preprocess(plan, folder, path, image_size)
     notes = tuple(_notes(plan, preprocess, chat_template))
@@ -159,9 +159,9 @@ def _refused(config: PreTrainedConfig, path: str, why: str) -> UserError:
     return UserError(f"path={brief(path, 90)}: this {name} cannot be made of vlmlab's parts: {why}.")
 
 
-def _image_token(plan: Published, config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+def _image_token(config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     """The token whose embedding the published model replaces by visual tokens."""
-    number = getattr(config, plan.image_token, None)
+    number = getattr(config, "image_token_id", None)
     token = None if number is None or number >= len(tokenizer) else tokenizer.convert_ids_to_tokens(number)
     return token if isinstance(token, str) else NEW_TOKEN
 
@@ -176,6 +176,7 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, image_token: str, given: s
         file = Path(given).expanduser()
         is_file = "{" not in given and file.is_file()
         tokenizer.chat_template = file.read_text(encoding="utf-8") if is_file else given
+    tokenizer.name_or_path = Path(path).name  # in messages
     why = "has no chat template"
     if tokenizer.eos_token_id is None:
         raise UserError(f"path={brief(path, 90)}: its tokenizer has no end token, by which answers end.")
@@ -190,10 +191,9 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, image_token: str, given: s
             if encoder.stops:
                 return
         except UserError as error:
-            why = f"has no usable chat template ({brief(str(error).rstrip('.'), 150)})"
+            why = f"has no usable chat template ({brief(str(error).partition(';')[0], 110)})"
     raise UserError(
-        f"path={brief(path, 90)} {why}; give chat_template=<Jinja text, or a file of it>, for messages whose content "
-        "is text, with the end token behind answers."
+        f"path={brief(path, 60)} {why}; give chat_template=<Jinja text or a file of it> for messages of plain text."
     )
 
 

@@ -29,6 +29,9 @@ from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.withheld import stored
 from vlmlab.towers.source import save_tower
 
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""What of the published generation settings goes with the language model; how to sample is said when it is asked."""
+
 
 def take_apart(found: Found, cfg: DictConfig, to: Path, words: Sequence[str] = ()) -> dict[str, Any]:
     """Write the run folder of a published model.
@@ -70,7 +73,7 @@ def _write_towers(found: Found, to: Path) -> dict[str, Tensor]:
     model = found.load()
     tower, lm = found.plan.tower(model), found.plan.lm(model)
     settings = getattr(model, "generation_config", None)
-    lm.generation_config = GenerationConfig() if settings is None else settings
+    lm.generation_config = GenerationConfig(**{key: getattr(settings, key, None) for key in ENDS})
     save_tower(lm, to / "lm")
     found.tokenizer.save_pretrained(to / "lm")
     save_tower(tower, to / "encoder")
