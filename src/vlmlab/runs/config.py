@@ -19,6 +19,8 @@ BEFORE: Mapping[str, Any] = {
     "collate.questions": "conversation",
     "collate.control_tokens": "refuse",
     "evaluation.watched": None,
+    "connector.activation": "gelu",
+    "connector.own_layers": False,
     "image_range": "auto",  # of any source of data, as what follows
     "image_roots": [],
     "grid": 4,  # of the generated world, as what follows
