@@ -14,11 +14,15 @@ from tests.tiny import choices, spread, worst
 from torch.nn import functional as F
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
+from vlmlab.connector.c_abstractor import CAbstractorConnector
 from vlmlab.connector.ldp import LdpConnector
 from vlmlab.connector.mlp import MlpConnector
 from vlmlab.connector.qformer import QFormerConnector
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Visual
+
+REACH = {LdpConnector: 1, CAbstractorConnector: 3}
+"""Features beyond its own window that a token reads: by a convolution before and one behind the pooling."""
 
 
 def seeking(seen: Visual) -> Visual:
@@ -84,7 +88,7 @@ def test_every_feature_matters(path: object) -> None:
 @pytest.mark.parametrize("hw", [(4, 4), (4, 6), (6, 2), (5, 3)], ids=str)
 @pytest.mark.parametrize("path", choices("connector"), ids=lambda p: p.stem)
 def test_a_token_of_the_grid_reads_its_own_part_of_the_picture(path: object, hw: tuple[int, int]) -> None:
-    """The features that move a token most stand where the token does; ldp's windows reach one further."""
+    """The features that move a token most stand where the token does, or as near as its convolutions reach."""
     connector = spread(instantiate(OmegaConf.load(path), in_width=32, out_width=24))
     try:
         count = connector.tokens_per_image(hw)
@@ -100,14 +104,25 @@ def test_a_token_of_the_grid_reads_its_own_part_of_the_picture(path: object, hw:
     for r, c in itertools.product(range(grid[0]), range(grid[1])):
         (moved,) = torch.autograd.grad(tokens[r, c].square().sum(), seen.grids[0], retain_graph=True)
         row, column = divmod(int(moved.norm(dim=-1).argmax()), hw[1])
-        reach = 1 if isinstance(connector, LdpConnector) else 0
+        reach = REACH.get(type(connector), 0)
         for at, place, step in ((row, r, steps[0]), (column, c, steps[1])):
             assert place * step - reach <= at < (place + 1) * step + reach, f"token {r}, {c} reads {row}, {column}"
 
 
 def test_who_has_a_grid() -> None:
     found = {path.stem for path in choices("connector") if _grid(path) is not None}
-    assert found == {"none", "linear", "mlp", "pool", "pixel_shuffle", "ldp", "attention_pool", "sum"}
+    assert found == {
+        "none",
+        "linear",
+        "mlp",
+        "pool",
+        "pixel_shuffle",
+        "ldp",
+        "ldp_v2",
+        "c_abstractor",
+        "attention_pool",
+        "sum",
+    }
 
 
 def _grid(path: object) -> tuple[int, int] | None:

@@ -7,14 +7,16 @@ import torch
 from tests.connector.features import visual
 from tests.tiny import spread, worst
 from torch import nn
-from transformers import IdeficsConfig, InternVLConfig
+from transformers import IdeficsConfig, InternVLConfig, LlavaConfig
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 from transformers.models.idefics2.configuration_idefics2 import Idefics2Config
 from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector as TheirIdefics2Connector
 from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from vlmlab.connector.attention_pool import AttentionPoolConnector
 from vlmlab.connector.idefics2 import Idefics2Connector
+from vlmlab.connector.mlp import MlpConnector
 from vlmlab.connector.perceiver import PerceiverConnector
 from vlmlab.connector.pixel_shuffle import PixelShuffleConnector
 from vlmlab.connector.pool import PoolConnector
@@ -31,6 +33,24 @@ def test_idefics_perceiver(qk_norm: bool) -> None:
     theirs.load_state_dict(ours.resampler.state_dict())
     want = theirs(visual().grids[0]) @ ours.out.weight.T + ours.out.bias
     assert worst(ours(visual()), want) < 1e-5 and want.std() > 0.1
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu", "gelu_pytorch_tanh"])
+@torch.no_grad()
+def test_llava_projector(activation: str) -> None:
+    config = LlavaConfig(
+        text_config={"model_type": "llama", "hidden_size": 24, "num_attention_heads": 4},
+        vision_config={"model_type": "clip_vision_model", "hidden_size": 32, "num_attention_heads": 4},
+        projector_hidden_act=activation,
+        vision_feature_layer=[-2, -1],
+    )
+    theirs = spread(LlavaMultiModalProjector(config))
+    ours = MlpConnector(64, 24, activation=activation)
+    ours.layers[0].load_state_dict(theirs.linear_1.state_dict())
+    ours.layers[2].load_state_dict(theirs.linear_2.state_dict())
+    seen = visual(layers=2)
+    want = theirs(torch.cat(seen.grids, -1))
+    assert worst(ours(seen), want) < 1e-6 and want.std() > 0.1
 
 
 @torch.no_grad()

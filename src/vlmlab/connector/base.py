@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmlab.contracts import errors
 from vlmlab.contracts.errors import UserError
@@ -35,6 +35,14 @@ def windows(grid: Tensor, height: int, width: int) -> Tensor:
     """(I, R, C, Dv) -> (I, R / height, C / width, height * width, Dv), row by row inside a window too."""
     split = grid.unflatten(1, (-1, height)).unflatten(3, (-1, width))  # (I, R / h, h, C / w, w, Dv)
     return split.transpose(2, 3).flatten(3, 4)  # (I, R / h, C / w, h * w, Dv)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (I, D, R, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the same shape."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def check_heads(heads: int, width: int, what: str) -> None:

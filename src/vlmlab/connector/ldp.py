@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmlab.connector.base import as_grid, check_counts
+from vlmlab.connector.base import ChannelNorm, as_grid, check_counts
 from vlmlab.contracts.parts import Connector
 from vlmlab.contracts.tensors import Visual
 from vlmlab.contracts.values import Width
@@ -71,14 +71,6 @@ class SeparableBlock(nn.Module):
         gate = F.hardsigmoid(self.excite(F.relu(self.squeeze(y.mean((2, 3), keepdim=True)))))  # (I, D, 1, 1)
         y = self.pointwise_norm(self.pointwise(y * gate))
         return x + y if self.residual else y
-
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (I, D, R, C)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Of the same shape."""
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def rounded_to_eight(width: int) -> int:

@@ -137,6 +137,6 @@ class PrefixBlock(nn.Module):
         if memory.slots.shape[1] == 0:
             return attend(query, key, value, mask) + 0.0 * (k.sum() + v.sum())
         sees, images = seen_in_row(memory)  # (B, Q, J), (B, J)
-        keys, values = (part[images].flatten(1, 2).transpose(1, 2) for part in (k, v))  # (B, G, J * M, dh)
+        told = [part[images].flatten(1, 2).transpose(1, 2) for part in (k, v)]  # (B, G, J * M, dh) each
         before = sees.repeat_interleave(k.shape[1], -1)[:, None]  # (B, 1, Q, J * M)
-        return before_the_keys(attend, query, key, value, mask, keys, values, before)
+        return before_the_keys(attend, query, key, value, mask, told[0], told[1], before)

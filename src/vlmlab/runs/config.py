@@ -23,6 +23,8 @@ BEFORE: Mapping[str, Any] = {
     "connector.norm_eps": 1e-5,
     "encoder.class_token": False,
     "evaluation.watched": None,
+    "connector.activation": "gelu",
+    "connector.own_layers": False,
     "image_range": "auto",  # of any source of data, as what follows
     "image_roots": [],
     "grid": 4,  # of the generated world, as what follows
