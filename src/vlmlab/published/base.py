@@ -60,7 +60,9 @@ def causal_lm(base: PreTrainedModel, head: nn.Linear) -> PreTrainedModel:
     Raises:
         UserError: they are of different numbers of words.
     """
-    config, table, head_weight = base.config, base.get_input_embeddings().weight, head.weight
+    embedding: Any = base.get_input_embeddings()
+    words: Any = head
+    config, table, head_weight = base.config, embedding.weight, words.weight
     if table.shape != head_weight.shape:
         raise UserError(f"its head is of shape {tuple(head_weight.shape)} and its table of {tuple(table.shape)}.")
     config.tie_word_embeddings = torch.equal(table, head_weight)
@@ -69,7 +71,7 @@ def causal_lm(base: PreTrainedModel, head: nn.Linear) -> PreTrainedModel:
     setattr(whole, whole.base_model_prefix, base)
     whole.set_output_embeddings(head)
     if config.tie_word_embeddings:
-        head.weight = table
+        words.weight = table
     return whole
 
 
