@@ -15,6 +15,7 @@ from vlmlab.adapter.share import share
 from vlmlab.cli.rules import check
 from vlmlab.engine import proof
 from vlmlab.evaluate.run import evaluate_model
+from vlmlab.recipe.preset import deviations
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
 from vlmlab.train.run import train
@@ -72,6 +73,7 @@ def test_every_preset_trains_and_answers(preset: str, tmp_path: Path) -> None:
         result = train(cfg, tmp_path, evaluate)
     assert result is not None
     assert result["metrics"]["world_test/vqa_accuracy/count"] == 8
+    assert [note for note in result.get("notes", []) if "deviates" in note] == deviations(cfg)
     assert seen["share"] < MOST
     for part, changed in seen["moved"].items():  # beside the proof in train(): against the files on disk
         assert changed == (part not in seen["frozen"]), part
