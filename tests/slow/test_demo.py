@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slow
 
 
 def test_demo_learns_to_look_and_can_be_scored_again(tmp_path: Path) -> None:
-    """The bars of the demo; the README has what it reached."""
-    metrics = trained(cwd=tmp_path)["metrics"]
+    """With 0.4 of the steps it passes the demo's bars; the README has what all of them reach."""
+    metrics = trained("budget.steps_scale=0.4", cwd=tmp_path)["metrics"]
     assert metrics["world_test/vqa_accuracy/count"] >= 2000
     assert metrics["world_test/vqa_accuracy"] >= 0.8
     for kind in KINDS:
