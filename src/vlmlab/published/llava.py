@@ -15,7 +15,7 @@ from vlmlab.published.base import Keys, Published, before_patches, causal_lm, on
 class Llava(Published):
     """``LlavaForConditionalGeneration``."""
 
-    model = LlavaForConditionalGeneration
+    model: type[PreTrainedModel] = LlavaForConditionalGeneration
 
     def keys(self, config: Any) -> Keys:
         """Tapped layers, with or without the class token, and ``mlp``."""
