@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,9 @@ def test_a_run_is_made_and_scored(
     assert (code, err) == (0, ""), err
     run = tmp_path / "runs" / "llava"
     assert "LlavaForConditionalGeneration, " in out and f"python evaluate.py run={run}" in out
-    assert f"python train.py init_from={run} encoder=hf encoder.path='{run}/encoder' lm=hf" in out
+    command = shlex.split(out.splitlines()[-1])
+    assert command[:5] == ["python", "train.py", f"init_from={run}", "encoder=hf", f"encoder.path='{run}/encoder'"]
+    assert "lm.image_token='<|image|>'" in command, "quoted for the shell and for Hydra"
     code, said, err, _ = ask(f"evaluate run={run} device=cpu")
     assert code == 0 and "world_test (2 items)" in said, err
     assert "world_test/vqa_accuracy" in json.loads((run / "evaluate" / "metrics.json").read_text())

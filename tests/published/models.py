@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from vlmlab.contracts.tensors import Batch, Role
+from vlmlab.towers.source import quiet
 
 IMAGE = "<|image|>"
 SQUARE = {"size": {"height": SIZE, "width": SIZE}, "resample": 3, **HALF}
@@ -50,7 +51,8 @@ def image_id() -> int:
 def save(model: PreTrainedModel, name: str, settings: dict[str, Any] | None = None, template: bool = True) -> Path:
     """A folder as the model's makers would publish it."""
     folder = root() / f"published-{name}"
-    spread(model, seed=7).save_pretrained(folder)
+    with quiet():
+        spread(model, seed=7).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     if not template:
         (folder / "chat_template.jinja").unlink()

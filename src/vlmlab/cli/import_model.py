@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ def import_command(cfg: DictConfig, found: Found, to: Path, words: Sequence[str]
         tell(f"note: {note}")
     tell(f"{found.plan.model.__name__}, {result['cost']['params']:,} parameters: {to}\n")
     tell(f"  python evaluate.py run={to}")
-    fixed = " ".join(word for word in words if override_key(word) not in ("recipe", "adapter", "fusion"))
+    fixed = shlex.join(word for word in words if override_key(word) not in ("recipe", "adapter", "fusion"))
     tell(f"  python train.py init_from={to} {fixed} recipe=... name=...")
 
 

@@ -60,18 +60,17 @@ def causal_lm(base: PreTrainedModel, head: nn.Linear) -> PreTrainedModel:
     Raises:
         UserError: they are of different numbers of words.
     """
-    embedding: Any = base.get_input_embeddings()
-    words: Any = head
-    config, table, head_weight = base.config, embedding.weight, words.weight
-    if table.shape != head_weight.shape:
-        raise UserError(f"its head is of shape {tuple(head_weight.shape)} and its table of {tuple(table.shape)}.")
-    config.tie_word_embeddings = torch.equal(table, head_weight)
+    table: Any = base.get_input_embeddings()
+    config, words = base.config, table.weight
+    if words.shape != head.weight.shape:
+        raise UserError(f"its head is of shape {tuple(head.weight.shape)} and its table of {tuple(words.shape)}.")
+    config.tie_word_embeddings = torch.equal(words, head.weight)
     with torch.device("meta"):
         whole: Any = AutoModelForCausalLM.from_config(config, dtype=base.dtype, trust_remote_code=False)
     setattr(whole, whole.base_model_prefix, base)
     whole.set_output_embeddings(head)
     if config.tie_word_embeddings:
-        words.weight = table
+        head.weight = words
     return whole
 
 
