@@ -10,11 +10,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from scipy.spatial import KDTree
-from scipy.special import digamma, logsumexp
-from torch.nn import functional as F
 
 Numbers = NDArray[np.float64]
 
@@ -45,6 +41,9 @@ def ksg_terms(x: Numbers, y: Numbers, k: int = 3) -> Numbers:
     Raises:
         ValueError: not more than k samples.
     """
+    from scipy.spatial import KDTree
+    from scipy.special import digamma
+
     if len(x) <= k:
         raise ValueError(f"{len(x)} samples have no {k} neighbours each")
     reach = KDTree(np.hstack([x, y])).query(np.hstack([x, y]), k + 1, p=np.inf)[0][:, -1]
@@ -69,6 +68,8 @@ def infonce_terms(x: Numbers, y: Numbers, seed: int = 0, batch: int = 64, steps:
     Raises:
         ValueError: less than one batch in each half.
     """
+    from scipy.special import logsumexp
+
     half = len(x) // 2
     if half < batch:
         raise ValueError(f"{len(x)} samples are not two halves of {batch} or more")
@@ -85,6 +86,9 @@ def infonce_terms(x: Numbers, y: Numbers, seed: int = 0, batch: int = 64, steps:
 
 def _critic(x: Numbers, y: Numbers, seed: int, batch: int, steps: int) -> Numbers:
     """(p, q) W after training on all of x and y."""
+    import torch
+    from torch.nn import functional as F
+
     draw = np.random.default_rng(seed + 1)
     left, right = torch.from_numpy(x), torch.from_numpy(y)
     weight = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, requires_grad=True)

@@ -15,7 +15,7 @@ from vlmlab.cli.finished import check_own
 from vlmlab.cli.generate import images_of, opened, settings_of
 from vlmlab.cli.rules.schema import Sampling
 from vlmlab.contracts.errors import UserError
-from vlmlab.contracts.terminal import tell, visible
+from vlmlab.contracts.terminal import tell
 
 if TYPE_CHECKING:
     from vlmlab.loading import LoadedModel
@@ -96,7 +96,7 @@ class Conversation:
 
 
 def _write(piece: str) -> None:
-    print(visible(piece), end="", flush=True)
+    tell(piece, end="")
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ def _picture(character: str) -> str:
     return "\N{REPLACEMENT CHARACTER}" if control else character
 
 
-def tell(text: object, out: TextIO | None = None) -> None:
+def tell(text: object, out: TextIO | None = None, end: str = "\n") -> None:
     """Print a text with its control characters visible, at once.
 
     Args:
         text: what to say; it may hold captions, file names, or what libraries said of them.
         out: where to; standard output if None.
+        end: what follows it.
     """
-    print(visible(str(text)), file=out, flush=True)
+    print(visible(str(text)), file=out, end=end, flush=True)
