@@ -200,37 +200,14 @@ def _train(run: Run) -> dict[str, Any] | None:
     torch.set_num_threads(int(cfg.trainer.get("threads", 1)))
     stages = parse(cfg)
     kinds = {stage.index: module_class(stage) for stage in stages}
-    for stage in stages:
-        build_objectives(stage)  # all mistakes come before the first step
-        build_mask(stage)
-        if not run.weights(stage).is_file():
-            mixed_in(stage, cfg)
-    assert run.precision and run.stamps and run.sharing
-    if run.writes:
-        device = torch.cuda.get_device_name() if on_gpu(cfg) else "cpu"
-        run.folder.update_env(device=device, threads=torch.get_num_threads(), precision=run.precision.name)
-    run.loggers = [RunLogger(run.folder)]
-    if cfg.logger.name == "wandb" and run.writes:
-        run.loggers.append(wandb_logger(cfg, run.folder))
-
-    for text in deviations(cfg):
-        run.say(f"note: {text}")
-    if not any(run.folder.path.glob("stages/*/*")):
-        _foresee(run, kinds[stages[-1].index].build)
+    _prepare(run, stages, kinds)
     ready = True
     origin = _origin(run, stages[0])
     for stage in stages:
         run.stage, run.step = stage, 0
         build: Builder = kinds[stage.index].build
-        if build not in run.trainees and OmegaConf.select(cfg, "debug.steps") is None:  # which leaves out later stages
-            own = [other for other in stages if kinds[other.index].build is build]
-            if OmegaConf.select(cfg, KEY) is None or (origin is not None and not holds(origin, "fusion")):
-                check_fusion_learns(_trainee(run, build).model, own)
-        for later in stages[stage.index :]:
-            if kinds[later.index].build is build:
-                check_layers(_trainee(run, build).model, later)
-                check_adapter(_trainee(run, build).model, later)
-                check_paths(_trainee(run, build).model, later)
+        same = [other for other in stages if kinds[other.index].build is build]
+        _check_model(run, build, stage, same, origin)
         ready = ready and run.weights(stage).is_file()
         if not ready and build in run.finished:  # weights of the stages before, under their own adapters' names
             run.load(build)
@@ -257,6 +234,39 @@ def _train(run: Run) -> dict[str, Any] | None:
         run.say("debug.steps is set: the run ends here and is not evaluated")
         return None
     return _finish(run, stages, kinds)
+
+
+def _prepare(run: Run, stages: Sequence[Stage], kinds: Mapping[int, type[StageModule]]) -> None:
+    """What can be wrong without a model, the loggers, and what is said before the first stage."""
+    cfg = run.cfg
+    for stage in stages:
+        build_objectives(stage)  # all mistakes come before the first step
+        build_mask(stage)
+        if not run.weights(stage).is_file():
+            mixed_in(stage, cfg)
+    assert run.precision and run.stamps and run.sharing
+    if run.writes:
+        device = torch.cuda.get_device_name() if on_gpu(cfg) else "cpu"
+        run.folder.update_env(device=device, threads=torch.get_num_threads(), precision=run.precision.name)
+    run.loggers = [RunLogger(run.folder)]
+    if cfg.logger.name == "wandb" and run.writes:
+        run.loggers.append(wandb_logger(cfg, run.folder))
+    for text in deviations(cfg):
+        run.say(f"note: {text}")
+    if not any(run.folder.path.glob("stages/*/*")):
+        _foresee(run, kinds[stages[-1].index].build)
+
+
+def _check_model(run: Run, build: Builder, stage: Stage, same: Sequence[Stage], origin: Path | None) -> None:
+    """What can be wrong with a stage's model, for it and for all later stages (of `same`) that train the same one."""
+    whole = OmegaConf.select(run.cfg, "debug.steps") is None  # otherwise later stages are left out
+    fresh = OmegaConf.select(run.cfg, KEY) is None or (origin is not None and not holds(origin, "fusion"))
+    if build not in run.trainees and whole and fresh:
+        check_fusion_learns(_trainee(run, build).model, same)
+    for later in (other for other in same if other.index >= stage.index):
+        check_layers(_trainee(run, build).model, later)
+        check_adapter(_trainee(run, build).model, later)
+        check_paths(_trainee(run, build).model, later)
 
 
 def _foresee(run: Run, build: Builder) -> None:
