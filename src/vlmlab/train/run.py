@@ -259,7 +259,8 @@ def _prepare(run: Run, stages: Sequence[Stage], kinds: Mapping[int, type[StageMo
 
 def _check_model(run: Run, build: Builder, stage: Stage, same: Sequence[Stage], origin: Path | None) -> None:
     """What can be wrong with a stage's model, for it and for all later stages (of `same`) that train the same one."""
-    new = build not in run.trainees and OmegaConf.select(run.cfg, "debug.steps") is None  # which leaves out later stages
+    # debug.steps leaves out later stages, in which something may learn
+    new = build not in run.trainees and OmegaConf.select(run.cfg, "debug.steps") is None
     if new and (OmegaConf.select(run.cfg, KEY) is None or (origin is not None and not holds(origin, "fusion"))):
         check_fusion_learns(_trainee(run, build).model, same)
     for later in (other for other in same if other.index >= stage.index):
