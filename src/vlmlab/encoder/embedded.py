@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from vlmlab.contracts.values import Layers, Size, Text
+from vlmlab.encoder.families import sides
 from vlmlab.encoder.text import TransformersTextTower, open_text_tower
-from vlmlab.encoder.tower import TowerEncoder, open_tower, sides
+from vlmlab.encoder.tower import TowerEncoder, open_tower
 from vlmlab.towers.source import embedded
 
 

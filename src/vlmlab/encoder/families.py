@@ -142,7 +142,7 @@ def reading(tower: PreTrainedModel, size: tuple[int, int], layers: Sequence[int]
         UserError: it cannot take such images, or does not give a grid of patches, or has no pooled output.
     """
     kind, known = type(tower), type(tower) in BEHIND_TAP
-    own = _sides(tower.config.image_size)
+    own = sides(tower.config.image_size)
     takes = "interpolate_pos_encoding" in inspect.signature(kind.forward).parameters
     options = {"interpolate_pos_encoding": True} if takes and own != size else {}
     if known:
@@ -194,5 +194,6 @@ def _check_grids(tower: PreTrainedModel, taken: Sequence[torch.Tensor], size: tu
     return count
 
 
-def _sides(size: Any) -> tuple[int, int]:
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width."""
     return (size, size) if isinstance(size, int) else (size[0], size[-1])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vlmlab.contracts.values import Architecture, Dtype, Layers, Size, Text
+from vlmlab.encoder.families import sides
 from vlmlab.encoder.text import TransformersTextTower, open_text_tower
-from vlmlab.encoder.tower import TowerEncoder, open_tower, sides
+from vlmlab.encoder.tower import TowerEncoder, open_tower
 
 
 class HfEncoder(TowerEncoder):

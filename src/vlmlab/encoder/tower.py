@@ -16,7 +16,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder
 from vlmlab.contracts.tensors import Visual
 from vlmlab.contracts.values import Architecture
-from vlmlab.encoder.families import attention_of, cut, family, patch_of, reading, tapped
+from vlmlab.encoder.families import attention_of, cut, family, patch_of, reading, sides, tapped
 from vlmlab.encoder.preprocess import Preprocess, read_preprocess
 from vlmlab.towers.blueprint import SAFE, open_config, read_config, readable, weightless
 from vlmlab.towers.source import quiet, resolve, tower_hash
@@ -178,11 +178,6 @@ def _unreported() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def sides(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def autocast(device: torch.device) -> bool:

@@ -52,10 +52,9 @@ def _metric(name: str, trust: bool) -> Callable[[], Metric]:
         raise UserError(f"metrics has {name}, which is from outside vlmlab; trust=true uses it.")
     try:
         found: Any = get_class(name)
-        found()
+        made = found()
     except Exception as error:
         raise UserError(f"metrics has {name}, which is no metric that needs no argument ({reason(error)}).") from error
-    if not isinstance(found(), Metric):
+    if not isinstance(made, Metric):
         raise UserError(f"metrics has {name}, which is no metric; one is vlmlab.evaluate.metrics.vqa.VqaAccuracy.")
-    made: Callable[[], Metric] = found
-    return made
+    return found  # type: ignore[no-any-return]

@@ -16,10 +16,11 @@ from vlmlab.fusion.base import check_counts, side_by_side
 class InstructionAttention(Fusion):
     """X~ = X + W_o attention(LN(X) W_q; [LN(X); E] W_k, [LN(X); E] W_v), with E = GELU(Z W_p + b_p) as in EMMA.
 
-    EMMA (arXiv 2410.02080) mixes by one matrix for all images and questions; reviewers asked for this counterpart,
-    which the paper does not have. All of it but E is ours. X (N, Dv) are the encoder's features, Z (T, Dt) the
-    instruction as the encoder's paired text tower reads it; states behind the last token of an instruction are not
-    looked at. W_o starts at zero, so X~ = X as with EMMA; at step 0 it alone has a gradient, from step 1 all have.
+    EMMA (arXiv 2410.02080) mixes by one matrix for all images and questions, which its public reviews point out: a
+    static matrix cannot follow where the informative word is. This counterpart is not in the paper; all of it but E
+    is ours. X (N, Dv) are the encoder's features, Z (T, Dt) the instruction as the encoder's paired text tower reads
+    it; states behind the last token of an instruction are not looked at. W_o starts at zero, so X~ = X as with EMMA;
+    at step 0 it alone has a gradient, from step 1 all have.
 
     Parameters, with c channels inside: 2 Dv + Dt Dv + Dv + 4 Dv c + 2 c + Dv.
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.encoder.families import attention_of, family, reading
-from vlmlab.encoder.tower import sides
+from vlmlab.encoder.families import attention_of, family, reading, sides
 
 Keys = dict[str, Any]
 """Keys of a composition and their values, as they are given to training."""

@@ -28,8 +28,8 @@ from transformers import (
 from vlmlab.contracts.errors import UserError, brief, listed
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.data.chat import ChatEncoder
+from vlmlab.encoder.families import sides
 from vlmlab.encoder.preprocess import Preprocess, read_preprocess, settings_of
-from vlmlab.encoder.tower import sides
 from vlmlab.published.base import Keys, Published
 from vlmlab.published.blip2 import Blip2
 from vlmlab.published.idefics2 import Idefics2
