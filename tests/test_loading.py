@@ -287,7 +287,8 @@ def test_earlier_turns_are_read(model: LoadedModel) -> None:
     whole = model._collator([model._sample(image, [*history, ("Where?", "here")], "")])
     length = later.input_ids.shape[1]
     assert torch.equal(later.input_ids[0], whole.input_ids[0, :length])
-    assert model.generate(image, "Where?", history=history, max_new_tokens=3) is not None
+    with pytest.raises(UserError, match="1 <image> tag"):
+        model.generate(None, "Where?", history=[("<image>What?", "a dog.")])
 
 
 @torch.no_grad()
