@@ -120,7 +120,7 @@ def logits(model: VLM, batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize(("connector", "adapter", "fusion"), PAIRS)
 def test_saved_loaded_resumed_and_exported(connector: str, adapter: str, fusion: str, tmp_path: Path) -> None:
-    cfg = composition(connector, SIGLIP | {"path": str(two_towers() if fusion == "emma" else siglip())}, fusion)
+    cfg = composition(connector, SIGLIP | {"path": str(siglip() if fusion == "concat" else two_towers())}, fusion)
     stage = stage_of(adapter)
     first, optimizer = fresh(cfg, stage, seed=1)
     batch = collator(first.model, pack_length=90)(SAMPLES)
