@@ -56,6 +56,14 @@ def test_what_can_be_done_without_costs_nothing(name, damage, half, whole, tmp_p
     assert RunFolder(folder).finished()["seed"] == 3 and not list(folder.rglob("*.new"))
 
 
+def test_a_configuration_cut_short_is_written_anew(half, whole, tmp_path):
+    folder = shutil.copytree(half, tmp_path / "run")
+    lines = (folder / "config.yaml").read_text().splitlines(keepends=True)
+    (folder / "config.yaml").write_text("".join(lines[: len(lines) // 2]))
+    assert RunFolder(folder).refuses(config()) is None
+    assert run(config(), folder)["metrics"] == whole[0]["metrics"] and weights(folder) == whole[1]
+
+
 @pytest.mark.parametrize("name", ["env.json", "stages/0_align/model.safetensors", "stages/1_tune/last.ckpt"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_cannot_is_named_with_what_to_delete(name, damage, half, whole, tmp_path):

@@ -125,7 +125,7 @@ class RunFolder:
             UserError: the folder's own configuration or result cannot be read.
         """
         old = self.config()
-        refused = () if old is None else self._refused(changes(self._filled(old, config), config), self.result())
+        refused = () if old is None or self._cut(old, config) else self._refused(changes(self._filled(old, config), config), self.result())
         return self._refusal(refused) if refused and not self._learnt_nothing() else None
 
     def close(self) -> None:
@@ -178,7 +178,10 @@ class RunFolder:
         """
         result, problem = self.result(), f"{brief(str(self.path / 'config.yaml'), 90)} is missing"
         try:
-            if (there := self.config()) is not None or result is None:
+            there = self.config()
+            if there is not None and self._cut(there, config):
+                problem = f"{brief(str(self.path / 'config.yaml'), 90)} has lost keys"
+            elif there is not None or result is None:
                 return there  # without a result, every file of weights says which run it is of
         except CheckpointError as error:
             problem = error.args[0].partition(";")[0]
@@ -192,6 +195,11 @@ class RunFolder:
             self.keep_aside()
         self._write_config(written)
         return dict(written)
+
+    def _cut(self, there: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+        """Whether ``config.yaml`` tells of another training than ``env.json``, and that one is this command's."""
+        changed = changes(self._filled(there, config), config).training
+        return bool(changed) and self.env().get("training") == training_hash(config)
 
     def _filled(self, old: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
         """The folder's configuration, with what it withholds where that is the same in this one."""
