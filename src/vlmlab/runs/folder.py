@@ -125,7 +125,9 @@ class RunFolder:
             UserError: the folder's own configuration or result cannot be read.
         """
         old = self.config()
-        refused = () if old is None or self._cut(old, config) else self._refused(changes(self._filled(old, config), config), self.result())
+        if old is None or self._cut(old, config):
+            return None
+        refused = self._refused(changes(self._filled(old, config), config), self.result())
         return self._refusal(refused) if refused and not self._learnt_nothing() else None
 
     def close(self) -> None:
