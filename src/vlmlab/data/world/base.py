@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, Turn
@@ -128,8 +128,15 @@ class WorldSource(ABC):
                 return [scenes[best], *scenes[:best], *scenes[best + 1 :]], phrase(self.domain, mask, term, plural=True)
 
 
-class Drawn(TypedDict, total=False):
-    """Keys of the scenes' scale."""
+class Addressed(TypedDict, total=False):
+    """Keys that say which scenes a source has."""
+
+    seed: Seed
+    domain: Domain
+
+
+class Drawn(Addressed, total=False):
+    """The same, with their scale."""
 
     grid: Grid
     objects: Objects
@@ -151,15 +158,19 @@ class ScaledSource(WorldSource):
         self,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
         grid: Grid = STANDARD.grid,
         objects: Objects = (STANDARD.fewest, STANDARD.most),
+        **address: Unpack[Addressed],
     ) -> None:
-        super().__init__(split, size, seed, domain)
+        super().__init__(split, size, **address)
         self.grid = grid
         self.objects = tuple(objects)
         self._drawn = scale_of(grid, self.objects)
+
+    @property
+    def drawn(self) -> Drawn:
+        """The keys of these scenes, for another source of the same."""
+        return {"seed": self.seed, "domain": self.domain, "grid": self.grid, "objects": self.objects}
 
     @property
     def _scale(self) -> Scale:

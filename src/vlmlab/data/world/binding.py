@@ -14,15 +14,13 @@ from annotated_types import Interval, MinLen
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, Turn
-from vlmlab.contracts.values import Count, Seed, Share
-from vlmlab.data.world.base import STRIDE, Drawn, Unrendered, WorldSource, check_share
+from vlmlab.contracts.values import Count, Share
+from vlmlab.data.world.base import STRIDE, Addressed, Unrendered, WorldSource, check_share
 from vlmlab.data.world.contrasts import with_value
 from vlmlab.data.world.language import coined
-from vlmlab.data.world.questions import Kinds
 from vlmlab.data.world.scene import COLORS, HELD_OUT, SHAPES, Scene, Split
-from vlmlab.data.world.sources import WorldInstruct
+from vlmlab.data.world.sources import Instruct, WorldInstruct
 from vlmlab.data.world.stream import Stream
-from vlmlab.data.world.words import Domain
 
 Labels = Literal["right", "shuffled"]
 LABELS: tuple[Labels, ...] = get_args(Labels)
@@ -53,14 +51,13 @@ class WorldBinding(WorldSource):
         self,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
         ways: Ways = 2,
         shots: Shots = 1,
         by: Annotated[Sequence[Bound], MinLen(1)] | None = None,
         labels: Labels = "right",
+        **address: Unpack[Addressed],
     ) -> None:
-        super().__init__(split, size, seed, domain)
+        super().__init__(split, size, **address)
         if not 2 <= ways <= min(_VALUES.values()) or not 1 <= shots <= 8:
             raise UserError(f"ways={ways} and shots={shots} make no task; give 2 to 6 ways and 1 to 8 shots.")
         chosen = BOUND if by is None else tuple(by)
@@ -128,21 +125,17 @@ class WorldBindingInstruct(WorldInstruct):
         self,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
-        caption_fraction: Share = 0.15,
-        kinds: Kinds | None = None,
         binding_fraction: Share = 0.25,
         ways: Ways = 2,
         shots: Shots = 1,
         by: Annotated[Sequence[Bound], MinLen(1)] | None = None,
-        **scale: Unpack[Drawn],
+        **others: Unpack[Instruct],
     ) -> None:
-        super().__init__(split, size, seed, domain, caption_fraction, kinds, **scale)
+        super().__init__(split, size, **others)
         check_share("binding_fraction", binding_fraction)
         self.binding_fraction = binding_fraction
         self.ways, self.shots = ways, shots
-        self._episodes = WorldBinding(split, size, seed, domain, ways, shots, by)
+        self._episodes = WorldBinding(split, size, ways, shots, by, seed=self.seed, domain=self.domain)
         self.by = self._episodes.by
 
     def __getitem__(self, index: int) -> Sample:

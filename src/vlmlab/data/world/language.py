@@ -13,13 +13,12 @@ from typing import Literal, Unpack, get_args
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Turn
-from vlmlab.contracts.values import Count, Seed, Share
+from vlmlab.contracts.values import Count, Share
 from vlmlab.data.world.base import Drawn, Unrendered, check_share
-from vlmlab.data.world.questions import Kinds
 from vlmlab.data.world.scene import Split
-from vlmlab.data.world.sources import Style, WorldCaptions, WorldInstruct, WorldQuestions
+from vlmlab.data.world.sources import Asked, Instruct, Style, WorldCaptions, WorldInstruct, WorldQuestions
 from vlmlab.data.world.stream import Stream
-from vlmlab.data.world.words import DOMAINS, Domain, lexicon
+from vlmlab.data.world.words import DOMAINS, lexicon
 
 Language = Literal["first", "second", "mixed"]
 LANGUAGES: tuple[Language, ...] = get_args(Language)
@@ -119,12 +118,10 @@ class BilingualCaptions(WorldCaptions):
         style: Style,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
         second_fraction: Share = 0.5,
-        **scale: Unpack[Drawn],
+        **scenes: Unpack[Drawn],
     ) -> None:
-        super().__init__(style, split, size, seed, domain, **scale)
+        super().__init__(style, split, size, **scenes)
         _check_shares(second_fraction, 0.0)
         self.second_fraction = second_fraction
 
@@ -148,15 +145,11 @@ class BilingualInstruct(WorldInstruct):
         self,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
-        caption_fraction: Share = 0.15,
-        kinds: Kinds | None = None,
         second_fraction: Share = 0.5,
         mixed_fraction: Share = 0.0,
-        **scale: Unpack[Drawn],
+        **others: Unpack[Instruct],
     ) -> None:
-        super().__init__(split, size, seed, domain, caption_fraction, kinds, **scale)
+        super().__init__(split, size, **others)
         _check_shares(second_fraction, mixed_fraction)
         self.second_fraction, self.mixed_fraction = second_fraction, mixed_fraction
 
@@ -180,14 +173,10 @@ class BilingualQuestions(WorldQuestions):
         self,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
-        multi_turn: bool = False,
-        kinds: Kinds | None = None,
         language: Language = "second",
-        **scale: Unpack[Drawn],
+        **others: Unpack[Asked],
     ) -> None:
-        super().__init__(split, size, seed, domain, multi_turn, kinds, **scale)
+        super().__init__(split, size, **others)
         if language not in LANGUAGES:
             raise UserError(f"The world has no language {language!r}; set language to one of: {', '.join(LANGUAGES)}.")
         self.language = language

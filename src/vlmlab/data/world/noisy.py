@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Unpack
 
-from vlmlab.contracts.values import Count, Seed, Share
+from vlmlab.contracts.values import Count, Share
 from vlmlab.data.world.base import STRIDE, Drawn, Unrendered, check_share
-from vlmlab.data.world.questions import Kinds
 from vlmlab.data.world.scene import Split
-from vlmlab.data.world.sources import Style, WorldCaptions, WorldInstruct
-from vlmlab.data.world.words import Domain
+from vlmlab.data.world.sources import Instruct, Style, WorldCaptions, WorldInstruct
 
 
 class NoisyCaptions(WorldCaptions):
@@ -29,12 +27,10 @@ class NoisyCaptions(WorldCaptions):
         style: Style,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
         noise: Share = 0.4,
-        **scale: Unpack[Drawn],
+        **scenes: Unpack[Drawn],
     ) -> None:
-        super().__init__(style, split, size, seed, domain, **scale)
+        super().__init__(style, split, size, **scenes)
         check_share("noise", noise)
         self.noise = noise
 
@@ -64,14 +60,10 @@ class NoisyInstruct(WorldInstruct):
         self,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
-        caption_fraction: Share = 0.15,
-        kinds: Kinds | None = None,
         noise: Share = 0.4,
-        **scale: Unpack[Drawn],
+        **others: Unpack[Instruct],
     ) -> None:
-        super().__init__(split, size, seed, domain, caption_fraction, kinds, **scale)
+        super().__init__(split, size, **others)
         check_share("noise", noise)
         self.noise = noise
 

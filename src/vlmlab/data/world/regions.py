@@ -10,15 +10,15 @@ from annotated_types import MinLen
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Turn
-from vlmlab.contracts.values import Count, Seed, Share
+from vlmlab.contracts.values import Count, Share
 from vlmlab.data.boxes import Boxes, BoxText, box_text, of_pixels
 from vlmlab.data.world.base import STRIDE, Drawn, ScaledSource, Unrendered, check_share
 from vlmlab.data.world.captions import cell_words, full_phrase, short_captions
-from vlmlab.data.world.questions import Kinds, View
+from vlmlab.data.world.questions import View
 from vlmlab.data.world.scene import Split
-from vlmlab.data.world.sources import WorldInstruct, with_task_words
+from vlmlab.data.world.sources import Instruct, WorldInstruct, with_task_words
 from vlmlab.data.world.stream import Stream
-from vlmlab.data.world.words import Domain, with_article
+from vlmlab.data.world.words import with_article
 
 Task = Literal["refer", "identify", "ground", "place", "caption"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -118,16 +118,14 @@ class WorldRegions(ScaledSource):
         self,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
         tasks: Tasks | None = None,
         boxes: Boxes = "qwen_vl",
         bins: Count | None = None,
         multi_turn: bool = False,
         identifiers: bool = False,
-        **scale: Unpack[Drawn],
+        **scenes: Unpack[Drawn],
     ) -> None:
-        super().__init__(split, size, seed, domain, **scale)
+        super().__init__(split, size, **scenes)
         self.tasks = check_tasks(tasks, identifiers)
         self.boxes, self.bins = boxes, bins
         self.multi_turn, self.identifiers = multi_turn, identifiers
@@ -189,22 +187,18 @@ class WorldRegionInstruct(WorldInstruct):
         self,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
-        caption_fraction: Share = 0.15,
-        kinds: Kinds | None = None,
         region_fraction: Share = 0.5,
         tasks: Tasks | None = None,
         boxes: Boxes = "qwen_vl",
         bins: Count | None = None,
         identifiers: bool = False,
-        **scale: Unpack[Drawn],
+        **others: Unpack[Instruct],
     ) -> None:
-        super().__init__(split, size, seed, domain, caption_fraction, kinds, **scale)
+        super().__init__(split, size, **others)
         check_share("region_fraction", region_fraction)
         self.region_fraction, self.identifiers = region_fraction, identifiers
         self.boxes, self.bins = boxes, bins
-        self._regions = WorldRegions(split, size, seed, domain, tasks, boxes, bins, True, identifiers, **scale)
+        self._regions = WorldRegions(split, size, tasks, boxes, bins, True, identifiers, **self.drawn)
         self.tasks = self._regions.tasks
 
     def _unrendered(self, index: int) -> Unrendered:

@@ -9,7 +9,16 @@ from typing import Literal, Unpack, get_args
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.contracts.values import Count, Seed, Share
-from vlmlab.data.world.base import STRIDE, Drawn, ScaledSource, Unrendered, WorldSource, check_share, check_size
+from vlmlab.data.world.base import (
+    STRIDE,
+    Addressed,
+    Drawn,
+    ScaledSource,
+    Unrendered,
+    WorldSource,
+    check_share,
+    check_size,
+)
 from vlmlab.data.world.captions import dense_caption, loose_caption, short_captions
 from vlmlab.data.world.contrasts import contrasts
 from vlmlab.data.world.loose import LooseScene, render_loose, sample_loose
@@ -26,7 +35,6 @@ from vlmlab.data.world.text import (
     describe,
     text_sample,
 )
-from vlmlab.data.world.words import Domain
 
 Contrast = Literal["dense", "coordinates", "short"]
 Statement = Literal["caption", "dense", "answered", "question"]
@@ -66,11 +74,9 @@ class WorldCaptions(ScaledSource):
         style: Style,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
-        **scale: Unpack[Drawn],
+        **scenes: Unpack[Drawn],
     ) -> None:
-        super().__init__(split, size, seed, domain, **scale)
+        super().__init__(split, size, **scenes)
         if style not in STYLES:
             raise UserError(f"The world has no caption style {style!r}; set style to one of: {', '.join(STYLES)}.")
         self.style = style
@@ -118,6 +124,13 @@ def _told(scene: LooseScene) -> tuple[Turn, ...]:
     return (Turn(PLACED_CELLS_PROMPT, loose_caption(scene), "cells_caption"),)
 
 
+class Asked(Drawn, total=False):
+    """Keys of `WorldQuestions` that those built on it share."""
+
+    multi_turn: bool
+    kinds: Kinds | None
+
+
 class WorldQuestions(ScaledSource):
     """Questions about an image.
 
@@ -138,13 +151,11 @@ class WorldQuestions(ScaledSource):
         self,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
         multi_turn: bool = False,
         kinds: Kinds | None = None,
-        **scale: Unpack[Drawn],
+        **scenes: Unpack[Drawn],
     ) -> None:
-        super().__init__(split, size, seed, domain, **scale)
+        super().__init__(split, size, **scenes)
         self.multi_turn = multi_turn
         self.kinds = check_kinds(kinds)
 
@@ -166,6 +177,13 @@ class WorldQuestions(ScaledSource):
         )
 
 
+class Instruct(Drawn, total=False):
+    """Keys of `WorldInstruct` that those built on it share."""
+
+    caption_fraction: Share
+    kinds: Kinds | None
+
+
 class WorldInstruct(ScaledSource):
     """Instruction tuning: conversations of six to eight questions, mixed with requests for captions of both styles.
 
@@ -184,13 +202,11 @@ class WorldInstruct(ScaledSource):
         self,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
         caption_fraction: Share = 0.15,
         kinds: Kinds | None = None,
-        **scale: Unpack[Drawn],
+        **scenes: Unpack[Drawn],
     ) -> None:
-        super().__init__(split, size, seed, domain, **scale)
+        super().__init__(split, size, **scenes)
         check_share("caption_fraction", caption_fraction)
         self.caption_fraction = caption_fraction
         self.kinds = check_kinds(kinds)
@@ -236,14 +252,10 @@ class WorldInterleavedInstruct(WorldInstruct):
         self,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
-        caption_fraction: Share = 0.15,
-        kinds: Kinds | None = None,
         interleaved_fraction: Share = 0.5,
-        **scale: Unpack[Drawn],
+        **others: Unpack[Instruct],
     ) -> None:
-        super().__init__(split, size, seed, domain, caption_fraction, kinds, **scale)
+        super().__init__(split, size, **others)
         check_share("interleaved_fraction", interleaved_fraction)
         self.interleaved_fraction = interleaved_fraction
 
@@ -303,13 +315,12 @@ class WorldText(WorldSource):
         self,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
         forms: Sequence[Form] | None = None,
         focus: Kinds | None = None,
         caption_fraction: Share = CAPTION_REQUEST,
+        **address: Unpack[Addressed],
     ) -> None:
-        super().__init__(split, size, seed, domain)
+        super().__init__(split, size, **address)
         check_share("caption_fraction", caption_fraction)
         self.forms = check_forms(forms)
         self.focus = () if focus is None else check_kinds(focus)
@@ -345,14 +356,10 @@ class WorldTextInstruct(WorldInstruct):
         self,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
-        caption_fraction: Share = 0.15,
-        kinds: Kinds | None = None,
         text_fraction: Share = 0.25,
-        **scale: Unpack[Drawn],
+        **others: Unpack[Instruct],
     ) -> None:
-        super().__init__(split, size, seed, domain, caption_fraction, kinds, **scale)
+        super().__init__(split, size, **others)
         check_share("text_fraction", text_fraction)
         self.text_fraction = text_fraction
 
@@ -381,11 +388,10 @@ class WorldStatements(WorldSource):
         self,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
         forms: Sequence[Statement] | None = None,
+        **address: Unpack[Addressed],
     ) -> None:
-        super().__init__(split, size, seed, domain)
+        super().__init__(split, size, **address)
         chosen = STATEMENTS if forms is None else tuple(forms)
         unknown = [form for form in chosen if form not in STATEMENTS]
         if unknown or not chosen:
@@ -420,12 +426,11 @@ class WorldContrasts(WorldSource):
         self,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
         scenes: Count = 4,
         forms: Sequence[Contrast] = CONTRASTS,
+        **address: Unpack[Addressed],
     ) -> None:
-        super().__init__(split, size, seed, domain)
+        super().__init__(split, size, **address)
         unknown = [form for form in forms if form not in CONTRASTS]
         if unknown or not forms:
             wrong = f"no contrasts of form {unknown[0]!r}" if unknown else "no contrasts of no form"

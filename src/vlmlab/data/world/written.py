@@ -13,15 +13,15 @@ from annotated_types import MinLen
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Turn
-from vlmlab.contracts.values import Count, NotNegative, Seed, Share
+from vlmlab.contracts.values import Count, NotNegative, Share
 from vlmlab.data.world.base import Drawn, ScaledSource, Unrendered, check_share
 from vlmlab.data.world.captions import cell_words, full_phrase, joined
 from vlmlab.data.world.fitting import weights_of
-from vlmlab.data.world.questions import Kinds, Question, View, dialogue
+from vlmlab.data.world.questions import Question, View, dialogue
 from vlmlab.data.world.scene import Object, Scene, Split
-from vlmlab.data.world.sources import WorldInstruct
+from vlmlab.data.world.sources import Instruct, WorldInstruct
 from vlmlab.data.world.stream import Stream
-from vlmlab.data.world.words import DIRECTIONS, NUMBERS, SHAPE, Domain, phrase, with_article
+from vlmlab.data.world.words import DIRECTIONS, NUMBERS, SHAPE, phrase, with_article
 
 Written = Literal["conversation", "detail", "reasoning"]
 WRITTEN: tuple[Written, ...] = get_args(Written)
@@ -188,14 +188,12 @@ class WorldWritten(ScaledSource):
         self,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
         types: Annotated[Sequence[Written], MinLen(1)] | None = None,
         shares: Sequence[NotNegative] | None = None,
         multi_turn: bool = True,
-        **scale: Unpack[Drawn],
+        **scenes: Unpack[Drawn],
     ) -> None:
-        super().__init__(split, size, seed, domain, **scale)
+        super().__init__(split, size, **scenes)
         chosen = WRITTEN if types is None else tuple(types)
         unknown = [name for name in chosen if name not in WRITTEN]
         if unknown or not chosen:
@@ -236,19 +234,15 @@ class WorldWrittenInstruct(WorldInstruct):
         self,
         split: Split,
         size: Count,
-        seed: Seed = 0,
-        domain: Domain = "base",
-        caption_fraction: Share = 0.15,
-        kinds: Kinds | None = None,
         written_fraction: Share = 0.5,
         types: Annotated[Sequence[Written], MinLen(1)] | None = None,
         shares: Sequence[NotNegative] | None = None,
-        **scale: Unpack[Drawn],
+        **others: Unpack[Instruct],
     ) -> None:
-        super().__init__(split, size, seed, domain, caption_fraction, kinds, **scale)
+        super().__init__(split, size, **others)
         check_share("written_fraction", written_fraction)
         self.written_fraction = written_fraction
-        self._written = WorldWritten(split, size, seed, domain, types, shares, **scale)
+        self._written = WorldWritten(split, size, types, shares, **self.drawn)
         self.types, self.shares = self._written.types, self._written.shares
 
     def _unrendered(self, index: int) -> Unrendered:
