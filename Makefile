@@ -26,7 +26,7 @@ test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal --timeout=3600
 
 docs: $(VENV)/.installed-docs
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 install: $(VENV)/.installed
 
