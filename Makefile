@@ -1,5 +1,6 @@
 # make demo       install if needed, then train and score the embedded default
 # make test       install with test tools, lint, type check, fast tests
+# make docs       install with the site's tools and build the documentation into site/
 # make test-slow  the demo, the real-input run and the four-cell sweep
 # PYTHON=/path/to/python3.12 chooses the interpreter that makes .venv.
 
@@ -10,7 +11,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 WORKERS ?= 2
 STAMPED := pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow install clean
+.PHONY: demo test test-slow docs install clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -23,6 +24,9 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal --timeout=3600
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 install: $(VENV)/.installed
 
@@ -38,5 +42,9 @@ $(VENV)/.installed-dev: $(STAMPED) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-docs: $(STAMPED) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@ $(VENV)/.installed
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache

@@ -1,9 +1,9 @@
-"""Every command of the README runs: two steps a stage, in an empty folder with tiny files of the names it uses."""
+"""Commands of the README and the guide run: two steps a stage, in a folder with tiny files of the names they use."""
 
 from __future__ import annotations
 
 import json
-import re
+import os
 import shlex
 import shutil
 import subprocess
@@ -13,25 +13,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests import pages
 from tests.published.models import llava
 from tests.slow.runs import ROOT, command, verb
 from vlmlab.data.world.sources import WorldQuestions
 
 pytestmark = pytest.mark.slow
-README = (ROOT / "README.md").read_text()
-
-
-def commands() -> list[str]:
-    """Lines of the README that call one of our scripts, without their comments."""
-    lines = [line.strip().split("  #")[0] for line in README.splitlines()]
-    verbs = "inspect|plan|cost|compare|generate|chat|score|export|import|curate"
-    ours = rf"python (train|evaluate)\.py|vlmlab ({verbs}) "
-    lines = [re.split(r"\s{3,}", line)[0] for line in lines if re.match(ours, line)]
-    return list(dict.fromkeys(lines))
 
 
 def user_files(folder: Path) -> None:
-    """The data files that the README's commands name."""
+    """The data files that the commands name."""
     source = WorldQuestions(split="train", size=150, multi_turn=False)
     Image.fromarray(source[0].images[0]).save(folder / "image.png")
     (folder / "images").mkdir()
@@ -62,13 +53,13 @@ def swept(folder: Path) -> Path:
     return next(path.parent for path in (folder / "sweeps").glob("*/table.csv"))
 
 
-def test_the_readme_has_commands() -> None:
-    assert len(commands()) >= 9
+def test_the_pages_have_commands() -> None:
+    assert len(pages.trained()) >= 40
 
 
 def test_every_command_runs(tmp_path: Path) -> None:
     user_files(tmp_path)
-    for line in commands():
+    for line in pages.trained():
         if line.startswith("vlmlab "):
             there = {
                 "run=outputs/<name>": lambda: f"run={finished(tmp_path)}",
@@ -88,17 +79,13 @@ def test_every_command_runs(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
 
 
-def test_the_connector_of_the_readme_works_as_written(tmp_path: Path) -> None:
-    """One file and one YAML, copied out of the README into a copy of the project."""
-    for part in ("src", "conf", "train.py"):
-        subprocess.run(["cp", "-r", str(ROOT / part), str(tmp_path)], check=True)
-    python, yaml = (re.search(rf"```{kind}\n(.*?)```", README, re.S) for kind in ("python", "yaml"))
-    assert python and yaml
-    (tmp_path / "src/vlmlab/connector/pooled.py").write_text(python[1])
-    (tmp_path / "conf/connector/pooled.yaml").write_text(yaml[1])
+def test_a_connector_of_ones_own_trains_outside_of_the_package(tmp_path: Path) -> None:
+    """The two files of the tutorial's page, in a folder that has nothing else."""
+    pages.write(pages.CONNECTOR, tmp_path)
+    (line,) = [line for line in pages.commands(pages.CONNECTOR) if line.startswith("vlmlab train")]
     done = subprocess.run(
-        [sys.executable, "train.py", "connector=pooled", "connector.bias=false", "budget=test", "name=pooled"],
-        cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "src"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        [sys.executable, "-m", "vlmlab.cli", *shlex.split(line)[1:], "name=pooled"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join((".", str(ROOT / "src")))},
         text=True, capture_output=True, check=False, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
