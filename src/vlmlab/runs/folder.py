@@ -37,6 +37,9 @@ from vlmlab.runs.withheld import filled, marks
 FORMAT = 1
 """Version of ``result.json``."""
 
+BEST, BEST_FACTS = "best.safetensors", "best.json"
+"""In a stage's folder, with ``evaluation.save_best``: the weights of its best look, and which one that was."""
+
 NAMES = ("config.yaml", "result.json", "report.html", "metrics.jsonl", "predictions")
 """Of what a run leaves, these can lie in other people's folders as well."""
 

@@ -91,6 +91,8 @@ def unshared(config: Mapping[str, Any]) -> str:
         return "debug is on"
     if config.get("seed") is None:
         return "there is no seed"
+    if (config.get("evaluation") or {}).get("save_best"):
+        return "evaluation.save_best keeps more of a stage than its last weights"
     if config["recipe"].get("finish"):
         return "the recipe ends in recipe.finish, which reads its models"
     if config.get("fresh"):

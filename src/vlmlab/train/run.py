@@ -59,6 +59,7 @@ from vlmlab.recipe.stage import Stage, check_divides, drawn_from, parse
 from vlmlab.runs.files import write_atomic, write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.origin import KEY, drop_origin, kept_origin, take_origin
+from vlmlab.train.guests import callbacks_of, fenced
 from vlmlab.train.keeper import Keeper
 from vlmlab.train.looks import Looks, prompts_proved
 from vlmlab.train.ranks import Ranks
@@ -67,6 +68,8 @@ from vlmlab.train.resume import load_last
 from vlmlab.train.sharing import Sharing
 from vlmlab.train.signals import Interrupted, Signals
 from vlmlab.train.skips import Skips
+from vlmlab.train.watch import Watch
+from vlmlab.train.watching import check_best, load_best, watch_of
 
 Evaluate = Callable[[nn.Module, DictConfig, Path], dict[str, Any]]
 
@@ -244,6 +247,7 @@ def _prepare(run: Run, stages: Sequence[Stage], kinds: Mapping[int, type[StageMo
         build_mask(stage)
         if not run.weights(stage).is_file():
             mixed_in(stage, cfg)
+    callbacks_of(cfg)
     assert run.precision and run.stamps and run.sharing
     if run.writes:
         device = torch.cuda.get_device_name() if on_gpu(cfg) else "cpu"
@@ -362,13 +366,14 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSo
                 run.say(line)
         try:
             with run.cache.serving(trainee.model, run.say) as used:
-                _fit(run, module, data, keeper, skips)
+                looked = _fit(run, module, data, keeper, skips)
         finally:
             run.step = module.done
+        _check_early_end(run, module)
         unmoved = _prove(stage, module, trainee, keeper.before)
         if run.shards:
             trainee = _assembled(run, stage, kind)
-        facts = {"steps": module.done, "seconds": keeper.seconds, "unmoved": unmoved}
+        facts = {"steps": module.done, "seconds": keeper.seconds, "unmoved": unmoved, **looked}
         _say_end(run, stage, facts)
         facts |= used
         if start is not None and stage.mix:
@@ -382,6 +387,20 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSo
         write_json(home / "stage.json", facts, durable=True)
         trainee.save(run.weights(stage), stage, cfg, run.stamps[stage.name])
         _drop_begun(run, stage)
+
+
+def _check_early_end(run: Run, module: StageModule) -> None:
+    """Of a stage that ended early: say so; its weights are numbers (a whole stage looks after its last step).
+
+    Raises:
+        UserError: they are not.
+    """
+    stage, where = module.stage, f"stage {module.stage.name} ended early, after step {module.done} of"
+    if module.done >= stage.steps:
+        return
+    if wrong := nonfinite((name, parameter) for name, _, parameter in module.trained()):
+        raise UserError(f"{where} {stage.steps}, and {listed(wrong)} are no numbers; lower {stage.key('train')}.")
+    run.say(f"{where} {stage.steps} (evaluation.patience={run.cfg.evaluation.patience})")
 
 
 def _start(stage: Stage, trainee: Trainee) -> dict[str, Tensor] | None:
@@ -446,12 +465,13 @@ def _fingerprints(trainee: Trainee, saved: dict[str, Any] | None, path: Path) ->
     return before
 
 
-def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: Skips) -> None:
-    """Let Lightning run the optimizer steps that are left."""
+def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: Skips) -> dict[str, Any]:
+    """Let Lightning run the optimizer steps that are left; what the looks took."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device list, no tips
     looks = [] if run.shards else [Looks(data.source, data.order(), data.collate, run.say)]  # shards look together
-    trainer = _trainer(run, [skips, *looks, *_watching(run, module, data)], keeper)
-    stage = module.stage
+    watch, stage = _watching(run, module, data), module.stage
+    guests = fenced(callbacks_of(run.cfg))
+    trainer = _trainer(run, [skips, *looks, *([] if watch is None else [watch]), *guests], keeper)
     check_divides(stage.batch_size, stage.accumulate, trainer.world_size, f"recipe.stages.{stage.name}")
     try:
         with _profiled(run), _compiled(run, module), warnings.catch_warnings():
@@ -467,25 +487,19 @@ def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: 
         if no_memory(error):  # for the model, or for a batch on its way to the device
             raise OutOfMemory(stage.name, module.done + 1) from error
         raise
+    if watch is None:
+        return {}
+    if run.writes:
+        check_best(run.weights(stage).parent, watch.keep, run.say)
+    return {"look_seconds": round(watch.seconds, 1)}
 
 
-def _watching(run: Run, module: StageModule, data: StageData) -> list[L.Callback]:
-    """With ``evaluation.every``, what looks at held-out samples while the stage trains: its own, and those watched."""
-    from vlmlab.evaluate.baselines import Limited
-    from vlmlab.evaluate.run import held_out, mean_loss
-    from vlmlab.train.watch import Watch
-
-    cfg, own = run.cfg, module.stage.data
-    every = OmegaConf.select(cfg, "evaluation.every")
-    names = {"": own} if own in cfg.data.get("val", {}) else {}
-    names |= {str(name): str(name) for name in OmegaConf.select(cfg, "evaluation.watched") or ()}
-    if not every or not names:
-        return []
-    most = int(cfg.evaluation.held_out_samples)
-    read = {name: held_out(cfg, name, lambda sample: data.collate([sample])) for name in names.values()}
-    sources = {shown: Limited(read[name], most) for shown, name in names.items()}
-    loss = partial(mean_loss, data.collate, size=int(cfg.evaluation.batch_size))
-    return [Watch(sources, loss, int(every), run.folder.log)]
+def _watching(run: Run, module: StageModule, data: StageData) -> Watch | None:
+    """With ``evaluation.every``, what looks at the stage while it trains."""
+    stage, home = module.stage, run.weights(module.stage).parent
+    trainee = run.trainees[type(module).build]
+    stamp = run.stamps[stage.name]
+    return watch_of(run.cfg, run.folder, module, trainee, stamp, data.collate, home, run.folder.log, run.say)
 
 
 def _trainer(run: Run, before: Sequence[L.Callback], keeper: Keeper) -> L.Trainer:
@@ -601,7 +615,7 @@ def _say_end(run: Run, stage: Stage, facts: Mapping[str, Any]) -> None:
     if facts["unmoved"]:
         run.say(f"note: {listed(facts['unmoved'])} had gradients and did not move")
     if run.writes:
-        row = {"stage": stage.name, "step": stage.steps, "finished": True, **facts}
+        row = {"stage": stage.name, "step": facts["steps"], "finished": True, **facts}
         run.folder.log(row | {"seconds": round(facts["seconds"], 1)})
 
 
@@ -609,6 +623,7 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
     """Cost, evaluation, ``result.json``."""
     cfg, stage = run.cfg, stages[-1]
     last = run.trainees[kinds[stage.index].build]
+    best = load_best(cfg, run.folder.path, stage, last, run.stamps[stage.name])
     device = torch.device("cuda" if on_gpu(cfg) else "cpu")
     last.model.to(device).requires_grad_(False)
     if wrong := nonfinite(last.model.named_parameters()):
@@ -648,7 +663,8 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
         if not isinstance(logger, RunLogger):
             logger.log_metrics({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
     failed = None if unscored is None else unscored.failed
-    result = run.folder.finish(metrics, costs, failed, notes=_notes(run, stages, kinds))
+    notes = _notes(run, stages, kinds) + ([] if best is None else [best])
+    result = run.folder.finish(metrics, costs, failed, notes=notes)
     if unscored is not None:
         raise unscored
     return result

@@ -41,6 +41,7 @@ ControlTokens = Literal["refuse", "text"]
 
 # What is described by a `_target_`, by the name of its contract.
 Adapter = Annotated[Mapping[str, Any], Part("Adapter")]
+Callback = Annotated[Mapping[str, Any], Part("Callback")]
 Connector = Annotated[Mapping[str, Any], Part("Connector")]
 Encoder = Annotated[Mapping[str, Any], Part("Encoder")]
 FeatureCache = Annotated[Mapping[str, Any], Part("FeatureCache")]
@@ -76,6 +77,15 @@ class Evaluation(TypedDict):
     held_out_samples: Count
     every: NotRequired[Count | None]
     watched: NotRequired[Texts | None]
+    slices: NotRequired[Texts | None]
+    slice_samples: NotRequired[Count]
+    max_share: NotRequired[Share | None]
+    monitor: NotRequired[Text]
+    mode: NotRequired[Literal["min", "max"]]
+    save_best: NotRequired[bool]
+    load_best: NotRequired[bool]
+    patience: NotRequired[Count | None]
+    min_delta: NotRequired[NotNegative]
 
 
 class Precision(TypedDict):
@@ -193,6 +203,7 @@ class Root(TypedDict):
     recipe: Recipe
     trainer: Trainer
     logger: Logger
+    callbacks: NotRequired[Mapping[str, Callback | None]]
     budget: Budget
     debug: Debug
     preset: NotRequired[Preset | None]
