@@ -24,6 +24,7 @@ from typing import Any
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.runs.files import append, read_json, read_rows, sync_folder, write_atomic, write_json
+from vlmlab.runs.folder import CELL
 from vlmlab.runs.lock import FolderLock
 from vlmlab.runs.origin import WEIGHTS, file_hash, put_file
 
@@ -33,9 +34,6 @@ SHELF = "shared"
 
 FACTS = "stage.json"
 METRICS, SKIPPED, ENTRY = "metrics.jsonl", "skipped.jsonl", "entry.json"
-CELL = "overrides.json"
-"""What a launcher leaves in the folder of every cell of a sweep."""
-
 SEVERAL_RANKS = "several ranks would have to agree"
 
 POLL_S = 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -62,8 +62,9 @@ from vlmlab.runs.origin import KEY, drop_origin, kept_origin, take_origin
 from vlmlab.train.guests import callbacks_of, fenced
 from vlmlab.train.keeper import Keeper
 from vlmlab.train.looks import Looks, prompts_proved
+from vlmlab.train.mirrors import Mirrors
 from vlmlab.train.ranks import Ranks
-from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, mirror, stage_table, wandb_logger
+from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, stage_table
 from vlmlab.train.resume import load_last
 from vlmlab.train.sharing import Sharing
 from vlmlab.train.signals import Interrupted, Signals
@@ -121,7 +122,6 @@ class Run:
         stage: the present stage.
         step: optimizer steps done in it.
         steps_before: optimizer steps of the stages before.
-        loggers: Lightning's.
     """
 
     cfg: DictConfig
@@ -133,7 +133,6 @@ class Run:
     stage: Stage | None = None
     step: int = 0
     steps_before: int = 0
-    loggers: list[Logger] = field(default_factory=list)
 
     @cached_property
     def precision(self) -> Precision:
@@ -176,12 +175,25 @@ class Run:
             with contextlib.suppress(OSError):
                 self.folder.write_state("running", self.stage.name, self.step, self.stage.steps)
 
-    def close_loggers(self) -> None:
-        """Finish W&B's run, or the next one in this process would write into it."""
-        if any(not isinstance(logger, RunLogger) for logger in self.loggers):
-            import wandb
+    @cached_property
+    def mirrors(self) -> Mirrors:
+        """The loggers beside the run folder."""
+        return Mirrors(self.cfg, self.folder, self.writes)
 
-            wandb.finish()
+    @cached_property
+    def logger(self) -> RunLogger:
+        """Lightning's way to ``metrics.jsonl``."""
+        return RunLogger(self.folder)
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Add a row to ``metrics.jsonl``, and tell it to the loggers beside."""
+        self.folder.log(row)
+        self.mirrors.tell([row])
+
+    def close_loggers(self) -> None:
+        """Finish the loggers, with what is on its way out as the reason."""
+        if "mirrors" in self.__dict__:
+            self.mirrors.close(_exit_code(sys.exception()))
 
     @cached_property
     def stamps(self) -> dict[str, Stamp]:
@@ -196,6 +208,14 @@ class Run:
     def weights(self, stage: Stage) -> Path:
         """Where a finished stage's weights are."""
         return weights_file(self.folder.path, stage)
+
+
+def _exit_code(error: BaseException | None) -> int:
+    """What the process will end with after this."""
+    if error is None:
+        return 0
+    code = error.code if isinstance(error, SystemExit) else 1
+    return code if isinstance(code, int) else 1
 
 
 def _train(run: Run) -> dict[str, Any] | None:
@@ -252,9 +272,7 @@ def _prepare(run: Run, stages: Sequence[Stage], kinds: Mapping[int, type[StageMo
     if run.writes:
         device = torch.cuda.get_device_name() if on_gpu(cfg) else "cpu"
         run.folder.update_env(device=device, threads=torch.get_num_threads(), precision=run.precision.name)
-    run.loggers = [RunLogger(run.folder)]
-    if cfg.logger.name == "wandb" and run.writes:
-        run.loggers.append(wandb_logger(cfg, run.folder))
+    run.mirrors.tell(run.folder.metrics())  # what a process that was killed could not
     for text in deviations(cfg):
         run.say(f"note: {text}")
     if not any(run.folder.path.glob("stages/*/*")):
@@ -338,7 +356,7 @@ def _have_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
     run.step = stage.steps
     run.finished[kind.build] = stage
     drop_origin(run.folder.path)
-    mirror(run.loggers, rows, run.steps_before)
+    run.mirrors.tell(rows)
 
 
 def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSource) -> None:
@@ -470,7 +488,7 @@ def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device list, no tips
     looks = [] if run.shards else [Looks(data.source, data.order(), data.collate, run.say)]  # shards look together
     watch, stage = _watching(run, module, data), module.stage
-    guests = fenced(callbacks_of(run.cfg))
+    guests, run.logger.module = fenced(callbacks_of(run.cfg)), module
     trainer = _trainer(run, [skips, *looks, *([] if watch is None else [watch]), *guests], keeper)
     check_divides(stage.batch_size, stage.accumulate, trainer.world_size, f"recipe.stages.{stage.name}")
     try:
@@ -499,7 +517,7 @@ def _watching(run: Run, module: StageModule, data: StageData) -> Watch | None:
     stage, home = module.stage, run.weights(module.stage).parent
     trainee = run.trainees[type(module).build]
     stamp = run.stamps[stage.name]
-    return watch_of(run.cfg, run.folder, module, trainee, stamp, data.collate, home, run.folder.log, run.say)
+    return watch_of(run.cfg, run.folder, module, trainee, stamp, data.collate, home, run.record, run.say)
 
 
 def _trainer(run: Run, before: Sequence[L.Callback], keeper: Keeper) -> L.Trainer:
@@ -512,11 +530,11 @@ def _trainer(run: Run, before: Sequence[L.Callback], keeper: Keeper) -> L.Traine
         strategy=_strategy(run, devices),
         precision=run.precision.name,
         max_epochs=1,
-        logger=run.loggers,
+        logger=[run.logger, *run.mirrors.loggers],
         callbacks=[
             run.ranks,
             *before,
-            Recorder(run.folder, every, run.steps_before),
+            Recorder(run.folder, every, run.record),
             Progress(settings.get("progress", "auto")),
             keeper,
         ],
@@ -659,12 +677,10 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
     if unscored is None and OmegaConf.select(cfg, "recipe.finish"):
         models = {s.name: run.trainees[kinds[s.index].build].model for s in stages}
         metrics |= instantiate(cfg.recipe.finish)(models, cfg, run.folder.path, costs, metrics)
-    for logger in run.loggers:
-        if not isinstance(logger, RunLogger):
-            logger.log_metrics({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
     failed = None if unscored is None else unscored.failed
     notes = _notes(run, stages, kinds) + ([] if best is None else [best])
     result = run.folder.finish(metrics, costs, failed, notes=notes)
+    run.mirrors.finish(cfg, run.folder.path, metrics, costs)
     if unscored is not None:
         raise unscored
     return result
