@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmlab.analyse.curves import Curves, draw_chart, read_curves, thinned
+from vlmlab.analyse.curves import Curves, draw_chart, read_curves, read_slices, thinned
 from vlmlab.analyse.report import ReportItem, png_base64, write_report
 from vlmlab.evaluate.metrics.rows import Row
 
@@ -136,6 +136,14 @@ def test_read_curves() -> None:
         ("b", {"train/loss": [(1.0, 3.0)]}),
         ("c", {"loss": [(1.0, 3.0)], "loss/lm": [(1.0, 2.0)], "loss/siglip": [(1.0, 1.0)]}),
     ]
+
+
+def test_read_slices() -> None:
+    row = {"slice/a/vqa_accuracy": 0.5, "slice/a/vqa_accuracy/shuffled": 0.25, "slice/a/vqa_accuracy/kind/x": 1.0}
+    rows = [{"stage": "s", "step": 0, "loss": 1.0, **row}, {"stage": "s", "step": 4, "slice/a/vqa_accuracy/count": 8}]
+    (chart,) = read_slices([*rows, {"stage": "s", "step": 8, **row, "slice/a/vqa_accuracy": "nan"}])
+    assert chart.stage == "s: a"
+    assert chart.lines == {"vqa_accuracy": [(0.0, 0.5)], "shuffled": [(0.0, 0.25), (8.0, 0.25)]}
 
 
 def test_chart_fits_and_falls() -> None:

@@ -213,7 +213,7 @@ UNREAD = {
     "output_dir": "name=",
     "trainer.max_epochs": "budget.max_steps",
     "trainer.num_nodes": "trainer.devices",
-    "callbacks.x": "trainer.save_every_s",
+    "trainer.load_best_model_at_end": "evaluation.load_best",
     "logger._target_": "logger",
     "trainer.thread": "trainer.threads",
     "conector.depth": "connector",

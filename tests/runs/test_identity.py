@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.test_conf import composed
 
-from vlmlab.runs.config import leaves, plain
+from vlmlab.runs.config import LOOKS, config_hash, leaves, plain
 from vlmlab.runs.identity import Changes, about, changes, training_hash
 from vlmlab.runs.names import changes_result
 
@@ -25,11 +25,13 @@ def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 def of_group(config: dict[str, Any], *prefixes: str) -> list[str]:
-    return [key for key, _ in leaves(config) if key.startswith(prefixes) and changes_result(key)]
+    counted = (key for key, _ in leaves(config) if changes_result(key) and key not in LOOKS)
+    return [key for key in counted if key.startswith(prefixes)]
 
 
 def test_every_key_that_scores_is_about_the_evaluation(config: dict[str, Any]) -> None:
     keys = of_group(config, "evaluation.", "data.val.", "data.benchmarks.", "budget.eval_limit")
+    keys.remove("evaluation.patience")
     assert len(keys) > 60 and {about(key) for key in keys} == {"evaluation"}
     for key in keys:
         other = changed(config, key, "other")
@@ -109,3 +111,17 @@ def test_a_key_of_scoring_that_was_not_there_yet_and_is_off_is_no_change(config:
     assert changes(config, changed(config, "evaluation.new", None)) == changes(config, config)
     assert changes(config, changed(config, "evaluation.new", 3)).scoring
     assert changes(config, changed(config, "trainer.new", None)).training
+
+
+def test_what_is_looked_at_while_training_changes_no_run_unless_it_decides(config: dict[str, Any]) -> None:
+    """Not the training, nor the result; with ``load_best`` what is scored, with ``patience`` what is learnt."""
+    best = changed(config, "evaluation.load_best", True)
+    early = changed(config, "evaluation.patience", 3)
+    assert training_hash(best) == training_hash(config) != training_hash(early)
+    assert changes(config, best).evaluation and changes(config, early).training and changes(early, config).training
+    for key in LOOKS:
+        assert config_hash(changed(config, key, "other")) == config_hash(config), key
+        scored, learnt = changes(best, changed(best, key, "other")), changes(early, changed(early, key, "other"))
+        assert scored.evaluation and not scored.training and learnt.training, key
+    assert changes(early, changed(early, "data.val.instruct", {"a": 1})).training
+    assert not changes(early, changed(early, "budget.eval_limit", 3)).training

@@ -6,13 +6,11 @@ import hashlib
 import shutil
 from pathlib import Path
 
-import pytest
 from fake_lab import config
-from omegaconf import OmegaConf
 
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
-from vlmlab.train.record import wandb_id, wandb_logger
+from vlmlab.train.record import wandb_id
 
 
 def begun(path: Path, **changes: bool) -> str:
@@ -41,13 +39,3 @@ def test_a_run_that_was_named_after_its_place_goes_on_under_that_name(tmp_path: 
         run.open(plain(config()))
     (tmp_path / "r" / "wandb").mkdir()
     assert begun(tmp_path / "r") == hashlib.sha256(str((tmp_path / "r").resolve()).encode()).hexdigest()[:16]
-
-
-def test_the_logger_has_that_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, object] = {}
-    monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger", lambda **keys: given.update(keys))
-    cfg = OmegaConf.merge(config(), {"logger": {"name": "wandb", "project": "p", "entity": None, "tags": []}})
-    with RunFolder(tmp_path / "r") as run:
-        run.open(plain(cfg))
-        wandb_logger(cfg, run)
-        assert given["id"] == wandb_id(run) == run.env()["wandb_id"] and given["resume"] == "allow"

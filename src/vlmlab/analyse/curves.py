@@ -7,11 +7,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlmlab.analyse.results import FIRST, MetricKey
+
 WIDTH, HEIGHT = 310, 170
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 24, 24
 MOST_POINTS = 300
 """Longer curves are averaged down to so many points."""
 COLOURS = ("#3b6ea8", "#d1495b", "#5a8f3c", "#8e6c8a")
+
+SLICE = "slice/"
+"""Beginning of the names of scores that ``evaluation.slices`` asks for."""
 
 Point = tuple[float, float]
 
@@ -59,6 +64,26 @@ def read_curves(rows: Iterable[Mapping[str, Any]]) -> list[Curves]:
         if len(terms) == 1 and "loss" in curves.lines:
             del curves.lines[terms[0]]
     return list(stages.values())
+
+
+def read_slices(rows: Iterable[Mapping[str, Any]]) -> list[Curves]:
+    """Scores of slices of benchmarks that a run asked while it trained, per stage and benchmark, in order.
+
+    Of every benchmark the scores that its table begins with (`FIRST`), and the same with wrong images.
+    """
+    charts: dict[tuple[str, str], Curves] = {}
+    for row in rows:
+        step, stage = row.get("step"), str(row.get("stage", ""))
+        if not isinstance(step, int) or isinstance(step, bool):
+            continue
+        for name, value in row.items():
+            key = MetricKey.parse(name.removeprefix(SLICE)) if name.startswith(SLICE) else None
+            if key is None or key.score not in FIRST or key.kind or key.baseline not in ("", "shuffled"):
+                continue
+            if isinstance(value, int | float) and math.isfinite(value):
+                curves = charts.setdefault((stage, key.benchmark), Curves(f"{stage}: {key.benchmark}"))
+                curves.lines.setdefault(key.baseline or key.score, []).append((float(step), float(value)))
+    return list(charts.values())
 
 
 def draw_chart(curves: Curves) -> Chart:

@@ -61,7 +61,7 @@ def write_report(folder: Path, items: Sequence[ReportItem], result: Mapping[str,
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     metrics = numbers(result.get("metrics"))
-    intervals = intervals_over_questions(folder, metrics)
+    intervals, logged = intervals_over_questions(folder, metrics), read_rows(folder / "metrics.jsonl")
     environment = Environment(
         loader=PackageLoader("vlmlab.analyse", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -72,7 +72,8 @@ def write_report(folder: Path, items: Sequence[ReportItem], result: Mapping[str,
         items=[_item(item, metrics) for item in items],
         tables=[asdict(table) for table in benchmark_tables(metrics, intervals)],
         told=OF_ONE_MODEL if intervals else "",
-        charts=[curves.draw_chart(stage) for stage in curves.read_curves(read_rows(folder / "metrics.jsonl"))],
+        charts=[curves.draw_chart(stage) for stage in curves.read_curves(logged)],
+        asked=[curves.draw_chart(asked) for asked in curves.read_slices(logged)],
         cost=[(name, short_number(value)) for name, value in numbers(result.get("cost")).items()],
         config=_config(folder),
         width=curves.WIDTH,

@@ -103,7 +103,7 @@ def seen(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Seen]:
         if row.get("stage") != stage:
             before, last, stage = before + last, 0.0, row.get("stage")
         last = max(last, float(row["step"]))
-        value = _value(row, name)
+        value = number(row, name)
         if value is not None:
             yield Seen(before + float(row["step"]), str(stage), value)
 
@@ -120,10 +120,11 @@ def passage(rows: Iterable[Mapping[str, Any]], threshold: Threshold) -> Passage 
     return None if last is None else Passage(last, censored=True)
 
 
-def _value(row: Mapping[str, Any], name: str) -> float | None:
+def number(row: Mapping[str, Any], name: str) -> float | None:
+    """A number of a row; of `GAP`, and others of that name, the difference of its two losses; None: it has none."""
     place, _, last = name.rpartition("/")
     if last == "gap" and name not in row:
-        loss, shuffled = _value(row, f"{place}/loss"), _value(row, f"{place}/shuffled_loss")
+        loss, shuffled = number(row, f"{place}/loss"), number(row, f"{place}/shuffled_loss")
         return None if loss is None or shuffled is None else shuffled - loss
     value = row.get(name)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -41,7 +41,10 @@ OF_THE_MACHINE = (MachineError, OutOfMemory)
 """What the same command may come through another time, so that the run says how it ended."""
 
 
-BEGINNING = {"config.yaml", "env.json", "state.json", "metrics.jsonl", "lock", "origin.json", "initial.safetensors"}
+BEGINNING = {"config.yaml", "env.json", "state.json", "metrics.jsonl", "lock", "origin.json", "initial.safetensors"} | {
+    "logged.json",
+    "wandb.json",
+}
 """Files of a run before its first step that nobody misses."""
 
 

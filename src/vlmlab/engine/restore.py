@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hydra.utils import get_class
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from vlmlab.contracts.errors import CheckpointError, UserError, reason
@@ -56,8 +56,26 @@ def weights_file(folder: Path, stage: Stage) -> Path:
     return folder_module.weights_file(folder, stage.index, stage.name)
 
 
+def evaluated_file(cfg: DictConfig, folder: Path, stage: Stage) -> Path:
+    """The weights that a run is evaluated with: the last ones of its last stage, or the best (``load_best``).
+
+    Raises:
+        CheckpointError: the best are asked for and none were kept.
+    """
+    file = weights_file(folder, stage)
+    if not OmegaConf.select(cfg, "evaluation.load_best"):
+        return file
+    best = file.with_name(folder_module.BEST)
+    if not best.is_file():
+        raise CheckpointError(
+            f"evaluation.load_best=true: {best} is missing, since stage {stage.name} kept no best look; set it false, "
+            "or train with evaluation.save_best=true."
+        )
+    return best
+
+
 def load_trained(cfg: DictConfig, path: Path) -> nn.Module:
-    """The model of a finished run, as after its last stage, in evaluation mode.
+    """The model of a finished run, as after its last stage (or its best look), in evaluation mode.
 
     Args:
         cfg: the run's configuration.
@@ -76,6 +94,6 @@ def load_trained(cfg: DictConfig, path: Path) -> nn.Module:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; finish the run first by starting it again.")
         enter(trainee, cfg, stage)
-    trainee.load(file, recorded(folder_module.RunFolder(path), stage))
+    trainee.load(evaluated_file(cfg, path, stage), recorded(folder_module.RunFolder(path), stage))
     trainee.model.requires_grad_(False)
     return trainee.model.eval()

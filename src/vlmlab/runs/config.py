@@ -23,6 +23,8 @@ BEFORE: Mapping[str, Any] = {
     "connector.norm_eps": 1e-5,
     "encoder.class_token": False,
     "evaluation.watched": None,
+    "evaluation.load_best": False,
+    "evaluation.patience": None,
     "connector.activation": "gelu",
     "connector.own_layers": False,
     "image_range": "auto",  # of any source of data, as what follows
@@ -32,6 +34,11 @@ BEFORE: Mapping[str, Any] = {
     "kinds": None,
 }
 """Keys that were added later -> what earlier runs did, so that they are still the same run."""
+
+LOOKS = tuple(
+    f"evaluation.{key}" for key in ("slices", "slice_samples", "max_share", "monitor", "mode", "save_best", "min_delta")
+)
+"""Keys of what is looked at while a stage trains; they count where looks decide (`looks_decide`)."""
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -81,9 +88,22 @@ def _as_before(key: str, value: Any) -> bool:
     return key in BEFORE and BEFORE[key] == value
 
 
-def result_leaves(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves that can change what a run computes, and the order of the recipe's stages, which counts too."""
+def looks_decide(config: Mapping[str, Any]) -> bool:
+    """Whether what is seen while a stage trains says when it ends (``patience``) or what is scored (``load_best``)."""
+    keys = config.get("evaluation")
+    return isinstance(keys, Mapping) and (keys.get("patience") is not None or bool(keys.get("load_best")))
+
+
+def result_leaves(config: Mapping[str, Any], looks: bool | None = None) -> dict[str, Any]:
+    """The leaves that can change what a run computes, and the order of the recipe's stages, which counts too.
+
+    Args:
+        config: the plain configuration.
+        looks: whether `LOOKS` are among them; None: where looks decide.
+    """
     chosen = {key: value for key, value in leaves(config) if changes_result(key) and not _as_before(key, value)}
+    if not (looks_decide(config) if looks is None else looks):
+        chosen = {key: value for key, value in chosen.items() if key not in LOOKS}
     recipe = config.get("recipe")
     stages = recipe.get("stages") if isinstance(recipe, Mapping) else None
     if isinstance(stages, Mapping):

@@ -37,6 +37,12 @@ from vlmlab.runs.withheld import filled, marks
 FORMAT = 1
 """Version of ``result.json``."""
 
+BEST, BEST_FACTS = "best.safetensors", "best.json"
+"""In a stage's folder, with ``evaluation.save_best``: the weights of its best look, and which one that was."""
+
+CELL = "overrides.json"
+"""What a launcher leaves in the folder of every cell of a sweep."""
+
 NAMES = ("config.yaml", "result.json", "report.html", "metrics.jsonl", "predictions")
 """Of what a run leaves, these can lie in other people's folders as well."""
 
@@ -220,6 +226,8 @@ class RunFolder:
         log = aside / "log.txt"
         if log.exists():  # a launcher may be writing this very process's output into it
             log.rename(self.path / "log.txt")
+        if (cell := aside / CELL).is_file():  # by which a launcher's table, and others, know the folder
+            write_atomic(self.path / CELL, cell.read_text(encoding="utf-8", errors="replace"))
         self._acquire()
         if before is not None:
             before.release()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmlab.runs.config import difference, result_leaves
+from vlmlab.runs.config import LOOKS, difference, looks_decide, result_leaves
 
 DATA = "data"
 """Group of the data; which one is chosen says what is learnt."""
@@ -26,6 +26,14 @@ The keys right below ``data`` are written out where they are used: whatever of t
 
 TRAINING = ("data.train", "data.max_bad_fraction")
 """Keys below those of `EVALUATION` that say what is learnt, with all below them."""
+
+DECIDING = (
+    *LOOKS,
+    *(f"evaluation.{key}" for key in ("patience", "every", "watched", "held_out_samples", "batch_size")),
+    "data.val",
+    "data.benchmarks",
+)
+"""Keys of the evaluation that say what is learnt where stages end early (``evaluation.patience``)."""
 
 EXECUTION = ("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.threads", "trainer.compile")
 """Keys of the machine: they change a training by rounding alone, and one that is over not at all."""
@@ -64,20 +72,23 @@ class Changes:
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     """How two plain configurations differ, by what the differing keys are about."""
-    before, after = result_leaves(old), result_leaves(new)
+    looks = looks_decide(old) or looks_decide(new)
+    before, after = result_leaves(old, looks), result_leaves(new, looks)
+    early = ends_early(old) or ends_early(new)
     found: dict[str, list[str]] = {"training": [], "length": [], "execution": [], "evaluation": []}
     absent = "(absent)"
     for key in sorted({*before, *after}):
         was, now = before.get(key, absent), after.get(key, absent)
-        unsaid = about(key) == "evaluation" and was in (absent, None) and now in (absent, None)
+        unsaid = about(key, early) == "evaluation" and was in (absent, None) and now in (absent, None)
         if was != now and not unsaid:  # a key that was not there yet and is off
-            found[_concern(key, was, now)].append(difference(key, was, now))
+            found[_concern(key, was, now, early)].append(difference(key, was, now))
     return Changes(**{concern: tuple(texts) for concern, texts in found.items()})
 
 
 def leaves_about(config: Mapping[str, Any], what: str) -> dict[str, Any]:
     """The leaves of a configuration that are about this (see `about`), as the training is told them."""
-    return {key: told(key, value) for key, value in result_leaves(config).items() if about(key) == what}
+    early = ends_early(config)
+    return {key: told(key, value) for key, value in result_leaves(config).items() if about(key, early) == what}
 
 
 def training_leaves(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,19 +125,30 @@ def weights_hash(config: Mapping[str, Any]) -> str:
     return digest([leaves_about(config, what) for what in ("training", "execution")])
 
 
-def about(key: str) -> str:
-    """``training``, ``execution`` or ``evaluation``: what a key of the configuration says something about."""
+def ends_early(config: Mapping[str, Any]) -> bool:
+    """Whether stages end when looks have brought nothing better for a while, so that these say what is learnt."""
+    keys = config.get("evaluation")
+    return isinstance(keys, Mapping) and keys.get("patience") is not None
+
+
+def about(key: str, early: bool = False) -> str:
+    """``training``, ``execution`` or ``evaluation``: what a key of the configuration says something about.
+
+    Args:
+        key: its dotted name.
+        early: whether the configuration has stages that end early.
+    """
     if _below(key, EXECUTION):
         return "execution"
-    if key == DATA or _below(key, TRAINING):
+    if key == DATA or _below(key, TRAINING) or (early and _below(key, DECIDING)):
         return "training"
     return "evaluation" if _below(key, EVALUATION) else "training"
 
 
-def _concern(key: str, was: Any, now: Any) -> str:
+def _concern(key: str, was: Any, now: Any, early: bool) -> str:
     if key == LENGTH and isinstance(was, int) and isinstance(now, int) and now > was:
         return "length"
-    return "evaluation" if told(key, was) == told(key, now) else about(key)
+    return "evaluation" if told(key, was) == told(key, now) else about(key, early)
 
 
 def told(key: str, value: Any) -> Any:

@@ -11,6 +11,7 @@ NOT_THE_RESULT = (
     "fresh",
     "share_stages",
     "logger",
+    "callbacks",
     "hydra",
     "preset.deviates",
     "cache.folder",

@@ -24,6 +24,7 @@ from typing import Any
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.runs.files import append, read_json, read_rows, sync_folder, write_atomic, write_json
+from vlmlab.runs.folder import CELL
 from vlmlab.runs.lock import FolderLock
 from vlmlab.runs.origin import WEIGHTS, file_hash, put_file
 
@@ -33,9 +34,6 @@ SHELF = "shared"
 
 FACTS = "stage.json"
 METRICS, SKIPPED, ENTRY = "metrics.jsonl", "skipped.jsonl", "entry.json"
-CELL = "overrides.json"
-"""What a launcher leaves in the folder of every cell of a sweep."""
-
 SEVERAL_RANKS = "several ranks would have to agree"
 
 POLL_S = 0.5
@@ -91,6 +89,8 @@ def unshared(config: Mapping[str, Any]) -> str:
         return "debug is on"
     if config.get("seed") is None:
         return "there is no seed"
+    if (config.get("evaluation") or {}).get("save_best"):
+        return "evaluation.save_best keeps more of a stage than its last weights"
     if config["recipe"].get("finish"):
         return "the recipe ends in recipe.finish, which reads its models"
     if config.get("fresh"):

@@ -35,6 +35,9 @@ GENERATORS = "vlmlab.data.world."
 PARTS = ("encoder", "connector", "lm", "mask", "fusion")
 SECTIONS = ("collate", "data", "trainer", "budget", "evaluation", "recipe")
 
+NOT_BUILT = ("callbacks", "logger")
+"""Sections that nothing is made of but by the command that trains."""
+
 CACHE = "evaluate/features"
 """In the run folder: features, where the cache that a saved configuration names is none on this machine."""
 
@@ -73,7 +76,8 @@ def saved_config(folder: Path, trust: bool = False) -> DictConfig:
         raise UserError(f"{folder} is no run folder (it has no config.yaml); give the folder that training printed")
     file = folder / "config.yaml"
     _check_whole(file, config)
-    foreign = [(key, target) for key, target in named(config) if not is_ours(target)]
+    built = {key: value for key, value in config.items() if key not in NOT_BUILT}
+    foreign = [(key, target) for key, target in named(built) if not is_ours(target)]
     if foreign and not trust:
         key, target = foreign[0]
         more = f" (and {len(foreign) - 1} more)" if foreign[1:] else ""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 import lightning as L
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from omegaconf import DictConfig
 
 from vlmlab.contracts.terminal import tell
 from vlmlab.engine.precision import Precision
@@ -23,7 +21,6 @@ from vlmlab.mask.base import causal_on_text
 from vlmlab.mask.causal import Causal
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.folder import RunFolder
-from vlmlab.runs.withheld import stored
 
 LOG_EVERY = 10
 LINE_EVERY = 0.1
@@ -32,11 +29,19 @@ WANDB_ID = "wandb_id"
 
 
 class RunLogger(Logger):
-    """Lightning's logger interface over the run folder's ``metrics.jsonl``; only rank 0 writes."""
+    """Lightning's logger interface over the run folder's ``metrics.jsonl``; only rank 0 writes.
+
+    Args:
+        folder: the run.
+
+    Attributes:
+        module: of the present stage, which says where a row belongs that does not say it itself, as a callback's.
+    """
 
     def __init__(self, folder: RunFolder) -> None:
         super().__init__()
         self.folder = folder
+        self.module: StageModule | None = None
 
     @property
     def name(self) -> str:
@@ -53,29 +58,9 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Append one row; it brings its own ``stage`` and ``step``."""
-        self.folder.log(metrics)
-
-
-def wandb_logger(cfg: DictConfig, folder: RunFolder) -> Logger:
-    """W&B as a mirror of ``metrics.jsonl``: one run per training, offline unless ``WANDB_MODE`` says otherwise."""
-    from lightning.pytorch.loggers import WandbLogger
-
-    os.environ.setdefault("WANDB_MODE", "offline")
-    path = folder.path.resolve()
-    group = path.parent.name if path.parent.parent.name == "sweeps" else None
-    return WandbLogger(
-        name=path.name,
-        save_dir=str(path),
-        id=wandb_id(folder),
-        project=cfg.logger.get("project") or "vlmlab",
-        group=group,
-        resume="allow",
-        entity=cfg.logger.get("entity"),
-        tags=list(cfg.logger.get("tags") or []),
-        config=stored(cfg),
-        job_type="train",
-    )
+        """Append one row."""
+        where = {} if self.module is None else {"stage": self.module.stage.name, "step": self.module.done}
+        self.folder.log({**where, **metrics})
 
 
 def wandb_id(folder: RunFolder) -> str:
@@ -95,11 +80,11 @@ class Recorder(L.Callback):
     Args:
         folder: the run.
         every: optimizer steps between rows.
-        offset: optimizer steps of the stages before (W&B counts through).
+        write: takes a row.
     """
 
-    def __init__(self, folder: RunFolder, every: int, offset: int = 0) -> None:
-        self.folder, self.every, self.offset = folder, max(1, every), offset
+    def __init__(self, folder: RunFolder, every: int, write: Callable[[Mapping[str, Any]], None]) -> None:
+        self.folder, self.every, self.write = folder, max(1, every), write
         self._since, self._samples = time.perf_counter(), 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -116,27 +101,9 @@ class Recorder(L.Callback):
         now = time.perf_counter()
         row = row_of(pl_module, self._samples / max(now - self._since, 1e-9))
         self._since, self._samples = now, 0
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.log_metrics(row, done)
-            else:
-                logger.log_metrics({f"train/{key}": value for key, value in row.items()}, self.offset + done)
         if trainer.is_global_zero:
+            self.write(row)
             self.folder.write_state("running", stage.name, done, stage.steps)
-
-
-def mirror(loggers: Iterable[Logger], rows: Iterable[Mapping[str, Any]], offset: int) -> None:
-    """Hand rows of a stage that was trained elsewhere to whoever mirrors ``metrics.jsonl``.
-
-    Args:
-        loggers: Lightning's.
-        rows: as ``metrics.jsonl`` has them.
-        offset: optimizer steps of the stages before.
-    """
-    for logger in loggers:
-        for row in rows if not isinstance(logger, RunLogger) else ():
-            if "loss" in row:
-                logger.log_metrics({f"train/{key}": value for key, value in row.items()}, offset + int(row["step"]))
 
 
 def row_of(module: StageModule, samples_per_s: float) -> dict[str, Any]:

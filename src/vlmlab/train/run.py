@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -59,14 +59,18 @@ from vlmlab.recipe.stage import Stage, check_divides, drawn_from, parse
 from vlmlab.runs.files import write_atomic, write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.origin import KEY, drop_origin, kept_origin, take_origin
+from vlmlab.train.guests import callbacks_of, fenced
 from vlmlab.train.keeper import Keeper
 from vlmlab.train.looks import Looks, prompts_proved
+from vlmlab.train.mirrors import Mirrors
 from vlmlab.train.ranks import Ranks
-from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, mirror, stage_table, wandb_logger
+from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, stage_table
 from vlmlab.train.resume import load_last
 from vlmlab.train.sharing import Sharing
 from vlmlab.train.signals import Interrupted, Signals
 from vlmlab.train.skips import Skips
+from vlmlab.train.watch import Watch
+from vlmlab.train.watching import check_best, load_best, watch_of
 
 Evaluate = Callable[[nn.Module, DictConfig, Path], dict[str, Any]]
 
@@ -118,7 +122,6 @@ class Run:
         stage: the present stage.
         step: optimizer steps done in it.
         steps_before: optimizer steps of the stages before.
-        loggers: Lightning's.
     """
 
     cfg: DictConfig
@@ -130,7 +133,6 @@ class Run:
     stage: Stage | None = None
     step: int = 0
     steps_before: int = 0
-    loggers: list[Logger] = field(default_factory=list)
 
     @cached_property
     def precision(self) -> Precision:
@@ -173,12 +175,25 @@ class Run:
             with contextlib.suppress(OSError):
                 self.folder.write_state("running", self.stage.name, self.step, self.stage.steps)
 
-    def close_loggers(self) -> None:
-        """Finish W&B's run, or the next one in this process would write into it."""
-        if any(not isinstance(logger, RunLogger) for logger in self.loggers):
-            import wandb
+    @cached_property
+    def mirrors(self) -> Mirrors:
+        """The loggers beside the run folder."""
+        return Mirrors(self.cfg, self.folder, self.writes)
 
-            wandb.finish()
+    @cached_property
+    def logger(self) -> RunLogger:
+        """Lightning's way to ``metrics.jsonl``."""
+        return RunLogger(self.folder)
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Add a row to ``metrics.jsonl``, and tell it to the loggers beside."""
+        self.folder.log(row)
+        self.mirrors.tell([row])
+
+    def close_loggers(self) -> None:
+        """Finish the loggers, with what is on its way out as the reason."""
+        if "mirrors" in self.__dict__:
+            self.mirrors.close(_exit_code(sys.exception()))
 
     @cached_property
     def stamps(self) -> dict[str, Stamp]:
@@ -193,6 +208,14 @@ class Run:
     def weights(self, stage: Stage) -> Path:
         """Where a finished stage's weights are."""
         return weights_file(self.folder.path, stage)
+
+
+def _exit_code(error: BaseException | None) -> int:
+    """What the process will end with after this."""
+    if error is None:
+        return 0
+    code = error.code if isinstance(error, SystemExit) else 1
+    return code if isinstance(code, int) else 1
 
 
 def _train(run: Run) -> dict[str, Any] | None:
@@ -244,13 +267,12 @@ def _prepare(run: Run, stages: Sequence[Stage], kinds: Mapping[int, type[StageMo
         build_mask(stage)
         if not run.weights(stage).is_file():
             mixed_in(stage, cfg)
+    callbacks_of(cfg)
     assert run.precision and run.stamps and run.sharing
     if run.writes:
         device = torch.cuda.get_device_name() if on_gpu(cfg) else "cpu"
         run.folder.update_env(device=device, threads=torch.get_num_threads(), precision=run.precision.name)
-    run.loggers = [RunLogger(run.folder)]
-    if cfg.logger.name == "wandb" and run.writes:
-        run.loggers.append(wandb_logger(cfg, run.folder))
+    run.mirrors.tell(run.folder.metrics())  # what a process that was killed could not
     for text in deviations(cfg):
         run.say(f"note: {text}")
     if not any(run.folder.path.glob("stages/*/*")):
@@ -334,7 +356,7 @@ def _have_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
     run.step = stage.steps
     run.finished[kind.build] = stage
     drop_origin(run.folder.path)
-    mirror(run.loggers, rows, run.steps_before)
+    run.mirrors.tell(rows)
 
 
 def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSource) -> None:
@@ -362,13 +384,14 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSo
                 run.say(line)
         try:
             with run.cache.serving(trainee.model, run.say) as used:
-                _fit(run, module, data, keeper, skips)
+                looked = _fit(run, module, data, keeper, skips)
         finally:
             run.step = module.done
+        _check_early_end(run, module)
         unmoved = _prove(stage, module, trainee, keeper.before)
         if run.shards:
             trainee = _assembled(run, stage, kind)
-        facts = {"steps": module.done, "seconds": keeper.seconds, "unmoved": unmoved}
+        facts = {"steps": module.done, "seconds": keeper.seconds, "unmoved": unmoved, **looked}
         _say_end(run, stage, facts)
         facts |= used
         if start is not None and stage.mix:
@@ -382,6 +405,20 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSo
         write_json(home / "stage.json", facts, durable=True)
         trainee.save(run.weights(stage), stage, cfg, run.stamps[stage.name])
         _drop_begun(run, stage)
+
+
+def _check_early_end(run: Run, module: StageModule) -> None:
+    """Of a stage that ended early: say so; its weights are numbers (a whole stage looks after its last step).
+
+    Raises:
+        UserError: they are not.
+    """
+    stage, where = module.stage, f"stage {module.stage.name} ended early, after step {module.done} of"
+    if module.done >= stage.steps:
+        return
+    if wrong := nonfinite((name, parameter) for name, _, parameter in module.trained()):
+        raise UserError(f"{where} {stage.steps}, and {listed(wrong)} are no numbers; lower {stage.key('train')}.")
+    run.say(f"{where} {stage.steps} (evaluation.patience={run.cfg.evaluation.patience})")
 
 
 def _start(stage: Stage, trainee: Trainee) -> dict[str, Tensor] | None:
@@ -446,12 +483,13 @@ def _fingerprints(trainee: Trainee, saved: dict[str, Any] | None, path: Path) ->
     return before
 
 
-def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: Skips) -> None:
-    """Let Lightning run the optimizer steps that are left."""
+def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: Skips) -> dict[str, Any]:
+    """Let Lightning run the optimizer steps that are left; what the looks took."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device list, no tips
     looks = [] if run.shards else [Looks(data.source, data.order(), data.collate, run.say)]  # shards look together
-    trainer = _trainer(run, [skips, *looks, *_watching(run, module, data)], keeper)
-    stage = module.stage
+    watch, stage = _watching(run, module, data), module.stage
+    guests, run.logger.module = fenced(callbacks_of(run.cfg)), module
+    trainer = _trainer(run, [skips, *looks, *([] if watch is None else [watch]), *guests], keeper)
     check_divides(stage.batch_size, stage.accumulate, trainer.world_size, f"recipe.stages.{stage.name}")
     try:
         with _profiled(run), _compiled(run, module), warnings.catch_warnings():
@@ -467,25 +505,19 @@ def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: 
         if no_memory(error):  # for the model, or for a batch on its way to the device
             raise OutOfMemory(stage.name, module.done + 1) from error
         raise
+    if watch is None:
+        return {}
+    if run.writes:
+        check_best(run.weights(stage).parent, watch.keep, run.say)
+    return {"look_seconds": round(watch.seconds, 1)}
 
 
-def _watching(run: Run, module: StageModule, data: StageData) -> list[L.Callback]:
-    """With ``evaluation.every``, what looks at held-out samples while the stage trains: its own, and those watched."""
-    from vlmlab.evaluate.baselines import Limited
-    from vlmlab.evaluate.run import held_out, mean_loss
-    from vlmlab.train.watch import Watch
-
-    cfg, own = run.cfg, module.stage.data
-    every = OmegaConf.select(cfg, "evaluation.every")
-    names = {"": own} if own in cfg.data.get("val", {}) else {}
-    names |= {str(name): str(name) for name in OmegaConf.select(cfg, "evaluation.watched") or ()}
-    if not every or not names:
-        return []
-    most = int(cfg.evaluation.held_out_samples)
-    read = {name: held_out(cfg, name, lambda sample: data.collate([sample])) for name in names.values()}
-    sources = {shown: Limited(read[name], most) for shown, name in names.items()}
-    loss = partial(mean_loss, data.collate, size=int(cfg.evaluation.batch_size))
-    return [Watch(sources, loss, int(every), run.folder.log)]
+def _watching(run: Run, module: StageModule, data: StageData) -> Watch | None:
+    """With ``evaluation.every``, what looks at the stage while it trains."""
+    stage, home = module.stage, run.weights(module.stage).parent
+    trainee = run.trainees[type(module).build]
+    stamp = run.stamps[stage.name]
+    return watch_of(run.cfg, run.folder, module, trainee, stamp, data.collate, home, run.record, run.say)
 
 
 def _trainer(run: Run, before: Sequence[L.Callback], keeper: Keeper) -> L.Trainer:
@@ -498,11 +530,11 @@ def _trainer(run: Run, before: Sequence[L.Callback], keeper: Keeper) -> L.Traine
         strategy=_strategy(run, devices),
         precision=run.precision.name,
         max_epochs=1,
-        logger=run.loggers,
+        logger=[run.logger, *run.mirrors.loggers],
         callbacks=[
             run.ranks,
             *before,
-            Recorder(run.folder, every, run.steps_before),
+            Recorder(run.folder, every, run.record),
             Progress(settings.get("progress", "auto")),
             keeper,
         ],
@@ -601,7 +633,7 @@ def _say_end(run: Run, stage: Stage, facts: Mapping[str, Any]) -> None:
     if facts["unmoved"]:
         run.say(f"note: {listed(facts['unmoved'])} had gradients and did not move")
     if run.writes:
-        row = {"stage": stage.name, "step": stage.steps, "finished": True, **facts}
+        row = {"stage": stage.name, "step": facts["steps"], "finished": True, **facts}
         run.folder.log(row | {"seconds": round(facts["seconds"], 1)})
 
 
@@ -609,6 +641,7 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
     """Cost, evaluation, ``result.json``."""
     cfg, stage = run.cfg, stages[-1]
     last = run.trainees[kinds[stage.index].build]
+    best = load_best(cfg, run.folder.path, stage, last, run.stamps[stage.name])
     device = torch.device("cuda" if on_gpu(cfg) else "cpu")
     last.model.to(device).requires_grad_(False)
     if wrong := nonfinite(last.model.named_parameters()):
@@ -644,11 +677,10 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
     if unscored is None and OmegaConf.select(cfg, "recipe.finish"):
         models = {s.name: run.trainees[kinds[s.index].build].model for s in stages}
         metrics |= instantiate(cfg.recipe.finish)(models, cfg, run.folder.path, costs, metrics)
-    for logger in run.loggers:
-        if not isinstance(logger, RunLogger):
-            logger.log_metrics({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
     failed = None if unscored is None else unscored.failed
-    result = run.folder.finish(metrics, costs, failed, notes=_notes(run, stages, kinds))
+    notes = _notes(run, stages, kinds) + ([] if best is None else [best])
+    result = run.folder.finish(metrics, costs, failed, notes=notes)
+    run.mirrors.finish(cfg, run.folder.path, metrics, costs)
     if unscored is not None:
         raise unscored
     return result

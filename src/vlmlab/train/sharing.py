@@ -167,6 +167,8 @@ def _watched(cfg: DictConfig, stage: Stage) -> Any:
     """What the rows of held-out looks depend on, with ``evaluation.every``; None without."""
     names = dict.fromkeys([stage.data, *(OmegaConf.select(cfg, "evaluation.watched") or ())])
     held_out = [node for name in names if (node := plain_key(cfg, f"data.val.{name}")) is not None]
+    asked = OmegaConf.select(cfg, "evaluation.slices") or ()
+    held_out += [node for name in asked if (node := plain_key(cfg, f"data.benchmarks.{name}.source")) is not None]
     if not OmegaConf.select(cfg, "evaluation.every") or not held_out:
         return None
     return [plain_key(cfg, "evaluation"), held_out, [source_fingerprint(instantiate(node)) for node in held_out]]

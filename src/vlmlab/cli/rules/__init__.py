@@ -22,10 +22,12 @@ from vlmlab.cli.rules.machine import (
     shards_for_several,
 )
 from vlmlab.cli.rules.run import (
+    best_look,
     features_to_keep,
     files_exist,
     possible_name,
     possible_names,
+    slices,
     watched,
 )
 from vlmlab.cli.rules.stages import (
@@ -115,6 +117,8 @@ RULES: tuple[Rule, ...] = (
     shards_for_several,
     compiler_at_hand,
     watched,
+    slices,
+    best_look,
     features_to_keep,
     possible_name,
     possible_names,

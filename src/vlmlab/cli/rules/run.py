@@ -41,6 +41,45 @@ def watched(cfg: Config, choices: Choices) -> str | None:
     return None
 
 
+def slices(cfg: Config, choices: Choices) -> str | None:
+    """Slices are of benchmarks, and asked at looks."""
+    names, known = value_at(cfg, "evaluation.slices"), value_at(cfg, "data.benchmarks")
+    for name in names if isinstance(names, list) else ():
+        if not isinstance(known, Mapping) or name not in known:
+            there = listed(known) if isinstance(known, Mapping) and known else "which has none"
+            return f"evaluation.slices={shown(name)} is not in data.benchmarks; choose from it ({there}), or set null"
+    if names and value_at(cfg, "evaluation.every") is None:
+        return "evaluation.slices are asked between steps; set evaluation.every=<steps>, or slices=null"
+    return None
+
+
+def best_look(cfg: Config, choices: Choices) -> str | None:
+    """The best look is one of some, by a number that they have."""
+    keys = {key: value_at(cfg, f"evaluation.{key}") for key in ("save_best", "load_best", "patience")}
+    chosen = next((f"{key}={shown(value)}" for key, value in keys.items() if value), None)
+    if chosen is None:
+        return None
+    if value_at(cfg, "evaluation.every") is None:
+        return f"evaluation.{chosen} chooses among looks and there are none; set evaluation.every=<steps>"
+    if keys["load_best"] and not keys["save_best"]:
+        return "evaluation.load_best=true scores what save_best keeps; set evaluation.save_best=true, too"
+    monitor = str(value_at(cfg, "evaluation.monitor"))
+    place, _, last = monitor.rpartition("/")
+    kind, _, name = place.partition("/")
+    held_out = last in ("loss", "shuffled_loss", "gap") and kind == "held_out"
+    if held_out and name and name not in (value_at(cfg, "evaluation.watched") or ()):
+        return f"evaluation.monitor={shown(monitor)} is not looked at; set evaluation.watched=[{name}]"
+    of_slice = kind == "slice" and bool(name)
+    if of_slice and name.partition("/")[0] not in (value_at(cfg, "evaluation.slices") or ()):
+        return f"evaluation.monitor={shown(monitor)} is not asked; set evaluation.slices=[{name.partition('/')[0]}]"
+    if not held_out and not of_slice:
+        return (
+            f"evaluation.monitor={shown(monitor)} is no number of a look; give held_out/loss, held_out/gap, "
+            "held_out/<watched>/loss or slice/<benchmark>/<score>"
+        )
+    return None
+
+
 def features_to_keep(cfg: Config, choices: Choices) -> str | None:
     """A cache stands before a tower, and every rank asks that tower alone for the images it lacks."""
     cache, strategy = f"cache={choices.get('cache')}", value_at(cfg, "trainer.strategy")

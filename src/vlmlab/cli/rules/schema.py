@@ -33,7 +33,7 @@ Devices = Literal["auto", -1] | Annotated[int, Interval(ge=1, le=4096)]
 Accelerator = Literal["auto", "cpu", "gpu", "cuda"]
 Strategy = Literal["auto", "ddp", "ddp_fork", "ddp_spawn", "ddp_find_unused_parameters_true", "fsdp2"]
 Precisions = Literal["auto", "fp32", "bf16", "fp16"]
-Loggers = Literal["jsonl", "none", "wandb"]
+Loggers = Literal["jsonl", "none", "wandb", "tensorboard", "csv", "mlflow", "own"]
 Baselines = Sequence[Literal["shuffled", "no_image"]]
 Questions = Literal["conversation", "rows", "tree", "whole"]
 ControlTokens = Literal["refuse", "text"]
@@ -41,12 +41,14 @@ ControlTokens = Literal["refuse", "text"]
 
 # What is described by a `_target_`, by the name of its contract.
 Adapter = Annotated[Mapping[str, Any], Part("Adapter")]
+Callback = Annotated[Mapping[str, Any], Part("Callback")]
 Connector = Annotated[Mapping[str, Any], Part("Connector")]
 Encoder = Annotated[Mapping[str, Any], Part("Encoder")]
 FeatureCache = Annotated[Mapping[str, Any], Part("FeatureCache")]
 Finish = Annotated[Mapping[str, Any], Part("Finish")]
 Fusion = Annotated[Mapping[str, Any], Part("Fusion")]
 CausalLanguageModel = Annotated[Mapping[str, Any], Part("CausalLanguageModel")]
+LightningLogger = Annotated[Mapping[str, Any], Part("LightningLogger")]
 Mask = Annotated[Mapping[str, Any], Part("Mask")]
 Metric = Annotated[Mapping[str, Any], Part("Metric")]
 Objective = Annotated[Mapping[str, Any], Part("Objective")]
@@ -76,6 +78,15 @@ class Evaluation(TypedDict):
     held_out_samples: Count
     every: NotRequired[Count | None]
     watched: NotRequired[Texts | None]
+    slices: NotRequired[Texts | None]
+    slice_samples: NotRequired[Count]
+    max_share: NotRequired[Share | None]
+    monitor: NotRequired[Text]
+    mode: NotRequired[Literal["min", "max"]]
+    save_best: NotRequired[bool]
+    load_best: NotRequired[bool]
+    patience: NotRequired[Count | None]
+    min_delta: NotRequired[NotNegative]
 
 
 class Precision(TypedDict):
@@ -100,12 +111,18 @@ class Trainer(TypedDict):
 
 
 class Logger(TypedDict):
-    """Where a run is logged beside its folder; the keys behind the first are W&B's."""
+    """Where a run is logged beside its folder: ``make`` is any Lightning logger, the other keys are W&B's."""
 
     name: Loggers
     project: NotRequired[Text]
     entity: NotRequired[Text | None]
     tags: NotRequired[Texts]
+    mode: NotRequired[Literal["auto", "online", "offline"]]
+    group: NotRequired[Text | None]
+    job_type: NotRequired[Text]
+    x_axis: NotRequired[Literal["step", "samples"]]
+    samples: NotRequired[Natural]
+    make: NotRequired[LightningLogger]
 
 
 class Budget(TypedDict):
@@ -193,6 +210,7 @@ class Root(TypedDict):
     recipe: Recipe
     trainer: Trainer
     logger: Logger
+    callbacks: NotRequired[Mapping[str, Callback | None]]
     budget: Budget
     debug: Debug
     preset: NotRequired[Preset | None]

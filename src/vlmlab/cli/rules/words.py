@@ -34,8 +34,14 @@ OURS = {
     "trainer.threads=4": "threads num_threads",
     "trainer.gradient_clip=1.0": "max_grad_norm grad_clip clip_grad gradient_clip_val gradient_clip clip_grad_norm",
     "trainer.log_every=10": "logging_steps log_every_n_steps log_interval log_steps",
-    "trainer.save_every_s=30": "save_steps save_every save_interval checkpoint_every save_strategy callbacks "
+    "trainer.save_every_s=30": "save_steps save_every save_interval checkpoint_every save_strategy "
     "every_n_train_steps checkpoint enable_checkpointing",
+    "evaluation.every=50": "eval_steps eval_interval eval_every val_check_interval eval_strategy evaluation_strategy",
+    "evaluation.patience=3": "early_stopping early_stopping_patience patience",
+    "evaluation.monitor=held_out/loss": "metric_for_best_model monitor",
+    "evaluation.mode=max": "greater_is_better",
+    "evaluation.load_best=true": "load_best_model_at_end load_best_model",
+    "evaluation.save_best=true": "save_total_limit save_top_k",
     "trainer.compile=true": "torch_compile compile",
     "recipe.stages.<stage>.warmup=0.03": "warmup warmup_ratio warmup_steps num_warmup_steps warmup_proportion",
     "recipe.stages.<stage>.weight_decay=0.1": "weight_decay wd",

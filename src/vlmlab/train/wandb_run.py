@@ -1,0 +1,172 @@
+"""A run at Weights & Biases: one per training, whatever interrupts it, with its samples to look at.
+
+Rows of one W&B run must not have the same number, of which all but one would be dropped: they are counted in the run
+folder, beside the id, so that a run that goes on, offline in another folder of its own, goes on counting.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import WandbLogger
+from omegaconf import DictConfig
+
+from vlmlab.contracts.errors import UserError, reason
+from vlmlab.contracts.sample import IMAGE_TAG
+from vlmlab.contracts.terminal import tell
+from vlmlab.evaluate.baselines import Limited, Shuffled
+from vlmlab.evaluate.gallery import side_by_side
+from vlmlab.evaluate.metrics.rows import Row, read_rows
+from vlmlab.evaluate.metrics.scoring import predictions_file
+from vlmlab.evaluate.metrics.vqa import VqaAccuracy
+from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.tracking import Counted, group_of, mode_of, name_of
+from vlmlab.runs.withheld import stored
+from vlmlab.train.mirrors import Summed
+from vlmlab.train.record import wandb_id
+
+STOPPED = 128
+"""Exit codes above are of signals."""
+
+INIT_S = 30
+"""Seconds to wait for the server before going on offline."""
+
+FLUSH, FLUSH_S = "x_transaction_log_flush_interval", 1.0
+"""A setting that not every version has: seconds until rows are in W&B's file, where a killed process loses none."""
+
+DATA = "WANDB_DATA_DIR"
+"""Where W&B puts the pictures of tables until it sends them: in the run folder, which can so be synced elsewhere."""
+
+COLUMNS = ("image", "kind", "question", "references", "answer", "score", "wrong image", "answer to it")
+
+
+class WandbRun(WandbLogger, Summed):
+    """Lightning's logger with one axis of steps over all stages; offline without a key, and never a prompt.
+
+    Args:
+        cfg: the run's configuration; ``logger`` has the keys of this.
+        folder: of the run.
+    """
+
+    def __init__(self, cfg: DictConfig, folder: RunFolder) -> None:
+        keys = cfg.logger
+        self.mode, self.x_axis = str(keys.get("mode") or "auto"), str(keys.get("x_axis") or "step")
+        self.samples = int(32 if keys.get("samples") is None else keys.samples)
+        self.rows = Counted(folder.path, wandb_id(folder))
+        super().__init__(
+            name=name_of(folder.path),
+            save_dir=str(folder.path.resolve()),
+            id=self.rows.id,
+            project=keys.get("project") or "vlmlab",
+            group=keys.get("group") or group_of(folder.path),
+            resume="allow",
+            entity=keys.get("entity"),
+            tags=list(keys.get("tags") or []),
+            config=stored(cfg),
+            job_type=keys.get("job_type") or "train",
+        )
+
+    @property
+    def experiment(self) -> Any:
+        """W&B's run, begun where it is first asked for."""
+        if self._experiment is None:
+            self._data_before = os.environ.get(DATA)
+            os.environ.setdefault(DATA, str(Path(str(self._wandb_init["dir"])) / "wandb"))
+            self._experiment = begun(self._wandb_init, self.mode)
+            for axis in ("step", "samples"):
+                self._experiment.define_metric(axis, hidden=True)
+            self._experiment.define_metric("*", step_metric=self.x_axis)
+            for name in ("train/loss", "held_out/loss", "held_out/shuffled_loss"):
+                self._experiment.define_metric(name, step_metric=self.x_axis, summary="min,last")
+        return self._experiment
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Add a row; `step` is an optimizer step over all stages."""
+        axis = {} if step is None else {"step": step}
+        self.experiment.log({**metrics, **axis}, step=self.rows.next())
+
+    def finalize(self, status: str) -> None:
+        """Nothing where a stage ends; `end` is where the run does."""
+
+    def summarise(self, cfg: DictConfig, folder: Path, scores: Mapping[str, float], cost: Mapping[str, float]) -> None:
+        """Scores and costs as the summary; a table of samples for every benchmark."""
+        import wandb
+
+        self.experiment.summary.update({**scores, **cost})
+        named = [str(name) for name in cfg.data.get("benchmarks") or () if predictions_file(folder, name).is_file()]
+        for name in named if self.samples else ():
+            table = wandb.Table(columns=list(COLUMNS))
+            for row in islice(samples_of(cfg, folder, name), -(-self.samples // len(named))):
+                right, wrong = (None if image is None else wandb.Image(image) for image in (row[0], row[6]))
+                table.add_data(right, *row[1:6], wrong, row[7])
+            self.experiment.log({f"samples/{name}": table}, step=self.rows.next())
+
+    def end(self, code: int) -> None:
+        """Finish W&B's run; one that a signal has stopped is said to go on."""
+        if self._experiment is not None:
+            if code > STOPPED:
+                self._experiment.mark_preempting()
+            self._experiment.finish(exit_code=code)
+            if self._data_before is None:
+                os.environ.pop(DATA, None)
+
+
+def begun(settings: Mapping[str, Any], asked: str) -> Any:
+    """A W&B run; offline where the server cannot be reached, which is said.
+
+    Args:
+        settings: keywords of ``wandb.init``.
+        asked: ``logger.mode``.
+
+    Raises:
+        UserError: it cannot be begun at all.
+    """
+    import wandb
+
+    mode: Any = mode_of(asked)
+    if mode == "offline" and asked == "online":
+        tell("note: logger.mode=online and there is no key (WANDB_API_KEY, wandb login): logged offline")
+    own: dict[str, Any] = {"init_timeout": INIT_S, FLUSH: FLUSH_S}
+    known = {key: value for key, value in own.items() if key in wandb.Settings.model_fields}
+    try:
+        return wandb.init(**settings, mode=mode, settings=wandb.Settings(**known))
+    except wandb.errors.Error as error:
+        if mode == "offline":
+            raise UserError(f"logger=wandb cannot begin a run ({reason(error)}); choose logger=jsonl.") from error
+        tell(f"note: W&B cannot be reached ({reason(error)}): logged offline, `wandb sync` tells it later")
+    return wandb.init(**settings, mode="offline", settings=wandb.Settings(**known))
+
+
+def samples_of(cfg: DictConfig, folder: Path, name: str) -> Iterator[tuple[Any, ...]]:
+    """The first questions of a benchmark as `COLUMNS`, with the pictures themselves (None where there is none).
+
+    Args:
+        cfg: the run's configuration.
+        folder: of the run, with its predictions.
+        name: of the benchmark.
+    """
+    source = Limited(instantiate(cfg.data.benchmarks[name].source), cfg.budget.eval_limit)
+    others, wrong_file = Shuffled(source), predictions_file(folder, name, "shuffled")
+    wrong = read_rows(wrong_file) if wrong_file.is_file() else []
+    for index, row in enumerate(read_rows(predictions_file(folder, name))):
+        images, other = source[index].images, others[index].images if index < len(wrong) else ()
+        yield (
+            side_by_side(images) if images else None,
+            row.kind,
+            row.prompt.replace(IMAGE_TAG, "").strip(),
+            " / ".join(dict.fromkeys(row.references)),
+            row.prediction,
+            _score(row),
+            side_by_side(other) if other else None,
+            wrong[index].prediction if index < len(wrong) else "",
+        )
+
+
+def _score(row: Row) -> float | None:
+    """VQA accuracy of one answer; None where nothing is said that it could be held against."""
+    return VqaAccuracy().score(row) if row.references else None
