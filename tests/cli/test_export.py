@@ -22,7 +22,7 @@ def test_a_run_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     run, out = tmp_path / "run", tmp_path / "out"
     code, _, err, _ = ask(f"train {RUN} hydra.run.dir={run}")
     assert code == 0, err
-    code, said, err, _ = ask(f"export run={run} to={out}")
+    code, said, err, _ = ask(f"export run={run} to={out} form=parts")
     assert (code, err) == (0, "")
     assert [line.split() for line in said.splitlines()] == [
         ["lm", str(out / "lm")],
