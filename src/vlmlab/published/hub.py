@@ -29,7 +29,6 @@ def push(folder: Path, repo: str, endpoint: str | None = None) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Written by vlmlab export")
     except Exception as error:  # of the network, of the hub, or of the name, each with classes of its own
         raise UserError(
-            f"hub={repo} cannot be written ({reason(error)}); the folder {folder} is whole, push it again with "
-            f"`hf upload {repo} {folder}`."
+            f"hub={repo} cannot be written ({reason(error)}); the folder is whole, and `hf upload` pushes it later."
         ) from error
     return str(made)
