@@ -12,7 +12,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from safetensors.torch import load_file
 from tests import tiny
+from tests.published import models
 from tests.published.taking import imported
 from tests.test_conf import composed
 from torch import Tensor
@@ -23,6 +25,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Image as Pixels
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.loading import LoadedModel
+from vlmlab.mask.bidir import Bidirectional
 from vlmlab.model.build import build_model
 from vlmlab.model.vlm import VLM
 from vlmlab.published.card import write_card
@@ -147,6 +150,23 @@ def test_it_comes_back_in_as_it_was(tmp_path: Path) -> None:
     assert type(back.mask) is type(model.mask) and tiny.worst(logits_of(back, WIDE)[0], want) < 1e-5
     again = back.state_dict()
     assert own.keys() == again.keys() and all(torch.equal(value, again[name]) for name, value in own.items())
+
+
+def test_blip2_goes_out_as_it_came_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own weights again, with the lab's processor and template; a mask cannot go with it."""
+    from vlmlab import load
+
+    loaded = load(imported(models.blip2_llama(), tmp_path / "run"), device="cpu")
+    said = [loaded.generate(picture, "what colour", max_new_tokens=6) for picture in (SQUARE, WIDE)]
+    given(loaded.model, loaded.config, tmp_path / "out")
+    first, again = (load_file(folder / "model.safetensors") for folder in (models.blip2_llama(), tmp_path / "out"))
+    assert first.keys() == again.keys() and all(torch.equal(value, again[name]) for name, value in first.items())
+    ask = asker(tmp_path / "out", monkeypatch)
+    pictures = [Image.fromarray(picture) for picture in (SQUARE, WIDE)]
+    assert [ask(conversation(p, "what colour"), max_new_tokens=6).strip() for p in pictures] == said
+    loaded.model.set_mask(Bidirectional())
+    with pytest.raises(UserError, match="`generate` of Blip2ForConditionalGeneration takes no prompt"):
+        way_out(loaded.model)
 
 
 def test_generation_stops_where_answers_end(tmp_path: Path) -> None:

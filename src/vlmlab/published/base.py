@@ -24,10 +24,12 @@ class Published(ABC):
     Attributes:
         model: the class.
         tiled: the published processor cuts images into tiles, or keeps their sizes; here they are brought to one.
+        goes_on: its ``generate`` goes on from a prompt whose keys and values are given.
     """
 
     model: type[PreTrainedModel]
     tiled: bool = False
+    goes_on: bool = True
 
     @abstractmethod
     def keys(self, config: Any) -> Keys:

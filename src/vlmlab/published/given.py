@@ -39,12 +39,13 @@ from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.model.build import build_collator
 from vlmlab.model.vlm import VLM
 from vlmlab.published.base import Published
+from vlmlab.published.blip2 import Blip2
 from vlmlab.published.llava import Llava
 from vlmlab.published.prompts import conversation, with_parts
 from vlmlab.published.sight import code, is_causal, needs_answers
 from vlmlab.towers.source import quiet, save_tower
 
-CLASSES: tuple[Published, ...] = (Llava(),)
+CLASSES: tuple[Published, ...] = (Llava(), Blip2())
 """What is written, the first that is the same model."""
 
 CLOSE = 1e-5
@@ -103,6 +104,11 @@ def way_out(model: VLM) -> Way:
         raise UserError(f"this composition is no model of transformers: {said}.")
     if is_causal(model.mask):
         return Way(plan, None, False)
+    if not plan.goes_on:
+        raise UserError(
+            f"this composition is no model of transformers: `generate` of {plan.model.__name__} takes no prompt that "
+            "was read before, by which a mask could be followed; mask=causal needs none."
+        )
     if getattr(model.lm.model.config, "sliding_window", None) is not None:
         raise UserError(
             "this composition is no model of transformers: its language model has layers that see a window, which a "
