@@ -1,4 +1,4 @@
-"""Every command of the README runs: two steps a stage, in an empty folder with tiny files of the names it uses."""
+"""Every command of the README and docs/export.md runs: two steps a stage, in a folder with the files they name."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from vlmlab.data.world.sources import WorldQuestions
 
 pytestmark = pytest.mark.slow
 README = (ROOT / "README.md").read_text()
+EXPORT = (ROOT / "docs" / "export.md").read_text()
 
 
 def commands() -> list[str]:
-    """Lines of the README that call one of our scripts, without their comments."""
-    lines = [line.strip().split("  #")[0] for line in README.splitlines()]
+    """Lines of these pages that call one of our scripts, without their comments."""
+    lines = [line.strip().split("  #")[0] for line in [*README.splitlines(), *EXPORT.splitlines()]]
     verbs = "inspect|plan|cost|compare|generate|chat|score|export|import|curate"
     ours = rf"python (train|evaluate)\.py|vlmlab ({verbs}) "
     lines = [re.split(r"\s{3,}", line)[0] for line in lines if re.match(ours, line)]
@@ -74,6 +75,7 @@ def test_every_command_runs(tmp_path: Path) -> None:
                 "run=outputs/<name>": lambda: f"run={finished(tmp_path)}",
                 "sweeps/<name>": lambda: str(swept(tmp_path)),
                 "n=4000": lambda: "n=64",
+                "path=exported": lambda: "path=llava",  # not every run that finished is a model of transformers
             }
             words = [there[word]() if word in there else word for word in shlex.split(line)[1:]]
             done = verb(*words, cwd=tmp_path)
