@@ -1,19 +1,24 @@
-"""Trained weights as others read them: ``vlmlab export run=outputs/<name> to=<folder>``, or ``export(run, folder)``.
+"""Trained models in others' hands: ``vlmlab export run=outputs/<name> to=<folder>``, or ``export(run, folder)``.
+
+form=hf     one model of transformers with its processor, which opens without vlmlab
+form=run    the run with its towers, which ``vlmlab.load`` opens anywhere
+form=auto   the first of these that the composition can be
+form=parts  its parts, each for itself:
 
     <folder>/lm, encoder            ordinary transformers folders, an adapter merged where it is a change of weights
     <folder>/connector.safetensors  its state dict; what it is made of stands in config.yaml, the run's own
     <folder>/adapter.safetensors    an adapter that is no change of weights, for ``vlmlab.adapter.base.load_adapter``
 
-The folders load again as ``lm=hf lm.path=<folder>/lm encoder=hf encoder.path=<folder>/encoder``.
+The parts load again as ``lm=hf lm.path=<folder>/lm encoder=hf encoder.path=<folder>/encoder``.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,15 +26,23 @@ from transformers import CLIPVisionModel, Dinov2Model, SiglipVisionModel
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Encoder
+from vlmlab.contracts.terminal import tell
 from vlmlab.encoder.multi import MultiEncoder
 from vlmlab.encoder.preprocess import Preprocess, processor_of
 from vlmlab.encoder.tower import TowerEncoder
 from vlmlab.model.vlm import VLM
+from vlmlab.published.card import write_card
+from vlmlab.published.carried import carry
+from vlmlab.published.given import way_out, whole_tower, write
+from vlmlab.published.hub import push
 from vlmlab.runs.files import is_free, share
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.trust import building, saved_config
 from vlmlab.runs.withheld import stored
 from vlmlab.towers.source import save_tower
+
+Form: TypeAlias = Literal["auto", "hf", "run", "parts"]
+"""What is written."""
 
 PROCESSORS: dict[type[nn.Module], str] = {
     SiglipVisionModel: "SiglipImageProcessor",
@@ -39,32 +52,72 @@ PROCESSORS: dict[type[nn.Module], str] = {
 """The image processor that goes with a family of towers."""
 
 
-def export(run: str | Path, folder: str | Path, trust: bool = False) -> dict[str, Path]:
-    """Write what a finished run has trained in the forms of other libraries.
+def export(
+    run: str | Path, folder: str | Path, trust: bool = False, form: Form = "auto", hub: str | None = None
+) -> dict[str, Path]:
+    """Write what a finished run has trained.
 
     Args:
         run: the run folder.
         folder: a new or empty one.
         trust: as for ``vlmlab.load``.
+        form: "hf", "run", "parts", or "auto": the first of hf and run that it can be. Why it is no model of
+            transformers then stands in the card, and is printed.
+        hub: owner and name of a repository that the folder goes to, too; None: nothing leaves this machine.
 
     Returns:
-        What was written: "lm", "encoder", "connector", "fusion" and "adapter", as far as the run has them.
+        What was written: "hf" or "run" with "card"; or "lm", "encoder", "connector", "fusion" and "adapter", as far as
+        the run has them.
 
     Raises:
         CheckpointError: the run is not finished, or its files do not fit.
-        UserError: there is no such run, the folder has files in it, or the run's configuration names a class from
-            outside vlmlab without `trust`.
+        UserError: there is no such run, the folder has files in it, the run's configuration names a class from outside
+            vlmlab without `trust`, it cannot be had in this form, or the hub is out of reach.
     """
-    from vlmlab.engine.restore import load_trained
-
     RunFolder(Path(run)).finished()
     cfg = saved_config(Path(run), trust)
     _check_empty(Path(folder))
-    with building(Path(run)):
-        model = load_trained(cfg, Path(run))
+    model = _trained(cfg, Path(run))
+    if form == "parts":
+        written = export_model(model, cfg, Path(folder))
+    else:
+        written = _whole_model(model, cfg, Path(run), Path(folder), form)
+    if hub is not None:
+        tell(push(Path(folder), hub))
+    return written
+
+
+def _trained(cfg: DictConfig, run: Path) -> VLM:
+    from vlmlab.engine.restore import load_trained
+
+    with building(run):
+        model = load_trained(cfg, run)
     if not isinstance(model, VLM):
         raise UserError(f"{run} ends with two towers, which answer no question; only a VLM is exported.")
-    return export_model(model, cfg, Path(folder))
+    return model
+
+
+def _whole_model(model: VLM, cfg: DictConfig, run: Path, folder: Path, form: Form) -> dict[str, Path]:
+    """A model of transformers, or the run where it is none."""
+    why = "It was asked for as a run, by form=run."
+    if form != "run":
+        try:
+            return _as_transformers(model, cfg, run, folder)
+        except UserError as error:
+            if form == "hf":
+                raise
+            why = f"{str(error)[:1].upper()}{str(error)[1:]}"
+            tell(f"note: {error} It is written as a run, for vlmlab.load.", sys.stderr)
+    carry(run, cfg, folder)
+    return {"run": folder, "card": write_card(folder, run, cfg, None, None, why)}
+
+
+def _as_transformers(model: VLM, cfg: DictConfig, run: Path, folder: Path) -> dict[str, Path]:
+    if model.prompt_tokens == 0:  # way_out says that there are
+        model.merge()
+    way = way_out(model)
+    proof = write(model, cfg, folder, way)
+    return {"hf": folder, "card": write_card(folder, run, cfg, way, proof)}
 
 
 def export_model(model: VLM, cfg: DictConfig, folder: Path) -> dict[str, Path]:
@@ -139,19 +192,9 @@ def _save_encoder(encoder: Encoder, cfg: DictConfig, folder: Path) -> Path:
     folder.mkdir(parents=True)
     if isinstance(encoder, TowerEncoder):
         assert isinstance(encoder.preprocess, Preprocess)
-        tower = _whole(encoder, cfg)
+        tower: Any = whole_tower(encoder, cfg)
         save_tower(tower, folder)
         encoder.preprocess.save(folder, PROCESSORS.get(type(tower)) or processor_of(encoder.preprocess))
     elif tensors := encoder.state_dict():
         _save_tensors(tensors, folder / "model.safetensors")
     return folder
-
-
-def _whole(encoder: TowerEncoder, cfg: DictConfig) -> Any:
-    """The tower as it was loaded, layers behind the tapped one and the pooling head included, with what was trained."""
-    tower = instantiate(cfg, layers=None, pooled=True).tower
-    trained = encoder.tower.state_dict()
-    tower.to(max((t.dtype for t in trained.values() if t.is_floating_point()), key=lambda dtype: dtype.itemsize))
-    unknown = tower.load_state_dict(trained, strict=False).unexpected_keys
-    assert not unknown, unknown
-    return tower

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from asking import ask
-from transformers import AutoModelForCausalLM, AutoTokenizer, SiglipVisionModel
+from tests import tiny
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+    SiglipVisionModel,
+)
+
+import vlmlab
 
 RUN = (
     "recipe=joint budget.max_steps=1 budget.eval_limit=2 recipe.stages.joint.batch_size=4 adapter=lora "
@@ -22,7 +32,7 @@ def test_a_run_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     run, out = tmp_path / "run", tmp_path / "out"
     code, _, err, _ = ask(f"train {RUN} hydra.run.dir={run}")
     assert code == 0, err
-    code, said, err, _ = ask(f"export run={run} to={out}")
+    code, said, err, _ = ask(f"export run={run} to={out} form=parts")
     assert (code, err) == (0, "")
     assert [line.split() for line in said.splitlines()] == [
         ["lm", str(out / "lm")],
@@ -44,6 +54,24 @@ def test_a_run_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         f"error: to={out} has files in it; give a new or empty folder\n",
     )
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    _whole(run, tmp_path)
+
+
+def _whole(run: Path, place: Path) -> None:
+    """As one model of transformers, which is what is written unless something else is said; and as a run."""
+    pixels = tiny.picture(1)
+    want = vlmlab.load(run, device="cpu").generate(pixels, "how many", max_new_tokens=4)
+    code, said, err, _ = ask(f"export run={run} to={place / 'hf'}")
+    assert (code, err) == (0, "") and [line.split()[0] for line in said.splitlines()] == ["hf", "card"]
+    assert isinstance(AutoModelForImageTextToText.from_pretrained(place / "hf"), LlavaForConditionalGeneration)
+    card = (place / "hf" / "README.md").read_text()
+    assert re.search(r"\| world_test \| vqa_accuracy \| \d\.\d+ \| \d\.\d+ to \d\.\d+ \|", card)
+    assert "license: apache-2.0" in card and "`generate` alone would leave that out" in card
+    code, said, err, _ = ask(f"export run={run} to={place / 'own'} form=run")
+    assert (code, err) == (0, "") and "vlmlab.load" in (place / "own" / "README.md").read_text()
+    moved = (place / "own").rename(place / "elsewhere")
+    assert not list(moved.rglob("last.ckpt")) and str(run) not in (moved / "env.json").read_text()
+    assert vlmlab.load(moved, device="cpu").generate(pixels, "how many", max_new_tokens=4) == want
 
 
 def test_help_is_answered_without_torch(tmp_path: Path) -> None:

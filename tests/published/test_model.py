@@ -43,7 +43,7 @@ def test_the_words_compose_the_same_model() -> None:
 
 
 WRONG: dict[str, tuple[Callable[[], Path], dict[str, Any], str]] = {
-    "activation": (models.llava, {"projector_hidden_act": "relu"}, r"its projector has projector_hidden_act=relu"),
+    "activation": (models.llava, {"projector_hidden_act": "bent"}, "projector_hidden_act=bent, which transf"),
     "first patch": (
         models.llava_siglip, {"vision_feature_select_strategy": "default"}, "drops the first token and its tower has",
     ),

@@ -134,7 +134,7 @@ def asked(run: Path) -> Iterator[tuple[str, Any]]:
     )
     yield "load", lambda: vlmlab.load(run)
     yield "evaluate", lambda: evaluate_command(OmegaConf.merge(evaluation, {"trust": False}))
-    to = {"run": str(run), "to": str(run / "exported"), "trust": False}
+    to = {"run": str(run), "to": str(run / "exported"), "trust": False, "form": "auto", "hub": None}
     yield "export", lambda: export_command(OmegaConf.create(to))
     scored = {"source": "short", "n": 1, "against": 1, "write": False, "least": 0.0, "device": "cpu"}
     looked = {"run": str(run), "out": str(run / "scores.jsonl"), "trust": False, **scored}

@@ -1,4 +1,4 @@
-"""The export command: ``vlmlab export run=... to=...`` writes a finished run in the forms of other libraries."""
+"""The export command: ``vlmlab export run=... to=...`` puts a finished run into others' hands."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def export_command(cfg: DictConfig) -> None:
         saved_config(folder)  # refused before torch is imported
     from vlmlab.export import export  # from here on torch
 
-    for part, path in export(folder, to, trusted(cfg)).items():
+    hub = None if cfg.hub is None else str(cfg.hub)
+    for part, path in export(folder, to, trusted(cfg), cfg.form, hub).items():
         tell(f"{part:<10} {path}")
 
 

@@ -36,7 +36,7 @@ USAGE = """usage: vlmlab <verb> [group=choice] [key=value] [--help]
   vlmlab generate run=outputs/<name> image=a.jpg "What?"  an answer of a finished run
   vlmlab chat run=outputs/<name> image=a.jpg              a conversation in the terminal
   vlmlab score run=outputs/<name>                         the scores again, from the answers that the run keeps
-  vlmlab export run=outputs/<name> to=<folder>            transformers folders of what a finished run has trained
+  vlmlab export run=outputs/<name> to=<folder>            a finished run as a model of transformers, with its card
   vlmlab import path=<folder> to=outputs/<name>           a run of a published model: LLaVA, BLIP-2, PaliGemma ...
   vlmlab curate run=outputs/<name> out=<file>             how well captions fit their images, as a finished run finds
 """

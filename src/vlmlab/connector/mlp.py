@@ -41,6 +41,7 @@ class MlpConnector(Connector):
         super().__init__()
         if activation not in ACT2FN:
             raise UserError(f"connector.activation={activation} is unknown; use one of {listed(sorted(ACT2FN))}.")
+        self.activation = activation
         widths = [in_width, *[hidden or out_width] * (depth - 1), out_width]
         layers: list[nn.Module] = [nn.Linear(a, b) for a, b in pairwise(widths)]
         self.layers = nn.Sequential(*[m for layer in layers for m in (layer, ACT2FN[activation])][:-1])

@@ -17,6 +17,9 @@ from vlmlab.encoder.resample import FILTERS, Line, resample
 _THIN = 8
 """From this many times as long as wide on, an image that is cut or padded is resized only where it is seen."""
 
+PADS = "LlavaImageProcessor"
+"""The image processor that can pad to a square in the mean colour."""
+
 FILES = ("preprocessor_config.json", "processor_config.json")
 """Where transformers keeps an image processor's settings: its own file, or a section of the whole processor's."""
 
@@ -66,11 +69,15 @@ class Preprocess:
     def save(self, folder: Path, processor: str) -> None:
         """Write the ``preprocessor_config.json`` that says the same (padding to a square is a key of the encoder's).
 
+        A published processor pads, too: ``LlavaImageProcessor`` does.
+
         Args:
             folder: where the tower is.
             processor: class of transformers that reads it, such as ``SiglipImageProcessor``.
         """
         settings = {"image_processor_type": processor, **self._geometry()}
+        if self.square and processor == PADS:
+            settings = {"do_center_crop": False, **settings, "do_pad": True}
         (folder / FILES[0]).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _geometry(self) -> dict[str, Any]:
@@ -143,7 +150,7 @@ class Preprocess:
 
 
 def processor_of(preprocess: Preprocess) -> str:
-    """An image processor of transformers that says the same; SigLIP's cuts nothing out."""
+    """An image processor of transformers that says the same, but for padding; SigLIP's cuts nothing out."""
     cuts = preprocess.shortest_edge is not None or preprocess.squeeze is not None
     return "CLIPImageProcessor" if cuts else "SiglipImageProcessor"
 

@@ -87,6 +87,11 @@ class TowerEncoder(Encoder):
         """Rows and columns of the feature grid of one image; one row of all where class tokens are kept."""
         return self._shape(self.preprocess.height, self.preprocess.width)
 
+    @property
+    def special(self) -> int:
+        """Tokens that the tower has before its patches (class, registers)."""
+        return self._reading.special
+
     def _shape(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = height // self.patch, width // self.patch
         kept = self._reading.special if self.class_token else 0

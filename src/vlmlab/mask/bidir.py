@@ -6,6 +6,8 @@ Gemma-3 does the same within each image.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from vlmlab.contracts.tensors import Layout
@@ -14,6 +16,8 @@ from vlmlab.mask.base import ground, not_later, pair, same_era
 
 class Bidirectional:
     """allowed(i, j) = j <= i, or both visual and of the same image (with no answer token between them)."""
+
+    rule: ClassVar[str] = "earlier | (q_visual & k_visual & (q_image == k_image))"
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
         """(B, Q, S) for the query positions ``q (Q,)``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from vlmlab.contracts.tensors import Layout
@@ -10,6 +12,8 @@ from vlmlab.mask.base import ground, not_later
 
 class Causal:
     """allowed(i, j) = j <= i."""
+
+    rule: ClassVar[str] = "earlier"
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
         """(B, Q, S) for the query positions ``q (Q,)``."""

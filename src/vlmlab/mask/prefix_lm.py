@@ -23,6 +23,7 @@ class PrefixLM:
     """
 
     shows_prompt: ClassVar[bool] = True
+    rule: ClassVar[str] = "earlier | (~q_answer & ~k_answer & (q_era == k_era))"
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
         """(B, Q, S) for the query positions ``q (Q,)``."""

@@ -6,6 +6,8 @@ of arXiv 2503.19508's masks: does it matter that an image sees the text before i
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from vlmlab.contracts.tensors import Layout
@@ -14,6 +16,8 @@ from vlmlab.mask.base import ground, not_later, pair
 
 class VisualIsolated:
     """allowed(i, j) = j <= i, and a visual query sees visual keys only."""
+
+    rule: ClassVar[str] = "earlier & (~q_visual | k_visual)"
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
         """(B, Q, S) for the query positions ``q (Q,)``."""

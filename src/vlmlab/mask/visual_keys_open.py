@@ -22,6 +22,7 @@ class VisualKeysOpen:
     """
 
     shows_prompt: ClassVar[bool] = True
+    rule: ClassVar[str] = "earlier | (k_visual & (q_era == k_era))"
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
         """(B, Q, S) for the query positions ``q (Q,)``."""

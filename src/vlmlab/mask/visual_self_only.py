@@ -6,6 +6,8 @@ and its feed-forward part, which is dense attention with a diagonal mask on visu
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from vlmlab.contracts.tensors import Layout
@@ -16,6 +18,7 @@ class VisualSelfOnly:
     """allowed(i, j) = j <= i, and a visual query sees only itself."""
 
     visual_alone = True
+    rule: ClassVar[str] = "earlier & (~q_visual | same)"
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
         """(B, Q, S) for the query positions ``q (Q,)``."""

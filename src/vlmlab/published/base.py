@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.encoder.families import attention_of, family, reading, sides
+from vlmlab.model.vlm import VLM
 
 Keys = dict[str, Any]
 """Keys of a composition and their values, as they are given to training."""
@@ -23,10 +24,12 @@ class Published(ABC):
     Attributes:
         model: the class.
         tiled: the published processor cuts images into tiles, or keeps their sizes; here they are brought to one.
+        goes_on: its ``generate`` goes on from a prompt whose keys and values are given.
     """
 
     model: type[PreTrainedModel]
     tiled: bool = False
+    goes_on: bool = True
 
     @abstractmethod
     def keys(self, config: Any) -> Keys:
@@ -47,6 +50,29 @@ class Published(ABC):
     @abstractmethod
     def connector(self, model: Any) -> Mapping[str, Tensor]:
         """The connector's weights by the names of ours."""
+
+    def lacks(self, model: VLM) -> str | None:
+        """Why this class is not a composition of ours, as what it "has only"; None: it is the same model."""
+        return "is not written by vlmlab"
+
+    def config_of(self, model: VLM, tower: PreTrainedModel) -> PreTrainedConfig:
+        """The class's config for a composition that lacks nothing.
+
+        Args:
+            model: the composition.
+            tower: its vision tower, with every layer.
+        """
+        raise NotImplementedError
+
+    def place(self, whole: Any, model: VLM, tower: PreTrainedModel) -> None:
+        """Put the composition's modules into a model of this class that has no values yet, and give it a connector's.
+
+        Args:
+            whole: made of ``config_of``, on the meta device.
+            model: the composition, whose modules it shares from now on.
+            tower: its vision tower, with every layer.
+        """
+        raise NotImplementedError
 
 
 def causal_lm(base: PreTrainedModel, head: nn.Linear) -> PreTrainedModel:
@@ -96,3 +122,30 @@ def only(config: Any, what: str, **wanted: Any) -> None:
     for key, value in wanted.items():
         if getattr(config, key, value) != value:
             raise UserError(f"{what} has {key}={getattr(config, key)}, and here it can only be {value}")
+
+
+def plain_lm(model: VLM) -> str | None:
+    """Why no composite class holds a language model, as what it "has"; None: it is layers, then a linear head.
+
+    transformers' composite classes hold the layers as ``AutoModel`` makes them and a head without a bias beside them.
+    """
+    whole: Any = model.lm
+    lm = whole.model
+    if lm.get_output_embeddings().bias is not None:
+        return "has a head without a bias"
+    if getattr(lm.config, "final_logit_softcapping", None) is not None:
+        return "caps no logits"
+    with torch.device("meta"):
+        twin = AutoModel.from_config(lm.config, trust_remote_code=False)
+    own = {name for name, _ in lm.base_model.named_parameters()}
+    same = type(twin) is type(lm.base_model) and own == {name for name, _ in twin.named_parameters()}
+    return None if same else f"has only language models that AutoModel makes, and not {type(lm).__name__}"
+
+
+def auto_tower(tower: PreTrainedModel) -> bool:
+    """Whether ``AutoModel`` makes this tower of its config, as transformers' composite classes have it made."""
+    with torch.device("meta"):
+        try:
+            return type(AutoModel.from_config(tower.config, trust_remote_code=False)) is type(tower)
+        except ValueError:
+            return False

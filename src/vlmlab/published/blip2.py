@@ -6,9 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import Blip2ForConditionalGeneration, PreTrainedModel
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2VisionModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from vlmlab.connector.qformer import QFormerConnector
 from vlmlab.contracts.errors import UserError
+from vlmlab.encoder.tower import TowerEncoder
+from vlmlab.model.vlm import VLM
 from vlmlab.published.base import Keys, Published, only
 
 
@@ -19,6 +28,7 @@ class Blip2(Published):
     """
 
     model = Blip2ForConditionalGeneration
+    goes_on = False
 
     def keys(self, config: Any) -> Keys:
         """All tokens of the tower before its norm, and ``qformer``."""
@@ -61,3 +71,36 @@ class Blip2(Published):
         }
         weights = {f"{part}.{name}": w for part, module in parts.items() for name, w in module.state_dict().items()}
         return {"queries": model.query_tokens, **weights}
+
+    def lacks(self, model: VLM) -> str | None:
+        """Other towers than its own, read behind its last layer with the class token; other connectors."""
+        encoder, connector = model.encoder, model.connector
+        if type(connector) is not QFormerConnector or connector.reads_text:
+            return "has a Q-Former of queries alone"
+        if not isinstance(encoder, TowerEncoder) or not isinstance(encoder.tower, Blip2VisionModel):
+            return "has BLIP-2's own vision tower"
+        settings: Any = encoder.tower.config
+        if encoder.layers != [settings.num_hidden_layers] or not encoder.class_token:
+            return "reads all tokens of the last layer (encoder.layers=[-1] encoder.class_token=true)"
+        if connector.norm.eps != settings.layer_norm_eps:
+            return f"has one epsilon in its norms (connector.norm_eps={settings.layer_norm_eps:g})"
+        return None
+
+    def config_of(self, model: VLM, tower: PreTrainedModel) -> PreTrainedConfig:
+        """BLIP-2's."""
+        connector: Any = model.connector
+        return Blip2Config(
+            vision_config=tower.config.to_dict(),
+            qformer_config=connector.qformer.config.to_dict(),
+            text_config=model.lm.model.config.to_dict(),
+            num_query_tokens=connector.queries.shape[1],
+            image_token_index=model.lm.image_id,
+        )
+
+    def place(self, whole: Any, model: VLM, tower: PreTrainedModel) -> None:
+        """Tower with the connector's norm, Q-Former, the layer behind it, and the language model."""
+        connector: Any = model.connector
+        whole.vision_model = tower
+        whole.vision_model.post_layernorm = connector.norm
+        whole.qformer, whole.query_tokens = connector.qformer, connector.queries
+        whole.language_projection, whole.language_model = connector.out, model.lm.model

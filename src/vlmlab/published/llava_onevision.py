@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from vlmlab.published.base import Keys
+from vlmlab.model.vlm import VLM
+from vlmlab.published.base import Keys, only
 from vlmlab.published.llava import Llava
 
 
@@ -20,7 +21,12 @@ class LlavaOnevision(Llava):
 
     def keys(self, config: Any) -> Keys:
         """LLaVA's, and the learned vector behind every image."""
+        only(config, "its projector", projector_hidden_act="gelu")
         return {**super().keys(config), "connector.end": True}
+
+    def lacks(self, model: VLM) -> str | None:
+        """It is taken apart alone: its processor cuts tiles of a single image."""
+        return "cuts images into tiles"
 
     def connector(self, model: Any) -> Mapping[str, Tensor]:
         """LLaVA's two layers and that vector."""

@@ -29,7 +29,7 @@ from vlmlab.contracts.errors import UserError, brief, listed
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.data.chat import ChatEncoder
 from vlmlab.encoder.families import sides
-from vlmlab.encoder.preprocess import Preprocess, read_preprocess, settings_of
+from vlmlab.encoder.preprocess import PADS, Preprocess, read_preprocess, settings_of
 from vlmlab.published.base import Keys, Published
 from vlmlab.published.blip2 import Blip2
 from vlmlab.published.idefics2 import Idefics2
@@ -136,9 +136,17 @@ def find(path: str, chat_template: str | None = None, image_size: Any = None) ->
     tokenizer = open_tokenizer(folder, path, "path")
     token = _image_token(config, tokenizer)
     _set_template(tokenizer, token, chat_template, path)
-    preprocess = _preprocess(plan, folder, path, image_size)
+    preprocess, square = _preprocess(plan, folder, path, image_size)
     notes = tuple(_notes(plan, preprocess, chat_template))
-    return Found(path, folder, plan, config, keys | {"lm.image_token": token}, tokenizer, preprocess, notes)
+    keys |= _of_the_lab(config) | ({"encoder.square": True} if square else {}) | {"lm.image_token": token}
+    return Found(path, folder, plan, config, keys, tokenizer, preprocess, notes)
+
+
+def _of_the_lab(config: Any) -> Keys:
+    """The mask that a model of ours was written with, which its class does not say."""
+    said = getattr(config, "vlmlab", None)
+    mask = said.get("mask") if isinstance(said, dict) else None
+    return {"mask": mask} if isinstance(mask, str) and mask.isidentifier() else {}
 
 
 def _plan(config: PreTrainedConfig, path: str) -> Published:
@@ -197,18 +205,23 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, image_token: str, given: s
     )
 
 
-def _preprocess(plan: Published, folder: Path, path: str, image_size: Any) -> Preprocess:
+def _preprocess(plan: Published, folder: Path, path: str, image_size: Any) -> tuple[Preprocess, bool]:
     """That of the published processor, or with one size in place of its tiles and native sizes.
+
+    Returns:
+        It, and whether images are padded to squares first, which is a key of the encoder.
 
     Raises:
         UserError: it has no single size and none was given.
     """
+    file, raw = settings_of(folder)
+    square = bool(raw.get("do_pad")) and str(raw.get("image_processor_type")).startswith(PADS)
+    if square:
+        raw = raw | {"do_pad": False}
     if image_size is not None:
-        file, raw = settings_of(folder)
         plain = {key: value for key, value in raw.items() if key not in ("do_pad", "crop_size", "do_center_crop")}
         height, width = sides(image_size)
-        return read_preprocess(folder, (file, {**plain, "size": {"height": height, "width": width}}))
-    _, raw = settings_of(folder)
+        return read_preprocess(folder, (file, {**plain, "size": {"height": height, "width": width}})), square
     tiles = next((key for key in TILES if raw.get(key)), None)
     if tiles is not None:
         raise UserError(
@@ -216,7 +229,7 @@ def _preprocess(plan: Published, folder: Path, path: str, image_size: Any) -> Pr
             "image_size=<pixels> to bring every image to one size."
         )
     try:
-        return read_preprocess(folder)
+        return read_preprocess(folder, (file, raw)), square
     except UserError as error:
         if not plan.tiled:
             raise

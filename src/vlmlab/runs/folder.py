@@ -48,7 +48,7 @@ NAMES = ("config.yaml", "result.json", "report.html", "metrics.jsonl", "predicti
 
 ENV: Mapping[str, type] = {
     **dict.fromkeys(("codes", "overrides"), list),
-    **dict.fromkeys(("stages", "data", "packages", WITHHELD), dict),
+    **dict.fromkeys(("stages", "data", "packages", "carried", WITHHELD), dict),
 }
 """Keys of ``env.json`` that are read, and what they are."""
 

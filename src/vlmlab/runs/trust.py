@@ -38,6 +38,9 @@ SECTIONS = ("collate", "data", "trainer", "budget", "evaluation", "recipe")
 NOT_BUILT = ("callbacks", "logger")
 """Sections that nothing is made of but by the command that trains."""
 
+CARRIED = "carried"
+"""Key of ``env.json`` of a run that was exported: keys of its towers -> where they are in its own folder."""
+
 CACHE = "evaluate/features"
 """In the run folder: features, where the cache that a saved configuration names is none on this machine."""
 
@@ -92,8 +95,17 @@ def saved_config(folder: Path, trust: bool = False) -> DictConfig:
     cfg = OmegaConf.create(_opened(config, run.env().get(KEY) or {}, trust, "", kept))
     if kept:
         tell(f"note: {file}: {kept[0]}; it stays as it is written, trust=true takes what is set here", sys.stderr)
+    for key, place in (run.env().get(CARRIED) or {}).items():
+        if OmegaConf.select(cfg, key) is not None and (inside := _inside(folder, place)) is not None:
+            OmegaConf.update(cfg, key, str(inside))
     _keep_features_inside(cfg, folder)
     return cfg
+
+
+def _inside(folder: Path, place: Any) -> Path | None:
+    """A folder in the run's own, wherever that is now."""
+    found = (folder / str(place)).resolve()
+    return found if found.is_dir() and found.is_relative_to(folder.resolve()) else None
 
 
 def named(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:

@@ -37,6 +37,7 @@ Loggers = Literal["jsonl", "none", "wandb", "tensorboard", "csv", "mlflow", "own
 Baselines = Sequence[Literal["shuffled", "no_image"]]
 Questions = Literal["conversation", "rows", "tree", "whole"]
 ControlTokens = Literal["refuse", "text"]
+Forms = Literal["auto", "hf", "run", "parts"]
 
 
 # What is described by a `_target_`, by the name of its contract.
@@ -321,6 +322,8 @@ class Export(TypedDict):
 
     run: Text | Count
     to: Text | Count
+    form: Forms
+    hub: Text | None
     trust: bool
 
 

@@ -1,0 +1,300 @@
+"""A composition becomes a model of transformers, in a folder that opens without vlmlab; and is proved to be the same.
+
+<folder>/config.json, model.safetensors, generation_config.json
+<folder>/processor_config.json, tokenizer.json, chat_template.jinja
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from PIL import Image as Pillow
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    LlavaProcessor,
+    PreTrainedModel,
+)
+
+from vlmlab.contracts.errors import UserError, listed
+from vlmlab.contracts.sample import Sample, Turn
+from vlmlab.contracts.tensors import Batch, Role
+from vlmlab.data.chat import NEXT, TURN
+from vlmlab.data.collate import Collator
+from vlmlab.encoder.families import sides
+from vlmlab.encoder.preprocess import PADS, Preprocess, processor_of
+from vlmlab.encoder.tower import TowerEncoder
+from vlmlab.fusion.concat import ConcatFusion
+from vlmlab.model.build import build_collator
+from vlmlab.model.vlm import VLM
+from vlmlab.published.base import Published
+from vlmlab.published.blip2 import Blip2
+from vlmlab.published.llava import Llava
+from vlmlab.published.prompts import conversation, with_parts
+from vlmlab.published.sight import code, is_causal, needs_answers
+from vlmlab.towers.source import quiet, save_tower
+
+CLASSES: tuple[Published, ...] = (Llava(), Blip2())
+"""What is written, the first that is the same model."""
+
+CLOSE = 1e-5
+"""How far logits may be from ours, for every unit of the largest."""
+
+PICTURE = (50, 70)
+"""A picture that has to be resized, to prove the processor."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a composition goes out.
+
+    Attributes:
+        plan: the class of transformers that it is.
+        sees: the card's function of who sees whom in a prompt; None: plain causal attention.
+        many: whether that function has to know where earlier answers are.
+    """
+
+    plan: Published
+    sees: str | None
+    many: bool
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What came of opening the folder by transformers alone.
+
+    Attributes:
+        worst: largest difference of a logit.
+        largest: largest logit.
+        turns: whether the prompt of a later question is token by token ours, too.
+        dtype: what the weights are in.
+        halves: whether some were in less.
+    """
+
+    worst: float
+    largest: float
+    turns: bool
+    dtype: str
+    halves: bool
+
+
+def way_out(model: VLM) -> Way:
+    """Which class of transformers a composition with merged adapters is.
+
+    Raises:
+        UserError: it is none, with what each lacks; or its mask cannot be had outside.
+    """
+    if (why := _inexpressible(model)) is not None:
+        raise UserError(f"this composition is no model of transformers: {why}.")
+    lacking = {plan: why for plan in CLASSES if (why := plan.lacks(model)) is not None}
+    plan = next((each for each in CLASSES if each not in lacking), None)
+    if plan is None:
+        said = ", ".join(f"{each.model.__name__} {why}" for each, why in lacking.items())
+        raise UserError(f"this composition is no model of transformers: {said}.")
+    if is_causal(model.mask):
+        return Way(plan, None, False)
+    if not plan.goes_on:
+        raise UserError(
+            f"this composition is no model of transformers: `generate` of {plan.model.__name__} takes no prompt that "
+            "was read before, by which a mask could be followed; mask=causal needs none."
+        )
+    if getattr(model.lm.model.config, "sliding_window", None) is not None:
+        raise UserError(
+            "this composition is no model of transformers: its language model has layers that see a window, which a "
+            "mask that is handed on would lift."
+        )
+    return Way(plan, code(model.mask, model.lm.image_id, model.tokens_per_image), needs_answers(model.mask))
+
+
+def _inexpressible(model: VLM) -> str | None:
+    """What no class of transformers has."""
+    encoder = model.encoder
+    if type(model.fusion) is not ConcatFusion or encoder is None:
+        return f"{type(model.fusion).__name__} is in none"
+    if not isinstance(encoder, TowerEncoder):
+        return f"{type(encoder).__name__} is in none"
+    if model.prompt_tokens:
+        return "no processor writes its soft prompts"
+    tower: Any = encoder.tower
+    own, here = sides(tower.config.image_size), (encoder.preprocess.height, encoder.preprocess.width)
+    if own != here:
+        return f"its images have {here[0]}x{here[1]} pixels and the tower's own {own[0]}x{own[1]} (encoder.image_size)"
+    return None
+
+
+def write(model: VLM, cfg: DictConfig, folder: Path, way: Way) -> Proof:
+    """Write the model and its processor, and open them again to prove that they are the same.
+
+    Args:
+        model: the composition, with merged adapters, on the CPU; it shares its modules with what is written, in their
+            widest dtype, and is of no further use.
+        cfg: the configuration it was built from.
+        folder: a new or empty one.
+        way: as ``way_out`` found it.
+
+    Raises:
+        UserError: what was written is not the same; nothing of it is left.
+    """
+    probe = _Probe(model, cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _write_model(model, cfg, folder, way)
+        _write_processor(model, folder)
+        return probe.proved(folder, way)
+    except BaseException:
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
+
+
+def _write_model(model: VLM, cfg: DictConfig, folder: Path, way: Way) -> None:
+    encoder: Any = model.encoder
+    dtype = widest(model)
+    tower = whole_tower(encoder, cfg.encoder)
+    model.lm.model.set_attn_implementation("sdpa")
+    config: Any = way.plan.config_of(model, tower)
+    mask = type(model.mask).__module__.rpartition(".")[2]  # a choice is called as its file
+    config.vlmlab = {"mask": mask}
+    config.dtype = dtype
+    with torch.device("meta"):
+        whole: Any = way.plan.model(config)
+    way.plan.place(whole, model, tower)
+    assert not any(tensor.is_meta for tensor in whole.state_dict().values())
+    whole.to(dtype)
+    tokenizer = model.lm.plain_tokenizer
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    whole.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=model.lm.stop_ids, pad_token_id=pad
+    )
+    save_tower(whole, folder)
+
+
+def widest(model: VLM) -> torch.dtype:
+    """The widest dtype of a composition's weights."""
+    return max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
+
+
+def whole_tower(encoder: TowerEncoder, cfg: DictConfig) -> PreTrainedModel:
+    """The tower as it was loaded, layers behind the tapped one and the pooling head included, with what was trained."""
+    tower: Any = instantiate(cfg, layers=None, pooled=True).tower
+    trained = encoder.tower.state_dict()
+    tower.to(max((t.dtype for t in trained.values() if t.is_floating_point()), key=lambda dtype: dtype.itemsize))
+    unknown = tower.load_state_dict(trained, strict=False).unexpected_keys
+    assert not unknown, unknown
+    return tower
+
+
+def _write_processor(model: VLM, folder: Path) -> None:
+    """Image processor, tokenizer and template; it writes as many placeholders as the model has tokens."""
+    encoder: Any = model.encoder
+    tokenizer = model.lm.plain_tokenizer
+    tokenizer.padding_side = "left"
+    every, patch = model.tokens_per_image, encoder.patch
+    rows, columns = encoder.preprocess.height // patch, encoder.preprocess.width // patch
+    drops = not encoder.class_token and encoder.special == 1
+    processor = LlavaProcessor(
+        image_processor=_image_processor(encoder.preprocess),
+        tokenizer=tokenizer,
+        patch_size=patch,
+        num_additional_image_tokens=every - rows * columns + drops,
+        vision_feature_select_strategy="default" if drops else "full",
+        image_token=model.lm.image_token,
+        chat_template=with_parts(tokenizer, model.lm.image_token),
+    )
+    processor.save_pretrained(folder)
+
+
+def _image_processor(preprocess: Preprocess) -> Any:
+    with tempfile.TemporaryDirectory() as place:
+        preprocess.save(Path(place), PADS if preprocess.square else processor_of(preprocess))
+        return AutoImageProcessor.from_pretrained(place, backend="pil")
+
+
+class _Probe:
+    """A conversation about a picture, as the lab reads it: tokens, pixels and logits."""
+
+    def __init__(self, model: VLM, cfg: DictConfig) -> None:
+        collate: Collator = replace(build_collator(cfg, model, "chat"), questions="conversation")
+        self.picture = np.random.default_rng(0).integers(0, 256, (*PICTURE, 3), dtype=np.uint8)
+        self.batch: Batch = collate([self._sample(TURN, NEXT)])
+        self.prompts = [
+            collate.ask([self._sample(*turns)]).input_ids for turns in ((_open(TURN),), (TURN, _open(NEXT)))
+        ]
+        with torch.no_grad():
+            self.logits = model(self.batch).logits.float()
+        self.dtype = widest(model)
+        self.halves = any(p.dtype.itemsize < 4 for p in model.parameters())
+
+    def _sample(self, *turns: Turn) -> Sample:
+        return Sample("probe", (self.picture,), turns)
+
+    @torch.no_grad()
+    def proved(self, folder: Path, way: Way) -> Proof:
+        """Open the folder by transformers' own classes.
+
+        Raises:
+            UserError: tokens or logits differ.
+        """
+        with quiet():
+            opened: Any = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+        model, info = opened
+        left = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+        if left or type(model) is not way.plan.model:
+            raise UserError(f"the model that was written does not open as it is ({listed(left, 80)}); report this.")
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        first, turns = self._asked(processor)
+        batch = self.batch
+        shown = {} if way.sees is None else {"attention_mask": _sees(way.sees, batch)[:, None]}
+        got = model.eval()(input_ids=batch.input_ids, pixel_values=first["pixel_values"].to(model.dtype), **shown)
+        logits = got.logits[:, :-1][batch.labels[:, 1:] != -100].float()
+        worst, largest = float((logits - self.logits).abs().max()), float(self.logits.abs().max())
+        if not self.halves and not worst <= CLOSE * max(1.0, largest):
+            raise UserError(
+                f"the model that was written is another: its logits are {worst:.1e} from the run's; export by form=run."
+            )
+        return Proof(worst, largest, turns, str(self.dtype).rpartition(".")[2], self.halves)
+
+    def _asked(self, processor: Any) -> tuple[Any, bool]:
+        """What the processor makes of the first question, and whether it reads the second as the lab does, too."""
+        picture = Pillow.fromarray(self.picture)
+        read = []
+        for words in ((TURN.prompt,), (TURN.prompt, TURN.answer, NEXT.prompt)):
+            read.append(
+                processor.apply_chat_template(
+                    conversation(picture, *words),
+                    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+                )
+            )  # fmt: skip
+        same = [torch.equal(one["input_ids"], ids) for one, ids in zip(read, self.prompts, strict=True)]
+        if not same[0]:
+            raise UserError(
+                "the prompt that a processor of transformers writes is another than the lab's "
+                f"({_tokens(read[0]['input_ids'])} and {_tokens(self.prompts[0])} tokens); export by form=run."
+            )
+        return read[0], same[1]
+
+
+def _sees(text: str, batch: Batch) -> Tensor:
+    names: dict[str, Any] = {"torch": torch}
+    exec(text, names)
+    found: Tensor = names["sees"](batch.input_ids, batch.layout.role == Role.ANSWER)
+    return found
+
+
+def _tokens(ids: Tensor) -> int:
+    return int(ids.shape[1])
+
+
+def _open(turn: Turn) -> Turn:
+    return replace(turn, answer="")
