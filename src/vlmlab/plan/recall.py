@@ -35,15 +35,16 @@ class Recall:
         inputs: list[Tensor] = []
         try:
             key = (func, _kind(args, inputs), _kind(tuple(kwargs.items()), inputs))
-            found = self._known.get(key, key)
+            asked = key in self._known
         except TypeError:  # an argument that cannot be looked up
             return func(*args, **kwargs)
-        if found is not None and found is not key:
+        found = self._known.get(key)
+        if found is not None:
             kind, recipe = found
             made = [self._made(one, inputs) for one in recipe]
             return made[0] if kind is Tensor else kind(made)
         out = func(*args, **kwargs)
-        if found is key:
+        if not asked:
             self._known[key] = None if self._by_values(func, inputs) else self._recipe(out, inputs)
         return out
 
