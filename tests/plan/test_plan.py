@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -314,3 +315,25 @@ def test_the_keys_name_every_device() -> None:
     conf = Path(__file__).parents[2] / "conf"
     named = (conf / "plan.yaml").read_text().split("device: a100 #")[1].split("(")[0]
     assert set(DEVICES) == set(re.findall(r"\w+", named))
+
+
+def test_a_cpu_computes_in_32_bit_and_each_stage_is_told() -> None:
+    cfg = composed("recipe=two_stage")
+    said: list[str] = []
+    lengths = {stage.name: [20, 10] for stage in parse(cfg)}
+    cpu = plan(cfg, Settings(DEVICES["cpu"], lengths=lengths), told=said.append)
+    gpu = plan(cfg, Settings(replace(DEVICES["cpu"], half=True), lengths=lengths), only=[cpu[0].name])
+    assert said == [f"stage {k} of 2: {stage.name}" for k, stage in enumerate(parse(cfg), 1)]
+    assert cpu[0].training == gpu[0].training and cpu[0].temporaries < gpu[0].temporaries
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_what_is_recalled_is_what_torch_says(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLOPs and bytes with every operation asked anew, and with each kind of it once."""
+    cfg = composed("recipe=joint", "connector=qformer")
+    (stage,) = parse(cfg)
+    trainee = entered(cfg, stage)
+    rows = batch(cfg, stage, trainee, Shape(1, 20, 10), Shape(1, 20, 10))
+    quick = Simulator(trainee, half)(rows)
+    monkeypatch.setattr("vlmlab.plan.simulation.Recall", lambda fake: lambda func, args, kwargs: func(*args, **kwargs))
+    assert Simulator(trainee, half)(rows) == quick

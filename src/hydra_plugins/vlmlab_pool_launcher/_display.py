@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,13 +14,12 @@ from omegaconf import OmegaConf
 from hydra_plugins.vlmlab_pool_launcher._cells import Cell
 from vlmlab.contracts.terminal import tell, visible
 from vlmlab.recipe.stage import scaled_steps
+from vlmlab.runs.progress import duration, losses
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 REFRESH_S = 1.0
-TAIL = 16_384
-"""Bytes at the end of ``metrics.jsonl`` in which the last losses are looked for."""
 
 
 @dataclass
@@ -114,38 +111,6 @@ def steps_of(cell: Cell) -> tuple[int, int] | None:
     sizes = {name: scaled_steps(int((stage or {}).get("steps") or 0), budget) for name, stage in stages.items()}
     before = list(sizes)[: list(sizes).index(str(state["stage"]))]
     return sum(sizes[name] for name in before) + int(state.get("step") or 0), sum(sizes.values())
-
-
-def losses(folder: Path) -> str:
-    """The last training loss of a run, and behind a stroke the last held-out one where there is one."""
-    last: dict[str, float] = {}
-    for line in _tail(folder / "metrics.jsonl"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        for name in ("loss", "held_out/loss"):
-            if isinstance(row, dict) and isinstance(row.get(name), int | float):
-                last[name] = row[name]
-    return "/".join(f"{value:.3g}" for _, value in sorted(last.items(), reverse=True))
-
-
-def _tail(file: Path) -> list[str]:
-    try:
-        with file.open("rb") as rows:
-            rows.seek(max(0, file.stat().st_size - TAIL))
-            return rows.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def duration(seconds: float | None) -> str:
-    """``45 s``, ``12 min``, ``3.5 h``; empty for None."""
-    if seconds is None:
-        return ""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 class Lines:

@@ -210,11 +210,21 @@ def _table(sweep: Path, cells: Sequence[Cell]) -> bool:
         from vlmlab.analyse.sweep import write_table
 
         failed = [(cell.folder, cell.overrides, cell.note) for cell in cells if cell.state == "failed"]
-        tell(write_table(sweep, failed))
+        tell(f"{write_table(sweep, failed)}  {_page(sweep)}")
     except Exception as error:
         fail(f"no table of {sweep}: {said(error) or f'{type(error).__name__}: {error}'}", FAILED)
         return False
     return True
+
+
+def _page(sweep: Path) -> str:
+    """Write the sweep's page; the table must come whatever becomes of it."""
+    try:
+        from vlmlab.evaluate.gallery import write_sweep_gallery
+
+        return str(write_sweep_gallery(sweep))
+    except Exception as error:
+        return f"(no report: {said(error) or f'{type(error).__name__}: {error}'})"
 
 
 def _returns(sweep: Path, jobs: Sequence[Cell], cells: Sequence[Cell], table: bool) -> list[CellReturn]:

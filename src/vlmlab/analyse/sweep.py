@@ -109,9 +109,14 @@ def _heading(sweep_dir: Path, records: Sequence[RunRecord]) -> list[str]:
 
 def to_markdown(rows: Sequence[Combination], metrics: Sequence[str]) -> str:
     """The scores as the text has them, in one table of Markdown."""
+    return "\n".join(markdown_table(*score_cells(rows, metrics))) + "\n"
+
+
+def score_cells(rows: Sequence[Combination], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of the scores, the swept keys first; a title may have several lines."""
     columns = _score_columns(rows, metrics)
-    titles = [*(short_names(list(rows[0].values)) or ["sweep"]), *(title for title, _ in columns)]
-    return "\n".join(markdown_table(titles, _cells(rows, columns))) + "\n"
+    keys = short_names(list(rows[0].values)) if rows else []
+    return [*(keys or ["sweep"]), *(title for title, _ in columns)], _cells(rows, columns)
 
 
 Column = tuple[str, Callable[[Combination], str]]

@@ -24,10 +24,19 @@ VERBS = {
     "curate": ["vlmlab.cli.curate"],
 }
 
+LOOKS = {
+    "show": ["vlmlab.cli.sweep", "show"],
+    "table": ["vlmlab.cli.sweep", "table"],
+    "report": ["vlmlab.cli.sweep", "report"],
+    "compare": ["vlmlab.cli.compare"],
+}
+"""What follows ``vlmlab sweep`` where nothing is to be trained."""
+
 USAGE = """usage: vlmlab <verb> [group=choice] [key=value] [--help]
 
   vlmlab train                                            train and score the embedded default
   vlmlab sweep connector=mlp,qformer mask=bidir,causal    one process per cell, then the table
+  vlmlab sweep show sweeps/<name>                         states of its cells; likewise table, report, compare
   vlmlab evaluate run=outputs/<name>                      score a finished run again
   vlmlab inspect data=vqa data.path=train.json            a page of what the model will see, and what is wrong with it
   vlmlab plan preset=improved_alignment_900m device=h100  parameters, memory, FLOPs and hours; no weights are needed
@@ -51,7 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
     if words[0] not in VERBS:
         return fail(_unknown(words), MISTAKE)
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", *VERBS[words[0]], *words[1:]])
+    verb, rest = VERBS[words[0]], words[1:]
+    if words[0] == "sweep" and rest and rest[0] in LOOKS:
+        verb, rest = LOOKS[rest[0]], rest[1:]
+    os.execv(sys.executable, [sys.executable, "-m", *verb, *rest])
 
 
 def _unknown(words: list[str]) -> str:

@@ -20,7 +20,7 @@ from vlmlab.cli.verb import own_keys, run_verb
 from vlmlab.contracts.errors import UserError, listed
 from vlmlab.contracts.terminal import tell
 from vlmlab.data.overlap import reads
-from vlmlab.plan.devices import DEVICES, Device
+from vlmlab.plan.devices import DEVICES, Device, this_cpu
 from vlmlab.recipe.preset import deviations
 from vlmlab.recipe.stage import parse
 from vlmlab.runs.files import check_place, write_json
@@ -58,7 +58,7 @@ def plan_command(cfg: DictConfig) -> None:
         lengths=lengths,
         samples=samples,
     )
-    found = plan(cfg, settings)
+    found = plan(cfg, settings, told=lambda text: tell(text, sys.stderr))
     if not found:
         raise UserError("recipe.stages trains nothing: no part named in train has weights in this composition.")
     told = [f"note: {text}" for text in deviations(cfg)]
@@ -86,7 +86,7 @@ def _device(cfg: DictConfig) -> Device:
     if cfg.device not in DEVICES:
         known = ", ".join(DEVICES)
         raise ConfigError(f"device={cfg.device} is unknown; choose one of {known}, with memory= and tflops= any other")
-    device = DEVICES[cfg.device]
+    device = this_cpu(int(cfg.trainer.threads)) if cfg.device == "cpu" else DEVICES[cfg.device]
     if cfg.memory is not None:
         device = replace(device, name=f"{device.name} with {cfg.memory:g} GB", memory=float(cfg.memory) * 1e9)
     if cfg.tflops is not None:
@@ -102,7 +102,7 @@ def lines(found: Sequence[StagePlan], settings: Settings) -> list[str]:
     device, hours = settings.device, sum(stage.hours for stage in found)
     total = sum(size for size, _ in found[-1].parameters.values())
     return [
-        f"{settings.devices} x {device.name} ({device.memory / 1e9:.1f} GB, {device.flops / 1e12:g} TFLOP/s in 16 bit)"
+        f"{settings.devices} x {device.name} ({device.memory / 1e9:.1f} GB, {_speed(device)})"
         f" at {settings.mfu:.0%} utilisation: {hours:.3g} h, {hours * settings.devices:.3g} device hours",
         "",
         f"parameters, {total:,} in all",
@@ -116,6 +116,12 @@ def lines(found: Sequence[StagePlan], settings: Settings) -> list[str]:
         "",
         *[f"note: {note}" for note in _notes(found, settings)],
     ]
+
+
+def _speed(device: Device) -> str:
+    if device.half:
+        return f"{device.flops / 1e12:g} TFLOP/s in 16 bit"
+    return f"{device.flops_fp32 / 1e12:.3g} TFLOP/s in 32 bit"
 
 
 def _parameters(found: Sequence[StagePlan]) -> list[str]:

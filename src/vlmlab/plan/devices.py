@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: bytes that torch can allocate, and dense FLOP/s in 16 bit (tensor cores) and in fp32 (without TF32)."""
+    """A GPU: bytes that torch can allocate, and dense FLOP/s in 16 bit (tensor cores) and in fp32 (without TF32).
+
+    `half`: whether ``precision=auto`` computes in 16 bit there.
+    """
 
     name: str
     memory: float
     flops: float
     flops_fp32: float
+    half: bool = True
+
+
+FLOP_A_CYCLE = 32
+"""Of a core, in 32 bit: two multiply-adds of 8 numbers, as AVX2 has them."""
+HERTZ = 2.5e9
+"""Of a core where the machine does not say."""
+
+
+def this_cpu(threads: int = 1) -> Device:
+    """So many cores of this machine, with all its memory; the speed is what its clock allows at best."""
+    try:
+        said = re.search(r"^cpu MHz\s*: ([\d.]+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        said = None
+    clock = float(said[1]) * 1e6 if said else HERTZ
+    memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    speed = threads * FLOP_A_CYCLE * clock
+    cores = f"{threads} core{'s' if threads > 1 else ''}"
+    return Device(f"CPU of this machine ({cores} at {clock / 1e9:.1f} GHz)", memory, speed, speed, half=False)
 
 
 GIB = 2.0**30
@@ -34,4 +60,6 @@ DEVICES = {
     "rtx4090": Device("NVIDIA RTX 4090 24GB", 23.5 * GIB, 165.2e12, 82.6e12),
     # NVIDIA RTX 6000 Ada data sheet (2022): tensor 1457 FP8 with sparsity = BF16 364 dense, FP32 91.1; 48 GB
     "rtx6000ada": Device("NVIDIA RTX 6000 Ada 48GB", 47.4 * GIB, 364e12, 91.1e12),
+    # this machine: its memory, and trainer.threads cores
+    "cpu": this_cpu(),
 }

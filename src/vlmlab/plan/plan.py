@@ -126,8 +126,13 @@ class Settings:
     samples: Mapping[str, int] | None = None
 
 
-def plan(cfg: DictConfig, settings: Settings, only: Collection[str] | None = None) -> list[StagePlan]:
-    """The plan of every stage that trains something, or of `only` these.
+def plan(
+    cfg: DictConfig,
+    settings: Settings,
+    only: Collection[str] | None = None,
+    told: Callable[[str], object] = lambda text: None,
+) -> list[StagePlan]:
+    """The plan of every stage that trains something, or of `only` these; `told` is called before each of them.
 
     Raises:
         UserError: the composition cannot be built, its data cannot be read, or it decides on values that are not there.
@@ -135,8 +140,11 @@ def plan(cfg: DictConfig, settings: Settings, only: Collection[str] | None = Non
     trainees: dict[Any, Trainee] = {}
     known: Known = {}  # stages that train the same on samples of the same shape go through the model once
     found = []
-    for stage in parse(cfg):
+    stages = list(parse(cfg))
+    for place, stage in enumerate(stages, 1):
         kind = module_class(stage)
+        if len(stages) > 1:
+            told(f"stage {place} of {len(stages)}: {stage.name}")
         with torch.device("meta"):
             if kind.build not in trainees:
                 trainees[kind.build] = Trainee(_as_if_loaded(kind.build(cfg)))
@@ -162,7 +170,7 @@ def _stage(cfg: DictConfig, stage: Stage, trainee: Trainee, settings: Settings, 
     if not isinstance(collate, Collator):
         raise UserError(f"{stage.key('module')}={stage.module} reads no prompts: there is no length to plan by.")
     shapes, each, measured = _shapes(cfg, stage, collate, settings)
-    half = half_precision(cfg)
+    half = half_precision(cfg, settings.device)
     static = _static(trainee, stage, settings, half)
     cost = _cost(stage, trainee, collate, shapes, half, known).times(each)
     micro = max(1, stage.batch_size // (stage.accumulate * settings.devices))
@@ -269,9 +277,10 @@ def _accumulate(stage: Stage, devices: int, fits: int) -> int:
     return next((k for k in shares if stage.batch_size // (k * devices) <= fits), 0)
 
 
-def half_precision(cfg: DictConfig) -> bool:
-    """Whether a run on a GPU computes in 16 bit: ``precision=auto`` does."""
-    return str(cfg.precision.name) != "fp32"
+def half_precision(cfg: DictConfig, device: Device | None = None) -> bool:
+    """Whether a run computes in 16 bit: ``precision=auto`` does on a GPU, which None means, too."""
+    name = str(cfg.precision.name)
+    return (device is None or device.half) if name == "auto" else name != "fp32"
 
 
 def _static(trainee: Trainee, stage: Stage, settings: Settings, half: bool) -> dict[str, int]:

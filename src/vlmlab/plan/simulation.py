@@ -27,13 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch
 from vlmlab.engine.cost import FLOPS
 from vlmlab.engine.weights import Trainee
+from vlmlab.plan.recall import Recall
 
 aten = torch.ops.aten
 
@@ -116,18 +117,16 @@ def shapes_only(model: nn.Module, fake: FakeTensorMode, trained: Iterable[Tensor
     """
     wanted = {id(p) for p in trained}
     before: list[tuple[dict[str, Any], str, Any]] = []
-    made: dict[int, Tensor] = {}
     for module in model.modules():
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]
         for table in tables:
-            for name, tensor in table.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    made[id(tensor)] = _empty(tensor, fake)
-                    if id(tensor) in wanted:
-                        made[id(tensor)].grad = _empty(tensor.detach(), fake)
-                before.append((table, name, tensor))
+            before += [(table, name, tensor) for name, tensor in table.items() if tensor is not None]
+    every = {id(tensor): tensor for _, _, tensor in before}
+    made = {key: _flag() for key, tensor in every.items() if _is_flag(tensor)}
+    with fake:  # once, since entering it looks for devices
+        made |= {key: _empty(tensor) for key, tensor in every.items() if key not in made}
+        for key in wanted & made.keys():
+            made[key].grad = _empty(every[key].detach())
     for table, name, tensor in before:
         table[name] = made[id(tensor)]
     try:
@@ -137,15 +136,19 @@ def shapes_only(model: nn.Module, fake: FakeTensorMode, trained: Iterable[Tensor
             table[name] = tensor
 
 
-def _empty(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
-    """The same shape and type without values, on the CPU as far as operations can see.
+def _is_flag(tensor: Tensor) -> bool:
+    """Whether a buffer says that a module has done what it does but once."""
+    return tensor.dtype == torch.bool and not tensor.ndim
 
-    A flag is set: what a module does but once, before it sets it, is no part of a micro-batch.
-    """
-    if tensor.dtype == torch.bool and not tensor.ndim:
-        return torch.ones((), dtype=torch.bool, device="cpu")
-    with fake:
-        new = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+def _flag() -> Tensor:
+    """Set, since what is done once is no part of a micro-batch."""
+    return torch.ones((), dtype=torch.bool, device="cpu")
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    """The same shape and type, on the CPU as far as operations can see; without values inside a `FakeTensorMode`."""
+    new = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
     return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
 
@@ -167,6 +170,7 @@ class Meter(TorchDispatchMode):
     def __init__(self, fake: FakeTensorMode, known: Sequence[Tensor]) -> None:
         super().__init__()
         self.fake = fake
+        self._recall = Recall(fake)
         self.flops = self.live = self.peak = 0
         self._seen: Any = WeakIdKeyDictionary()
         self._watched: dict[int, Any] = {}
@@ -176,16 +180,14 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        empty = any(self._is_empty(leaf) for leaf in leaves)
-        if empty:
+        if any(isinstance(leaf, Tensor) and self._is_empty(leaf) for leaf in _flat(args, kwargs)):
             args = _by_number(func, args)
             if func is aten.masked_select.default and not self._is_empty(args[1]):
                 out = args[0].new_empty(int(torch.broadcast_to(args[1], args[0].shape).sum()))
                 return self._watch(out)
-        out = func(*args, **kwargs)
-        if not empty:
-            out = tree_map(self._without_values, out)
+            out = self._recall(func, args, kwargs)
+        else:
+            out = tree_map(self._without_values, func(*args, **kwargs))
         formula = FLOPS.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
@@ -202,7 +204,7 @@ class Meter(TorchDispatchMode):
 
     def _watch(self, out: Any) -> Any:
         """Count every new storage from now until it is freed."""
-        for leaf in tree_leaves(out):
+        for leaf in out if isinstance(out, list | tuple) else (out,):
             if not isinstance(leaf, Tensor):
                 continue
             storage = leaf.untyped_storage()
@@ -219,6 +221,15 @@ class Meter(TorchDispatchMode):
     def _freed(self, key: int, size: int, _: Any) -> None:
         self.live -= size
         self._watched.pop(key, None)
+
+
+def _flat(args: Any, kwargs: Any) -> Iterator[Any]:
+    """The arguments of an operation, those in lists one by one."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, list | tuple):
+            yield from value
+        else:
+            yield value
 
 
 def _by_number(func: Any, args: Any) -> Any:

@@ -249,6 +249,16 @@ class Plan(TypedDict):
     metric: Text | None
 
 
+class Look(TypedDict):
+    """Keys of ``vlmlab sweep show``, ``table`` and ``report``."""
+
+    form: Literal["text", "csv", "markdown"]
+    metric: Text | None
+    cost: Text | None
+    cells: Sequence[Text] | None
+    trust: bool
+
+
 class Cost(TypedDict):
     """Keys of ``vlmlab cost``."""
 
