@@ -35,6 +35,7 @@ OURS = ("hydra", "cell")
 """Folders of conf/ that are no groups to choose from by themselves."""
 PROJECT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
+CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 FOLDER = re.compile(r"\]\(((?:\.\./)?[a-z0-9_]+)\)")
 """A link to a folder of ``experiments/``, whose page is its README."""
 TABLE = re.compile(r"(?:^\|.*\|[ ]*\n?)+", re.MULTILINE)
@@ -60,7 +61,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Fill in ``<!-- pages: pattern -->`` with the pages of docs/ that match, and link papers."""
     depth = "../" * page.file.src_uri.count("/")
     markdown = MARK.sub(lambda found: _listed(found[1], depth), markdown)
-    return ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", markdown) if "[arXiv" not in markdown else markdown
+    parts = CODE.split(markdown)  # text and code in turn
+    parts[::2] = [ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", text) for text in parts[::2]]
+    return "".join(parts)
 
 
 def generated() -> dict[str, str | bytes]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
@@ -278,6 +278,17 @@ def choices(group: str) -> list[Path]:
     found = sorted((CONF / group).glob("*.yaml"))
     assert found, f"conf/{group} is empty"
     return found
+
+
+def loaded(path: Path) -> DictConfig:
+    """A YAML with what it inherits from files of its own group; what it takes from other groups is left out."""
+    node = OmegaConf.load(path)
+    assert isinstance(node, DictConfig)
+    bases = [base for base in node.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
+    inherited = [loaded(path.parent / f"{base.partition('@')[0]}.yaml") for base in bases]
+    merged = OmegaConf.merge(*inherited, node)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def worst(a: Tensor, b: Tensor) -> float:

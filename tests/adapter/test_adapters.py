@@ -8,8 +8,8 @@ import peft
 import pytest
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
+from tests import tiny
 from tests.tiny import ONE_TURN, TWO_IMAGES, TWO_TURNS, batches, choices, clip, collator, gemma3, qwen2, vlm, worst
 from torch import nn
 
@@ -107,7 +107,7 @@ def test_a_tower_that_is_not_there_is_refused() -> None:
 @pytest.mark.parametrize("path", choices("adapter"), ids=lambda p: p.stem)
 @torch.no_grad()
 def test_every_adapter_starts_as_the_composition_without_it(path: object) -> None:
-    adapter = instantiate(OmegaConf.load(path))
+    adapter = instantiate(tiny.loaded(path))
     model = vlm(encoder=HfEncoder(str(clip()), layers=[-2]))
     batch = collator(model)([ONE_TURN, TWO_TURNS, TWO_IMAGES])
     before = model(batch).logits

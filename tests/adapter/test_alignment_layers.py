@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from tests import tiny
 from tests.adapter.test_kinds import LM_LOSS, SAMPLES, logits, stir
 from tests.fusion.test_fusions import built, cache_free, questions
 from tests.tiny import choices, collator, seen, spread, vlm, worst
@@ -38,7 +39,7 @@ MERGED = [kind for kind in SETTINGS if kind != "bottleneck"]
 
 def configured(kind: str, *parts: str, **changes: Any) -> dict[str, Any]:
     path = next(path for path in choices("adapter") if path.stem == kind)
-    config: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))
+    config: dict[str, Any] = OmegaConf.to_container(tiny.loaded(path))
     return config | SETTINGS[kind] | {"parts": list(parts)} | changes
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from tests import tiny
 from tests.lm.test_hf import asked, cache_free
 from tests.mask.test_masks import leak
 from tests.tiny import (
@@ -66,7 +67,7 @@ every_kind = pytest.mark.parametrize("path", KINDS, ids=lambda p: p.stem)
 
 def configured(path: Path, **changes: Any) -> dict[str, Any]:
     """A kind's configuration at the size of the tiny towers, around both of them where it can."""
-    config: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))
+    config: dict[str, Any] = OmegaConf.to_container(tiny.loaded(path))
     towers = ["lm"] if path.stem in ("soft_prompt", "prefix_tuning") else ["lm", "encoder"]
     return config | {k: v for k, v in SMALL.items() if k in config} | {"parts": towers} | changes
 
@@ -537,7 +538,7 @@ def test_shares_and_bytes() -> None:
 @every_kind
 def test_an_adapter_trains_less_than_five_percent(path: Path) -> None:
     """Of the embedded composition with its connector; at rank 4 where there is one, since the LM is only 128 wide."""
-    config = OmegaConf.to_container(OmegaConf.load(path))
+    config = OmegaConf.to_container(tiny.loaded(path))
     lm = EmbeddedLanguageModel()
     encoder = EmbeddedEncoder()
     model = vlm(lm=lm, encoder=encoder, connector=MlpConnector(encoder.width, lm.width))

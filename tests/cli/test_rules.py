@@ -12,6 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
+from tests import tiny
 
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError
@@ -19,7 +20,7 @@ from vlmlab.cli.rules import check, choices_of
 from vlmlab.cli.rules.declared import declared, offers
 from vlmlab.cli.rules.machine import compiler_at_hand
 from vlmlab.cli.rules.run import features_to_keep
-from vlmlab.cli.rules.stages import CONTRASTIVE, LANGUAGE
+from vlmlab.cli.rules.stages import CONTRASTIVE, LANGUAGE, captions_of_its_own
 from vlmlab.runs import places as places  # registers the resolvers
 from vlmlab.runs.config import leaves, plain
 
@@ -95,6 +96,17 @@ def test_a_good_composition_passes() -> None:
 )
 def test_what_cannot_work_is_refused_by_its_key(changes: dict[str, Any], words: str) -> None:
     assert words in refused(changes)
+
+
+def test_data_without_captions_align_on_no_others_in_silence() -> None:
+    """Unless the command says so, or no stage learns from captions."""
+    data = {"train": {"short": {"_target_": "x.Y", "path": None}}, "captions": None}
+    assert refused({"data": data}, {"data": "vqa"}).startswith(
+        "recipe.stages.align learns from captions and data=vqa has"
+    )
+    for changes in ({"data": {**data, "captions": "world"}}, {"data": data, "recipe.stages.align.steps": 0}):
+        config = plain(changed({**changes, "recipe.stages.tune.data": "instruct"}, None))
+        assert captions_of_its_own(config, CHOICES) is None
 
 
 def test_a_contrastive_objective_among_several_is_found() -> None:
@@ -425,7 +437,7 @@ def test_a_method_is_found_in_the_text_where_the_class_has_it() -> None:
 
     for group, method in (("objective", "attach"), ("connector", "joint")):
         for file in sorted((conf_folder() / group).glob("*.yaml")):
-            target = OmegaConf.load(file)._target_
+            target = tiny.loaded(file)._target_
             assert offers(target, method) is hasattr(get_class(target), method), target
     assert offers("somebody.elses.Class", "attach") is None and offers("vlmlab.no.such.Class", "attach") is None
     assert declared("somebody.elses.Class", "leaks") is None and declared("vlmlab.no.such.Class", "leaks") is None

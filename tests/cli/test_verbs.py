@@ -117,7 +117,9 @@ def test_inspect_writes_the_page_of_data_that_training_refuses(
     rows = [{"question_id": n, "image": f"{n}.png", "question": "q", "answer": "a"} for n in range(9)]
     for content in (json.dumps(rows), "{"):
         (tmp_path / "a.json").write_text(content)
-        code, _, err = call("inspect data=vqa data.path=a.json n=1 out=p.html", monkeypatch, capsys, tmp_path)
+        code, _, err = call(
+            "inspect recipe=joint data=vqa data.path=a.json n=1 out=p.html", monkeypatch, capsys, tmp_path
+        )
         assert code == 1 and err.startswith("error: ") and "a.json" in err and len(err.splitlines()) == 1
         assert "a.json" in (tmp_path / "p.html").read_text() and len(err) <= 310
         (tmp_path / "p.html").unlink()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from tests import tiny
 from tests.tiny import SAMPLES, choices, clip, collator, dinov2, picture, qwen2, siglip, vlm, worst
 from transformers import CLIPVisionModel, Dinov2Model, PreTrainedModel, SiglipVisionModel
 
@@ -40,7 +41,7 @@ TOWERS: dict[str, tuple[Path, type[PreTrainedModel], int]] = {
 
 @pytest.mark.parametrize("path", HUB, ids=lambda path: path.stem)
 def test_the_architecture_of_an_id(path: Path) -> None:
-    config = OmegaConf.load(path)
+    config = tiny.loaded(path)
     assert re.fullmatch(r"[\w-]+/[\w.-]+", config.path)
     with torch.device("meta"):
         encoder = instantiate(config)

@@ -12,6 +12,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image as Pil
+from tests import tiny
 from tests.tiny import SAMPLES, choices, clip, collator, dinov2, picture, siglip, vlm, worst
 from torch import Tensor
 
@@ -168,7 +169,7 @@ WEIGHTS_HERE = [path for path in choices("encoder") if "path" not in list(OmegaC
 @torch.no_grad()
 def test_every_choice_keeps_its_word(path: Path) -> None:
     """Widths and grids are those it says, on pixels as its geometry makes them."""
-    encoder = instantiate(OmegaConf.load(path)).eval()
+    encoder = instantiate(tiny.loaded(path)).eval()
     image = torch.from_numpy(encoder.preprocess(picture(1, (90, 70))))
     seen = encoder(torch.stack([image, image]))
     rows, columns = encoder.hw

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from tests import tiny
 from tests.tiny import CONF, VISION, choices, clip, root, siglip, spread, tokenizer, worst
 from tokenizers import processors
 from torch import Tensor
@@ -226,7 +227,7 @@ HUB: dict[str, tuple[int, int, float]] = {  # width, context, millions of weight
 def test_the_architecture_of_an_id(name: str) -> None:
     width, context, millions = HUB[name]
     with torch.device("meta"):
-        encoder: Any = instantiate(OmegaConf.load(CONF / "encoder" / f"{name}.yaml"))
+        encoder: Any = instantiate(tiny.loaded(CONF / "encoder" / f"{name}.yaml"))
         tower = encoder.text_tower()
     whole = sum(p.numel() for p in tower.parameters()) + 2 * width  # and the final norm
     assert (tower.width, tower.context) == (width, context) and whole == pytest.approx(millions * 1e6, rel=2e-3)
@@ -236,7 +237,7 @@ def test_every_id_of_two_towers_has_its_text_tower() -> None:
     hub = {path.stem for path in choices("encoder") if "architecture" in OmegaConf.load(path)}
     assert {name for name in hub if not name.startswith(("dinov2", "eva"))} == set(HUB)
     with torch.device("meta"), pytest.raises(UserError, match=r"encoder\.path=facebook/dinov2-small has no text"):
-        instantiate(OmegaConf.load(CONF / "encoder" / "dinov2_small.yaml")).text_tower()
+        instantiate(tiny.loaded(CONF / "encoder" / "dinov2_small.yaml")).text_tower()
 
 
 # -- the one that ships ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from tests import tiny
 from tests.tiny import ONE_TURN, choices, qwen2, save, text_config, tokenizer, worst
 from transformers import GemmaConfig, GemmaForCausalLM
 
@@ -38,7 +39,7 @@ COUNT = {  # weights as the hub counts them, a head that is tied to the embeddin
 
 @pytest.mark.parametrize("path", HUB, ids=lambda path: path.stem)
 def test_the_architecture_of_an_id(path: Path) -> None:
-    config = OmegaConf.load(path)
+    config = tiny.loaded(path)
     assert re.fullmatch(r"[\w-]+/[\w.-]+", config.path)
     with torch.device("meta"):
         lm = instantiate(config)

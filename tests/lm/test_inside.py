@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from tests import tiny
 from tests.tiny import choices, spread, worst
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -308,7 +308,7 @@ ADAPTERS = [path for path in choices("adapter") if path.stem not in ("none", "so
 
 
 def adapter(path: Any) -> Any:
-    cfg = OmegaConf.load(path)
+    cfg = tiny.loaded(path)
     for key, value in {"r": 3, "k": 2, "width": 4, "dropout": 0.0}.items():
         if key in cfg:
             cfg[key] = value

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from tests import tiny
 from tests.test_conf import composed
 from tests.tiny import (
     ADJACENT,
@@ -45,9 +46,8 @@ def config(**groups: str) -> DictConfig:
     """What composition gives, with the tiny towers in place of real ones."""
     chosen = {"encoder": "hf", "connector": "mlp", "lm": "hf", "mask": "bidir", "fusion": "concat", **groups}
     conf = choices("mask")[0].parent.parent
-    cfg = OmegaConf.create({group: OmegaConf.load(conf / group / f"{name}.yaml") for group, name in chosen.items()})
-    if "defaults" in cfg.fusion:  # filled from another group
-        cfg.fusion = composed(f"fusion={chosen['fusion']}").fusion
+    cfg = OmegaConf.create({group: tiny.loaded(conf / group / f"{name}.yaml") for group, name in chosen.items()})
+    cfg.fusion = composed(f"fusion={chosen['fusion']}").fusion  # some are filled from another group
     cfg.collate = {"max_length": 512, "pack_length": None}
     tower = two_towers() if chosen["fusion"].startswith("emma") else siglip()
     for group, path in (("encoder", tower), ("lm", qwen2())):

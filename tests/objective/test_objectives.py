@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from tests import tiny
 from tests.tiny import ONE_TURN, TWO_TURNS, choices, collator, spread, vlm
 from torch import nn
 from torch.nn import functional as F
@@ -90,7 +90,7 @@ PAIRED = ("medslip",)
 
 @pytest.mark.parametrize("path", [p for p in choices("objective") if p.stem not in PAIRED], ids=lambda p: p.stem)
 def test_every_objective_gives_sum_and_count(path: object) -> None:
-    described = OmegaConf.load(path)
+    described = tiny.loaded(path)
     objective = instantiate(described)
     assert objective.weight == described.get("weight", 1.0) and isinstance(objective.per_micro_batch, bool)
     fusion = MixtureOfExperts() if getattr(objective, "reads_experts", False) else None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from tests import tiny
 from tests.connector.features import visual
 from tests.tiny import CONF, ONE_TURN, SECOND_TURN, TEXT_ONLY, TWO_IMAGES, TWO_TURNS, collator, spread, vlm, worst
 from torch import Tensor
@@ -253,7 +253,7 @@ def test_one_image_has_no_negative() -> None:
 @pytest.mark.parametrize("name", ["itc", "itm", "itg", "blip2"])
 def test_every_weight_has_a_gradient(name: str) -> None:
     """Of the objective and of its connector, in a stage without any other loss."""
-    objective = instantiate(OmegaConf.load(CONF / "objective" / f"{name}.yaml"))
+    objective = instantiate(tiny.loaded(CONF / "objective" / f"{name}.yaml"))
     model = vlm(connector=qformer())
     model.set_objectives({"objective": objective})
     batch, outputs = batch_and_outputs(model)

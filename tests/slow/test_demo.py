@@ -40,7 +40,7 @@ def test_easy_vqa_is_learnt_from_its_images(tmp_path: Path, shared_data: Path) -
     data = shared_data / "easy_vqa_mini"
     arguments = (f"data.path={data}/train.json", f"data.test_path={data}/test.json", f"data.images={data}")
     arguments += ("budget.steps_scale=0.4", "recipe.stages.instruction_tune.train.encoder=5e-4")
-    metrics = trained("data=vqa", *arguments, cwd=tmp_path)["metrics"]
+    metrics = trained("data=vqa", "data.captions=world", *arguments, cwd=tmp_path)["metrics"]
     assert metrics["vqa_test/vqa_accuracy/count"] == 2900
     assert metrics["vqa_test/vqa_accuracy"] >= 0.8 and metrics["vqa_test/vqa_accuracy/kind/other"] >= 0.85
     assert metrics["vqa_test/vqa_accuracy/kind/other/shuffled"] <= 0.3
@@ -59,7 +59,7 @@ def test_radiology_runs_through_all_stages(name: str, tmp_path: Path, shared_dat
     """Closed and open questions beside wrong images and none, at twice the tower's own resolution."""
     data = shared_data / name
     arguments = (f"data={name}", f"data.path={data}/vqa.json", f"data.images={data}", "encoder.image_size=128")
-    result = trained(*arguments, "budget=test", "budget.eval_limit=40", cwd=tmp_path)
+    result = trained(*arguments, "data.captions=world", "budget=test", "budget.eval_limit=40", cwd=tmp_path)
     assert result["metrics"][f"{name}_test/vqa_accuracy/count"] == 40 and result["cost"]["visual_tokens"] == 64
     for kind in ("closed", "open"):
         for baseline in ("", "/shuffled", "/no_image"):
@@ -79,7 +79,8 @@ def test_questions_in_parquet_run_through_all_stages(tmp_path: Path, shared_data
         texts = [{"question": row["question"], "answer": str(row["answer"])} for row in chosen]
         shown = [{**text, "image": picture[row["image"]]} for text, row in zip(texts, chosen, strict=True)]
         write(tmp_path / f"{shard}.parquet", shown, VQA)
-    metrics = trained("data=path_vqa", f"data.path={tmp_path}", "budget=test", cwd=tmp_path)["metrics"]
+    arguments = ("data=path_vqa", f"data.path={tmp_path}", "data.captions=world", "budget=test")
+    metrics = trained(*arguments, cwd=tmp_path)["metrics"]
     for kind in ("yes_no", "other"):
         for baseline in ("", "/shuffled", "/no_image"):
             assert f"path_vqa_test/vqa_accuracy/kind/{kind}{baseline}" in metrics

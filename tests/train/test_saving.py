@@ -18,6 +18,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
+from tests import tiny
 from tests.adapter.test_kinds import LM_LOSS, MERGE, SAMPLES, configured
 from tests.test_conf import composed
 from tests.tiny import CONF, choices, clip, collator, dinov2, picture, qwen2, seen, siglip, two_towers, worst
@@ -80,7 +81,7 @@ def composition(connector: str = "mlp", encoder: dict[str, Any] | None = None, f
 def stage_of(adapter: str) -> Stage:
     """A stage that trains everything, the towers by their adapter where there is one."""
     path = CONF / "adapter" / f"{adapter}.yaml"
-    config = OmegaConf.to_container(OmegaConf.load(path)) if adapter == "none" else configured(path)
+    config = OmegaConf.to_container(tiny.loaded(path)) if adapter == "none" else configured(path)
     rates = dict.fromkeys(("encoder", "connector", "fusion", "lm"), 1e-2)
     return Stage(
         index=0, name="s", module="x.X", train=rates, data="d", objective=LM_LOSS, steps=3, batch_size=1,

@@ -181,11 +181,18 @@ def _inside(group: str, conf: Path, config_name: str, words: Sequence[str]) -> s
     if keys:
         return f"{word} is not said where it belongs; write {' '.join(f'{group}@{key}={choice}' for key in keys)}"
     files = sorted(conf.glob("*/*.yaml"))
-    able = [f"{file.parent.name}={file.stem}" for file in files if f"/{group}@" in file.read_text(encoding="utf-8")]
+    able = [f"{file.parent.name}={file.stem}" for file in files if _takes_in(file, group)]
     return (
         f"{word} has no place in this composition; choose {' or '.join(able)}, whose memory mask it is, and write "
         f"{group}@fusion.sees={choice}"
     )
+
+
+def _takes_in(file: Path, group: str) -> bool:
+    """Whether a choice, or one of its own group that it inherits from, takes in a choice of this group."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    bases = re.findall(r"^  - (\w+)$", text, re.MULTILINE)
+    return f"/{group}@" in text or any(_takes_in(file.parent / f"{base}.yaml", group) for base in bases)
 
 
 def _known(conf: Path, config_name: str, words: Sequence[str]) -> tuple[list[str], DictConfig]:

@@ -38,7 +38,7 @@ USAGE = """usage: vlmlab <verb> [group=choice] [key=value] [--help]
   vlmlab sweep connector=mlp,qformer mask=bidir,causal    one process per cell, then the table
   vlmlab sweep show sweeps/<name>                         states of its cells; likewise table, report, compare
   vlmlab evaluate run=outputs/<name>                      score a finished run again
-  vlmlab inspect data=vqa data.path=train.json            a page of what the model will see, and what is wrong with it
+  vlmlab inspect recipe=joint data=vqa data.path=a.json   a page of what the model will see, and what is wrong with it
   vlmlab plan preset=improved_alignment_900m device=h100  parameters, memory, FLOPs and hours; no weights are needed
   vlmlab cost -m fusion=concat,lavi images=1,5            what an answer costs: FLOPs, cache, added parameters
   vlmlab compare sweeps/<name> baseline=mlp,bidir         what a sweep has shown: differences, intervals, tests

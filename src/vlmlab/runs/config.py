@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from vlmlab.contracts.errors import UserError, brief
 from vlmlab.runs.names import changes_result
@@ -52,8 +52,9 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     OmegaConf.copy_cache(cfg, job)
     try:
         value = OmegaConf.to_container(job, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} is needed; write {error.full_key}=... on the command line") from error
+    except (MissingMandatoryValue, InterpolationToMissingValueError) as error:
+        key = _missing(job) or error.full_key
+        raise UserError(f"{key} is needed; write {key}=... on the command line") from error
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
         why = brief(str(error).splitlines()[0], 100)
@@ -62,6 +63,12 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(json.dumps(value, default=str))
     _refuse_old_names(config)
     return config
+
+
+def _missing(cfg: DictConfig) -> str | None:
+    """The first key without a value that is needed, by its own name and not by what refers to it."""
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    return next((key for key, value in leaves(raw, deep=True) if value == "???"), None)
 
 
 def _refuse_old_names(config: Mapping[str, Any]) -> None:

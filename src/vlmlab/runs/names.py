@@ -16,6 +16,7 @@ NOT_THE_RESULT = (
     "preset.deviates",
     "cache.folder",
     "cache.max_gb",
+    "data.captions",
     "trainer.save_every_s",
     "trainer.workers",
     "trainer.progress",

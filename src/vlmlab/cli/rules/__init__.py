@@ -31,6 +31,7 @@ from vlmlab.cli.rules.run import (
     watched,
 )
 from vlmlab.cli.rules.stages import (
+    captions_of_its_own,
     contrastive_counts,
     contrastive_towers,
     experts_to_balance,
@@ -131,6 +132,7 @@ RULES: tuple[Rule, ...] = (
 
 STAGE_RULES: tuple[Rule, ...] = (
     something_to_train,
+    captions_of_its_own,
     contrastive_counts,
     pairs_need_two_towers,
     images_to_learn_from,

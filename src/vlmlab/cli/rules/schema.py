@@ -161,6 +161,7 @@ class Data(TypedDict):
     benchmarks: NotRequired[Mapping[str, Benchmark]]
     pairs: NotRequired[Mapping[str, PairBenchmark]]
     probe: NotRequired[SampleSource | None]
+    captions: NotRequired[Literal["world"] | None]
     max_bad_fraction: NotRequired[Share]
     screen: NotRequired[Natural]
 

@@ -27,6 +27,23 @@ LANGUAGE = ("vlmlab.engine.alignment.AlignmentModule", "vlmlab.engine.instructio
 
 CONTRASTIVE = "vlmlab.engine.contrastive.ContrastiveModule"
 PAIR = "vlmlab.engine.pair.PairModule"
+CAPTIONS = ("short", "dense", "captions")
+"""Sources of ``data.train`` that stages of alignment learn from."""
+
+
+def captions_of_its_own(cfg: Config, choices: Choices) -> str | None:
+    """Data without captions are aligned on those of the generated world only where the command says so."""
+    data = cfg.get("data")
+    if not isinstance(data, Mapping) or data.get("captions", "its own") is not None:
+        return None
+    for name, stage in each_stage(cfg):
+        if stage.get("data") in CAPTIONS and stage.get("steps") != 0:
+            return (
+                f"recipe.stages.{name} learns from captions and data={choices.get('data')} has none; use recipe=joint, "
+                "with init_from=<a run that was aligned on captions> where there is one, or data.captions=world for "
+                "those of the generated 64-pixel world"
+            )
+    return None
 
 
 def pairs_need_two_towers(cfg: Config, choices: Choices) -> str | None:
