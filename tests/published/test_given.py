@@ -24,7 +24,7 @@ from vlmlab.adapter.lora import LoraAdapter
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Image as Pixels
 from vlmlab.contracts.sample import Sample, Turn
-from vlmlab.loading import LoadedModel
+from vlmlab.loading import LoadedModel, load
 from vlmlab.mask.bidir import Bidirectional
 from vlmlab.model.build import build_model
 from vlmlab.model.vlm import VLM
@@ -143,9 +143,11 @@ def test_it_comes_back_in_as_it_was(tmp_path: Path) -> None:
     want, _ = logits_of(model, WIDE)
     own = {name: value.clone() for name, value in model.state_dict().items()}
     given(model, cfg, tmp_path / "out")
+    with pytest.raises(
+        UserError, match=r"is a model of transformers and no run; `vlmlab import path=.* makes one of it"
+    ):
+        load(tmp_path / "out")
     run = imported(tmp_path / "out", tmp_path / "run")
-    from vlmlab import load
-
     back = load(run, device="cpu").model
     assert type(back.mask) is type(model.mask) and tiny.worst(logits_of(back, WIDE)[0], want) < 1e-5
     again = back.state_dict()
@@ -154,8 +156,6 @@ def test_it_comes_back_in_as_it_was(tmp_path: Path) -> None:
 
 def test_blip2_goes_out_as_it_came_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own weights again, with the lab's processor and template; a mask cannot go with it."""
-    from vlmlab import load
-
     loaded = load(imported(models.blip2_llama(), tmp_path / "run"), device="cpu")
     said = [loaded.generate(picture, "what colour", max_new_tokens=6) for picture in (SQUARE, WIDE)]
     given(loaded.model, loaded.config, tmp_path / "out")
