@@ -4,7 +4,7 @@
 
 SigLIP and Llama have random weights, mask ``causal``. vlmlab's side is its own composition, the other the folder that
 ``vlmlab export`` writes of it, opened by ``AutoModelForImageTextToText`` and ``AutoProcessor``. Both begin with
-and words and end with words, greedily, and make the same number of tokens for each question:
+pictures and words and end with words, greedily, and make the same number of tokens for each question:
 
 - alone: one question after the other.
 - batch: questions about different pictures, padded on the left.
