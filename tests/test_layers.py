@@ -34,7 +34,7 @@ RANKS = (
         "towers.pair_export",
         "towers.probes",
     },
-    {"train"},
+    {"train", "harness"},
     {"cli", "__init__"},
 )
 """From the bottom up; a folder or module imports its own rank and those below it. A new one has to be given a place.

@@ -81,6 +81,11 @@ def load(
         CheckpointError: the run is not finished, or its weights do not fit its towers.
     """
     folder = RunFolder(Path(run).expanduser())
+    if (folder.path / "config.json").is_file() and folder.config() is None:
+        raise UserError(
+            f"{folder.path} is a model of transformers and no run; `vlmlab import path={folder.path} to=<folder>` "
+            "makes one of it."
+        )
     folder.finished()
     cfg = saved_config(folder.path, trust)
     for key, value in (overrides or {}).items():

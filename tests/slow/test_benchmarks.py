@@ -44,6 +44,12 @@ def test_trees(tmp_path: Path) -> None:
     assert all(line.count("tree / ") == 2 for line in found[2:])
 
 
+def test_generation(tmp_path: Path) -> None:
+    found = lines("generation", "--size", "tiny", "--tokens", "3", "--rounds", "1", cwd=tmp_path)
+    assert [line.partition(",")[0] for line in found[::2]] == ["alone", "batch", "one picture"]
+    assert all(re.search(r"time: vlmlab [\d.e+]+ tokens/s, transformers .*; ratio \d", line) for line in found)
+
+
 def test_decoding(tmp_path: Path) -> None:
     found = lines("decoding", "--samples", "6", "--take", "3", "--rounds", "1", "--side", "64", cwd=tmp_path)
     ways = ["floor", "files", "tar", *(["parquet"] if find_spec("pyarrow") else [])]

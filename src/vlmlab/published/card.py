@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.utils import get_class
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from omegaconf import DictConfig
 
 from vlmlab.analyse.answers import intervals_over_questions
 from vlmlab.analyse.results import MetricKey
 from vlmlab.contracts.errors import UserError
+from vlmlab.encoder.embedded import EmbeddedEncoder
+from vlmlab.encoder.embedded_text import EmbeddedPairText
+from vlmlab.lm.embedded import EmbeddedLanguageModel
 from vlmlab.published.given import Proof, Way
 from vlmlab.recipe.stage import Stage, parse
 from vlmlab.runs.config import plain
@@ -22,6 +26,11 @@ from vlmlab.towers.source import resolve
 
 TEMPLATE = "card.md.jinja"
 UNKNOWN = "unknown"
+NONE = "no tower of others, its weights began here"
+OURS = "apache-2.0"
+SHIPPED = (EmbeddedEncoder, EmbeddedLanguageModel, EmbeddedPairText)
+"""Towers that come with the package, under its licence."""
+
 PARTS = ("encoder", "connector", "fusion", "lm", "mask", "adapter")
 TOWERS = ("encoder", "lm", "text_tower")
 HEAD = """\
@@ -97,7 +106,7 @@ def write_card(
     config = plain(cfg)
     result = (None if run is None else RunFolder(run).result()) or {}
     licences = list(_licences(config))
-    known = {what for _, what in licences}
+    known = {what for _, what in licences} - {NONE}
     page = Environment(
         loader=PackageLoader("vlmlab", "published"), undefined=StrictUndefined, keep_trailing_newline=True,
         lstrip_blocks=False, trim_blocks=False,
@@ -207,14 +216,17 @@ def _licences(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Every tower's, as its own card says it."""
     for part in TOWERS:
         node = config.get(part)
-        if isinstance(node, Mapping) and node.get("_target_"):
-            yield part, _licence(node)
+        if not isinstance(node, Mapping) or not node.get("_target_"):
+            continue
+        several = node.get("encoders")
+        for index, one in enumerate(several if isinstance(several, list) else [node]):
+            yield f"{part} {index}" if several else part, _licence(one)
 
 
 def _licence(node: Mapping[str, Any]) -> str:
     path = node.get("path")
-    if path is None:  # shipped, or new weights
-        return "apache-2.0"
+    if path is None:
+        return OURS if issubclass(get_class(str(node["_target_"])), SHIPPED) else NONE
     try:
         card = resolve(str(path), "path", weights=False) / "README.md"
     except UserError:
