@@ -22,6 +22,7 @@ VERBS = {
     "export": ["vlmlab.cli.export"],
     "import": ["vlmlab.cli.import_model"],
     "curate": ["vlmlab.cli.curate"],
+    "wandb": ["vlmlab.cli.wandb_sweep"],
 }
 
 USAGE = """usage: vlmlab <verb> [group=choice] [key=value] [--help]
@@ -39,6 +40,7 @@ USAGE = """usage: vlmlab <verb> [group=choice] [key=value] [--help]
   vlmlab export run=outputs/<name> to=<folder>            transformers folders of what a finished run has trained
   vlmlab import path=<folder> to=outputs/<name>           a run of a published model: LLaVA, BLIP-2, PaliGemma ...
   vlmlab curate run=outputs/<name> out=<file>             how well captions fit their images, as a finished run finds
+  vlmlab wandb sweeps/<name>                              a sweep's table and figure as an artifact at W&B
 """
 
 
