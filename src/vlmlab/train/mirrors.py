@@ -43,7 +43,7 @@ class Mirrors:
     def __init__(self, cfg: DictConfig, folder: RunFolder, writes: bool) -> None:
         self.file, self.stages = folder.path / LOGGED, parse(cfg)
         self.loggers: list[Logger] = loggers_of(cfg, folder) if writes else []
-        self._told: dict[str, dict[str, int]] = (read_json(self.file) or {}) if self.loggers else {}
+        self._told: dict[str, dict[str, list[int]]] = (read_json(self.file) or {}) if self.loggers else {}
 
     def tell(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Hand on those rows of ``metrics.jsonl`` that a logger has not had: of training steps and of looks."""
@@ -56,10 +56,10 @@ class Mirrors:
             shown = {f"train/{key}": value for key, value in numbers.items()} if kind == "train" else numbers
             step, samples = position(self.stages, stage, int(row["step"]))
             for logger in self.loggers:
-                told = self._told.setdefault(type(logger).__name__, {})
-                if told.get(kind, -1) >= step:
+                told, now = self._told.setdefault(type(logger).__name__, {}), [stage.index, int(row["step"])]
+                if told.get(kind, [-1]) >= now:
                     continue
-                told[kind] = step
+                told[kind] = now
                 write_json(self.file, self._told)  # first: a row that is lost is in metrics.jsonl, one twice is wrong
                 logger.log_metrics(shown | {"samples": float(samples)}, step)
 
