@@ -48,6 +48,11 @@ def test_every_logger_is_admitted(choice: str) -> None:
     admitted([f"logger={choice}"])
 
 
+def test_a_name_without_a_logger_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"logger\.name=csv logs nowhere .* write logger=csv"):
+        admitted(["logger.name=csv"])
+
+
 def test_a_sweep_without_a_table_is_refused(tmp_path: Path) -> None:
     cfg = OmegaConf.create({"sweep": "???", "project": "p", "entity": None, "mode": "auto"})
     with pytest.raises(ConfigError, match=r"which sweep\? .*vlmlab wandb sweeps/<name>"):

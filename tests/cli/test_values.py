@@ -140,7 +140,7 @@ WRONG: list[tuple[str, Any]] = [
     *(("debug.overfit", value) for value in (-1, "x", None)),
     ("debug.profile", 1),
     *(("precision.name", value) for value in ("fp8", 16, None)),
-    *(("logger.name", value) for value in ("tensorboard", None)),
+    *(("logger.name", value) for value in ("neptune", None)),
     ("logger.tags", "one"),
     ("logger.project", 3),
     *(("cache.max_gb", value) for value in (0, "much", INF)),

@@ -25,7 +25,7 @@ from vlmlab.runs.withheld import KEY, REFERENCE, fits, literal, present
 
 PLUGINS = (
     *("adapter", "cache", "connector", "data", "encoder", "engine", "evaluate"),
-    *("fusion", "lm", "mask", "model", "objective", "pair_head", "towers"),
+    *("fusion", "lm", "logger", "mask", "model", "objective", "pair_head", "towers"),
 )
 """Folders of the package whose classes a configuration may name."""
 
