@@ -19,6 +19,7 @@ from vlmlab.contracts.errors import UserError, reason
 from vlmlab.recipe.stage import Stage, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
+from vlmlab.train.summed import Summed
 
 LOGGED = "logged.json"
 LOOKS = ("held_out/", "slice/")
@@ -86,18 +87,6 @@ class Mirrors:
             else:
                 logger.finalize("success" if code == 0 else "failed")
         self.loggers = []
-
-
-class Summed(Logger):
-    """A logger that has a summary of a run beside its rows, and is told how the run ended."""
-
-    def summarise(self, cfg: DictConfig, folder: Path, scores: Mapping[str, float], cost: Mapping[str, float]) -> None:
-        """Take the final numbers, and look at the run's predictions."""
-        raise NotImplementedError
-
-    def end(self, code: int) -> None:
-        """The run has ended with this exit code."""
-        raise NotImplementedError
 
 
 def loggers_of(cfg: DictConfig, folder: RunFolder) -> list[Logger]:

@@ -24,8 +24,8 @@ from vlmlab.evaluate.metrics.vqa import VqaAccuracy
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.tracking import Counted, begun, group_of, name_of
 from vlmlab.runs.withheld import stored
-from vlmlab.train.mirrors import Summed
 from vlmlab.train.record import wandb_id
+from vlmlab.train.summed import Summed
 
 STOPPED = 128
 """Exit codes above are of signals."""
