@@ -12,7 +12,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from hydra_plugins.vlmlab_pool_launcher._cells import FINISHED, Cell, families, plan, unique
 from hydra_plugins.vlmlab_pool_launcher._display import display
@@ -105,7 +105,6 @@ def run_sweep(
     if record is not None:
         record.add(cell.folder for cell in cells if cell.state == "done")
     table = _table(sweep, cells)
-    _tell_wandb(sweep, config)
     if pool.signals:
         raise KeyboardInterrupt
     return _returns(sweep, jobs, cells, table)
@@ -215,17 +214,19 @@ def _table(sweep: Path, cells: Sequence[Cell]) -> bool:
     except Exception as error:
         fail(f"no table of {sweep}: {said(error) or f'{type(error).__name__}: {error}'}", FAILED)
         return False
+    _tell_wandb(sweep, cells)
     return True
 
 
-def _tell_wandb(sweep: Path, config: DictConfig) -> None:
+def _tell_wandb(sweep: Path, cells: Sequence[Cell]) -> None:
     """With ``logger=wandb``, send the table and figure; what W&B refuses is said and costs nothing else."""
-    if OmegaConf.select(config, "logger.name") != "wandb":
+    logger = next((cell.config["logger"] for cell in cells if cell.config), {})
+    if logger.get("name") != "wandb":
         return
     try:
         from vlmlab.cli.wandb_sweep import log_sweep
 
-        tell(log_sweep(sweep, config.logger))
+        tell(log_sweep(sweep, logger))
     except Exception as error:
         tell(f"note: the table is not at W&B: {said(error) or f'{type(error).__name__}: {error}'}")
 

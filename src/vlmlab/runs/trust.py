@@ -32,11 +32,11 @@ PLUGINS = (
 GENERATORS = "vlmlab.data.world."
 """Beginning of the modules whose functions it may name, too: they make words and touch no file."""
 
-PARTS = ("encoder", "connector", "lm", "mask", "fusion")
-SECTIONS = ("collate", "data", "trainer", "budget", "evaluation", "recipe")
-
 NOT_BUILT = ("callbacks", "logger")
 """Sections that nothing is made of but by the command that trains."""
+
+PARTS = ("encoder", "connector", "lm", "mask", "fusion")
+SECTIONS = ("collate", "data", "trainer", "budget", "evaluation", "recipe")
 
 CACHE = "evaluate/features"
 """In the run folder: features, where the cache that a saved configuration names is none on this machine."""
