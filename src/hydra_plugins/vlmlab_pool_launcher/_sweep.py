@@ -218,19 +218,6 @@ def _table(sweep: Path, cells: Sequence[Cell]) -> bool:
     return True
 
 
-def _tell_wandb(sweep: Path, cells: Sequence[Cell]) -> None:
-    """With ``logger=wandb``, send the table and figure; what W&B refuses is said and costs nothing else."""
-    logger = next((cell.config["logger"] for cell in cells if cell.config), {})
-    if logger.get("name") != "wandb":
-        return
-    try:
-        from vlmlab.cli.wandb_sweep import log_sweep
-
-        tell(log_sweep(sweep, logger))
-    except Exception as error:
-        tell(f"note: the table is not at W&B: {said(error) or f'{type(error).__name__}: {error}'}")
-
-
 def _returns(sweep: Path, jobs: Sequence[Cell], cells: Sequence[Cell], table: bool) -> list[CellReturn]:
     left = [cell for cell in cells if cell.state != "done"]
     failure: UserError | None = None
@@ -249,3 +236,16 @@ def _returns(sweep: Path, jobs: Sequence[Cell], cells: Sequence[Cell], table: bo
         status = JobStatus.FAILED if bad else JobStatus.COMPLETED
         returns.append(CellReturn(overrides=cell.overrides, cfg=cell.cfg, status=status, _return_value=value))
     return returns
+
+
+def _tell_wandb(sweep: Path, cells: Sequence[Cell]) -> None:
+    """With ``logger=wandb``, send the table and figure; what W&B refuses is said and costs nothing else."""
+    logger: Any = next((cell.config["logger"] for cell in cells if cell.config), {})
+    if logger.get("name") != "wandb":
+        return
+    try:
+        from vlmlab.cli.wandb_sweep import log_sweep
+
+        tell(log_sweep(sweep, logger))
+    except Exception as error:
+        tell(f"note: the table is not at W&B: {said(error) or f'{type(error).__name__}: {error}'}")
