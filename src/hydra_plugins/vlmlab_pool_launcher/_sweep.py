@@ -240,7 +240,7 @@ def _returns(sweep: Path, jobs: Sequence[Cell], cells: Sequence[Cell], table: bo
 
 def _tell_wandb(sweep: Path, cells: Sequence[Cell]) -> None:
     """With ``logger=wandb``, send the table and figure; what W&B refuses is said and costs nothing else."""
-    logger: Any = next((cell.config["logger"] for cell in cells if cell.config), {})
+    logger: Any = next((cell.config.get("logger") for cell in cells if cell.config), None) or {}
     if logger.get("name") != "wandb":
         return
     try:
