@@ -85,6 +85,6 @@ def test_every_cell_of_an_experiment_can_be_trained(experiment: str) -> None:
         seen[address] = values
 
 
-@pytest.mark.parametrize("group", ["fusion", "adapter", "cache", "logger", "debug", "preset"])
+@pytest.mark.parametrize("group", ["fusion", "adapter", "cache", "logger", "callbacks", "debug", "preset"])
 def test_every_group_that_can_be_off_has_none(group: str) -> None:
     assert (group, "none") in CHOICES

@@ -17,7 +17,7 @@ CHOICES = ("encoder", "connector", "lm", "mask", "fusion", "objective", "adapter
 """Config groups whose choices are plug-ins: of the folder of the same name, or of the engine for a recipe's stages."""
 RANKS = (
     {"contracts"},
-    {"data", "recipe", "runs", "cache", "digest", "towers"},
+    {"data", "recipe", "runs", "cache", "digest", "towers", "logger"},
     {"encoder", "connector", "lm", "mask", "fusion", "objective", "adapter", "pair_head"},
     {"model"},
     {"engine"},

@@ -64,15 +64,16 @@ def test_a_logger_that_comes_late_is_told_what_was_before_and_looks_too(tmp_path
         {"stage": "align", "step": 0, "held_out/loss": 2.0, "slice/a/vqa_accuracy": 0.5},
         {"stage": "align", "step": 6, "loss": 1.0, "lr/connector": 0.1},
         {"stage": "align", "step": 6, "finished": True, "seconds": 1.0},
+        {"stage": "tune", "step": 0, "held_out/loss": 1.5},
         {"stage": "tune", "step": 2, "loss": 0.5},
         {"stage": "tune", "step": 2, "held_out/loss": 1.0},
     ]
     Mirrors(cfg, folder, True).tell(rows)
-    assert [step for _, step in Told.rows] == [0, 6, 8, 8]
+    assert [step for _, step in Told.rows] == [0, 6, 6, 8, 8]
     assert Told.rows[0][0] == {"held_out/loss": 2.0, "slice/a/vqa_accuracy": 0.5, "samples": 0.0}
-    assert Told.rows[2][0] == {"train/loss": 0.5, "samples": 8.0 * 8}
+    assert Told.rows[3][0] == {"train/loss": 0.5, "samples": 8.0 * 8}
     Mirrors(cfg, folder, True).tell(rows)
-    assert len(Told.rows) == 4
+    assert len(Told.rows) == 5
     assert Mirrors(cfg, folder, False).loggers == []
 
 

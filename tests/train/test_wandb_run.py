@@ -16,6 +16,7 @@ from processes import forked
 from tests.test_conf import CONF
 from torch.optim import Optimizer
 
+from vlmlab.cli.wandb_sweep import log_sweep
 from vlmlab.engine.stage import StageModule
 from vlmlab.evaluate.metrics.rows import Row, write_rows
 from vlmlab.evaluate.metrics.scoring import predictions_file
@@ -65,6 +66,11 @@ def stopped(cfg: DictConfig, folder: Path) -> None:
         trained(cfg, folder)
 
 
+def told(sweep: Path) -> None:
+    (sweep / "table.csv").write_text("seed,score\n1,0.5\n2,0.25\n")
+    log_sweep(sweep, {"project": "vlmlab"})
+
+
 def finish(*args: Any) -> None:
     process = forked(*args)
     process.join(120)
@@ -80,6 +86,7 @@ def test_two_cells_one_stopped_and_resumed_one_made_afresh_are_three_runs_of_one
     finish(trained, lab(1), one)
     finish(trained, lab(2), two)
     finish(trained, lab(2), two, True)
+    finish(told, tmp_path / "sweep")
     stop, resumed = wandb_records.read(one)
     (first,), (second,) = wandb_records.read(tmp_path / "sweep" / "two.old-1"), wandb_records.read(two)
     parts = [stop, resumed, first, second]
@@ -94,6 +101,10 @@ def test_two_cells_one_stopped_and_resumed_one_made_afresh_are_three_runs_of_one
         assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 12))
         assert [row["samples/words/nrows"] for row in rows if "samples/words/nrows" in row] == [QUESTIONS]
     assert second["summary"]["fake/accuracy"] == 0.5 and second["summary"]["cost/trainable"] > 0
+    (whole,) = wandb_records.read(tmp_path / "sweep")
+    assert whole["run"].run_group == "sweep" and whole["run"].job_type == "sweep" and whole["exit"] == 0
+    assert whole["rows"][0]["table/nrows"] == 2
+    assert ["table.csv"] in [[entry.path for entry in one.manifest.contents] for one in whole["artifacts"]]
     for part in (resumed, first, second):
         kept = [entry for artifact in part["artifacts"] for entry in artifact.manifest.contents]
         images = [Path(entry.local_path) for entry in kept if entry.path.startswith("media/images/")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
 from vlmlab.train.choice import Choice
 from vlmlab.train.run import train
+from vlmlab.train.watch import Watch
 
 MONITOR = "held_out/loss"
 STEPS = 3
@@ -154,6 +156,26 @@ def test_a_score_that_no_slice_has_is_refused_before_the_first_step(tmp_path: Pa
     with pytest.raises(UserError, match=r"evaluation\.monitor=slice/words/f1 is no number of a look"):
         trained(tmp_path, config(2, slices=["words"], save_best=True, monitor="slice/words/f1"))
     assert not any(row.get("loss") for row in RunFolder(tmp_path).metrics())
+
+
+@pytest.mark.parametrize(("share", "asked"), [(0.2, [0, 90]), (None, [0, 20, 90])])
+def test_slices_take_their_share_of_the_time_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, share: float | None, asked: list[int]
+) -> None:
+    """Ten seconds each: the first at once, and again where they are a fifth of what has passed."""
+    clock, found = [0.0], []
+
+    class Slow:
+        def scores(self, model: Any) -> dict[str, float]:
+            found.append(clock[0])
+            clock[0] += 10
+            return {"slice/a/vqa_accuracy": 1.0}
+
+    monkeypatch.setattr("vlmlab.train.watch.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    watch = Watch({}, lambda *args: 0.0, 1, lambda row: None, [Slow()], share)
+    for clock[0] in (0, 20, 90):
+        watch._slices(None)  # type: ignore[arg-type]
+    assert found == asked
 
 
 @pytest.mark.parametrize(

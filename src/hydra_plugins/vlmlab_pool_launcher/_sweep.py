@@ -214,6 +214,7 @@ def _table(sweep: Path, cells: Sequence[Cell]) -> bool:
     except Exception as error:
         fail(f"no table of {sweep}: {said(error) or f'{type(error).__name__}: {error}'}", FAILED)
         return False
+    _tell_wandb(sweep, cells)
     return True
 
 
@@ -245,3 +246,16 @@ def _returns(sweep: Path, jobs: Sequence[Cell], cells: Sequence[Cell], table: bo
         status = JobStatus.FAILED if bad else JobStatus.COMPLETED
         returns.append(CellReturn(overrides=cell.overrides, cfg=cell.cfg, status=status, _return_value=value))
     return returns
+
+
+def _tell_wandb(sweep: Path, cells: Sequence[Cell]) -> None:
+    """With ``logger=wandb``, send the table and figure; what W&B refuses is said and costs nothing else."""
+    logger: Any = next((cell.config.get("logger") for cell in cells if cell.config), None) or {}
+    if logger.get("name") != "wandb":
+        return
+    try:
+        from vlmlab.cli.wandb_sweep import log_sweep
+
+        tell(log_sweep(sweep, logger))
+    except Exception as error:
+        tell(f"note: the table is not at W&B: {said(error) or f'{type(error).__name__}: {error}'}")

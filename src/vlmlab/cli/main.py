@@ -22,6 +22,7 @@ VERBS = {
     "export": ["vlmlab.cli.export"],
     "import": ["vlmlab.cli.import_model"],
     "curate": ["vlmlab.cli.curate"],
+    "wandb": ["vlmlab.cli.wandb_sweep"],
 }
 
 LOOKS = {
@@ -48,6 +49,7 @@ USAGE = """usage: vlmlab <verb> [group=choice] [key=value] [--help]
   vlmlab export run=outputs/<name> to=<folder>            a finished run as a model of transformers, with its card
   vlmlab import path=<folder> to=outputs/<name>           a run of a published model: LLaVA, BLIP-2, PaliGemma ...
   vlmlab curate run=outputs/<name> out=<file>             how well captions fit their images, as a finished run finds
+  vlmlab wandb sweeps/<name>                              a sweep's table and figure as an artifact at W&B
 """
 
 

@@ -1,4 +1,4 @@
-"""Who a run is at Weights & Biases, and whether it is told at once; free of torch and of wandb."""
+"""Who a run is at Weights & Biases, and whether it is told at once; free of torch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import json
 import netrc
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
+from vlmlab.contracts.errors import UserError, reason
+from vlmlab.contracts.terminal import tell
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import CELL
 
@@ -17,6 +20,15 @@ KEPT = "wandb.json"
 """In the folder of a run or a sweep: how many rows its W&B run has, and of a sweep its id."""
 
 HOST = "https://api.wandb.ai"
+
+INIT_S = 30
+"""Seconds to wait for the server before going on offline."""
+
+FLUSH, FLUSH_S = "x_transaction_log_flush_interval", 1.0
+"""A setting that not every version has: seconds until rows are in W&B's file, where a killed process loses none."""
+
+DATA = "WANDB_DATA_DIR"
+"""Where W&B puts the pictures of tables until it sends them: in the run folder, which can so be synced elsewhere."""
 
 
 def mode_of(asked: str) -> str:
@@ -27,6 +39,33 @@ def mode_of(asked: str) -> str:
     """
     mode = os.environ.get("WANDB_MODE") or ("online" if asked == "auto" else asked)
     return "offline" if mode == "online" and not has_key() else mode
+
+
+def begun(settings: Mapping[str, Any], asked: str) -> Any:
+    """A W&B run; offline where the server cannot be reached, which is said.
+
+    Args:
+        settings: keywords of ``wandb.init``; ``dir`` is the folder of the run.
+        asked: auto, online or offline.
+
+    Raises:
+        UserError: it cannot be begun at all.
+    """
+    import wandb
+
+    os.environ.setdefault(DATA, str(Path(str(settings["dir"])) / "wandb"))
+    mode: Any = mode_of(asked)
+    if mode == "offline" and asked == "online":
+        tell("note: logger.mode=online and there is no key (WANDB_API_KEY, wandb login): logged offline")
+    own: dict[str, Any] = {"init_timeout": INIT_S, FLUSH: FLUSH_S}
+    known = {key: value for key, value in own.items() if key in wandb.Settings.model_fields}
+    try:
+        return wandb.init(**settings, mode=mode, settings=wandb.Settings(**known))
+    except wandb.errors.Error as error:
+        if mode == "offline":
+            raise UserError(f"W&B cannot begin a run ({reason(error)}); choose logger=jsonl.") from error
+        tell(f"note: W&B cannot be reached ({reason(error)}): logged offline, `wandb sync` tells it later")
+    return wandb.init(**settings, mode="offline", settings=wandb.Settings(**known))
 
 
 def has_key() -> bool:

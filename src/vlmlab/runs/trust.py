@@ -25,18 +25,18 @@ from vlmlab.runs.withheld import KEY, REFERENCE, fits, literal, present
 
 PLUGINS = (
     *("adapter", "cache", "connector", "data", "encoder", "engine", "evaluate"),
-    *("fusion", "lm", "mask", "model", "objective", "pair_head", "towers"),
+    *("fusion", "lm", "logger", "mask", "model", "objective", "pair_head", "towers"),
 )
 """Folders of the package whose classes a configuration may name."""
 
 GENERATORS = "vlmlab.data.world."
 """Beginning of the modules whose functions it may name, too: they make words and touch no file."""
 
-PARTS = ("encoder", "connector", "lm", "mask", "fusion")
-SECTIONS = ("collate", "data", "trainer", "budget", "evaluation", "recipe")
-
 NOT_BUILT = ("callbacks", "logger")
 """Sections that nothing is made of but by the command that trains."""
+
+PARTS = ("encoder", "connector", "lm", "mask", "fusion")
+SECTIONS = ("collate", "data", "trainer", "budget", "evaluation", "recipe")
 
 CARRIED = "carried"
 """Key of ``env.json`` of a run that was exported: keys of its towers -> where they are in its own folder."""

@@ -19,6 +19,7 @@ from vlmlab.contracts.errors import UserError, reason
 from vlmlab.recipe.stage import Stage, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
+from vlmlab.train.summed import Summed
 
 LOGGED = "logged.json"
 LOOKS = ("held_out/", "slice/")
@@ -43,7 +44,7 @@ class Mirrors:
     def __init__(self, cfg: DictConfig, folder: RunFolder, writes: bool) -> None:
         self.file, self.stages = folder.path / LOGGED, parse(cfg)
         self.loggers: list[Logger] = loggers_of(cfg, folder) if writes else []
-        self._told: dict[str, dict[str, int]] = (read_json(self.file) or {}) if self.loggers else {}
+        self._told: dict[str, dict[str, list[int]]] = (read_json(self.file) or {}) if self.loggers else {}
 
     def tell(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Hand on those rows of ``metrics.jsonl`` that a logger has not had: of training steps and of looks."""
@@ -56,10 +57,10 @@ class Mirrors:
             shown = {f"train/{key}": value for key, value in numbers.items()} if kind == "train" else numbers
             step, samples = position(self.stages, stage, int(row["step"]))
             for logger in self.loggers:
-                told = self._told.setdefault(type(logger).__name__, {})
-                if told.get(kind, -1) >= step:
+                told, now = self._told.setdefault(type(logger).__name__, {}), [stage.index, int(row["step"])]
+                if told.get(kind, [-1]) >= now:
                     continue
-                told[kind] = step
+                told[kind] = now
                 write_json(self.file, self._told)  # first: a row that is lost is in metrics.jsonl, one twice is wrong
                 logger.log_metrics(shown | {"samples": float(samples)}, step)
 
@@ -86,18 +87,6 @@ class Mirrors:
             else:
                 logger.finalize("success" if code == 0 else "failed")
         self.loggers = []
-
-
-class Summed(Logger):
-    """A logger that has a summary of a run beside its rows, and is told how the run ended."""
-
-    def summarise(self, cfg: DictConfig, folder: Path, scores: Mapping[str, float], cost: Mapping[str, float]) -> None:
-        """Take the final numbers, and look at the run's predictions."""
-        raise NotImplementedError
-
-    def end(self, code: int) -> None:
-        """The run has ended with this exit code."""
-        raise NotImplementedError
 
 
 def loggers_of(cfg: DictConfig, folder: RunFolder) -> list[Logger]:

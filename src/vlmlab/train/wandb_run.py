@@ -6,7 +6,6 @@ folder, beside the id, so that a run that goes on, offline in another folder of 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -16,31 +15,20 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig
 
-from vlmlab.contracts.errors import UserError, reason
 from vlmlab.contracts.sample import IMAGE_TAG
-from vlmlab.contracts.terminal import tell
 from vlmlab.evaluate.baselines import Limited, Shuffled
 from vlmlab.evaluate.gallery import side_by_side
 from vlmlab.evaluate.metrics.rows import Row, read_rows
 from vlmlab.evaluate.metrics.scoring import predictions_file
 from vlmlab.evaluate.metrics.vqa import VqaAccuracy
 from vlmlab.runs.folder import RunFolder
-from vlmlab.runs.tracking import Counted, group_of, mode_of, name_of
+from vlmlab.runs.tracking import Counted, begun, group_of, name_of
 from vlmlab.runs.withheld import stored
-from vlmlab.train.mirrors import Summed
 from vlmlab.train.record import wandb_id
+from vlmlab.train.summed import Summed
 
 STOPPED = 128
 """Exit codes above are of signals."""
-
-INIT_S = 30
-"""Seconds to wait for the server before going on offline."""
-
-FLUSH, FLUSH_S = "x_transaction_log_flush_interval", 1.0
-"""A setting that not every version has: seconds until rows are in W&B's file, where a killed process loses none."""
-
-DATA = "WANDB_DATA_DIR"
-"""Where W&B puts the pictures of tables until it sends them: in the run folder, which can so be synced elsewhere."""
 
 COLUMNS = ("image", "kind", "question", "references", "answer", "score", "wrong image", "answer to it")
 
@@ -75,8 +63,6 @@ class WandbRun(WandbLogger, Summed):
     def experiment(self) -> Any:
         """W&B's run, begun where it is first asked for."""
         if self._experiment is None:
-            self._data_before = os.environ.get(DATA)
-            os.environ.setdefault(DATA, str(Path(str(self._wandb_init["dir"])) / "wandb"))
             self._experiment = begun(self._wandb_init, self.mode)
             for axis in ("step", "samples"):
                 self._experiment.define_metric(axis, hidden=True)
@@ -112,34 +98,6 @@ class WandbRun(WandbLogger, Summed):
             if code > STOPPED:
                 self._experiment.mark_preempting()
             self._experiment.finish(exit_code=code)
-            if self._data_before is None:
-                os.environ.pop(DATA, None)
-
-
-def begun(settings: Mapping[str, Any], asked: str) -> Any:
-    """A W&B run; offline where the server cannot be reached, which is said.
-
-    Args:
-        settings: keywords of ``wandb.init``.
-        asked: ``logger.mode``.
-
-    Raises:
-        UserError: it cannot be begun at all.
-    """
-    import wandb
-
-    mode: Any = mode_of(asked)
-    if mode == "offline" and asked == "online":
-        tell("note: logger.mode=online and there is no key (WANDB_API_KEY, wandb login): logged offline")
-    own: dict[str, Any] = {"init_timeout": INIT_S, FLUSH: FLUSH_S}
-    known = {key: value for key, value in own.items() if key in wandb.Settings.model_fields}
-    try:
-        return wandb.init(**settings, mode=mode, settings=wandb.Settings(**known))
-    except wandb.errors.Error as error:
-        if mode == "offline":
-            raise UserError(f"logger=wandb cannot begin a run ({reason(error)}); choose logger=jsonl.") from error
-        tell(f"note: W&B cannot be reached ({reason(error)}): logged offline, `wandb sync` tells it later")
-    return wandb.init(**settings, mode="offline", settings=wandb.Settings(**known))
 
 
 def samples_of(cfg: DictConfig, folder: Path, name: str) -> Iterator[tuple[Any, ...]]:

@@ -80,6 +80,14 @@ def best_look(cfg: Config, choices: Choices) -> str | None:
     return None
 
 
+def logger_to_make(cfg: Config, choices: Choices) -> str | None:
+    """A logger's name alone makes none."""
+    name = value_at(cfg, "logger.name")
+    if name in ("jsonl", "none", "wandb") or value_at(cfg, "logger.make") is not None:
+        return None
+    return f"logger.name={shown(name)} logs nowhere without logger.make; write logger={shown(name)} for a file of conf/"
+
+
 def features_to_keep(cfg: Config, choices: Choices) -> str | None:
     """A cache stands before a tower, and every rank asks that tower alone for the images it lacks."""
     cache, strategy = f"cache={choices.get('cache')}", value_at(cfg, "trainer.strategy")

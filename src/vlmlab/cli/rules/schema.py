@@ -328,6 +328,15 @@ class Score(TypedDict):
     trust: bool
 
 
+class Wandb(TypedDict):
+    """Keys of ``vlmlab wandb``."""
+
+    sweep: Text | Count
+    project: Text
+    entity: Text | None
+    mode: Literal["auto", "online", "offline"]
+
+
 class Export(TypedDict):
     """Keys of ``vlmlab export``."""
 
