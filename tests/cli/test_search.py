@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from hydra.core.config_loader import ConfigLoader
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from pretend import Life, Pretend, loaded, sweep_config
 
 pytest.importorskip("optuna", reason="optuna is not installed")
@@ -18,7 +20,7 @@ from hydra_plugins.vlmlab_pool_launcher._cells import Cell
 from hydra_plugins.vlmlab_pool_launcher._search import Goals, Search, run_search
 from hydra_plugins.vlmlab_pool_launcher._space import space_of, words_of
 from hydra_plugins.vlmlab_pool_launcher._sweep import Options, SweepError
-from hydra_plugins.vlmlab_pool_launcher.sweeper import MEDIAN, TPE
+from hydra_plugins.vlmlab_pool_launcher.sweeper import MEDIAN, TPE, OptunaSweeperConf
 from vlmlab.analyse.results import read_sweep
 from vlmlab.cli.entry import ConfigError
 from vlmlab.runs.folder import RunFolder
@@ -92,6 +94,15 @@ def test_values_are_those_of_the_grammar() -> None:
     assert (space["f"].low, space["f"].high, space["f"].log) == (1e-5, 1e-2, True) and "+g" in space
     assert (space["h"].low, space["h"].high, type(space["+g"]).__name__) == (0.1, 0.3, "FloatDistribution")
     assert words_of({"a": 1e-05, "+b": "mlp", "c": 3}) == ["a=1e-05", "+b=mlp", "c=3"]
+
+
+def test_keys_of_the_sweeper_are_those_of_a_search() -> None:
+    keys = OmegaConf.structured(OptunaSweeperConf(trials=3, minimize=["cost/flops_sample"]))
+    given = dict(instantiate(keys).given)
+    given.pop("params")
+    goals = Goals.of(given.pop("maximize"), given.pop("minimize"))
+    made = Search(words=["x=1,2"], goals=goals, **given)
+    assert (made.trials, made.sampler["_target_"], made.goals.directions) == (3, TPE["_target_"], ["minimize"])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Every command of the README runs: two steps a stage, in an empty folder with tiny files of the names it uses."""
+"""Every command of the README and of the page on sweeps runs: two steps a stage, in an empty folder with tiny files of the names it uses."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -18,13 +19,13 @@ from tests.slow.runs import ROOT, command, verb
 from vlmlab.data.world.sources import WorldQuestions
 
 pytestmark = pytest.mark.slow
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text() + (ROOT / "docs" / "sweeps.md").read_text()
 
 
 def commands() -> list[str]:
     """Lines of the README that call one of our scripts, without their comments."""
     lines = [line.strip().split("  #")[0] for line in README.splitlines()]
-    verbs = "inspect|plan|cost|compare|generate|chat|score|export|import|curate"
+    verbs = "sweep (?:show|table|report|compare)|inspect|plan|cost|compare|generate|chat|score|export|import|curate"
     ours = rf"python (train|evaluate)\.py|vlmlab ({verbs}) "
     lines = [re.split(r"\s{3,}", line)[0] for line in lines if re.match(ours, line)]
     return list(dict.fromkeys(lines))
@@ -58,8 +59,9 @@ def finished(folder: Path) -> Path:
 
 
 def swept(folder: Path) -> Path:
-    """The sweep that an earlier command has run."""
-    return next(path.parent for path in (folder / "sweeps").glob("*/table.csv"))
+    """The sweep of connectors and masks that an earlier command has run."""
+    tables = (folder / "sweeps").glob("*/table.csv")
+    return next(path.parent for path in tables if path.read_text().startswith("connector,mask,"))
 
 
 def test_the_readme_has_commands() -> None:
@@ -69,6 +71,8 @@ def test_the_readme_has_commands() -> None:
 def test_every_command_runs(tmp_path: Path) -> None:
     user_files(tmp_path)
     for line in commands():
+        if "sweep=optuna" in line and importlib.util.find_spec("optuna") is None:
+            continue
         if line.startswith("vlmlab "):
             there = {
                 "run=outputs/<name>": lambda: f"run={finished(tmp_path)}",

@@ -53,6 +53,8 @@ class OptunaSweeperConf:
     """
 
     _target_: str = "hydra_plugins.vlmlab_pool_launcher.sweeper.OptunaSweeper"
+    _recursive_: bool = False  # the sampler's seed is known when the search begins
+    _convert_: str = "all"
     trials: int = 20
     maximize: Any = None
     minimize: Any = None
