@@ -16,10 +16,12 @@ from hydra_plugins.vlmlab_pool_launcher._display import progress
 from hydra_plugins.vlmlab_pool_launcher._pool import Patience, Pool
 from hydra_plugins.vlmlab_pool_launcher._scheduled import Scheduled, Submitit, slurm_parameters
 from hydra_plugins.vlmlab_pool_launcher._sweep import Options, places_for
-from hydra_plugins.vlmlab_pool_launcher._worker import CellCommand
+from hydra_plugins.vlmlab_pool_launcher._worker import CellCommand, among
 from hydra_plugins.vlmlab_pool_launcher.launcher import SlurmLauncherConf
 from vlmlab.cli.entry import ConfigError
+from vlmlab.cli.rules.machine import nodes_are_found
 from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.watchdog import is_further_rank
 
 
 def cell(folder: Path, name: str = "c", **more: Any) -> Cell:
@@ -124,6 +126,31 @@ def test_keys_of_slurm_are_those_of_its_script(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert f"#SBATCH {line}" in script, script
     assert "module load cuda" in script
+
+
+def test_each_machine_of_a_job_finds_the_others() -> None:
+    first, second = (among(node, "node7", "3141_2") for node in (0, 1))
+    assert first == {"NODE_RANK": "0", "MASTER_ADDR": "node7", "MASTER_PORT": "21412"}
+    assert second == first | {"NODE_RANK": "1", "RANK": "1"}
+
+
+def test_only_rank_zero_of_the_first_machine_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert not is_further_rank()
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert is_further_rank()
+
+
+def test_several_machines_are_asked_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    config = {"trainer": {"nodes": 2}}
+    slurm = {"_mode": "MULTIRUN", "hydra/launcher": "slurm"}
+    assert nodes_are_found({"trainer": {"nodes": 1}}, {}) is None and nodes_are_found(config, slurm) is None
+    said = str(nodes_are_found(config, slurm | {"hydra/launcher": "pool"}))
+    assert said.startswith("trainer.nodes=2 wants machines: add -m sweep=slurm") and len(said) < 300
+    monkeypatch.setenv("MASTER_ADDR", "node7")
+    assert nodes_are_found(config, {"_mode": "RUN"}) is None
 
 
 def test_a_preempted_cell_saves_and_is_handed_back(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every command of the README and of the page on sweeps runs: two steps a stage, in an empty folder with tiny files of the names it uses."""
+"""Every command of the README and of the page on sweeps runs: two steps a stage, in a folder with tiny files."""
 
 from __future__ import annotations
 

@@ -76,10 +76,12 @@ def environment_of(slots: Sequence[str], launcher: int) -> dict[str, str]:
     return environment
 
 
-def start_process(cell_folder: str, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """A cell's process, whose output goes to the end of the ``log.txt`` in its folder."""
+def start_process(
+    cell_folder: str, command: Sequence[str], environment: Mapping[str, str], log_name: str = "log.txt"
+) -> subprocess.Popen[bytes]:
+    """A cell's process, whose output goes to the end of this file in its folder."""
     os.makedirs(cell_folder, exist_ok=True)
-    with open(os.path.join(cell_folder, "log.txt"), "ab", opener=no_link) as log:
+    with open(os.path.join(cell_folder, log_name), "ab", opener=no_link) as log:
         return subprocess.Popen(
             list(command),
             stdin=subprocess.DEVNULL,

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,10 +16,14 @@ from typing import Any
 from hydra_plugins.vlmlab_pool_launcher._job import environment_of, start_process
 from vlmlab.runs.files import read_json
 from vlmlab.runs.progress import JOB
+from vlmlab.runs.watchdog import NODE
 
 POLL_S = 0.5
 LEFT_OUT = ("SLURM_", "SUBMITIT_", "PMI", "SRUN_")
 """Beginnings of the variables from which Lightning would take the cell for one of several ranks."""
+
+
+PORTS = (20_000, 30_000)
 
 
 class CellCommand:
@@ -46,9 +50,10 @@ class CellCommand:
         """The exit code of the cell."""
         os.chdir(self.where)
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        environment = _variables(self.nodes)
+        machine, variables = _machine() if self.nodes > 1 else (0, {})
         self._log(f"on {socket.gethostname()}, process {os.getpid()}")
-        self._process = start_process(self.folder, self.command, environment)
+        log = f"log-{machine}.txt" if machine else "log.txt"
+        self._process = start_process(self.folder, self.command, _variables() | variables, log)
         for number in before:
             signal.signal(number, self._hand_on)
         try:
@@ -87,7 +92,26 @@ class CellCommand:
             log.write(f"{text}\n")
 
 
-def _variables(nodes: int) -> Mapping[str, str]:
+def _machine() -> tuple[int, dict[str, str]]:
+    """Which machine of a job on several this is, and the variables by which Lightning finds the others."""
+    job = importlib.import_module("submitit").JobEnvironment()
+    return job.node, among(job.node, job.hostnames[0], str(job.job_id))
+
+
+def among(node: int, first: str, job: str) -> dict[str, str]:
+    """The variables of a machine's process.
+
+    Args:
+        node: its number.
+        first: name of the first machine.
+        job: number of the job, of which the port is made.
+    """
+    port = PORTS[0] + int("".join(filter(str.isdigit, job)) or 0) % (PORTS[1] - PORTS[0])
+    found = {NODE: str(node), "MASTER_ADDR": first, "MASTER_PORT": str(port)}
+    return found | ({"RANK": str(node)} if node else {})  # not zero: what is said and written is rank zero's
+
+
+def _variables() -> dict[str, str]:
     """Of the cell's process, which ends with this one."""
     environment = environment_of([], os.getpid())
     return {key: value for key, value in environment.items() if not key.startswith(LEFT_OUT)}

@@ -27,7 +27,7 @@ The keys right below ``data`` are written out where they are used: whatever of t
 TRAINING = ("data.train", "data.max_bad_fraction")
 """Keys below those of `EVALUATION` that say what is learnt, with all below them."""
 
-EXECUTION = ("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.threads", "trainer.compile")
+EXECUTION = tuple(f"trainer.{key}" for key in ("accelerator", "devices", "nodes", "strategy", "threads", "compile"))
 """Keys of the machine: they change a training by rounding alone, and one that is over not at all."""
 
 TEST_SPLIT = ("test_path", "test_images")
