@@ -46,7 +46,8 @@ def test_the_groups_are_those_of_the_design() -> None:
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes_and_is_commented(group: str, choice: str) -> None:
     cfg = composed(f"{'+' if group in ADDED else ''}{group}={choice}")
-    elsewhere = {"preset": "recipe", "experiment": "recipe", "benchmark": f"data.benchmarks.{choice}.source"}
+    elsewhere = {"preset": "recipe", "experiment": "recipe", "sweep": "recipe"}
+    elsewhere["benchmark"] = f"data.benchmarks.{choice}.source"
     at = elsewhere.get(group, group)  # these set other groups
     node = OmegaConf.select(cfg, at)
     assert node is not None

@@ -50,7 +50,8 @@ def train(cfg, folder):
 
 
 sys.modules["vlmlab.train.run"] = types.SimpleNamespace(train=train)
-sys.modules["vlmlab.evaluate.gallery"] = types.SimpleNamespace(write_gallery=lambda *a, **k: "report.html")
+pages = dict.fromkeys(("write_gallery", "write_sweep_gallery"), lambda *a, **k: "report.html")
+sys.modules["vlmlab.evaluate.gallery"] = types.SimpleNamespace(**pages)
 
 
 def terminated(number, frame):

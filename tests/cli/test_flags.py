@@ -25,6 +25,8 @@ WRONG = {
     "hydra.run.dir=[1]": "hydra.run.dir=[1] is no folder",
     "hydra.searchpath=[nowhere]": "hydra.searchpath has nowhere, which is no folder",
     "-m hydra.launcher.slots=0": "hydra.launcher.slots=0 is not possible; give a whole number of at least 1, or null",
+    "-m hydra.launcher.retries=-1": "hydra.launcher.retries=-1 is not possible; give a whole number of at least 0",
+    "-m sweep=pool hydra.launcher.partition=gpu": "hydra.launcher.partition=gpu would have no effect",
     "-m hydra.launcher.timeout=x": "hydra.launcher.timeout=x is not possible; give a number above 0, or null",
     "hydra/launcher=pool hydra.launcher.n_jobs=2": "hydra.launcher.n_jobs=2 would have no effect",
 }
@@ -45,6 +47,8 @@ def test_wrong_words(line: str) -> None:
         "-m seed=0,1 hydra.launcher.slots=2 hydra.sweep.dir=x",
         "+experiment=mask_stages hydra.launcher.record=null +hydra.sweeper.params.seed=range(2)",
         "hydra/launcher=joblib hydra.launcher.n_jobs=2",
+        "-m sweep=slurm hydra.launcher.partition=gpu hydra.launcher.minutes=90 seed=0,1",
+        "-m sweep=optuna hydra.sweeper.trials=3 hydra.launcher.retries=1 mask=bidir,causal",
         "hydra.run.dir=${name} hydra.mode=RUN",
         "hydra.searchpath=[.,pkg://mine.conf]",
     ],

@@ -7,14 +7,13 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
@@ -32,9 +31,12 @@ from vlmlab.runs.data import note_changed
 from vlmlab.runs.files import write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.identity import training_hash, weights_hash
-from vlmlab.runs.names import SEED, cell_name, override_key, short_hash
+from vlmlab.runs.names import HOW, SEED, cell_name, override_key, short_hash
 from vlmlab.runs.origin import changed_origin
 from vlmlab.runs.shared import KEY, unshared
+
+if TYPE_CHECKING:
+    from hydra_plugins.vlmlab_pool_launcher._job import Job
 
 ELSEWHERE = "another process is in its folder"
 """Note of a cell that waits for whoever has locked its folder."""
@@ -58,12 +60,20 @@ class Cell:
         swept: key -> value of those that differ between cells.
         cfg: the composed configuration with the ``hydra`` node.
         config: the plain configuration; None where it cannot be resolved (its process will say why).
-        devices: slots it needs.
+        devices: slots it needs; -1: all there are.
+        nodes: machines that it runs on, each with so many devices.
+        accelerator: ``trainer.accelerator``.
+        fresh: whether it trains again though it has finished.
         state: how it is doing.
         note: a few words beside the state: why it failed, that it was there already.
-        process: of a started cell.
+        process: of a started cell, wherever it runs.
         slots: held while it runs.
         started: ``time.monotonic`` of its start.
+        seconds: it has run for.
+        tries: how often it was tried again.
+        not_before: ``time.monotonic`` before which it does not start again.
+        stalled: that it makes no progress, in words; empty where it does.
+        given_up: a search has stopped it, since others were better.
     """
 
     name: str
@@ -73,14 +83,19 @@ class Cell:
     cfg: DictConfig
     config: dict[str, Any] | None = None
     devices: int = 1
+    nodes: int = 1
     accelerator: str = "auto"
     fresh: bool = False
     state: State = "waiting"
     note: str = ""
-    process: subprocess.Popen[bytes] | None = None
+    process: Job | None = None
     slots: list[str] = field(default_factory=list)
     started: float = 0.0
     seconds: float = 0.0
+    tries: int = 0
+    not_before: float = 0.0
+    stalled: str = ""
+    given_up: bool = False
 
     @property
     def run(self) -> RunFolder:
@@ -242,7 +257,7 @@ def compose_cells(
     given = as_printed(map(str, config.hydra.overrides.task))
     made: list[Cell] = []
     for overrides in job_overrides:
-        task = [o for o in map(str, overrides) if not override_key(o).startswith(("hydra.", "hydra/"))]
+        task = [o for o in map(str, overrides) if not override_key(o).startswith(("hydra.", "hydra/")) and not _how(o)]
         swept = [o for o in task if o not in given]
         name = cell_name(swept)
         if any(cell.name == name for cell in made):
@@ -255,6 +270,11 @@ def compose_cells(
     for cell in made:
         cells.append(next((other for other in cells if other.config == cell.config), cell))
     return cells
+
+
+def _how(override: str) -> bool:
+    """Whether a word says by what a sweep is run, which is no part of a cell."""
+    return override_key(override) == HOW
 
 
 def news_first(cells: Sequence[Cell]) -> list[int]:
@@ -366,6 +386,7 @@ def _compose(composer: Composer, overrides: list[str], index: int, cell: Cell, b
     trainer = values.get("trainer") or {}
     devices = trainer.get("devices", 1)
     cell.devices = devices if isinstance(devices, int) else 1
+    cell.nodes = int(trainer.get("nodes") or 1)
     cell.accelerator = str(trainer.get("accelerator", "auto"))
     cell.fresh = bool(values.get("fresh", False))
     cell.config = values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -93,12 +94,19 @@ def progress(cell: Cell) -> str:
     """Where a running cell is (``align 120/300``), or the note of another."""
     if cell.state != "running":
         return cell.note
+    if cell.process is not None and (queue := cell.process.waits()):
+        return queue
     state = cell.run.state()
     if state.get("state") == "done":
         return "writing its report"
     step, steps = state.get("step"), state.get("steps")
     place = "" if step is None else f" {step}" + (f"/{steps}" if steps else "")
-    return f"{state.get('stage') or 'starting'}{place}"
+    return f"{state.get('stage') or 'starting'}{place}{f', {cell.stalled}' if cell.stalled else ''}"
+
+
+def state_of(cell: Cell) -> str:
+    """Its state in a word: one that a scheduler has queued waits."""
+    return "waiting" if cell.process is not None and cell.state == "running" and cell.process.waits() else cell.state
 
 
 def steps_of(cell: Cell) -> tuple[int, int] | None:
@@ -138,11 +146,11 @@ class Lines:
         for cell in cells:
             self._watcher.seconds_left(cell, now)
             words = progress(cell)
-            change = (cell.state, words.rpartition(" ")[0] if cell.state == "running" and " " in words else words)
+            change = (state_of(cell), re.sub(r" \d+(/\d+)?", "", words) if cell.state == "running" else words)
             if change != self._last.get(cell.name):
                 self._last[cell.name] = change
                 over = sum(other.state in ("done", "failed", "interrupted") for other in cells)
-                said = " ".join(filter(None, [cell.state, words, self._more(cell, cells, now)]))
+                said = " ".join(filter(None, [state_of(cell), words, self._more(cell, cells, now)]))
                 tell(f"[{over}/{len(cells)}] {cell.name}: {said}")
 
     def _more(self, cell: Cell, cells: Sequence[Cell], now: float) -> str:
@@ -195,7 +203,7 @@ def drawn(cells: Sequence[Cell], watcher: Watcher, now: float) -> RichTable:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    states = [cell.state for cell in cells]
+    states = [state_of(cell) for cell in cells]
     left = duration(watcher.all_left(cells, now))
     counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     table = RichTable(box=None, pad_edge=False, caption=f"{counted}{f'; about {left} left' if left else ''}")
@@ -208,7 +216,7 @@ def drawn(cells: Sequence[Cell], watcher: Watcher, now: float) -> RichTable:
         spent = duration(cell.seconds) if cell.seconds else ""
         loss = losses(cell.folder) if cell.state in ("running", "failed", "interrupted") else ""
         more = duration(watcher.seconds_left(cell, now))
-        table.add_row(cell.name, cell.state, Text(visible(progress(cell))), loss, watcher.score(cell), spent, more)
+        table.add_row(cell.name, state_of(cell), Text(visible(progress(cell))), loss, watcher.score(cell), spent, more)
     return table
 
 

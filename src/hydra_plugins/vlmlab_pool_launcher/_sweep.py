@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from omegaconf import DictConfig
 
 from hydra_plugins.vlmlab_pool_launcher._cells import FINISHED, Cell, families, plan, unique
 from hydra_plugins.vlmlab_pool_launcher._display import display
-from hydra_plugins.vlmlab_pool_launcher._pool import Pool
+from hydra_plugins.vlmlab_pool_launcher._job import Site, ThisMachine
+from hydra_plugins.vlmlab_pool_launcher._pool import Patience, Pool
 from hydra_plugins.vlmlab_pool_launcher._slots import make_slots
 from vlmlab.cli.data import check_sources
 from vlmlab.cli.entry import FAILED, ConfigError, fail, said
@@ -62,14 +63,27 @@ def untrained(cells: Sequence[Cell]) -> list[CellReturn]:
     ]
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a sweep is run.
+
+    Attributes:
+        slots: ``hydra.launcher.slots``.
+        devices_per_cell: slots of a cell that takes all devices there are; None: all.
+        patience: how long and how often a cell may try.
+        record: finished cells of other folders and machines, which are not trained again.
+        site: makes the place where cells run, for the sweep's folder; None: this machine.
+    """
+
+    slots: int | None = None
+    devices_per_cell: int | None = None
+    patience: Patience | None = None
+    record: CellsCsv | None = None
+    site: Callable[[Path], Site] | None = None
+
+
 def run_sweep(
-    config: DictConfig,
-    loader: ConfigLoader,
-    job_overrides: Sequence[Sequence[str]],
-    first: int,
-    slots: int | None,
-    timeout: float | None,
-    record: CellsCsv | None = None,
+    config: DictConfig, loader: ConfigLoader, job_overrides: Sequence[Sequence[str]], first: int, options: Options
 ) -> list[CellReturn]:
     """Run what is not finished, write and print the table whatever happened.
 
@@ -78,36 +92,55 @@ def run_sweep(
         loader: composes the cells.
         job_overrides: of every cell, from the sweeper.
         first: number of the first cell.
-        slots: ``hydra.launcher.slots``.
-        timeout: ``hydra.launcher.timeout``.
-        record: finished cells of other folders and machines, which are not trained again.
+        options: how it is run.
     """
     jobs = planned(config, loader, job_overrides, first)
     sweep, cells = folder_of(config), unique(jobs)
     left = [cell for cell in cells if not cell.settle_finished()]
     look_ahead(left)
-    places = make_slots(cells, slots)
+    site = options.site(sweep) if options.site is not None else ThisMachine()
+    places = places_for(cells, options)
     sweep.mkdir(parents=True, exist_ok=True)
     for cell in left:
-        if not cell.settle_recorded(record):
+        if not cell.settle_recorded(options.record):
             cell.announce()
     _say_told(cells)
     _say_reach(cells)
     tell(f"sweep {sweep}: {len(cells)} cells, {len(places)} at a time; each writes <cell>/log.txt")
     start = start_command()
     with display(len(places)) as show:
-        pool = Pool(places, lambda cell: [*start, *cell_arguments(config, cell)], timeout, show)
+        pool = Pool(places, lambda cell: [*start, *cell_arguments(config, cell)], options.patience, show, site)
         pool.run(cells)
         show(cells)
-    for cell in cells:
-        if cell.missing():
-            show(cells)
-    if record is not None:
-        record.add(cell.folder for cell in cells if cell.state == "done")
-    table = _table(sweep, cells)
+    table = settle(sweep, cells, options.record)
     if pool.signals:
         raise KeyboardInterrupt
     return _returns(sweep, jobs, cells, table)
+
+
+def places_for(cells: Sequence[Cell], options: Options) -> list[str]:
+    """The slots of a sweep: of this machine, or of a scheduler's queue, where a cell takes one."""
+    for cell in cells:
+        if options.devices_per_cell is not None and cell.devices == -1:
+            cell.devices = options.devices_per_cell
+    if options.site is None:
+        return make_slots(cells, options.slots)
+    for cell in cells:
+        if cell.devices == -1:
+            raise ConfigError(
+                f"cell {cell.name} takes all devices there are, and a scheduler has to be asked for a number of them; "
+                "set trainer.devices=<number>, or hydra.launcher.devices_per_cell=<number>"
+            )
+    return [""] * (options.slots or max(1, len(cells)))
+
+
+def settle(sweep: Path, cells: Sequence[Cell], record: CellsCsv | None) -> bool:
+    """After all cells have ended: add them to the record and print the table; whether there is one."""
+    for cell in cells:
+        cell.missing()
+    if record is not None:
+        record.add(cell.folder for cell in cells if cell.state == "done")
+    return _table(sweep, cells)
 
 
 def planned(config: DictConfig, loader: ConfigLoader, job_overrides: Sequence[Sequence[str]], first: int) -> list[Cell]:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 
-from vlmlab.contracts.values import Count, Positive, Text, refusal, shown
+from vlmlab.contracts.values import Count, Natural, Positive, Text, refusal, shown
 
 RUN: Mapping[str, Any] = {"hydra.run.dir": str}
 """Hydra's own keys that a single run reads."""
@@ -26,6 +26,10 @@ SWEEP: Mapping[str, Any] = {
     "hydra.launcher.slots": Count | None,
     "hydra.launcher.timeout": Positive | None,
     "hydra.launcher.record": Text | None,
+    "hydra.launcher.devices_per_cell": Count | None,
+    "hydra.launcher.retries": Natural,
+    "hydra.launcher.backoff": Positive,
+    "hydra.launcher.stalled": Positive | None,
     "hydra/launcher": str,
     "hydra/sweeper": str,
     "hydra.sweeper.params": dict,
@@ -128,15 +132,17 @@ def _known(key: str, keys: Mapping[str, Any]) -> bool:
 def _of_another(key: str, words: Sequence[str]) -> bool:
     """Whether a key is of a launcher or sweeper from elsewhere that the command chooses, and that knows its own."""
     group = key.split(".")[1] if key.count(".") > 1 else ""
-    chosen = [word for word in words if word.startswith(f"hydra/{group}=")] if group in ("launcher", "sweeper") else []
-    return bool(chosen) and "hydra/launcher=pool" not in chosen
+    if group not in ("launcher", "sweeper"):
+        return False
+    chosen = [word for word in words if word.startswith((f"hydra/{group}=", "sweep="))]
+    return bool(chosen) and not {"hydra/launcher=pool", "sweep=pool"} & {*chosen}
 
 
 def _wrong_setting(word: str, key: str, trains: bool) -> Iterator[str]:
     """Hydra has keys for everything; refused are those that nothing here reads."""
     known = {**ANY, **RUN, **SWEEP} if trains else dict(ANY)
     if not _known(key, known) or word.startswith("~") or "@" in word.partition("=")[0]:
-        read = ", ".join(name for name in known if name not in ("hydra.mode", "hydra/help"))
+        read = ", ".join(_together(name for name in known if name not in ("hydra.mode", "hydra/help")))
         yield f"{shown(word)} would have no effect; of Hydra's own keys this command reads {read}"
         return
     try:
@@ -145,6 +151,17 @@ def _wrong_setting(word: str, key: str, trains: bool) -> Iterator[str]:
         return
     if key in known and not parsed.is_sweep_override():
         yield from _wrong_value(key, known[key], parsed)
+
+
+def _together(names: Iterable[str]) -> list[str]:
+    """Names with those below one key as one: ``hydra.sweep.dir|subdir``."""
+    below: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        below.setdefault(parent if "." in parent else name, []).append(last)
+    return [
+        name if lasts == [name.rpartition(".")[2]] else f"{name}.{'|'.join(lasts)}" for name, lasts in below.items()
+    ]
 
 
 def _wrong_value(key: str, kind: Any, parsed: Override) -> Iterator[str]:

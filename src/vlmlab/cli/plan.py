@@ -50,7 +50,7 @@ def plan_command(cfg: DictConfig) -> None:
 
     settings = Settings(
         device=device,
-        devices=cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1,
+        devices=(cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1) * (cfg.trainer.get("nodes") or 1),
         sharded=cfg.trainer.strategy == "fsdp2",
         mfu=float(cfg.mfu),
         headroom=float(cfg.headroom),

@@ -230,7 +230,7 @@ def _stage(cfg: DictConfig, index: int, name: str, parts: Collection[str]) -> St
     if "mix" in keys:
         keys["mix"] = _mix(keys["mix"], where, name)
     _check_choices(keys, where, _plain(cfg, "data.train") or {})
-    _check_numbers(keys, where, OmegaConf.select(cfg, "trainer.devices"))
+    _check_numbers(keys, where, _ranks(cfg))
     keys["betas"] = (float(keys["betas"][0]), float(keys["betas"][1])) if "betas" in keys else (0.9, 0.999)
     keys["steps"] = scaled_steps(int(keys["steps"]), cfg)
     return Stage(index=index, name=name, **keys)
@@ -326,6 +326,13 @@ def _check_choices(keys: Mapping[str, Any], where: str, sources: Collection[str]
         raise UserError(f"{where}.data={shown(keys['data'])} is not in data.train; choose from {listed(sources)}.")
     if not isinstance(keys.get("objective"), Mapping):
         raise UserError(f"{where}.objective is missing; give one with _target_, or a mapping of several.")
+
+
+def _ranks(cfg: DictConfig) -> Any:
+    """The devices of a run over all of its machines, where their number is given."""
+    devices = OmegaConf.select(cfg, "trainer.devices")
+    nodes = OmegaConf.select(cfg, "trainer.nodes") or 1
+    return devices * nodes if isinstance(devices, int) and devices > 0 else devices
 
 
 def _check_numbers(keys: Mapping[str, Any], where: str, devices: Any) -> None:

@@ -27,6 +27,7 @@ BEFORE: Mapping[str, Any] = {
     "evaluation.patience": None,
     "connector.activation": "gelu",
     "connector.own_layers": False,
+    "trainer.nodes": 1,
     "image_range": "auto",  # of any source of data, as what follows
     "image_roots": [],
     "grid": 4,  # of the generated world, as what follows

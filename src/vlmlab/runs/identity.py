@@ -35,7 +35,7 @@ DECIDING = (
 )
 """Keys of the evaluation that say what is learnt where stages end early (``evaluation.patience``)."""
 
-EXECUTION = ("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.threads", "trainer.compile")
+EXECUTION = tuple(f"trainer.{key}" for key in ("accelerator", "devices", "nodes", "strategy", "threads", "compile"))
 """Keys of the machine: they change a training by rounding alone, and one that is over not at all."""
 
 TEST_SPLIT = ("test_path", "test_images")

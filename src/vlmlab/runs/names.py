@@ -13,6 +13,7 @@ NOT_THE_RESULT = (
     "logger",
     "callbacks",
     "hydra",
+    "sweep",
     "preset.deviates",
     "cache.folder",
     "cache.max_gb",
@@ -23,6 +24,9 @@ NOT_THE_RESULT = (
     "trainer.log_every",
 )
 """Keys that do not change what a run computes: they enter neither names nor ``config_hash``."""
+
+HOW = "sweep"
+"""The group that says by what a sweep is run."""
 
 SEED = "seed"
 """The key whose values are repetitions of one composition."""

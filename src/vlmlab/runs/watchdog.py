@@ -14,9 +14,13 @@ POLL_S = 0.5
 GRACE_S = 20.0
 
 
+NODE = "NODE_RANK"
+"""Set in the processes of a run on several machines, as Lightning reads it: the number of the machine."""
+
+
 def is_further_rank() -> bool:
-    """Whether this process was started by rank zero of a run on several devices, which answers for the command."""
-    return int(os.environ.get("LOCAL_RANK", "0")) > 0
+    """Whether this process is of a run on several devices or machines, and not its rank zero, which answers for it."""
+    return any(int(os.environ.get(name) or "0") > 0 for name in ("LOCAL_RANK", NODE))
 
 
 def expected_parent() -> int | None:

@@ -527,6 +527,7 @@ def _trainer(run: Run, before: Sequence[L.Callback], keeper: Keeper) -> L.Traine
     return L.Trainer(
         accelerator=settings.accelerator,
         devices=devices,
+        num_nodes=_nodes(run),
         strategy=_strategy(run, devices),
         precision=run.precision.name,
         max_epochs=1,
@@ -547,6 +548,11 @@ def _trainer(run: Run, before: Sequence[L.Callback], keeper: Keeper) -> L.Traine
     )
 
 
+def _nodes(run: Run) -> int:
+    """The machines that the run is on."""
+    return int(run.cfg.trainer.get("nodes") or 1)
+
+
 def _strategy(run: Run, devices: Any) -> str | ModelParallelStrategy:
     """Lightning's strategy.
 
@@ -555,11 +561,11 @@ def _strategy(run: Run, devices: Any) -> str | ModelParallelStrategy:
     """
     if run.shards:
         there = torch.cuda.device_count() if on_gpu(run.cfg) else 1
-        ranks = devices if isinstance(devices, int) and devices > 0 else there
+        ranks = (devices if isinstance(devices, int) and devices > 0 else there) * _nodes(run)
         if ranks < 2:
             raise UserError("trainer.strategy=fsdp2 shares the weights among devices and there is one; use auto.")
         return ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
-    several = devices if isinstance(devices, int) else 2
+    several = devices * _nodes(run) if isinstance(devices, int) else 2
     strategy: str = run.cfg.trainer.strategy
     return strategy if strategy != "auto" or several == 1 else "ddp"
 

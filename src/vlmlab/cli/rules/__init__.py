@@ -18,6 +18,7 @@ from vlmlab.cli.rules.asking import Choices, Config, Rule
 from vlmlab.cli.rules.machine import (
     compiler_at_hand,
     fp16_needs_gpu,
+    nodes_are_found,
     ranks_need_a_process_tree,
     shards_for_several,
 )
@@ -125,6 +126,7 @@ RULES: tuple[Rule, ...] = (
     features_to_keep,
     possible_name,
     possible_names,
+    nodes_are_found,
     ranks_need_a_process_tree,
     leaking_mask,
     text_to_mix,

@@ -45,6 +45,19 @@ def compiler_at_hand(cfg: Config, choices: Choices) -> str | None:
     return None
 
 
+def nodes_are_found(cfg: Config, choices: Choices) -> str | None:
+    """Several machines are asked for by SLURM, or told to each process by who starts them."""
+    nodes = value_at(cfg, "trainer.nodes")
+    if not isinstance(nodes, int) or nodes < 2 or "MASTER_ADDR" in os.environ:
+        return None
+    if choices.get("_mode") == "MULTIRUN" and choices.get("hydra/launcher") == "slurm":
+        return None
+    return (
+        f"trainer.nodes={nodes} wants machines: add -m sweep=slurm, which asks for them, or start the command on each "
+        "with MASTER_ADDR, MASTER_PORT and NODE_RANK in its environment"
+    )
+
+
 def ranks_need_a_process_tree(cfg: Config, choices: Choices) -> str | None:
     """Under Hydra's basic launcher every rank would run the whole sweep again."""
     devices = value_at(cfg, "trainer.devices")

@@ -101,6 +101,7 @@ class Trainer(TypedDict):
 
     accelerator: Accelerator
     devices: Devices
+    nodes: NotRequired[Count]
     strategy: Strategy
     compile: NotRequired[bool]
     threads: Threads
