@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-
-CONF = Path(__file__).parents[2] / "conf/data"
+from tests.test_conf import composed
 
 
 def group(name: str, **keys: Any) -> DictConfig:
-    made = OmegaConf.create({"seed": 0, "data": OmegaConf.load(CONF / f"{name}.yaml")})
+    made = OmegaConf.create({"seed": 0, "data": composed(f"data={name}").data})
     made.data.update(keys)
     return made.data
 
@@ -39,9 +38,8 @@ def test_the_papers_sets(shared_data: Path, name: str, tmp_path: Path) -> None:
     rows = [r for r in records if (root / r["image"]).is_file()][:60]
     rows = [{**r, "image": {"bytes": (root / r["image"]).read_bytes(), "path": None}} for r in rows]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train-00000-of-00001.parquet", row_group_size=20)
-    keys = {
-        key: str(tmp_path) for key in ("path", "path_558k", "path_118k") if key in OmegaConf.load(CONF / f"{name}.yaml")
-    }
+    known = list(composed(f"data={name}").data)
+    keys = {key: str(tmp_path) for key in ("path", "path_558k", "path_118k") if key in known}
     data = group(name, val_fraction=0.2, **keys)
     for stage in ("short", "dense", "captions", "instruct"):
         train, val = (instantiate(data[part][stage]) for part in ("train", "val"))

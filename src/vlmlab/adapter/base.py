@@ -31,7 +31,7 @@ def check_name(name: str) -> str:
     """An adapter's name becomes part of the names of its weights.
 
     Raises:
-        UserError: it is no word, or one that means something else there.
+        UserError: it is not a word, or one that means something else there.
     """
     if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name == "base" or hasattr(nn.ModuleDict, name):
         raise UserError(f"adapter.name={name} cannot name weights; use a word of letters, digits and _ like task_a.")
@@ -192,7 +192,7 @@ def merge(part: nn.Module) -> nn.Module:
     """The plain tower, with the adapter that acts in its weights; all others are dropped.
 
     Raises:
-        UserError: the adapter is no change of weights.
+        UserError: the adapter is not a change of weights.
     """
     for path, layer in list(layers(part)):
         if layer.active_adapters:

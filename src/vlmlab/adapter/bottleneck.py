@@ -1,4 +1,4 @@
-"""``bottleneck``: a small residual network behind the sublayers of a tower (arXiv 1902.00751, 2005.00247)."""
+"""``bottleneck``: a small residual network after the sublayers of a tower (arXiv 1902.00751, 2005.00247)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlmlab.contracts.values import Names, NotNegative, Text, Width, Wrapped
 class BottleneckAdapter(Adapter):
     """h <- h + W_up act(W_down LN(h)) on the output of a sublayer, before it joins the residual stream.
 
-    Behind attention and FFN it is Houlsby's (arXiv 1902.00751, section 2), behind the FFN alone Pfeiffer's
+    After attention and FFN it is Houlsby's (arXiv 1902.00751, section 2), after the FFN alone Pfeiffer's
     (arXiv 2005.00247, section 3); the norm in front is a key of its own.
 
     Args:
@@ -77,7 +77,7 @@ class Bottleneck(nn.Module):
 
 
 class BottleneckLayer(Layer):
-    """An output projection and what comes behind it."""
+    """An output projection and what comes after it."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The projection's output with the branch added."""

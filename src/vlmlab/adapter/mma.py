@@ -30,7 +30,7 @@ class MmaAdapter(Adapter):
         width: of the branches, a multiple of 2.
         temperature: tau.
         scale: s.
-        dropout: behind A.
+        dropout: after A.
         targets: ends of the names of the attention modules; names that a tower lacks are passed over.
         lr: learning rate of the adapter wherever a stage trains the wrapped part; null takes the stage's.
         name: of the adapter, where several share one tower.
@@ -120,7 +120,7 @@ class MmaLayer(Layer):
     """An attention module whose input is adapted.
 
     Attributes:
-        ports: of the LM's layer that it stands in, where it reads which samples have an image; None in an encoder.
+        ports: of the LM's layer that it is in, where it reads which samples have an image; None in an encoder.
     """
 
     ports: LayerPorts | None = None

@@ -15,7 +15,7 @@ from vlmlab.contracts.values import NotNegative, Text, Width, Wrapped
 
 
 class SoftPromptAdapter(Adapter):
-    """`length` learnt vectors in the LM's embedding space stand before every sample.
+    """`length` learnt vectors in the LM's embedding space are before every sample.
 
     The collator writes them into the sequence as the ids -1, -2, ... with role system, so that masks, packing,
     positions and cached generation treat them as any other token, and the embedding table looks them up here. Without
@@ -71,7 +71,7 @@ class SoftPrompt(nn.Module):
         self.weight = nn.Parameter(rows.float())
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(B, S) ids from -1 downwards -> (B, S, D); what stands at other ids means nothing."""
+        """(B, S) ids from -1 downwards -> (B, S, D); what is at other ids means nothing."""
         return F.embedding((-1 - ids).clamp(0, len(self.weight) - 1), self.weight)
 
 

@@ -1,1 +1,1 @@
-"""Feature caches: what stands between pixels and a frozen encoder. Encoders know nothing of them."""
+"""Feature caches: what is between pixels and a frozen encoder. Encoders know nothing of them."""

@@ -220,7 +220,7 @@ def _hold(folder: Path) -> int:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        with contextlib.suppress(OSError):  # a disk without locks: whoever removes meets readers that compute anew
+        with contextlib.suppress(OSError):  # a disk without locks: anyone who removes meets readers that compute anew
             fcntl.flock(lock, fcntl.LOCK_SH)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock), os.stat(folder / "lock")):

@@ -25,7 +25,7 @@ class CAbstractorConnector(Connector):
         out_width: width of the LM.
         side: rows and columns of tokens (12 in the paper: 144 tokens); null halves the grid, rounded up.
         hidden: channels of the blocks (1,024 in the paper); null means the LM's width.
-        depth: blocks before the pooling, and as many behind it (3 in the paper).
+        depth: blocks before the pooling, and as many after it (3 in the paper).
         mlp_depth: linear layers at the end, with SiLU between them (2 in the paper).
     """
 

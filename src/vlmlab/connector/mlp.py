@@ -23,7 +23,7 @@ class MlpConnector(Connector):
         depth: number of linear layers; 2 is LLaVA's ``mlp2x_gelu``.
         hidden: width between them; null means the LM's.
         activation: by transformers' name, as "gelu" (LLaVA-1.5) or "silu" (LaVIN).
-        end: a learned vector behind every image's tokens (LLaVA-OneVision's ``image_newline``, arXiv 2408.03326).
+        end: a learned vector after every image's tokens (LLaVA-OneVision's ``image_newline``, arXiv 2408.03326).
 
     Raises:
         UserError: there is no such activation.

@@ -29,7 +29,7 @@ class OvisConnector(Connector):
             (the likeliest word); the last two have the softmax's gradient.
         temperature: of gumbel_argmax.
         indicators: a learned begin and end word around each image's tokens.
-        ends: number of end words (Ovis2 has two behind an image that is not cut into tiles).
+        ends: number of end words (Ovis2 has two after an image that is not cut into tiles).
         std: of the table's first values.
 
     Raises:

@@ -1,6 +1,6 @@
 """Learned queries that read the features by cross-attention (BLIP-2, arXiv 2301.12597 section 3.1), shared.
 
-With ``instruction`` the user's words stand beside the queries in its self-attention, so that the queries may ask the
+With ``instruction`` the user's words are beside the queries in its self-attention, so that the queries may ask the
 features for what the user wants to know (InstructBLIP, arXiv 2305.06500 section 2.3).
 """
 
@@ -34,7 +34,7 @@ class QueryTransformer(Connector):
         text: have a text side even where the instruction is not read, for objectives that compare images with texts.
         vocab_size: of the tokenizer that the instruction is written in; null is filled with the LM's (BERT's in the
             paper, and where there is no LM).
-        max_words: places of an instruction; words behind them are not read (512 in the paper's BERT).
+        max_words: places of an instruction; words after them are not read (512 in the paper's BERT).
         norm_eps: of the norm of the features (1e-6 in the released models).
     """
 
@@ -103,8 +103,8 @@ class QueryTransformer(Connector):
 
         Args:
             visual: the features.
-            ids: (I, T) words, -1 behind the last; those behind the last place are not read.
-            first: (W,) embedding of the text's first token, which stands before the words.
+            ids: (I, T) words, -1 after the last; those after the last place are not read.
+            first: (W,) embedding of the text's first token, which is before the words.
             sight: who sees whom, see ``sight_mask``.
         """
         features = self.norm(torch.cat(visual.grids, -1))

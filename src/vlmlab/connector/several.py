@@ -29,7 +29,7 @@ class StackConnector(Connector):
             ``_recursive_: false`` in the YAML.
 
     Raises:
-        UserError: `parts` is empty, a part is no connector, or their tokens are of several widths.
+        UserError: `parts` is empty, a part is not a connector, or their tokens are of several widths.
     """
 
     def __init__(self, in_width: int, out_width: int, parts: Mapping[str, Any]) -> None:
@@ -56,7 +56,7 @@ class StackConnector(Connector):
         return sum(self._tokens(hw).values())
 
     def grid(self, hw: tuple[int, int]) -> tuple[int, int] | None:
-        """That of a single part; the tokens of several stand in no one grid."""
+        """That of a single part; the tokens of several are in no one grid."""
         return self._grids(hw)[0] if len(self.parts) == 1 else None
 
     def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
@@ -84,7 +84,7 @@ def built_part(name: str, part: Any, in_width: int, out_width: int) -> Connector
     """One part from its configuration.
 
     Raises:
-        UserError: it is no connector, or its own refusal, with the part's name.
+        UserError: it is not a connector, or its own refusal, with the part's name.
     """
     try:
         made = instantiate(part, in_width=in_width, out_width=out_width)

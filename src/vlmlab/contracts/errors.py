@@ -133,7 +133,7 @@ def mistake_within(error: BaseException) -> UserError | None:
 
 
 def unbuildable(error: Exception) -> str:
-    """The user's mistake behind a part that hydra could not build; or which part, why, and where its keys are."""
+    """The user's mistake after a part that hydra could not build; or which part, why, and where its keys are."""
     mistake = mistake_within(error)
     if mistake is not None:
         return str(mistake)

@@ -90,12 +90,12 @@ class Encoder(nn.Module, ABC):
 
 
 class TextTower(nn.Module, ABC):
-    """A frozen text encoder: token ids ``(I, T)``, -1 behind the last -> states ``(I, T, width)``.
+    """A frozen text encoder: token ids ``(I, T)``, -1 after the last -> states ``(I, T, width)``.
 
     Attributes:
         width: of a state.
         context: T, the same for every text: longer texts are cut off, shorter ones padded.
-        tokenise: texts -> (I, T) ids, -1 behind the last token. A function by itself and no method, since processes
+        tokenise: texts -> (I, T) ids, -1 after the last token. A function by itself and no method, since processes
             that read data take it along, and should not take the weights.
         source: sha256 of the weights it was loaded from; None if they are new.
     """
@@ -112,7 +112,7 @@ class TextTower(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class PairWeights:
-    """What a checkpoint of two towers has behind them.
+    """What a checkpoint of two towers has after them.
 
     Attributes:
         image: (E, Wi) map of the pooled image, None where that is compared as it is.
@@ -128,7 +128,7 @@ class PairWeights:
 
 
 class PairText(nn.Module, ABC):
-    """The text tower of a pair, which may train: token ids ``(B, T)``, -1 behind the last -> ``Textual``.
+    """The text tower of a pair, which may train: token ids ``(B, T)``, -1 after the last -> ``Textual``.
 
     Attributes:
         model: the transformers tower inside.
@@ -136,9 +136,9 @@ class PairText(nn.Module, ABC):
         state_width: of a state.
         context: T, the same for every text: longer texts are cut off, shorter ones padded.
         pad: the id that takes the place of -1.
-        tokenise: texts -> (B, T) ids, -1 behind the last token; a function by itself, see ``TextTower``.
+        tokenise: texts -> (B, T) ids, -1 after the last token; a function by itself, see ``TextTower``.
         source: sha256 of the weights it was loaded from; None if they are new.
-        head: what its checkpoint has behind both towers; None: the pair's head is new.
+        head: what its checkpoint has after both towers; None: the pair's head is new.
     """
 
     model: nn.Module
@@ -155,7 +155,7 @@ class PairText(nn.Module, ABC):
         """What the tower reads."""
 
     def cut_pooling(self) -> None:
-        """Remove the map behind the pooled state, where a family has one: the head reads states alone."""
+        """Remove the map after the pooled state, where a family has one: the head reads states alone."""
         if hasattr(self.model, "head"):
             self.model.head = nn.Identity()
 
@@ -232,7 +232,7 @@ class Connector(nn.Module, ABC):
         """M for a feature grid of `hw` rows and columns."""
 
     def grid(self, hw: tuple[int, int]) -> tuple[int, int] | None:
-        """Rows and columns in which its M tokens stand in the picture, row by row; None where they have no place."""
+        """Rows and columns in which its M tokens are in the picture, row by row; None where they have no place."""
         return None
 
     @property
@@ -242,7 +242,7 @@ class Connector(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, visual: Visual, instruction: Tensor | None = None) -> Tensor:
-        """The visual tokens; the instruction is (I, T) token ids, -1 behind the last."""
+        """The visual tokens; the instruction is (I, T) token ids, -1 after the last."""
 
 
 Sight = Literal["apart", "together", "causal"]
@@ -266,7 +266,7 @@ class QueryText(Protocol):
         ...
 
     def joint(self, visual: Visual, ids: Tensor, first: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
-        """Features, words (I, T) and the embedding (W,) of what stands before them -> (I, M, W) and (I, 1 + T, W)."""
+        """Features, words (I, T) and the embedding (W,) of what is before them -> (I, M, W) and (I, 1 + T, W)."""
         ...
 
     def word_logits(self, states: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 IMAGE_TAG = "<image>"
-"""Where an image stands inside a turn's prompt. A sample with images but no tag gets them before its first prompt."""
+"""Where an image is inside a turn's prompt. A sample with images but no tag gets them before its first prompt."""
 
 Image = NDArray[np.uint8]
 """One RGB image, ``(H, W, 3)`` uint8, any size; resizing to the encoder's size happens in the collator."""
@@ -44,7 +44,7 @@ class Sample:
 
     Attributes:
         id: unique within its data set and stable between runs; error messages and predictions name it.
-        images: the images in the order in which their tags stand in the turns; may be empty.
+        images: the images in the order in which their tags are in the turns; may be empty.
         turns: one or more exchanges about these images.
         system: the system line of the conversation; empty keeps the chat template's own.
         image_ids: one stable name per image (a file, or split and scene number), used by the shuffled baseline.

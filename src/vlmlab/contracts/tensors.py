@@ -143,7 +143,7 @@ class Images:
     Attributes:
         row: (I,) the row it belongs to.
         segment: (I,) its packed sample within the row.
-        place: (I,) index of its first visual token in the row, or of the token that it stands before.
+        place: (I,) index of its first visual token in the row, or of the token that it is before.
         turn: (I,) number of answers of its sample before it.
         frame: (I,) index of the frame of a video, 0 for a picture.
         tile: (I,) index of the tile of a larger picture, 0 for a whole one.
@@ -166,7 +166,7 @@ class Images:
         return len(self.ids)
 
     def slots(self, rows: int) -> Tensor:
-        """(rows, J) indices of the images of every row in their order, -1 behind the last; J is the most of any row."""
+        """(rows, J) indices of the images of every row in their order, -1 after the last; J is the most of any row."""
         own = self.row[None] == torch.arange(rows, device=self.row.device)[:, None]  # (B, I)
         most = int(own.sum(1).max()) if len(self) else 0
         order = (~own).long().argsort(dim=1, stable=True)[:, :most]  # (B, J) the row's own first
@@ -219,7 +219,7 @@ class Split:
         own: (B, S) bool: those that a fusion computes in its own way.
         here: (V,) their indices among all B * S.
         rest: (B * S - V,) those of the others.
-        back: (B * S,) where each position stands in [here; rest].
+        back: (B * S,) where each position is in [here; rest].
         rows: (B, R) indices within a row of the others, then of its own; R is the most others of any row.
     """
 
@@ -270,7 +270,7 @@ class Batch:
         layout: what each position is.
         images: where every image belongs.
         sample_ids: the samples of every row (several when packed).
-        asked: (I, T) what the user says to each image in the tokens of the encoder's text tower, -1 behind the last;
+        asked: (I, T) what the user says to each image in the tokens of the encoder's text tower, -1 after the last;
             None where nothing reads it.
         texts: (B) the words of every row of pairs of images and texts; empty in other batches.
     """
@@ -290,7 +290,7 @@ class Batch:
         return int((self.labels[:, 1:] != -100).sum())
 
     def instructions(self) -> Tensor:
-        """(I, T) token ids of what the user says to each image, -1 behind the last; T is at least 1.
+        """(I, T) token ids of what the user says to each image, -1 after the last; T is at least 1.
 
         An image's instruction is the text of role user in its own turn: in the same packed sample, with as many answer
         tokens before it. So it never holds an answer or a later turn, and is the same in training and in generation.
@@ -303,7 +303,7 @@ class Batch:
         return self._listed(row, own & (era[row] == era[row, place][:, None]))
 
     def captions(self) -> Tensor:
-        """(I, T) supervised token ids of each image's packed sample, -1 behind the last: for objectives only."""
+        """(I, T) supervised token ids of each image's packed sample, -1 after the last: for objectives only."""
         row = self.images.row
         same = self.layout.segment[row] == self.images.segment[:, None]  # (I, S)
         return self._listed(row, same & (self.labels != -100)[row])
@@ -317,7 +317,7 @@ class Batch:
         return self.images.place.clamp(max=self.layout.kind.shape[1] - 1)
 
     def _listed(self, row: Tensor, own: Tensor) -> Tensor:
-        """(I, T) ids at the chosen positions (I, S) of these rows (I,), in their order, -1 behind the last."""
+        """(I, T) ids at the chosen positions (I, S) of these rows (I,), in their order, -1 after the last."""
         length = max(int(own.sum(1).max()), 1) if len(row) else 1
         order = (~own).long().argsort(dim=1, stable=True)[:, :length]  # (I, T) the chosen ones first
         return self.input_ids[row].gather(1, order).masked_fill(~own.gather(1, order), -1)

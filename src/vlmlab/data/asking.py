@@ -80,7 +80,7 @@ def _speaks(trained: Encoded, k: int) -> bool:
 
 
 def _up_to(sample: Sample, turn: int) -> Sample:
-    """The sample that ends with a turn, with the images that stand in it."""
+    """The sample that ends with a turn, with the images that are in it."""
     turns = sample.turns[: turn + 1]
     tagged = any(IMAGE_TAG in one.prompt for one in sample.turns)
     count = sum(one.prompt.count(IMAGE_TAG) for one in turns) if tagged else len(sample.images)

@@ -44,11 +44,11 @@ class Corners:
 
     Attributes:
         bins: steps of a side.
-        last: the largest number that is written; the right and the lower edge of a picture may lie behind it.
+        last: the largest number that is written; the right and the lower edge of a picture may lie after it.
         template: the text, with four places.
-        order: which of x0, y0, x1, y1 stands at each place.
+        order: which of x0, y0, x1, y1 is at each place.
         phrase: how a phrase with a box is marked.
-        decimals: digits behind the point where shares are written; None: whole steps.
+        decimals: digits after the point where shares are written; None: whole steps.
     """
 
     bins: int

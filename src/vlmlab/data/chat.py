@@ -28,7 +28,7 @@ FIXED_DAY = (
     "{%- macro strftime_now(format) -%}"
     "{{- format.replace('%Y', '2024').replace('%m', '07').replace('%d', '26') "
     "| replace('%b', 'Jul') | replace('%B', 'July') -}}"
-    "{%- endmacro -%}{{ '' }}"  # a newline behind a tag would be dropped, behind a value it is the template's
+    "{%- endmacro -%}{{ '' }}"  # a newline after a tag would be dropped, after a value it is the template's
 )
 """Stands before every template: one that prints the day (Llama 3.2's does) would make a run depend on when it ran. The
 day is Llama 3.1's own where it knows none."""
@@ -55,10 +55,10 @@ class Encoded:
         labels: the id where it is supervised, else -100.
         roles: 0 system, 1 user, 2 answer.
         image: index of the image at visual positions, -1 elsewhere.
-        places: for every image the index of its first visual token, or of the token that it stands before where it has
-            none (the number of tokens where it stands behind the last).
+        places: for every image the index of its first visual token, or of the token that it is before where it has
+            none (the number of tokens where it is after the last).
         turns: for every image the number of answers before it.
-        branch: which question of a tree, -1 for what all share; empty where it is no tree.
+        branch: which question of a tree, -1 for what all share; empty where it is not a tree.
     """
 
     ids: list[int]
@@ -109,7 +109,7 @@ class ChatEncoder:
 
     Raises:
         UserError: the template cannot be rendered, its rendering of a conversation is not a prefix of its continuation,
-            or it does not print an answer as it is with an end token behind it.
+            or it does not print an answer as it is with an end token after it.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class ChatEncoder:
         """Where generation ends: the ids of the last supervised tokens of answers, and the tokenizer's end token.
 
         Raises:
-            UserError: the template prints no end token behind an answer.
+            UserError: the template prints no end token after an answer.
         """
         ends = {int(self.tokenizer.eos_token_id), *last_learnt(self.train(Sample("one turn", (), (TURN,))))}
         with suppress(UserError):  # a template may be of use for single turns alone
@@ -294,7 +294,7 @@ class ChatEncoder:
     def _chat(self, sample: Sample, ask: bool = False) -> tuple[str, list[Span], int]:
         """The rendered conversation, the character spans of its answers, and where the user begins.
 
-        With `ask` the last answer is left out and the template's generation prompt stands in its place.
+        With `ask` the last answer is left out and the template's generation prompt is in its place.
         """
         messages = self._messages(sample)[: -1 if ask else None]
         text, spans = self._marked(messages, ask) if self.marked else self._differences(messages, ask)
@@ -304,7 +304,7 @@ class ChatEncoder:
         return text, spans, max(text.find(first, after_system), 0)
 
     def _marked(self, messages: list[dict[str, str]], ask: bool) -> tuple[str, list[Span]]:
-        """What the template's generation markers enclose, cut behind the end token."""
+        """What the template's generation markers enclose, cut after the end token."""
         text, marked = self._render(messages, add_generation_prompt=ask, mark=True)
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         if len(marked) != len(answers):
@@ -333,7 +333,7 @@ class ChatEncoder:
                     f"The chat template of {self.name} does not go on from its own generation prompt "
                     f"{before[-20:]!r} when it prints an answer; give another by lm.chat_template."
                 )
-            # what stands behind the end token may change: some templates end every conversation with one more token
+            # what is after the end token may change: some templates end every conversation with one more token
             if not after.startswith(before) or not whole.startswith(after[:stop]):
                 raise UserError(
                     f"The chat template of {self.name} rewrites earlier turns, so that labels "
@@ -385,7 +385,7 @@ class ChatEncoder:
         for index, (left, right) in enumerate(offsets):
             while current is not None and left >= current[1]:
                 current = next(span, None)
-            # an end token may swallow the blanks behind it, and a blank's own offsets may be trimmed to nothing
+            # an end token may swallow the blanks after it, and a blank's own offsets may be trimmed to nothing
             if current is not None and left >= current[0] and right > current[0]:
                 roles[index] = ANSWER
                 labels[index] = ids[index] if supervise and index else IGNORE  # nothing predicts the first token
@@ -442,7 +442,7 @@ class ChatEncoder:
     def _cuts(
         self, text: str, answers: Sequence[Span], plain: Sequence[Span], ids: list[int], offsets: list[Span]
     ) -> list[int]:
-        """Where an answer begins before which the prompt has other tokens than it has without the answer behind it.
+        """Where an answer begins before which the prompt has other tokens than it has without the answer after it.
 
         Asked of what follows the last control token before the answer, which no token reaches across.
         """
@@ -466,7 +466,7 @@ class ChatEncoder:
         """The rendered text without the placeholders of images that have no token; spans and offsets moved along.
 
         Returns:
-            text, answers, start, and for every image the character that it stands before, None where it has tokens.
+            text, answers, start, and for every image the character that it is before, None where it has tokens.
 
         Raises:
             UserError: the template printed another number of placeholders than it was given.
@@ -493,7 +493,7 @@ class ChatEncoder:
         return kept, [(moved(i), moved(j)) for i, j in answers], moved(start), holes
 
     def _turns(self, sample: Sample) -> list[int]:
-        """For every image the number of answers before it; a plain prompt has one answer, behind all of them."""
+        """For every image the number of answers before it; a plain prompt has one answer, after all of them."""
         if self.prompt == "plain":
             return [0] * len(sample.images)
         return [turn for turn, prompt in enumerate(_tagged(sample)) for _ in range(prompt.count(IMAGE_TAG))]
@@ -520,7 +520,7 @@ def asked(sample: Sample) -> list[str]:
 
 
 def _tagged(sample: Sample) -> list[str]:
-    """The prompts with a tag for every image; those of a sample without tags stand before its first prompt.
+    """The prompts with a tag for every image; those of a sample without tags are before its first prompt.
 
     Raises:
         DataError: tags that do not fit the images.

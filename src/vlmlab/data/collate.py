@@ -143,7 +143,7 @@ def _image_id(sample: Sample, index: int) -> str:
 
 
 def _prompted(encoded: Encoded, count: int) -> Encoded:
-    """The sample behind `count` soft prompts."""
+    """The sample after `count` soft prompts."""
     if not count:
         return encoded
     return replace(
@@ -225,7 +225,7 @@ def _lay_out(rows: list[list[Encoded]], pad_id: int, left: bool) -> tuple[Tensor
 
 
 def _branches(encoded: Encoded) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The branch of every token, and its position: each branch goes on behind what all share."""
+    """The branch of every token, and its position: each branch goes on after what all share."""
     branch = np.asarray(encoded.branch or [-1] * len(encoded.ids), np.int64)
     begins = np.searchsorted(branch, branch)  # the shared part has -1 and comes first
     return branch, np.arange(len(branch)) - begins + np.where(branch < 0, 0, (branch < 0).sum())

@@ -30,7 +30,7 @@ PRIVATE = range(0xE000, 0xF8FF)
 def controls_of(tokenizer: PreTrainedTokenizerBase, printed: str, image_token: str) -> list[str]:
     """The control tokens of a tokenizer, the longest first.
 
-    They are its special tokens and what else was added to it and stands in what the template prints by itself: some
+    They are its special tokens and what else was added to it and is in what the template prints by itself: some
     tokenizers do not say that their turns' ends are special. Other added words (``<think>``, runs of blanks) are text.
     """
     added = tokenizer.added_tokens_decoder.values()

@@ -28,7 +28,7 @@ _TRIES = 64
 
 
 class FewShot:
-    """The samples of a benchmark, each behind `shots` examples as earlier turns of its conversation.
+    """The samples of a benchmark, each after `shots` examples as earlier turns of its conversation.
 
     Which examples a question gets follows from `seed` and its number alone: drawn from the pool without repetition,
     of the question's own kind where 64 draws find one. With fewer shots they are the first of those with more.

@@ -70,7 +70,7 @@ class ImageFolder:
 
     Raises:
         DataError: the folder, or one of `roots`, does not exist.
-        UserError: `values` is no range.
+        UserError: `values` is not a range.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ def load_image(path: str, root: str | Path, values: str | Sequence[float] = "aut
 
     Raises:
         DataError: absent, empty, truncated or not an image; more than `MAX_PIXELS`; a path that leaves `root`.
-        UserError: `values` is no range.
+        UserError: `values` is not a range.
     """
     return ImageFolder(root, values=values).load(path)
 

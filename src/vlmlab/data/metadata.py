@@ -18,7 +18,7 @@ from vlmlab.data.skipped import Skipped, label
 class MetadataBalanced:
     """A source cut down by a list of entries, as MetaCLIP's curation does (arXiv 2309.16671, algorithm 1).
 
-    A sample matches the entries that stand in its captions, whole words apart from case and punctuation. An entry with
+    A sample matches the entries that are in its captions, whole words apart from case and punctuation. An entry with
     n matches in the pool keeps each of them with probability min(1, t / n), each by itself; a sample stays if any of
     its entries keeps it, and one that matches none goes. The order stays; what is kept follows from the seed.
 
@@ -85,6 +85,6 @@ def _words(text: str) -> str:
 
 
 def _matched(turns: Sequence[Turn], entries: dict[str, str]) -> list[str]:
-    """The entries that stand in any caption of a sample."""
+    """The entries that are in any caption of a sample."""
     said = [f" {_words(text)} " for turn in turns for text in references(turn)]
     return [entry for entry, words in entries.items() if any(words in text for text in said)]

@@ -102,7 +102,7 @@ def flattened(sizes: Sequence[int], temperature: float) -> list[float]:
     """Sizes to the power 1 / temperature, the largest being 1; the sizes themselves at temperature 1.
 
     Raises:
-        UserError: the temperature is no positive number.
+        UserError: the temperature is not a positive number.
     """
     if not 0 < temperature < float("inf"):
         raise UserError(f"temperature={temperature} cannot flatten sizes; give a positive number, 1 to leave them.")

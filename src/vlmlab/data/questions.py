@@ -108,11 +108,11 @@ def joined(parts: Sequence[Encoded], name: str) -> Encoded:
     """The questions of one sample as a tree; a single one as it is.
 
     Args:
-        parts: each question with all that stands before it.
+        parts: each question with all that is before it.
         name: of the sample, for the sentence.
 
     Raises:
-        UserError: an image stands behind something that differs between the questions.
+        UserError: an image is after something that differs between the questions.
     """
     first = parts[0]
     if len(parts) == 1:

@@ -94,7 +94,7 @@ def patch_of(config: PreTrainedConfig) -> int:
 
 
 def cut(tower: PreTrainedModel, depth: int, tapped: bool) -> None:
-    """Removes the layers behind `depth`, and of known families the norm and head that no tapped feature depends on."""
+    """Removes the layers after `depth`, and of known families the norm and head that no tapped feature depends on."""
     owner, name = _stack(tower)
     setattr(owner, name, getattr(owner, name)[:depth])
     for child in (BEHIND_TAP if tapped else BEHIND_FINAL).get(type(tower), ()):
@@ -121,7 +121,7 @@ class Reading:
     Attributes:
         options: keywords of its ``forward``.
         unused: names of weights that no tapped feature depends on.
-        special: tokens that stand before the patches (class, registers).
+        special: tokens that are before the patches (class, registers).
     """
 
     options: dict[str, bool]

@@ -16,14 +16,14 @@ class HfEncoder(TowerEncoder):
     Args:
         path: local folder or hub id of a tower, or of a two-tower checkpoint whose vision half is taken.
         layers: indices into the tower's hidden states (-2 is the last but one, as in LLaVA); null is the
-            tower's final output after its last norm. Layers behind the last one tapped are cut off.
+            tower's final output after its last norm. Layers after the last one tapped are cut off.
         pooled: keep the tower's pooling head and return its output (contrastive training needs it).
         dtype: dtype of the weights; trainable weights stay float32.
         image_size: pixels per side, or [height, width], that images are brought to; null: what the tower's
             preprocessor file says. At another size than it was trained on, its positions are interpolated.
         square: pad images to squares in the mean colour first, as LLaVA-1.5 does, so that no margin is cut off.
         gradient_checkpointing: recompute the activations of layers that train in the backward pass.
-        class_token: keep the tokens that stand before the patches (class, registers), as BLIP-2's Q-Former reads them;
+        class_token: keep the tokens that are before the patches (class, registers), as BLIP-2's Q-Former reads them;
             the features then form one row and no grid.
         architecture: what the config.json of a hub id says; read only on the meta device (``vlmlab.towers.blueprint``).
 

@@ -23,7 +23,7 @@ class PatchEncoder(Encoder):
         image_size: pixels that every image is brought to: one number for a square, or rows and columns.
         patch_size: pixels per side of a patch (30 in Fuyu).
         features: width of the linear layer; null leaves the raw p * p * 3 values.
-        newline: a learned feature behind every row of patches, which the grid counts as one more column (Fuyu's
+        newline: a learned feature after every row of patches, which the grid counts as one more column (Fuyu's
             newline token): it tells where a row ends, since no patch knows its position.
         pooled: there is nothing to pool; refused.
 

@@ -45,7 +45,7 @@ class Line:
 
     Attributes:
         before, after: pixels of the whole line before and after.
-        first, count: the part of it that is wanted, behind the resizing.
+        first, count: the part of it that is wanted, after the resizing.
         offset: where the image begins in the line; what is outside of it has the colour of the padding.
     """
 
@@ -116,7 +116,7 @@ def _pass(image: NDArray[np.uint8], line: Line, number: int, colour: tuple[int, 
 
 
 def _reach(line: Line, at: int, number: int) -> tuple[int, int]:
-    """The first pixel of the line that output `at` is made of, and the one behind the last."""
+    """The first pixel of the line that output `at` is made of, and the one after the last."""
     scale = line.before / line.after
     reach = FILTERS[number][0] * max(scale, 1.0)
     centre = (at + 0.5) * scale
@@ -124,7 +124,7 @@ def _reach(line: Line, at: int, number: int) -> tuple[int, int]:
 
 
 def _weights(line: Line, at: int, number: int) -> tuple[int, NDArray[np.float64]]:
-    """The first pixel that output `at` is made of, and the weights of it and those behind it, in 2^-22."""
+    """The first pixel that output `at` is made of, and the weights of it and those after it, in 2^-22."""
     scale = line.before / line.after
     start, stop = _reach(line, at, number)
     places = np.arange(start, stop) - (at + 0.5) * scale + 0.5

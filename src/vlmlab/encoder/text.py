@@ -104,7 +104,7 @@ class TransformersPairText(PairText):
         tower: the tower.
         tokenizer: its tokenizer.
         source: hash of the weights that were loaded, None where there are none.
-        head: what the checkpoint has behind both towers.
+        head: what the checkpoint has after both towers.
 
     Raises:
         UserError: the family is unknown.
@@ -151,7 +151,7 @@ def _pad(tower: Any, tokenizer: Any) -> int:
 
 
 def tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], context: int) -> Tensor:
-    """(I, T) ids with the tokenizer's own tokens of beginning and end, cut off at T, -1 behind the last."""
+    """(I, T) ids with the tokenizer's own tokens of beginning and end, cut off at T, -1 after the last."""
     ids = torch.full((len(texts), context), -1, dtype=torch.long, device="cpu")
     if not texts:
         return ids
@@ -186,7 +186,7 @@ def open_text_tower(
 def open_pair_text(
     path: str, dtype: str, head: bool = True, architecture: Architecture | None = None, key: str = "text_tower.path"
 ) -> TransformersPairText:
-    """The text tower of a two-tower checkpoint as one of a pair, with what the checkpoint has behind both towers.
+    """The text tower of a two-tower checkpoint as one of a pair, with what the checkpoint has after both towers.
 
     Args:
         path: local folder or hub id of a two-tower checkpoint, or of a text tower alone, which has no head.

@@ -26,14 +26,14 @@ class TowerEncoder(Encoder):
     """A transformers vision tower whose patch features are tapped at chosen layers.
 
     Args:
-        tower: the tower; layers behind the last one tapped are cut off it.
+        tower: the tower; layers after the last one tapped are cut off it.
         preprocess: how an image becomes pixels.
         layers: indices into the tower's hidden states (-2 is the last but one, as in LLaVA); None is the tower's final
             output after its last norm.
         pooled: keep the tower's pooling head and return its output (contrastive training needs it).
         source: hash of the weights that were loaded, None where there are none.
         gradient_checkpointing: recompute the activations of layers that train in the backward pass.
-        class_token: keep the tokens that stand before the patches (class, registers); the features then form one row.
+        class_token: keep the tokens that are before the patches (class, registers); the features then form one row.
 
     Raises:
         UserError: it gives no grid of patches, a layer does not exist, an image is smaller than a patch, or the family

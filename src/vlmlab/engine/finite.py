@@ -12,7 +12,7 @@ from vlmlab.engine.shards import own
 
 
 def nonfinite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of tensors with a value that is no number, or so large that their norm is none in float32.
+    """The names of tensors with a value that is not a number, or so large that their norm is none in float32.
 
     Of a shard only this rank's part is looked at.
     """

@@ -55,7 +55,7 @@ class Reading:
 
 
 def answer_cost(model: VLM, batch: Batch) -> dict[str, int]:
-    """Of one sample's prompt: added weights, FLOPs of a token behind it, and bytes that are kept for that.
+    """Of one sample's prompt: added weights, FLOPs of a token after it, and bytes that are kept for that.
 
     Args:
         model: on the batch's device; its mode is restored.
@@ -104,7 +104,7 @@ def read(model: VLM, batch: Batch, flops: Callable[[], int]) -> Reading:
 
 
 def _next(model: VLM, batch: Batch, embeds: Tensor, inside: Inside | None, cache: DynamicCache) -> None:
-    """One token (1, 1, D) behind the prompt."""
+    """One token (1, 1, D) after the prompt."""
     length = batch.layout.kind.shape[1]
     place = torch.arange(length, length + 1, device=batch.layout.kind.device)
     within = None if inside is None else inside.at(place)

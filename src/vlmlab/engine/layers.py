@@ -18,14 +18,14 @@ GRAPHS = 64
 """Of one kind of layer; torch's own limit is 8."""
 
 Places = dict[int, tuple[int, int]]
-"""Identity of a parameter -> the layer it stands in (-1: before the first) and the number of layers."""
+"""Identity of a parameter -> the layer it is in (-1: before the first) and the number of layers."""
 
 
 def stacks(part: nn.Module) -> Iterator[tuple[PreTrainedModel, nn.ModuleList]]:
     """Every transformers tower inside a part, with its layers.
 
     They are the longest outermost ``nn.ModuleList`` with no more entries than the tower's ``num_hidden_layers``: as
-    many, or fewer where the encoder has cut off those behind its tapped feature.
+    many, or fewer where the encoder has cut off those after its tapped feature.
     """
     for tower in _outermost(part, PreTrainedModel):
         depth = getattr(tower.config, "num_hidden_layers", 0)
@@ -113,7 +113,7 @@ def check_layers(model: Any, stage: Stage) -> None:
 def decayed(model: Any, stage: Stage) -> dict[int, float]:
     """Share of its part's learning rate by a parameter's identity, ``layer_decay`` ** (layers above its own).
 
-    The last layer and what comes behind it have the full rate, what stands before the first layer has the share
+    The last layer and what comes after it have the full rate, what is before the first layer has the share
     ``layer_decay`` ** (number of layers).
     """
     if stage.layer_decay == 1.0:

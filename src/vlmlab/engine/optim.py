@@ -78,7 +78,7 @@ def _muon(groups: list[Group], **settings: Any) -> Muon:
 
 
 class MuonAdamW(Optimizer):
-    """torch's Muon for the groups with ``muon: True`` and torch's AdamW for the others, behind one optimizer.
+    """torch's Muon for the groups with ``muon: True`` and torch's AdamW for the others, after one optimizer.
 
     Muon (Jordan 2024) orthogonalises the momentum of a hidden matrix by five Newton-Schulz steps; its rate is scaled
     to AdamW's RMS (arXiv 2502.16982, section 2.2), so that one learning rate serves both.

@@ -104,7 +104,7 @@ class PairCollator:
     Args:
         resize: the vision tower's geometry.
         tokenise: the text tower's.
-        pad: what stands in ``input_ids`` behind a text.
+        pad: what is in ``input_ids`` after a text.
     """
 
     def __init__(self, resize: Geometry, tokenise: Callable[[Sequence[str]], Tensor], pad: int) -> None:

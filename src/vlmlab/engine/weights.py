@@ -442,7 +442,7 @@ def build_objectives(stage: Stage) -> dict[str, Objective]:
     """The objectives of a stage by name; a single configuration is called ``objective``.
 
     Raises:
-        UserError: there is none, one is no configuration of an objective, or does not go with the stage.
+        UserError: there is none, one is not a configuration of an objective, or does not go with the stage.
     """
     where = stage.key("objective")
     config = {"objective": stage.objective} if "_target_" in stage.objective else stage.objective

@@ -1,4 +1,4 @@
-"""The two baselines that stand beside every score: wrong images (a fixed derangement) and no image at all."""
+"""The two baselines that are beside every score: wrong images (a fixed derangement) and no image at all."""
 
 from __future__ import annotations
 

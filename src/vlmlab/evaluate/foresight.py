@@ -128,7 +128,7 @@ class _Look:
                 if frame * len(told.turns) + words + images <= self.longest or tokens(told) <= self.longest:
                     continue
                 length = tokens(source.source[index])
-            except DataError:  # for whoever skips or scores it
+            except DataError:  # for anyone who skips or scores it
                 continue
             if length > self.longest:
                 found.append((told.id, length))
@@ -149,7 +149,7 @@ class _Look:
                 seen.update(image_names(source.source[index])[:1])
             if len(seen) > 1:
                 return
-        if not seen or len(source.source) > READ:  # those behind may show another
+        if not seen or len(source.source) > READ:  # those after may show another
             return
         remedy = f"raise {fraction}" if OmegaConf.select(self.cfg, fraction) is not None else "give it more images"
         raise DataError(
@@ -159,7 +159,7 @@ class _Look:
 
 
 def _unverified(node: DictConfig) -> SampleSource:
-    """A source that does not decode its images beforehand: whoever scores it does."""
+    """A source that does not decode its images beforehand: anyone who scores it does."""
     source: SampleSource = instantiate(node, **({"verify": False} if node.get("verify") else {}))
     return source
 

@@ -1,6 +1,6 @@
 """What two towers are asked: benchmarks that compare images with texts, with the shuffled baseline beside each score.
 
-They stand in ``data.pairs``, by name, as benchmarks of a language model stand in ``data.benchmarks``; their scores are
+They are in ``data.pairs``, by name, as benchmarks of a language model are in ``data.benchmarks``; their scores are
 in ``result.json`` and in the table under ``<name>/<score>``, and what was found for each query in ``predictions``.
 """
 

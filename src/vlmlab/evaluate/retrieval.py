@@ -24,7 +24,7 @@ class Retrieval:
 
     Images are told apart by their names and texts by their words. An image may have several texts and a text several
     images (the same words said of both); a query is right at k if any of its own is among the first k. Candidates of
-    equal similarity stand in every order equally often, and the score is the mean over these orders: a model that says
+    equal similarity are in every order equally often, and the score is the mean over these orders: a model that says
     the same of everything scores as chance does.
 
     Args:
@@ -87,7 +87,7 @@ def placed(queries: Tensor, candidates: Tensor, right: Tensor) -> tuple[list[tup
 
 
 def hit(above: int, wrong: int, same: int, k: int) -> float:
-    """Share of orders of `wrong` + `same` equal candidates behind `above` others with a right one in the k first."""
+    """Share of orders of `wrong` + `same` equal candidates after `above` others with a right one in the k first."""
     left = min(max(k - above, 0), wrong + same)
     miss = 1.0
     for drawn in range(left):

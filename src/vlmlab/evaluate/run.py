@@ -97,7 +97,7 @@ def score_each(
         known: scores to start from.
 
     Raises:
-        Unscored: a part raised an error, or gave a score that is no number.
+        Unscored: a part raised an error, or gave a score that is not a number.
     """
     scores, failed = dict(known or {}), {}
     for name, score in parts.items():

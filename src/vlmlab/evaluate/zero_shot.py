@@ -17,7 +17,7 @@ from vlmlab.evaluate.metrics.rows import Row
 from vlmlab.evaluate.pairs import Found, Towers, embedded_images, embedded_texts
 
 PLACE = "{}"
-"""Where a class's name stands in a template."""
+"""Where a class's name is in a template."""
 
 
 class ZeroShot:

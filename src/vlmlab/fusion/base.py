@@ -122,7 +122,7 @@ def side_by_side(visual: Visual, tokens: int, width: int) -> tuple[Tensor, list[
 
 
 class InSequence(Fusion):
-    """A fusion whose visual tokens stand in the LM's sequence where the image placeholders are."""
+    """A fusion whose visual tokens are in the LM's sequence where the image placeholders are."""
 
     reads = "tokens"
     in_sequence = True

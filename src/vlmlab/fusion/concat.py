@@ -1,4 +1,4 @@
-"""``concat``: visual tokens stand in the LM's sequence where the image placeholders are (LLaVA; arXiv 2503.19508)."""
+"""``concat``: visual tokens are in the LM's sequence where the image placeholders are (LLaVA; arXiv 2503.19508)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``deepstack``: earlier layers of the encoder, added at visual positions behind the LM's first layers (Qwen3-VL)."""
+"""``deepstack``: earlier layers of the encoder, added at visual positions after the LM's first layers (Qwen3-VL)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlmlab.lm.inside import open_ports
 class DeepStack(InSequence):
     """Visual tokens of the encoder's last listed layer in the sequence; earlier ones are added to their states inside.
 
-    x <- x + merge_k(features of the encoder's k-th listed layer), at visual positions behind the k-th of the LM's
+    x <- x + merge_k(features of the encoder's k-th listed layer), at visual positions after the k-th of the LM's
     layers, as Qwen3-VL does (transformers' ``Qwen3VLModel``; the idea is DeepStack's, arXiv 2406.04334). merge_k is
     W_2 gelu(W_1 LN(z)), z being the features of all cells that become one token, side by side. The connector reads the
     last of ``encoder.layers`` alone. Where only one is listed it is added, too.
@@ -31,14 +31,14 @@ class DeepStack(InSequence):
     Parameters, a merge of r cells of width Dv: 2 r Dv + (r Dv h + h) + (h d + d).
 
     Args:
-        layers: indices of the LM's layers behind which the encoder's are added, in the encoder's order; null is the
+        layers: indices of the LM's layers after which the encoder's are added, in the encoder's order; null is the
             first ones, as in Qwen3-VL.
         hidden: h; null is r Dv, as in Qwen3-VL.
         zero_start: whether the merges start at zero.
 
     Raises:
         UserError: from ``attach``: other than one of the LM's layers for each of the encoder's, a layer that is not
-            there or has none behind it, or tokens that do not stand for equal blocks of the encoder's grid.
+            there or has none after it, or tokens that do not stand for equal blocks of the encoder's grid.
     """
 
     def __init__(self, layers: Layers | None = None, hidden: Width | None = None, zero_start: bool = False) -> None:
@@ -52,7 +52,7 @@ class DeepStack(InSequence):
         return 1
 
     def attach(self, model: VisionLanguageModel) -> None:
-        """Make the merges and put a sum behind each of the chosen layers."""
+        """Make the merges and put a sum after each of the chosen layers."""
         super().attach(model)
         ports = open_ports(model.lm.model)
         widths = model.encoder.widths[: max(1, len(model.encoder.widths) - 1)]
@@ -89,7 +89,7 @@ class DeepStack(InSequence):
         return grid[0], hw[0] // grid[0], grid[1], hw[1] // grid[1]
 
     def memories(self, seen: Seen, batch: Batch) -> dict[str, Memory]:
-        """What is added behind every chosen layer, once per image."""
+        """What is added after every chosen layer, once per image."""
         shared = beside(batch, batch.layout.visual)
         made: dict[str, Memory] = {}
         for k, merge in enumerate(self.merges):
@@ -131,7 +131,7 @@ class Merge(nn.Module):
 
 
 def add(states: Tensor, *, layout: Layout, memory: Memory) -> Tensor:
-    """(B, Q, D) states behind a layer, with what is added at visual positions."""
+    """(B, Q, D) states after a layer, with what is added at visual positions."""
     assert memory.split is not None
     added = at_their_places(memory.tensors["added"], layout, memory)  # (V, D)
     none = torch.zeros_like(states).flatten(0, 1)  # (B * Q, D)

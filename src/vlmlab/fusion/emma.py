@@ -26,7 +26,7 @@ class InstructionMixing(Fusion):
     Parameters: N (N + T) + N + Dt Dv + Dv; 1,164,160 for CLIP ViT-L/14-336.
 
     Args:
-        mask_padding: leave out the states behind the last token of a short instruction. The published code keeps them
+        mask_padding: leave out the states after the last token of a short instruction. The published code keeps them
             (``clip_encoder.py``), since CLIP's 77 states are all it has.
     """
 

@@ -19,7 +19,7 @@ class InstructionAttention(Fusion):
     EMMA (arXiv 2410.02080) mixes by one matrix for all images and questions, which its public reviews point out: a
     static matrix cannot follow where the informative word is. This counterpart is not in the paper; all of it but E
     is ours. X (N, Dv) are the encoder's features, Z (T, Dt) the instruction as the encoder's paired text tower reads
-    it; states behind the last token of an instruction are not looked at. W_o starts at zero, so X~ = X as with EMMA;
+    it; states after the last token of an instruction are not looked at. W_o starts at zero, so X~ = X as with EMMA;
     at step 0 it alone has a gradient, from step 1 all have.
 
     Parameters, with c channels inside: 2 Dv + Dt Dv + Dv + 4 Dv c + 2 c + Dv.
@@ -29,7 +29,7 @@ class InstructionAttention(Fusion):
         inner: c; null is Dv. A multiple of `heads`.
 
     Raises:
-        UserError: a count below 1; from ``attach``: `inner` is no multiple of `heads`, or there is no text tower.
+        UserError: a count below 1; from ``attach``: `inner` is not a multiple of `heads`, or there is no text tower.
     """
 
     reads = "tokens"

@@ -24,7 +24,7 @@ class DuplexAttention(InSequence):
 
     MODA's duplex aligner (arXiv 2507.04635, equations 5 and 6): G is the Gram matrix K^T K of the keys of the query's
     modality, in both directions. Its modular mask (equations 9 and 10): every row also has scores for the positions
-    behind it, up to `length`, which take their share of the softmax and give nothing.
+    after it, up to `length`, which take their share of the softmax and give nothing.
 
     The paper leaves much open, and what follows is ours. G is of each head, over those keys that the query sees, since
     a Gram matrix of all text would show later answers to earlier ones; keys are as they enter the scores, rotated.
@@ -33,7 +33,7 @@ class DuplexAttention(InSequence):
     starts at 0. Both modalities share one softmax. So the composition starts as ``concat``. With pseudo-scores it
     starts as nothing, since they take their share at once: j positions ahead the score is 0 ("fixed"), -(j - 1) beta
     ("score", the paper's), or a number a head that is learnt ("learnable"). Of the paper's mask of minus infinity,
-    which is no score at all, the name here is "none".
+    which is not a score at all, the name here is "none".
 
     G is never made: G q is the sum over those keys k of k (k q), which costs two products of the size of attention's,
     and the changed scores cost a third.
@@ -47,7 +47,7 @@ class DuplexAttention(InSequence):
         fuse: "concat" (W) or "add" (rho).
         pseudo: "none", "fixed", "score" or "learnable".
         beta: decay of "score" a position; null is ALiBi's slope of each head, 2^(-8 h / H).
-        length: positions of a row, with those behind it; later rows have no pseudo-scores.
+        length: positions of a row, with those after it; later rows have no pseudo-scores.
 
     Raises:
         UserError: an unknown fuse or pseudo, a length below 1, or nothing that differs from ``concat``; from

@@ -24,7 +24,7 @@ LEAST = 4
 class MixtureOfExperts(InSequence):
     """y = sum over the k likeliest experts i of p_i E_i(x), p = softmax(W x), in place of the network of some layers.
 
-    As in MoE-LLaVA (arXiv 2401.15947 and its code) visual tokens stand in the sequence, all tokens are routed, and the
+    As in MoE-LLaVA (arXiv 2401.15947 and its code) visual tokens are in the sequence, all tokens are routed, and the
     experts start as copies of the network, so that the composition starts as ``concat``, up to rounding: each token's
     p_i are divided by their sum, as the library beneath the released code does. At step 0 the router has no gradient,
     since all experts say the same; from step 1 it has, as long as each expert gets a token. The loss that balances the
@@ -139,7 +139,7 @@ class Experts(nn.Module):
 
 def kept(chosen: Tensor, valid: Tensor, experts: int, capacity: float) -> Tensor:
     """(T, k) bool: which choices (T, k) find a place with their expert; padding, where `valid` (T,) is false, none."""
-    asked = F.one_hot(chosen.T, experts) * valid[:, None]  # (k, T, E) first choices stand before second ones
+    asked = F.one_hot(chosen.T, experts) * valid[:, None]  # (k, T, E) first choices are before second ones
     place = (asked.flatten(0, 1).cumsum(0) - 1).unflatten(0, asked.shape[:2])  # (k, T, E)
     own = place.gather(2, chosen.T[..., None])[..., 0].T  # (T, k)
     most = (capacity * chosen.shape[1] * valid.sum() / experts).ceil().clamp(min=LEAST)

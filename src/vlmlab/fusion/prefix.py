@@ -1,4 +1,4 @@
-"""``prefix``: keys and values made from the image stand before those of the text in the LM's layers."""
+"""``prefix``: keys and values made from the image are before those of the text in the LM's layers."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class SaisaFusion(InSequence):
         )
         for layer, at in enumerate(ports):
             at.skip_queries(self._named(layer))
-            if layer:  # the first layer's stand in the sequence
+            if layer:  # the first layer's are in the sequence
                 at.put("before", overwrite, self._named(layer))
             for port in ("linear.o", "mlp"):
                 at.take_over(port, partial(nothing, d), self._named(layer))
@@ -69,7 +69,7 @@ class SaisaFusion(InSequence):
         return scattered(tokens, embeds, batch)
 
     def memories(self, seen: Seen, batch: Batch) -> dict[str, Memory]:
-        """The states of every layer behind the first, once per image."""
+        """The states of every layer after the first, once per image."""
         tokens = memory_tokens(seen, *self.model_tokens, next(self.parameters()))  # (I, M, Dt)
         shared = beside(batch, batch.layout.visual)
         made: dict[str, Memory] = {}

@@ -29,7 +29,7 @@ class PerceptualWeights(Fusion):
 
     One generator per type of map makes A for all its layers: as many learnt queries as layers go through `depth`
     decoder layers (self-attention, cross-attention to the image, a feed-forward layer of four times the width, each
-    behind a norm), and one linear map for all of them gives A. What the image is, is the connector's tokens, projected
+    after a norm), and one linear map for all of them gives A. What the image is, is the connector's tokens, projected
     to the generators' width with a learnt vector for every place; the paper has no connector (``connector=none``). The
     type m is a branch beside the whole feed-forward network, not at its maps. B starts at zero, so that the LM is at
     first what it was, bit for bit; then B alone has a gradient, from step 1 all weights have.
@@ -208,7 +208,7 @@ class Generator(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, cross-attention and a feed-forward layer, each behind a norm and added to what came in."""
+    """Self-attention, cross-attention and a feed-forward layer, each after a norm and added to what came in."""
 
     def __init__(self, width: int, heads: int, many: bool) -> None:
         super().__init__()

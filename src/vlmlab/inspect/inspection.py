@@ -55,7 +55,7 @@ class Piece:
 
     Attributes:
         role: system, user, answer, image or pad.
-        text: what stands there.
+        text: what is there.
         supervised: whether it is learnt.
         title: its id, or what the run is.
     """
@@ -126,7 +126,7 @@ def inspect_stage(cfg: DictConfig, stage: Stage, n: int = 16, check: int = 200) 
         check: samples that are looked through, spread over the whole data.
 
     Raises:
-        UserError: the composition cannot be built; what is wrong with the data stands in the page.
+        UserError: the composition cannot be built; what is wrong with the data is in the page.
     """
     source, refused = _opened(cfg, stage)
     title, key = f"{stage.name}: {stage.data}", f"data.train.{stage.data}"
@@ -418,7 +418,7 @@ def _shown(
 def _pieces(batch: Batch, r: int, places: Sequence[int], piece: Callable[..., Piece]) -> Iterator[Piece]:
     """Every token; an image's visual tokens and the soft prompts as one piece each, and where a tree's questions begin.
 
-    An image that takes no position is shown before the token that it stands before, or behind the last.
+    An image that takes no position is shown before the token that it is before, or after the last.
     """
     layout = batch.layout
     standing = _standing(batch, r, int(layout.segment[r, places[0]])) if places else []

@@ -45,7 +45,7 @@ class CausalLanguageModel(nn.Module):
     Args:
         model: the LM.
         tokenizer: with a chat template and an end token.
-        image_token: the placeholder; added behind the vocabulary where the tokenizer lacks it.
+        image_token: the placeholder; added after the vocabulary where the tokenizer lacks it.
         source: hash of the weights that were loaded, None where there are none.
         own_tokenizer: whether `tokenizer` is this LM's; on the meta device it may be the embedded one.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -163,7 +163,7 @@ class CausalLanguageModel(nn.Module):
     def texts(self, ids: Tensor, stops: Collection[int]) -> list[str]:
         """(B, T) generated ids -> the words before the first stop token, without special tokens."""
         rows = [row[: next((k for k, token in enumerate(row) if token in stops), len(row))] for row in ids.tolist()]
-        # some tokenizers would take the blank before a comma out, which stands in what was learnt
+        # some tokenizers would take the blank before a comma out, which is in what was learnt
         said = self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [text.strip() for text in said]
 

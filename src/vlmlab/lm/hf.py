@@ -12,7 +12,7 @@ class HfLanguageModel(CausalLanguageModel):
     Args:
         path: local folder or hub id.
         dtype: dtype of the frozen weights.
-        image_token: the placeholder; added behind the vocabulary where the tokenizer lacks it.
+        image_token: the placeholder; added after the vocabulary where the tokenizer lacks it.
         gradient_checkpointing: recompute activations in the backward pass.
         chat_template: Jinja text for a tokenizer without one, as base models have them; null: the tokenizer's own.
         architecture: what the config.json of a hub id says; read only on the meta device (``vlmlab.towers.blueprint``).

@@ -54,7 +54,7 @@ class Inside:
     before: Layout | None = None
 
     def at(self, positions: Tensor) -> Inside:
-        """For some positions (Q,) of the rows; those behind the last are generated: text of the row's last sample."""
+        """For some positions (Q,) of the rows; those after the last are generated: text of the row's last sample."""
         last = self.layout.kind.shape[1] - 1
         known = positions.clamp(max=last)
         start, end = int(positions[0]), int(positions[-1]) + 1
@@ -244,7 +244,7 @@ class LayerPorts:
     Attributes:
         layer: the decoder layer.
         paths: port -> the norm or linear map that it is at.
-        sites: port -> what stands there.
+        sites: port -> what is there.
         now: what the layer lends, while it computes.
     """
 
@@ -361,7 +361,7 @@ class LayerPorts:
         site.taken_by, site.map = key, map
 
     def _attention(self) -> Site:
-        """What stands at the layer's attention, whose class has ports from here on."""
+        """What is at the layer's attention, whose class has ports from here on."""
         attention: Any = _standing(self.layer, ATTENTION)[0]
         site = self.sites.setdefault(ATTENTION, Site(self, ATTENTION))
         if not isinstance(attention, Ported):
@@ -370,7 +370,7 @@ class LayerPorts:
         return site
 
     def _site(self, where: str) -> Site:
-        """What stands at a norm or map, whose class has ports from here on."""
+        """What is at a norm or map, whose class has ports from here on."""
         site = self.sites.setdefault(where, Site(self, where))
         for module in _standing(self.layer, self.paths[where]):
             if not isinstance(module, Ported):
@@ -379,7 +379,7 @@ class LayerPorts:
         return site
 
     def blocks(self) -> Iterator[Block]:
-        """All blocks that stand at the ports, and what takes positions over."""
+        """All blocks that are at the ports, and what takes positions over."""
         for site in self.sites.values():
             yield from site.blocks
             if site.map is not None:
@@ -407,7 +407,7 @@ class Site:
 
     The keys of their memories are apart from them, since every layer may have others and one graph is for all.
 
-    An adapter may copy the module that it stands at; the copy belongs to the same layer and has the same blocks.
+    An adapter may copy the module that it is at; the copy belongs to the same layer and has the same blocks.
     """
 
     def __init__(self, ports: LayerPorts, where: str) -> None:
@@ -441,7 +441,7 @@ class Site:
         """(B, Q, Din) -> (B, Q, Dout): what a map gives, and for some positions what takes its place."""
         split, now = self.split, self.ports.now
         if self.instead and now is not None and now.memories[self.where][0] is not None:
-            return None  # type: ignore[return-value]  # for the block that stands there
+            return None  # type: ignore[return-value]  # for the block that is there
         if split is None:
             return own(x)
         assert self.map is not None
@@ -547,7 +547,7 @@ def attend(
     Args:
         module: the layer's attention.
         query: (B, H, Q, dh).
-        key: (B, G, S, dh), with those of the queries' own positions behind what a cache had; static ones are longer.
+        key: (B, G, S, dh), with those of the queries' own positions after what a cache had; static ones are longer.
         value: likewise.
         attention_mask: (B, 1, Q, S), or None: causal.
         **kwargs: transformers' own.
@@ -601,7 +601,7 @@ def before_the_keys(
     values: Tensor,
     seen: Tensor,
 ) -> Tensor:
-    """Attention in which further keys and values stand before a layer's own, in one softmax with them.
+    """Attention in which further keys and values are before a layer's own, in one softmax with them.
 
     Args:
         attend: the attention's inner function.
@@ -698,7 +698,7 @@ def look(q: Tensor, keys: Tensor, values: Tensor, memory: Memory, scale: float |
 def seen_in_row(memory: Memory) -> tuple[Tensor, Tensor]:
     """For each position the images of its own row: which it sees (B, Q, J) bool, and their indices (B, J).
 
-    A slot behind a row's last image has index 0 and is seen by nobody.
+    A slot after a row's last image has index 0 and is seen by nobody.
     """
     index = memory.slots.clamp(min=0)
     sees = memory.sees.gather(2, index[:, None].expand(-1, memory.sees.shape[1], -1))

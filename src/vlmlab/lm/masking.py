@@ -66,7 +66,7 @@ def _policy_mask(
 
 
 def within(allowed: Tensor, layout: Layout, q: Tensor, window: int | None) -> Tensor:
-    """(B, Q, S) restricted to keys less than `window` positions before their query; None is no window.
+    """(B, Q, S) restricted to keys less than `window` positions before their query; None: no window.
 
     Positions are counted as the layout does: the branches of a tree do not move each other away from what they share.
     """
@@ -79,7 +79,7 @@ def plainly_causal(allowed: Tensor, layout: Layout, q: Tensor) -> bool:
     """Whether every real token sees exactly the positions up to its own, from the row's first one.
 
     So it is under ``causal``, and under any policy that comes to it (``bidir`` without an image), where a row holds one
-    sample with padding behind it or none. It is found by looking at what is allowed, so a policy need not declare it.
+    sample with padding after it or none. It is found by looking at what is allowed, so a policy need not declare it.
 
     Args:
         allowed: the policy (B, S, S) on all positions.

@@ -87,7 +87,7 @@ class ScratchLanguageModel(CausalLanguageModel):
         pieces = [_pieces(tokenizer, word) for word in fused or ()]
         longest = max(map(len, pieces), default=1)
         padded = torch.tensor([[*ids, *[-1] * (longest - len(ids))] for ids in pieces], dtype=torch.long)
-        self.parts = padded.reshape(-1, longest)  # (F, P), -1 where a word has fewer; no buffer: it is no weight
+        self.parts = padded.reshape(-1, longest)  # (F, P), -1 where a word has fewer; no buffer: it is not a weight
         tokenizer.add_tokens([AddedToken(f" {word}", normalized=False) for word in fused or ()])
 
     def embed(self, input_ids: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def same_place(layout: Layout, q: Tensor) -> Tensor:
 
 
 def same_era(layout: Layout, q: Tensor) -> Tensor:
-    """(B, Q, S): no answer token stands between query and key (the leak rule of every opening beyond causal)."""
+    """(B, Q, S): no answer token is between query and key (the leak rule of every opening beyond causal)."""
     q_era, k_era = pair(layout.era, q)
     return q_era == k_era
 
@@ -45,7 +45,7 @@ def ground(rule: Tensor, layout: Layout, q: Tensor) -> Tensor:
 
 
 def causal_on_text(mask: Mask) -> bool:
-    """Whether a policy is causal where no visual token stands in the sequence; found by asking it, not by its name."""
+    """Whether a policy is causal where no visual token is in the sequence; found by asking it, not by its name."""
     role = torch.tensor([[Role.SYSTEM, Role.USER, Role.USER, Role.ANSWER, Role.ANSWER, Role.USER, Role.USER]])
     none = torch.full_like(role, -1)
     layout = Layout(

@@ -18,7 +18,7 @@ class BidirectionalAllImages:
     """allowed(i, j) = j <= i, or both visual (with no answer token between them).
 
     Attributes:
-        shows_prompt: a word of the prompt depends on later ones, through an image behind them.
+        shows_prompt: a word of the prompt depends on later ones, through an image after them.
     """
 
     shows_prompt: ClassVar[bool] = True

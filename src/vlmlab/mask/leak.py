@@ -22,14 +22,14 @@ CONVERSATIONS = (
     "su00uaau",  # a system line (or a soft prompt), an image between the user's words, an answer, the template's tail
     "ssu0u1uaau2uuau",  # two images with text between, and one of a later turn
     "00011uauuaa",  # images side by side, and a turn without one
-    "u00'0''u1aa2ua",  # an image of three tiles, and an image behind the words that it belongs to
+    "u00'0''u1aa2ua",  # an image of three tiles, and an image after the words that it belongs to
     "000aaa",  # a plain prompt: an image and its caption
     "suuaauau",  # no image
-    "^su^uau^^uaa^",  # images without positions: before all, in the text, two at once, behind all
+    "^su^uau^^uaa^",  # images without positions: before all, in the text, two at once, after all
     "u0^uaa|1u22ua3ua|uua^|^00a",  # packed samples
 )
 """One row each: s system, u user, a answer; a digit a visual token of that image, ' of its next tile; ^ an image that
-takes no position; | the next packed sample; [] a question of a tree, behind what it shares with the others."""
+takes no position; | the next packed sample; [] a question of a tree, after what it shares with the others."""
 
 BARE = ("suuaauau",)
 
@@ -115,7 +115,7 @@ def check_fusion(fusion: Fusion, key: str = "fusion") -> None:
 
 
 def shows_prompt(mask: Mask) -> bool:
-    """Whether under a mask a position reaches a word of the prompt that stands behind it, in any number of layers."""
+    """Whether under a mask a position reaches a word of the prompt that is after it, in any number of layers."""
     with torch.device("cpu"):
         return any(_shows_prompt(mask, scene) for scene in _scenes())
 

@@ -1,6 +1,6 @@
 """``prefix_lm``: images and prompt see each other both ways, answers stay causal (PaliGemma, arXiv 2407.07726).
 
-"Prefix" is whatever is no answer: the system line, the user's words, the images and the template's own tokens. With
+"Prefix" is whatever is not an answer: the system line, the user's words, the images and the template's own tokens. With
 several turns every stretch between two answers is a prefix of its own, since the leak rule closes it at each answer.
 Where a prompt is learnt too (``prompt: text``) this mask would show it: the rules of the command refuse that.
 """

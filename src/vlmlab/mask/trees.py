@@ -17,7 +17,7 @@ from vlmlab.mask.leak import TREES, Scene, written
 
 
 def equal_in_trees(mask: Mask) -> bool:
-    """Whether every question of a tree sees what it sees in a row of its own, and so does what stands before it."""
+    """Whether every question of a tree sees what it sees in a row of its own, and so does what is before it."""
     with torch.device("cpu"):  # a model may be built on another one
         return all(_same(mask, *pair) for pair in _pairs())
 

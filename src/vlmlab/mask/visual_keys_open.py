@@ -1,7 +1,7 @@
 """``visual_keys_open``: every token sees every visual token, also one that comes later.
 
 The key-side reading of "the attention mask should not be applied to visual inputs" (arXiv 2503.19508, abstract): it
-differs from ``bidir`` where text stands before an image, which a chat template's header always does.
+differs from ``bidir`` where text is before an image, which a chat template's header always does.
 """
 
 from __future__ import annotations

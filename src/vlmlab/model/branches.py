@@ -15,7 +15,7 @@ from vlmlab.contracts.tensors import Kind, Layout
 from vlmlab.lm.inside import Inside
 
 PADDING = {"kind": int(Kind.PAD), "segment": 0, "role": 0, "position": 0}
-"""What padding inside a row is; it belongs to the row's only sample, which goes on behind it. All other fields: -1."""
+"""What padding inside a row is; it belongs to the row's only sample, which goes on after it. All other fields: -1."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Unfolded:
 
 
 def unfold(layout: Layout) -> Unfolded:
-    """The rows of one tree each; of a row that is no tree the last position is the question.
+    """The rows of one tree each; of a row that is not a tree the last position is the question.
 
     Args:
         layout: of trees (B, S), padded on either side and not packed.

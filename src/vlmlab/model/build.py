@@ -35,7 +35,7 @@ def build_dual_encoder(cfg: DictConfig) -> DualEncoder:
 
 
 def build_pair(cfg: DictConfig) -> PairedTowers:
-    """``encoder``, with the pooled output behind its last layer, and ``text_tower``, compared by ``dual_encoder``.
+    """``encoder``, with the pooled output after its last layer, and ``text_tower``, compared by ``dual_encoder``.
 
     Raises:
         UserError: there is no text tower, or the two do not go together.
@@ -84,7 +84,7 @@ def _with_vocabulary(node: DictConfig, size: int) -> DictConfig:
 
 
 def build_cache(cfg: DictConfig) -> FeatureCache:
-    """What stands before a frozen encoder; a configuration older than that key has none."""
+    """What is before a frozen encoder; a configuration older than that key has none."""
     return instantiate(cfg.cache) if cfg.get("cache") else NoCache()
 
 

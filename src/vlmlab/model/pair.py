@@ -100,7 +100,7 @@ class PairedTowers(Parts):
         head: another head, which does not compare pooled outputs; the text tower's own is then left out.
 
     Attributes:
-        cache: what stands before the encoder; nothing but while a ``FeatureCache`` is serving.
+        cache: what is before the encoder; nothing but while a ``FeatureCache`` is serving.
     """
 
     lm: PairText  # type: ignore[assignment]

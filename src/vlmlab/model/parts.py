@@ -123,7 +123,7 @@ class Parts(nn.Module):
     def switch(self, name: str | None) -> None:
         """Let the adapters of this name act, and no other; None: none, every tower as it was loaded.
 
-        One model serves many tasks: switch between batches or requests. Soft prompts stand in the batches, so make
+        One model serves many tasks: switch between batches or requests. Soft prompts are in the batches, so make
         those with a collator built after switching.
 
         Raises:
@@ -148,7 +148,7 @@ class Parts(nn.Module):
         """Put the adapters that act into the towers' own weights and drop all adapters: plain towers again.
 
         Raises:
-            UserError: an adapter that acts is no change of weights.
+            UserError: an adapter that acts is not a change of weights.
         """
         from vlmlab.adapter.base import merge
 

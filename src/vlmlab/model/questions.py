@@ -87,5 +87,5 @@ def _first(source: SampleSource) -> Iterator[Sample]:
     for index in range(min(LOOKED_AT, len(source))):
         try:
             yield source[index]
-        except DataError:  # said by whoever trains on it
+        except DataError:  # said by anyone who trains on it
             continue

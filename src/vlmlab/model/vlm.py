@@ -30,7 +30,7 @@ class VLM(Parts):
         text: the encoder's paired text tower, where the fusion reads the user's words through it.
 
     Attributes:
-        cache: what stands before the encoder; nothing but while a ``FeatureCache`` is serving.
+        cache: what is before the encoder; nothing but while a ``FeatureCache`` is serving.
 
     Raises:
         UserError: the fusion does not go with the other parts.

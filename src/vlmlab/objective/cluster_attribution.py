@@ -15,7 +15,7 @@ class ClusterAttribution:
     """Cross-entropy of every row over the classes' centres in the other tower's embeddings, both ways, halved.
 
     A centre is the mean of the embeddings of the micro-batch's rows of a class, not brought to unit length. A row's
-    class is the entry of `classes` that stands in its text, the first of several; rows of none have no part in it.
+    class is the entry of `classes` that is in its text, the first of several; rows of none have no part in it.
 
     Args:
         classes: words or phrases.

@@ -138,5 +138,5 @@ class Stream(nn.Module):
 
 
 def _in(name: str, text: str) -> bool:
-    """Whether the words stand in the text as whole words."""
+    """Whether the words are in the text as whole words."""
     return re.search(rf"(?<!\w){re.escape(name.lower())}(?!\w)", text) is not None

@@ -15,7 +15,7 @@ from vlmlab.objective.base import gathered, symmetric
 class PatchTextContrast:
     """Symmetric cross-entropy over S / temperature, S(a, b) = mean over visual tokens of a and words of b of cosines.
 
-    Visual tokens are taken behind the connector, words are the LM's input embeddings; both as they stand in the LM's
+    Visual tokens are taken after the connector, words are the LM's input embeddings; both as they are in the LM's
     sequence. The mean of cosines is the product of the means of unit vectors, which are not normalised again. A pair is
     a sample's images and its answers, without the end token of each answer. Samples without either are left out.
 

@@ -33,7 +33,7 @@ def weightless() -> bool:
 
 
 def read_config(path: str, architecture: Architecture | None, key: str) -> PreTrainedConfig:
-    """The config of a local folder, or for a hub id the architecture that stands beside it.
+    """The config of a local folder, or for a hub id the architecture that is beside it.
 
     Raises:
         UserError: an id without an architecture whose config cannot be reached, or a config that cannot be read; names

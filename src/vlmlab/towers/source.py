@@ -111,7 +111,7 @@ def quiet() -> Iterator[None]:
 
 
 def save_tower(model: PreTrainedModel, folder: Path) -> None:
-    """``save_pretrained``, readable by whoever may read the folder.
+    """``save_pretrained``, readable by anyone who may read the folder.
 
     Raises:
         UserError: a link lies in the folder, through which it would write.

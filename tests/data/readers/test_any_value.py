@@ -157,7 +157,7 @@ KINDS: dict[str, tuple[Any, Callable[[int], dict[str, Any]], Make, bool]] = {
 def test_every_reader_of_conf_is_here() -> None:
     used = {
         str(value)
-        for file in (conf_folder() / "data").glob("*.yaml")
+        for file in (conf_folder() / "data").rglob("*.yaml")
         for key, value in leaves(OmegaConf.to_container(OmegaConf.load(file)), deep=True)  # type: ignore[arg-type]
         if key.endswith("_target_") and ".readers." in str(value)
     }

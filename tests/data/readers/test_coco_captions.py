@@ -9,6 +9,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
+from tests.test_conf import composed
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.data.readers.coco_captions import CocoCaptions
@@ -115,7 +116,7 @@ def test_real_captions(shared_data: Path) -> None:
 
 
 def test_the_group_gives_train_val_and_benchmark(shared_data: Path) -> None:
-    loaded = OmegaConf.load(Path(__file__).parents[3] / "conf/data/coco_captions.yaml")
+    loaded = composed("data=coco_captions").data
     config = OmegaConf.create({"seed": 3, "data": loaded})
     root = shared_data / "coco_captions_mini"
     config.data.path, config.data.images = str(root / "captions.json"), str(root / "images")

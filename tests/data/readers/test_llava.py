@@ -8,6 +8,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
+from tests.test_conf import composed
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.data.images import ImageFolder
@@ -214,8 +215,7 @@ def test_real_samples_have_pixels(shared_data: Path) -> None:
 
 
 def test_the_group_gives_train_and_val(folder: Path) -> None:
-    loaded = OmegaConf.load(Path(__file__).parents[3] / "conf/data/llava.yaml")
-    config = OmegaConf.create({"seed": 3, "data": loaded})
+    config = OmegaConf.create({"seed": 3, "data": composed("data=llava").data})
     config.data.path = write(folder, [record("q <IMG_CONTEXT>", "a", image=n) for n in ("a.png", "b.png", "c.png")])
     config.data.val_fraction = 0.5
     lengths = [len(instantiate(config.data[part].instruct)) for part in ("train", "val")]

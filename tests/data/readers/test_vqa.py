@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from PIL import Image
+from tests.test_conf import composed
 
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.data.readers.split import split_of, subset
@@ -218,7 +219,7 @@ CONF = Path(__file__).parents[3] / "conf/data"
 
 
 def test_the_group_gives_train_val_and_benchmark(folder: Path) -> None:
-    config = OmegaConf.create({"seed": 3, "data": OmegaConf.load(CONF / "vqa.yaml")})
+    config = OmegaConf.create({"seed": 3, "data": composed("data=vqa").data})
     with pytest.raises(MissingMandatoryValue):
         _ = config.data.path
     config.data.path = write(folder, [row(n, split=("train", "val", "test")[n % 3]) for n in range(9)])

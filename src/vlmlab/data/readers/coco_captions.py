@@ -10,7 +10,7 @@ from vlmlab.contracts.values import Count, Levels, Seed, Share, Text, Texts
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.captions import Captioned, CaptionSamples
 from vlmlab.data.readers.records import Row, checked_image, describe, each_row, read_json
-from vlmlab.data.readers.sieve import Sieve, verified
+from vlmlab.data.readers.row_filter import RowFilter, verified
 from vlmlab.data.readers.split import Split, check_split, split_of
 
 
@@ -84,29 +84,29 @@ class CocoCaptions(CaptionSamples):
         image_range: Levels = "auto",
     ) -> None:
         check_split(split, val_fraction, test_fraction)
-        sieve = Sieve(max_bad_fraction)
+        row_filter = RowFilter(max_bad_fraction)
         if test_path is not None and split == "test":
             folder = ImageFolder(images if test_images is None else test_images, image_roots, image_range)
             file = Path(test_path).expanduser()
-            found = read_captions(file, folder, sieve)
+            found = read_captions(file, folder, row_filter)
         else:
             folder = ImageFolder(images, image_roots, image_range)
             file = Path(path).expanduser()
             fractions = (val_fraction, 0.0 if test_path is not None else test_fraction)
-            found = _of_split(file, folder, read_captions(file, folder, sieve), split, fractions, split_seed)
+            found = _of_split(file, folder, read_captions(file, folder, row_filter), split, fractions, split_seed)
         if verify:
-            found = verified(found, sieve, lambda c: folder.load(c.image), lambda c: c.id)
-        self.skipped = sieve.finish(path)
+            found = verified(found, row_filter, lambda c: folder.load(c.image), lambda c: c.id)
+        self.skipped = row_filter.finish(path)
         super().__init__(found, [file], folder, prompt, all_references, size, seed)
 
 
-def read_captions(file: Path, folder: ImageFolder, sieve: Sieve | None = None) -> list[Captioned]:
+def read_captions(file: Path, folder: ImageFolder, row_filter: RowFilter | None = None) -> list[Captioned]:
     """All images of a captions file that have captions, in the file's order.
 
     Raises:
-        DataError: the file cannot be used; a row of it, and the sieve lets none through (as without one).
+        DataError: the file cannot be used; a row of it, and the filter lets none through (as without one).
     """
-    sieve = sieve if sieve is not None else Sieve(0.0)
+    row_filter = row_filter if row_filter is not None else RowFilter(0.0)
     content = read_json(file)
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         found = f"keys: {listed(content)}" if isinstance(content, dict) else describe(content)
@@ -123,7 +123,7 @@ def read_captions(file: Path, folder: ImageFolder, sieve: Sieve | None = None) -
             raise row.error(f"image id {id_} stands there twice", "make the ids unique")
         names[id_] = name
 
-    sieve.keep(sieve.rows(each_row(file, content["images"], "'images'", "row of 'images'")), image)
+    row_filter.keep(row_filter.rows(each_row(file, content["images"], "'images'", "row of 'images'")), image)
     captions: dict[str, list[tuple[str, str]]] = {id_: [] for id_ in names}
     seen: set[str] = set()
 
@@ -137,8 +137,10 @@ def read_captions(file: Path, folder: ImageFolder, sieve: Sieve | None = None) -
         if image_id in names:  # that of an image which is left out goes with it
             captions[image_id].append((id_, text))
 
-    sieve.keep(sieve.rows(each_row(file, content["annotations"], "'annotations'", "row of 'annotations'")), caption)
-    sieve.finish(file)
+    row_filter.keep(
+        row_filter.rows(each_row(file, content["annotations"], "'annotations'", "row of 'annotations'")), caption
+    )
+    row_filter.finish(file)
     return [Captioned(id_, names[id_], tuple(texts)) for id_, texts in captions.items() if texts]
 
 

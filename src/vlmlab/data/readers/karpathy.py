@@ -14,7 +14,7 @@ from vlmlab.data.images import ImageFolder
 from vlmlab.data.readers.captions import Captioned, CaptionSamples
 from vlmlab.data.readers.place import find_files
 from vlmlab.data.readers.records import Row, checked_image, parse_json, read_each, read_text
-from vlmlab.data.readers.sieve import Sieve, verified
+from vlmlab.data.readers.row_filter import RowFilter, verified
 from vlmlab.data.readers.split import Split, check_split, named_split, split_of
 
 SUFFIXES = (".json", ".csv", ".token")
@@ -76,18 +76,18 @@ class KarpathyCaptions(CaptionSamples):
         check_split(split, val_fraction, test_fraction)
         folder = ImageFolder(images, image_roots, image_range)
         fractions = (val_fraction, test_fraction)
-        sieve = Sieve(max_bad_fraction)
+        row_filter = RowFilter(max_bad_fraction)
         found: list[Captioned] = []
         files = find_files(path, SUFFIXES)
         for file in files:
-            found += sieve.keep(sieve.rows(_rows(file)), lambda row: parse_captioned(row, folder))
-        sieve.finish(path)
+            found += row_filter.keep(row_filter.rows(_rows(file)), lambda row: parse_captioned(row, folder))
+        row_filter.finish(path)
         kept = found if split is None else _of_split(found, folder, split, restval, fractions, split_seed)
         if not kept:
             raise DataError(f"{path} has no image for the split '{split}' ({len(found)} in all); give the whole file")
         if verify:
-            kept = verified(kept, sieve, lambda c: folder.load(c.image), lambda c: c.id)
-        self.skipped = sieve.finish(path)
+            kept = verified(kept, row_filter, lambda c: folder.load(c.image), lambda c: c.id)
+        self.skipped = row_filter.finish(path)
         super().__init__(kept, files, folder, prompt, all_references, size, seed)
 
 

@@ -14,7 +14,7 @@ from vlmlab.data.images import ImageFolder
 from vlmlab.data.overlap import Stored
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, checked_image, describe, read_each, some
-from vlmlab.data.readers.sieve import Sieve, verified
+from vlmlab.data.readers.row_filter import RowFilter, verified
 from vlmlab.data.readers.split import Split, check_split, split_of, subset, together
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -236,11 +236,13 @@ class LlavaJson:
         folder = images if images is not None else files[0].parent if files else path
         self._folder = ImageFolder(folder, image_roots, image_range)
         self._files = files
-        form, sieve = LlavaFormat(tuple(tags), prepend_images), Sieve(max_bad_fraction)
+        form, row_filter = LlavaFormat(tuple(tags), prepend_images), RowFilter(max_bad_fraction)
         records: list[Conversation] = []
         for file in files:
-            records += sieve.keep(sieve.rows(read_each(file)), lambda row: parse_record(row, form, self._folder))
-        sieve.finish(path)
+            records += row_filter.keep(
+                row_filter.rows(read_each(file)), lambda row: parse_record(row, form, self._folder)
+            )
+        row_filter.finish(path)
         kept = list(zip(_unique([record.id for record in records]), records, strict=True))
         if shares is not None:
             same = self._folder.same(image for record in records for image in record.images)
@@ -252,8 +254,10 @@ class LlavaJson:
             raise DataError(f"Data file {path} has no record for the split '{split}' ({len(records)} in all); {remedy}")
         self._records = [kept[i] for i in subset([name for name, _ in kept], size, seed)]
         if verify:
-            self._records = verified(self._records, sieve, lambda entry: self._pixels(entry[1]), lambda entry: entry[0])
-        self.skipped = sieve.finish(path)
+            self._records = verified(
+                self._records, row_filter, lambda entry: self._pixels(entry[1]), lambda entry: entry[0]
+            )
+        self.skipped = row_filter.finish(path)
 
     def __len__(self) -> int:
         return len(self._records)

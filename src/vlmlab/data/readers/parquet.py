@@ -29,7 +29,7 @@ from vlmlab.data.pixels import Range, value_range
 from vlmlab.data.readers.llava import TURN_KEYS, Conversation, LlavaFormat, parse_turns
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, checked_image, describe, without_nan
-from vlmlab.data.readers.sieve import Sieve, verified
+from vlmlab.data.readers.row_filter import RowFilter, verified
 from vlmlab.data.readers.split import Split, check_split, split_of, subset, together
 from vlmlab.data.readers.tar import write_shard
 from vlmlab.data.readers.vqa import Question, VqaFormat, choose_rows, conversations, image_words, unique_questions
@@ -355,11 +355,11 @@ class LlavaParquet:
         if size is not None:
             labels = [self._rows.label(int(i)) for i in self._index]
             self._index = np.array([self._index[i] for i in subset(labels, size, seed)])
-        sieve = Sieve(max_bad_fraction)
+        row_filter = RowFilter(max_bad_fraction)
         if verify:
-            sieve.seen = len(self._index)
-            self._index = verified([int(i) for i in self._index], sieve, self._sample, self._rows.label)
-        self.skipped = sieve.finish(path)
+            row_filter.seen = len(self._index)
+            self._index = verified([int(i) for i in self._index], row_filter, self._sample, self._rows.label)
+        self.skipped = row_filter.finish(path)
 
     def _split_by(self) -> list[list[str]]:
         """What a row is split by: its id, as conversations about one image mostly share it, and its images' paths."""
@@ -409,7 +409,7 @@ class LlavaParquet:
         return self._record(self._rows[int(self._index[index])])[0].turns
 
     def _record(self, row: Row) -> tuple[Conversation, list[tuple[str | None, bytes | None]]]:
-        """What a row says, and its images as they stand there."""
+        """What a row says, and its images as they are there."""
         found = pictures(row, IMAGE_KEYS)
         return parse_turns(row, self._form, len(found)), found
 
@@ -480,20 +480,20 @@ class VqaParquet:
         self._rows, self._key, self._values = ParquetRows(files), image_key, value_range(image_range)
         self._check_columns(path, question_key)
         form = VqaFormat(image_key, question_key, id_key, answer_key, answers_key, tuple(kind_keys), suffix)
-        sieve = Sieve(max_bad_fraction)
+        row_filter = RowFilter(max_bad_fraction)
         rows = self._texts()
         rows = [row for row in rows if all(row.data.get(k, v[0]) in v for k, v in (where or {}).items())]
         named, names = split if shares is not None else None, image_words(rows, image_key)
-        rows = choose_rows(rows, names, named, (), shares or (0.0, 0.0), split_seed, sieve)
-        asked = unique_questions(rows, form, None, sieve)
-        sieve.finish(path)
+        rows = choose_rows(rows, names, named, (), shares or (0.0, 0.0), split_seed, row_filter)
+        asked = unique_questions(rows, form, None, row_filter)
+        row_filter.finish(path)
         self._place = {question.id: int(row.data["_place"]) for row, question in asked}
         questions = [question for _, question in asked]
         if verify:
             questions = verified(
-                questions, sieve, lambda q: self._picture(self._place[q.id]), lambda q: q.id, lambda q: q.image
+                questions, row_filter, lambda q: self._picture(self._place[q.id]), lambda q: q.id, lambda q: q.image
             )
-        self.skipped = sieve.finish(path)
+        self.skipped = row_filter.finish(path)
         groups = conversations(questions, max_turns, seed) if multi_turn else [(q.id, (q,)) for q in questions]
         self._groups: list[tuple[str, tuple[Question, ...]]]
         self._groups = [groups[i] for i in subset([name for name, _ in groups], size, seed)]

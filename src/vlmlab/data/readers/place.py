@@ -48,7 +48,7 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[Path]:
     if place.exists() and not place.is_file():
         raise DataError(f"data.path={path} is no file but a pipe or a device; give the file itself")
     if place.exists() or not (glob.has_magic(path) or is_id(path)):
-        return [place]  # whoever opens it says what is wrong with it
+        return [place]  # anyone who opens it says what is wrong with it
     if glob.has_magic(path):
         found = sorted(Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file())
         if not found:

@@ -195,7 +195,7 @@ def _text_lines(path: Path) -> Iterator[str]:
 
 
 def each_row(path: Path, values: object, key: str, unit: str = "row") -> Iterator[Row | DataError]:
-    """The list `values`, found under `key` of a file, as rows or, in place of a value that is no object, its error.
+    """The list `values`, found under `key` of a file, as rows or, in place of a value that is not an object, its error.
 
     Raises:
         DataError: it is not a list, or an empty one.

@@ -32,7 +32,7 @@ from vlmlab.data.pixels import value_range
 from vlmlab.data.readers.llava import IMAGE_KEYS, TURN_KEYS, Conversation, LlavaFormat, parse_turns
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, parse_object
-from vlmlab.data.readers.sieve import Sieve, verified
+from vlmlab.data.readers.row_filter import RowFilter, verified
 from vlmlab.data.readers.split import Split, check_split, split_of, subset, together
 from vlmlab.data.skipped import Skipped
 
@@ -53,7 +53,7 @@ def write_index(shard: Path) -> Path:
     """Write the index of a tar file beside it; readers take it instead of walking through the headers.
 
     Raises:
-        DataError: the file is no plain tar file.
+        DataError: the file is not a plain tar file.
     """
     members = [[name, *place] for name, place in _scan(shard)[0].items()]
     file = shard.with_name(shard.name + INDEX)
@@ -185,15 +185,17 @@ class TarShards:
         self._prompt, self._form = prompt, LlavaFormat(tuple(tags), prepend_images)
         self._values = value_range(image_range)
         self._members: list[dict[str, Place]] = []
-        sieve = Sieve(max_bad_fraction)
+        row_filter = RowFilter(max_bad_fraction)
         groups: list[_Group] = []
         for number, shard in enumerate(self._files):
             members, refused = _indexed(shard)
             self._members.append(members)
             for name in refused:
-                sieve.skip(f"{shard.stem}/{name}", DataError(f"{shard}, member {name} is no plain file; remove it"))
+                row_filter.skip(
+                    f"{shard.stem}/{name}", DataError(f"{shard}, member {name} is no plain file; remove it")
+                )
             groups += _grouped(number, members)
-        sieve.seen = len(groups) + len(sieve.skipped)
+        row_filter.seen = len(groups) + len(row_filter.skipped)
         self._alone = shares is not None
         if shares is not None:
             names = together([self._split_by(g) for g in groups])
@@ -204,8 +206,8 @@ class TarShards:
             )
         groups = [groups[i] for i in subset([self._name(g) for g in groups], size, seed)]
         if verify:
-            groups = verified(groups, sieve, self._sample, self._name)
-        self.skipped: list[Skipped] = sieve.finish(path)
+            groups = verified(groups, row_filter, self._sample, self._name)
+        self.skipped: list[Skipped] = row_filter.finish(path)
         self._groups = groups
 
     def __len__(self) -> int:
@@ -260,7 +262,7 @@ class TarShards:
         return (Turn(self._prompt, caption, "caption"),), "", group.pictures
 
     def _said(self, group: _Group, member: str) -> Row:
-        """A record as it stands in its member."""
+        """A record as it is in its member."""
         return self._row(group, parse_object(self._text(group, member), f"{self._place(group)}, member {member}"))
 
     def _record(self, group: _Group, row: Row) -> tuple[Conversation, list[str]]:
@@ -327,7 +329,7 @@ class TarShards:
 
 
 def _key(name: str) -> str:
-    """What a member's sample is called: its name up to the first dot behind its folder."""
+    """What a member's sample is called: its name up to the first dot after its folder."""
     folder, slash, base = name.rpartition("/")
     return f"{folder}{slash}{base.partition('.')[0]}"
 

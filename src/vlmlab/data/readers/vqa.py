@@ -16,7 +16,7 @@ from vlmlab.data.images import ImageFolder
 from vlmlab.data.overlap import Stored
 from vlmlab.data.readers.place import find_files, split_files
 from vlmlab.data.readers.records import Row, checked_image, read_each
-from vlmlab.data.readers.sieve import Sieve, verified
+from vlmlab.data.readers.row_filter import RowFilter, verified
 from vlmlab.data.readers.split import Split, check_split, named_split, split_of, subset, unit_hash
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -66,7 +66,7 @@ class VqaFormat:
 def parse_question(row: Row, form: VqaFormat, folder: ImageFolder | None) -> Question:
     """One row, checked; raises DataError (file, row, key, remedy) where it cannot be used.
 
-    Without a folder the image comes with the row, and what stands under its key only tells it from others.
+    Without a folder the image comes with the row, and what is under its key only tells it from others.
     """
     key = first_key(row, form.image_key)
     image = row.text(row.get(key), key)
@@ -135,7 +135,7 @@ def choose_rows(
     split_keys: Sequence[str],
     fractions: tuple[float, float],
     seed: int,
-    sieve: Sieve,
+    row_filter: RowFilter,
     words: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Row]:
     """The rows of a split: by the first of `split_keys` the file has, otherwise by a hash of the image's name.
@@ -149,11 +149,11 @@ def choose_rows(
         split_keys: keys that may hold the split's name.
         fractions: shares of val and test where the file has no word on it.
         seed: of the hash.
-        sieve: takes the rows without the split's name, or with an unknown one.
+        row_filter: takes the rows without the split's name, or with an unknown one.
         words: a file's own words for a split, beside the usual ones.
 
     Raises:
-        DataError: a split without rows, or a bad row where the sieve lets none through.
+        DataError: a split without rows, or a bad row where the filter lets none through.
     """
     if split is None:
         return rows
@@ -164,13 +164,13 @@ def choose_rows(
     if key is None:
         named = [split_of(name, val, test, seed) for name in images]
     else:
-        named = [_named(row, key, own, sieve) for row in rows]
+        named = [_named(row, key, own, row_filter) for row in rows]
         if "val" not in named:
             hashed = (split_of(name, val, 0.0, seed) for name in images)
             named = [h if n == "train" else n for n, h in zip(named, hashed, strict=True)]
     chosen = [row for row, name in zip(rows, named, strict=True) if name == split]
     if not chosen:
-        sieve.finish(rows[0].file if rows else "The data")  # it may be that all are bad
+        row_filter.finish(rows[0].file if rows else "The data")  # it may be that all are bad
         counts = listed((f"{name} {n}" for name, n in sorted(Counter(filter(None, named)).items())), 80)
         remedy = "set data.test_path, raise the split's fraction, or split by image with data.split_keys=[]"
         file = rows[0].file if rows else "without usable rows"
@@ -178,7 +178,7 @@ def choose_rows(
     return chosen
 
 
-def _named(row: Row, key: str, words: Mapping[str, str], sieve: Sieve) -> str | None:
+def _named(row: Row, key: str, words: Mapping[str, str], row_filter: RowFilter) -> str | None:
     """The split that a row names; None where the row is left out for want of one."""
     try:
         value = row.text(row.get(key), key)
@@ -188,12 +188,12 @@ def _named(row: Row, key: str, words: Mapping[str, str], sieve: Sieve) -> str | 
             raise row.error(f"'{key}' is '{value}', no known split", remedy)
         return found
     except DataError as error:
-        sieve.refuse(row, error)
+        row_filter.refuse(row, error)
         return None
 
 
 def image_words(rows: Sequence[Row], image_key: str | Sequence[str]) -> list[str]:
-    """What stands in each row for its image's name, right or wrong."""
+    """What is in each row for its image's name, right or wrong."""
     return [str(row.data.get(first_key(row, image_key))) for row in rows]
 
 
@@ -271,11 +271,11 @@ class VqaJson:
         files, shares = split_files(found, None if separate else split, val_fraction, test)
         self._folder = ImageFolder(images if images is not None else found[0].parent, image_roots, image_range)
         self._files = files
-        sieve = Sieve(max_bad_fraction)
+        row_filter = RowFilter(max_bad_fraction)
         by_id = id_key if isinstance(id_key, str) else next(iter(id_key or ()), "id")
-        rows = [row for file in files for row in sieve.rows(read_each(file, ("questions", "data"), by_id))]
+        rows = [row for file in files for row in row_filter.rows(read_each(file, ("questions", "data"), by_id))]
         if not rows:
-            sieve.finish(source)
+            row_filter.finish(source)
         rows = [row for row in rows if all(row.data.get(k, v[0]) in v for k, v in (where or {}).items())]
         named = split if shares is not None else None
         keys = tuple(split_keys)
@@ -283,14 +283,14 @@ class VqaJson:
         if named is not None:
             same = self._folder.same(names)
             names = [same[name] for name in names]
-        rows = choose_rows(rows, names, named, keys, shares or (0.0, 0.0), split_seed, sieve, split_words)
-        questions = [question for _, question in unique_questions(rows, form, self._folder, sieve)]
-        sieve.finish(source)
+        rows = choose_rows(rows, names, named, keys, shares or (0.0, 0.0), split_seed, row_filter, split_words)
+        questions = [question for _, question in unique_questions(rows, form, self._folder, row_filter)]
+        row_filter.finish(source)
         if verify:
             questions = verified(
-                questions, sieve, lambda q: self._folder.load(q.image), lambda q: q.id, lambda q: q.image
+                questions, row_filter, lambda q: self._folder.load(q.image), lambda q: q.id, lambda q: q.image
             )
-        self.skipped = sieve.finish(source)
+        self.skipped = row_filter.finish(source)
         groups = conversations(questions, max_turns, seed) if multi_turn else [(q.id, (q,)) for q in questions]
         self._groups = [groups[i] for i in subset([name for name, _ in groups], size, seed)]
 
@@ -322,9 +322,9 @@ class VqaJson:
 
 
 def unique_questions(
-    rows: Sequence[Row], form: VqaFormat, folder: ImageFolder | None, sieve: Sieve
+    rows: Sequence[Row], form: VqaFormat, folder: ImageFolder | None, row_filter: RowFilter
 ) -> list[tuple[Row, Question]]:
-    """The usable rows; an id that stands there twice makes the second row unusable."""
+    """The usable rows; an id that is there twice makes the second row unusable."""
     first: dict[str, int] = {}
 
     def parse(row: Row) -> tuple[Row, Question]:
@@ -335,7 +335,7 @@ def unique_questions(
             raise row.error(problem, "make the ids unique, or set data.id_key=null to number the rows")
         return row, question
 
-    return sieve.keep(rows, parse)
+    return row_filter.keep(rows, parse)
 
 
 def conversations(questions: list[Question], max_turns: int, seed: int) -> list[tuple[str, tuple[Question, ...]]]:

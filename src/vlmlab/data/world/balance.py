@@ -41,7 +41,7 @@ def answers(scale: Scale) -> Mapping[str, Mapping[str, int]]:
 def chance(scale: Scale) -> Mapping[str, Mapping[str, float]]:
     """Stated chance per template: accuracy in 0..1 of the best answer that does not look.
 
-    One over the number of answers, but for colour and shape: whoever reads the shape (colour) in the question knows
+    One over the number of answers, but for colour and shape: anyone who reads the shape (colour) in the question knows
     that the colour (shape) it is never paired with in training cannot be the answer.
     """
     known = {("attribute", "color"): 1 / 7, ("attribute", "shape"): 1 / 5}

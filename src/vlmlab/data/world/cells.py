@@ -1,4 +1,4 @@
-"""What stands at every place of a grid over a scene, in words: what the probe of a vision tower is fitted to."""
+"""What is at every place of a grid over a scene, in words: what the probe of a vision tower is fitted to."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def content_words() -> frozenset[str]:
 
 
 def translate(text: str, language: Language) -> str:
-    """A sentence of the world in a language; digits, marks and what stands in ``<...>`` stay as they are.
+    """A sentence of the world in a language; digits, marks and what is in ``<...>`` stay as they are.
 
     Args:
         text: in the first language.

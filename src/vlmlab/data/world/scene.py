@@ -109,7 +109,7 @@ class Object:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One scene; ``objects`` stand in raster order.
+    """One scene; ``objects`` are in raster order.
 
     Attributes:
         domain, split, index, seed: its address.

@@ -270,28 +270,28 @@ CAPTIONED = ("caption", "dense_caption")
 
 
 def with_task_words(sample: Unrendered) -> Unrendered:
-    """Every prompt behind a word for its task, as MiniGPT-v2 has it (arXiv 2310.09478)."""
+    """Every prompt after a word for its task, as MiniGPT-v2 has it (arXiv 2310.09478)."""
     words = ("[caption]" if turn.kind in CAPTIONED else "[vqa]" for turn in sample.turns)
     turns = tuple(replace(turn, prompt=f"{word} {turn.prompt}") for word, turn in zip(words, sample.turns, strict=True))
     return replace(sample, turns=turns)
 
 
 class WorldTaskCaptions(WorldCaptions):
-    """``WorldCaptions`` behind ``[caption]``; arguments and refusals are the same."""
+    """``WorldCaptions`` after ``[caption]``; arguments and refusals are the same."""
 
     def _unrendered(self, index: int) -> Unrendered:
         return with_task_words(super()._unrendered(index))
 
 
 class WorldTaskQuestions(WorldQuestions):
-    """``WorldQuestions`` behind ``[vqa]``; arguments and refusals are the same."""
+    """``WorldQuestions`` after ``[vqa]``; arguments and refusals are the same."""
 
     def _unrendered(self, index: int) -> Unrendered:
         return with_task_words(super()._unrendered(index))
 
 
 class WorldTaskInstruct(WorldInstruct):
-    """``WorldInstruct``, each turn behind ``[vqa]`` or ``[caption]``; arguments and refusals are the same."""
+    """``WorldInstruct``, each turn after ``[vqa]`` or ``[caption]``; arguments and refusals are the same."""
 
     def _unrendered(self, index: int) -> Unrendered:
         return with_task_words(super()._unrendered(index))
@@ -373,7 +373,7 @@ class WorldTextInstruct(WorldInstruct):
 class WorldStatements(WorldSource):
     """One image and a text about it, as the text tower beside the vision tower reads texts.
 
-    ``caption`` and ``dense`` are the two caption styles, every other time behind a request for one; ``answered`` is two
+    ``caption`` and ``dense`` are the two caption styles, every other time after a request for one; ``answered`` is two
     questions with their answers, ``question`` one question alone, which says what it takes for granted.
 
     Args:

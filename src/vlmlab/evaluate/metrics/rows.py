@@ -42,7 +42,7 @@ class Row:
     group: str = ""
 
     def to_json(self) -> str:
-        """The row as one line of JSON (no line end); DataError for a chance that is no number."""
+        """The row as one line of JSON (no line end); DataError for a chance that is not a number."""
         if self.chance is not None and not math.isfinite(self.chance):
             raise DataError(f"{self.benchmark} {self.id}: its chance is {self.chance}; give a number from 0 to 1.")
         return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)

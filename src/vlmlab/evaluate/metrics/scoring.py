@@ -17,9 +17,9 @@ LOOKUP = "lookup"
 FLOORS = (*BASELINES, LOOKUP)
 """Sets of answers that are scored beside the real one, each by the same metric: what comes without looking."""
 PROBE = "probe"
-"""What untrained towers answer through a fitted map (`vlmlab.evaluate.probe`): it looks, and is no floor."""
+"""What untrained towers answer through a fitted map (`vlmlab.evaluate.probe`): it looks, and is not a floor."""
 BESIDE = (*FLOORS, PROBE)
-"""All sets of answers that stand beside the real one."""
+"""All sets of answers that are beside the real one."""
 
 
 def predictions_file(folder: Path, benchmark: str, baseline: str = "") -> Path:
@@ -53,7 +53,7 @@ def score_rows(
 def score_predictions(
     folder: Path, benchmark: str, metrics: Sequence[Callable[[], Metric]], baselines: Sequence[str] = BESIDE
 ) -> dict[str, float]:
-    """Scores of a run's benchmark with what stands beside them, recomputed from the prediction files that are there.
+    """Scores of a run's benchmark with what is beside them, recomputed from the prediction files that are there.
 
     Args:
         folder: the run's folder.

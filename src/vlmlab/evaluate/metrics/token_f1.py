@@ -1,7 +1,7 @@
 """Token F1 of free answers: how many words an answer shares with the right one (SQuAD's measure, arXiv 1606.05250).
 
 Words are compared after the VQA evaluator's normalisation, as ``vqa_accuracy`` compares whole answers, so that both
-stand on one ground; SQuAD's own leaves number words and contractions as they are.
+are on one ground; SQuAD's own leaves number words and contractions as they are.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _one(said: list[str], right: list[str]) -> float:
 class TokenF1:
     """``token_f1``: the mean over all questions, also per kind as ``token_f1/kind/<kind>``, and their number.
 
-    Published PathVQA results give it for open questions, and plain accuracy for those of yes or no; both stand in the
+    Published PathVQA results give it for open questions, and plain accuracy for those of yes or no; both are in the
     rows of their kinds.
     """
 

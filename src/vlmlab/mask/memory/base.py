@@ -1,4 +1,4 @@
-"""What every memory mask is built from: whose images they are, which stand before, and the leak rule for the others.
+"""What every memory mask is built from: whose images they are, which are before, and the leak rule for the others.
 
 An image's place may be the length of the row, where it ends its sample, and the start of the next packed sample: it is
 compared with positions, and never used as an index.
@@ -21,7 +21,7 @@ def of_sample(layout: Layout, images: Images, q: Tensor) -> Tensor:
 
 
 def begun(layout: Layout, images: Images, q: Tensor) -> Tensor:
-    """(1, Q, I): the image's place is not behind the position."""
+    """(1, Q, I): the image's place is not after the position."""
     return (images.place <= q[:, None])[None]
 
 
@@ -34,5 +34,5 @@ def image_era(layout: Layout, images: Images) -> Tensor:
 
 
 def not_of_later_turn(layout: Layout, images: Images, q: Tensor) -> Tensor:
-    """(B, Q, I): no answer token stands between a position and an image behind it (the leak rule)."""
+    """(B, Q, I): no answer token is between a position and an image after it (the leak rule)."""
     return image_era(layout, images) <= layout.era[:, q, None]

@@ -1,4 +1,4 @@
-"""``before``: a position sees every image of its sample that stands before it, or to which it belongs."""
+"""``before``: a position sees every image of its sample that is before it, or to which it belongs."""
 
 from __future__ import annotations
 

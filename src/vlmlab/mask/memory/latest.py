@@ -13,7 +13,7 @@ from vlmlab.mask.memory.base import begun, of_sample
 
 
 class LatestImage:
-    """sees(i, k) = place(k) <= i and no image of the sample behind k has begun by i."""
+    """sees(i, k) = place(k) <= i and no image of the sample after k has begun by i."""
 
     def __call__(self, layout: Layout, images: Images, q: Tensor) -> Tensor:
         """(B, Q, I) for the query positions ``q (Q,)``."""

@@ -12,7 +12,7 @@ from vlmlab.data.skipped import Skipped, check_share
 T = TypeVar("T")
 
 
-class Sieve:
+class RowFilter:
     """Keeps the rows that can be used.
 
     Args:
@@ -75,7 +75,7 @@ def _id_of(row: Row) -> str:
 
 def verified(
     items: Sequence[T],
-    sieve: Sieve,
+    row_filter: RowFilter,
     load: Callable[[T], object],
     name: Callable[[T], str],
     image: Callable[[T], object] | None = None,
@@ -84,7 +84,7 @@ def verified(
 
     Args:
         items: what to look at.
-        sieve: takes the bad ones.
+        row_filter: takes the bad ones.
         load: raises DataError for a bad one.
         name: id of an item.
         image: what tells the images of items apart, where several have the same: each is decoded once.
@@ -103,5 +103,5 @@ def verified(
         if found is None:
             kept.append(item)
         else:
-            sieve.skip(name(item), found)
+            row_filter.skip(name(item), found)
     return kept
