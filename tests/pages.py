@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
 CONNECTOR = ROOT / "docs" / "tutorials" / "connector.md"
 TRAINED = (
-    "README", "ablations", "demo", "export", "models", "own_data", "questions", "recipes", "sweeps", "towers", "two_towers",
-    "world",
+    "README", "ablations", "demo", "export", "models", "own_data", "questions", "recipes", "sweeps", "towers",
+    "two_towers", "world",
 )  # fmt: skip
 """Pages whose commands are run as they are, by a slow test; those of the others are composed."""
 OURS = re.compile(rf"python (train|evaluate)\.py|vlmlab ({'|'.join(VERBS)}) ")
