@@ -83,7 +83,7 @@ def best_look(cfg: Config, choices: Choices) -> str | None:
 def logger_to_make(cfg: Config, choices: Choices) -> str | None:
     """A logger's name alone makes none."""
     name = value_at(cfg, "logger.name")
-    if name in ("jsonl", "none", "wandb") or value_at(cfg, "logger.make") is not None:
+    if name in (None, "jsonl", "none", "wandb") or value_at(cfg, "logger.make") is not None:
         return None
     return f"logger.name={shown(name)} logs nowhere without logger.make; write logger={shown(name)} for a file of conf/"
 
