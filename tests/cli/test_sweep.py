@@ -53,7 +53,8 @@ def test_looking_at_a_sweep(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys
         (["table", "{sweep}", "form=pdf"], 2, "form=pdf"),
         (["report", "{sweep}", "cells=[a,b]"], 2, "cells: a is no cell of "),
         (["report", "{sweep}", "cost=hours"], 1, "cost=hours is not of every finished cell; choose from params"),
-        (["show", "{sweep}", "sweeep=1"], 2, "did you mean sweep?"),
+        (["show", "{sweep}", "metrik=1"], 2, "did you mean metric?"),
+        (["show", "sweep={sweep}/x"], 2, "/x is no folder"),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -15,7 +15,7 @@ from vlmlab.cli.entry import ConfigError, guard, run_command
 from vlmlab.contracts.terminal import tell
 
 EXAMPLE = "vlmlab compare sweeps/<name> baseline=mlp,bidir"
-TEXTS = ("sweep", "baseline", "metric", "until", "out")
+TEXTS = ("folder", "baseline", "metric", "until", "out")
 """Keys whose values are taken as they are typed, with the signs that mean something elsewhere."""
 
 
@@ -23,13 +23,13 @@ def compare_command(cfg: DictConfig) -> None:
     """Print the comparison and write its files.
 
     Raises:
-        ConfigError: ``sweep`` or ``baseline`` is missing, or a folder is none.
+        ConfigError: the sweep or ``baseline`` is missing, or a folder is none.
         UserError: nothing has finished, or there is no such row, metric or number.
     """
-    for key in ("sweep", "baseline"):
+    for key, word in (("folder", "sweep"), ("baseline", "baseline")):
         if OmegaConf.is_missing(cfg, key):
-            raise ConfigError(f"which {key}? write {key}=..., as in: {EXAMPLE}")
-    sweep = Path(str(cfg.sweep))
+            raise ConfigError(f"which {word}? write {word}=..., as in: {EXAMPLE}")
+    sweep = Path(str(cfg.folder))
     out = None if cfg.out is None else Path(str(cfg.out))
     for key, folder in (("sweep", sweep), ("out", out)):
         if folder is not None and not folder.is_dir():
@@ -44,11 +44,14 @@ def _text(value: object) -> str | None:
 
 
 def spelled(words: Sequence[str]) -> list[str]:
-    """The words for Hydra: a first one without a key is the sweep, and the texts among the values are quoted."""
-    found = list(words)
+    """The words for Hydra: a first one without a key is the sweep, and the texts among the values are quoted.
+
+    The sweep's folder is ``folder`` there, since ``sweep`` is a group of the training's.
+    """
+    found = [f"folder={word.removeprefix('sweep=')}" if word.startswith("sweep=") else word for word in words]
     first = next((i for i, word in enumerate(found) if not word.startswith("-")), None)
     if first is not None and "=" not in found[first]:
-        found[first] = f"sweep={found[first]}"
+        found[first] = f"folder={found[first]}"
     return [_quoted(word) for word in found]
 
 

@@ -27,7 +27,7 @@ def show_command(cfg: DictConfig) -> None:
     """Print the state of every cell.
 
     Raises:
-        ConfigError: ``sweep`` is missing or no folder.
+        ConfigError: the sweep is missing or no folder.
     """
     sweep = _sweep(cfg, "show")
     from vlmlab.analyse.progress import show_sweep  # numpy
@@ -39,7 +39,7 @@ def table_command(cfg: DictConfig) -> None:
     """Write ``table.csv``, ``table.md`` and the figure, and print the table in the form that is asked for.
 
     Raises:
-        ConfigError: ``sweep`` is missing or no folder.
+        ConfigError: the sweep is missing or no folder.
     """
     sweep = _sweep(cfg, "table")
     from vlmlab.analyse.sweep import write_table  # numpy and scipy
@@ -54,7 +54,7 @@ def report_command(cfg: DictConfig) -> None:
     """Write ``report.html`` into the sweep's folder.
 
     Raises:
-        ConfigError: ``sweep`` is missing or no folder, or ``cells`` are none of its.
+        ConfigError: the sweep is missing or no folder, or ``cells`` are none of its.
         UserError: no finished cell has the metric or cost.
     """
     sweep = _sweep(cfg, "report")
@@ -79,9 +79,9 @@ COMMANDS: dict[str, Callable[[DictConfig], None]] = {
 def _sweep(cfg: DictConfig, verb: str) -> Path:
     check_own(cfg, Look)
     example = f"vlmlab sweep {verb} sweeps/<name>"
-    if OmegaConf.is_missing(cfg, "sweep"):
+    if OmegaConf.is_missing(cfg, "folder"):
         raise ConfigError(f"which sweep? write its folder, as in: {example}")
-    sweep = Path(str(cfg.sweep))
+    sweep = Path(str(cfg.folder))
     if not sweep.is_dir():
         raise ConfigError(f"sweep={sweep} is no folder; give an existing one, as in: {example}")
     if not any(sweep.iterdir()):
