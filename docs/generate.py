@@ -22,13 +22,12 @@ CONF, SOURCE, EXPERIMENTS = ROOT / "conf", ROOT / "src", ROOT / "experiments"
 ADDED = ("benchmark", "experiment")
 """Groups whose choices are added to a command, as in ``+benchmark=pope``."""
 PLACED = {
-    "captions": "captions@data",
     "memory_mask": "memory_mask@fusion.sees",
     "pair_head": "+pair_head@dual_encoder.head",
 }
 """Groups whose choices are put at a place of the configuration."""
 WITH = {"memory_mask": "fusion=lavi", "pair_head": "recipe=contrastive", "text_tower": "recipe=contrastive"}
-"""What has to be chosen as well for such a group to have a place; of `captions` it is the data."""
+"""What has to be chosen as well for such a group to have a place."""
 TOP = "vlmlab"
 """The page of the modules that lie in no folder."""
 OURS = ("hydra", "cell")
@@ -121,10 +120,7 @@ def target(file: Path) -> str | None:
     node = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     if isinstance(node.get("_target_"), str):
         return str(node["_target_"])
-    for entry in node.get("defaults", []):
-        if isinstance(entry, str) and entry != "_self_" and (file.parent / f"{entry}.yaml").is_file():
-            return target(file.parent / f"{entry}.yaml")
-    return None
+    return next((named for named in map(target, bases(file)) if named), None)
 
 
 def _all_groups(groups: dict[str, list[str]]) -> str:
@@ -161,6 +157,7 @@ def _choice(group: str, name: str, rows: list[Row]) -> str:
     file = CONF / group / f"{name}.yaml"
     lines = [f"# {group}: {name}", "", about(file), "", f"    python train.py {words(group, name)}", ""]
     lines += [f"`conf/{group}/{name}.yaml`:", "", "```yaml", file.read_text(encoding="utf-8").rstrip(), "```", ""]
+    lines += _inherited(file)
     named, docstring, arguments = _class(file)
     if named:
         package = named.split(".")[1]
@@ -174,6 +171,38 @@ def _choice(group: str, name: str, rows: list[Row]) -> str:
         link = f"[{experiment}](../../experiments/{experiment}/README.md)"
         lines += [f"Of {link}, which says what the numbers are of:", "", header, _rule(header), *cells, ""]
     return "\n".join(lines) + "\n"
+
+
+def bases(file: Path) -> list[Path]:
+    """The files of its own group that a choice inherits from, in order."""
+    node = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    found = []
+    for entry in node.get("defaults", []):
+        where, names = ("", [entry]) if isinstance(entry, str) else next(iter(entry.items()))
+        if not where.startswith(("/", "override")):
+            folder = file.parent / where.partition("@")[0]
+            found += [
+                folder / f"{name.partition('@')[0]}.yaml" for name in ([names] if isinstance(names, str) else names)
+            ]
+    return [base for base in dict.fromkeys(found) if base.is_file()]
+
+
+def _inherited(file: Path) -> list[str]:
+    lines = []
+    for base in bases(file):
+        name = base.relative_to(CONF).as_posix()
+        if base.parent == file.parent:
+            lines += [f"It inherits from [{base.stem}]({base.stem}.md).", ""]
+        else:
+            lines += [
+                f"It inherits from `{name}`:",
+                "",
+                "```yaml",
+                base.read_text(encoding="utf-8").rstrip(),
+                "```",
+                "",
+            ]
+    return lines
 
 
 def _class(file: Path) -> tuple[str, str, list[tuple[str, str, str]]]:
