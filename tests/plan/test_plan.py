@@ -19,6 +19,7 @@ from vlmlab.engine.restore import module_class
 from vlmlab.engine.weights import Trainee
 from vlmlab.plan.devices import DEVICES
 from vlmlab.plan.plan import Cost, Settings, Shape, StagePlan, _shapes, as_json, plan, shaped_batch
+from vlmlab.plan.recall import Recall
 from vlmlab.plan.simulation import Simulator
 from vlmlab.recipe.stage import Stage, parse
 
@@ -335,5 +336,5 @@ def test_what_is_recalled_is_what_torch_says(half: bool, monkeypatch: pytest.Mon
     trainee = entered(cfg, stage)
     rows = batch(cfg, stage, trainee, Shape(1, 20, 10), Shape(1, 20, 10))
     quick = Simulator(trainee, half)(rows)
-    monkeypatch.setattr("vlmlab.plan.simulation.Recall", lambda fake: lambda func, args, kwargs: func(*args, **kwargs))
+    monkeypatch.setattr(Recall, "__call__", lambda self, func, args, kwargs: func(*args, **kwargs))
     assert Simulator(trainee, half)(rows) == quick

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -203,5 +204,6 @@ def generated(cfg: DictConfig, stated: Collection[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    gc.disable()  # one plan is soon made, and nothing of it is waited for to be collected
     many = any(word in ("-m", "--multirun") for word in sys.argv[1:])
     sys.exit(run_seeds(sys.argv[1:]) if many else run_verb("plan", plan_command))

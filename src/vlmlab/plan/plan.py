@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Sample, SampleSource, Turn
@@ -39,6 +40,7 @@ from vlmlab.lm.causal import CausalLanguageModel
 from vlmlab.lm.scratch import ScratchLanguageModel
 from vlmlab.model.questions import read_questions
 from vlmlab.plan.devices import Device
+from vlmlab.plan.recall import Recall
 from vlmlab.plan.simulation import Pass, Simulator
 from vlmlab.recipe.stage import Stage, parse
 
@@ -52,7 +54,17 @@ class Shape:
     answered: int
 
 
-Known: TypeAlias = dict[Any, Pass]
+@dataclass(frozen=True)
+class Known:
+    """What earlier stages of a plan have found out.
+
+    Attributes:
+        passes: stages that train the same on samples of the same shape go through the model once.
+        recall: what operations give.
+    """
+
+    passes: dict[Any, Pass] = field(default_factory=dict)
+    recall: Recall = field(default_factory=lambda: Recall(FakeTensorMode(allow_non_fake_inputs=True)))
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,7 @@ def plan(
         UserError: the composition cannot be built, its data cannot be read, or it decides on values that are not there.
     """
     trainees: dict[Any, Trainee] = {}
-    known: Known = {}  # stages that train the same on samples of the same shape go through the model once
+    known = Known()
     found = []
     stages = list(parse(cfg))
     for place, stage in enumerate(stages, 1):
@@ -231,13 +243,13 @@ class Cost:
 def _cost(stage: Stage, trainee: Trainee, collate: Collator, shapes: Sequence[Shape], half: bool, known: Known) -> Cost:
     """Passes of a row of mean samples, and of one row and of three rows of longest ones; a packed row is about full."""
     what = str((sorted(trainee.trained()), stage.mask, stage.objective, stage.adapter, collate.prompt_tokens))
-    simulate = Simulator(trainee, half)
+    simulate = Simulator(trainee, half, known.recall)
 
     def run(shape: Shape, count: int) -> Pass:
         key = (trainee, what, shape, count)
-        if key not in known:
-            known[key] = simulate(shaped_batch(collate, [shape] * count))
-        return known[key]
+        if key not in known.passes:
+            known.passes[key] = simulate(shaped_batch(collate, [shape] * count))
+        return known.passes[key]
 
     mean, longest = _mean(shapes), max(shapes, key=lambda s: _length(s, collate))
     alone, row = (_per_row(shape, collate) for shape in (mean, longest))

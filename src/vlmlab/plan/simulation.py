@@ -62,10 +62,12 @@ class Simulator:
     Args:
         trainee: the model with the stage entered.
         half: bfloat16 autocast.
+        recall: what operations give, of other passes; None: nothing yet.
     """
 
-    def __init__(self, trainee: Trainee, half: bool) -> None:
+    def __init__(self, trainee: Trainee, half: bool, recall: Recall | None = None) -> None:
         self.trainee, self.half = trainee, half
+        self.recall = recall or Recall(FakeTensorMode(allow_non_fake_inputs=True))
 
     def __call__(self, batch: Batch) -> Pass:
         """Forward and backward of one micro-batch, gradients of earlier ones being there.
@@ -74,8 +76,8 @@ class Simulator:
             UserError: the composition decides on the values of its features, which a plan does not have.
         """
         model = self.trainee.model
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with shapes_only(model, fake, self.trainee.trained().values()) as known, Meter(fake, known) as meter:
+        fake, trained = self.recall.fake, self.trainee.trained().values()
+        with shapes_only(model, fake, trained) as known, Meter(fake, known, self.recall) as meter:
             with told_of_values(), torch.autocast("cpu", torch.bfloat16, enabled=self.half):
                 loss = self._loss(model, batch)
                 forward = meter.flops
@@ -161,16 +163,17 @@ class Meter(TorchDispatchMode):
     Args:
         fake: the mode of the tensors without values.
         known: tensors that are there already and are not counted.
+        recall: what operations in this mode give, of other passes; None: nothing yet.
 
     Attributes:
         flops: so far.
         peak: most live bytes so far.
     """
 
-    def __init__(self, fake: FakeTensorMode, known: Sequence[Tensor]) -> None:
+    def __init__(self, fake: FakeTensorMode, known: Sequence[Tensor], recall: Recall | None = None) -> None:
         super().__init__()
         self.fake = fake
-        self._recall = Recall(fake)
+        self._recall = recall or Recall(fake)
         self.flops = self.live = self.peak = 0
         self._seen: Any = WeakIdKeyDictionary()
         self._watched: dict[int, Any] = {}
