@@ -23,6 +23,7 @@ from tests.tiny import (
     TWO_TURNS,
     batches,
     collator,
+    loaded,
     qwen2,
     siglip,
     spread,
@@ -319,7 +320,7 @@ def _ovis() -> nn.Module:
 
 def config(**connector: Any) -> Any:
     groups = {"encoder": "hf", "lm": "hf", "mask": "bidir", "fusion": "concat", "connector": "instruct_qformer"}
-    cfg = OmegaConf.create({group: OmegaConf.load(CONF / group / f"{name}.yaml") for group, name in groups.items()})
+    cfg = OmegaConf.create({group: loaded(CONF / group / f"{name}.yaml") for group, name in groups.items()})
     cfg.encoder.path, cfg.lm.path = str(siglip()), str(qwen2())
     cfg.connector.update(connector)
     OmegaConf.set_struct(cfg, True)
