@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,19 @@ SUBMITTED = "submitit"
 """Folder below the sweep's for what submitit writes: its scripts and the jobs' own output."""
 LOST = 1
 """Exit code of a cell whose job ended without one."""
+ASK_S = 15.0
+"""Seconds between two questions to SLURM's queue about a job of which nothing else is known."""
+
+
+def queued(number: str) -> bool:
+    """Whether a job of SLURM's waits or runs; where the queue does not answer, it may."""
+    try:
+        asked = subprocess.run(
+            ["squeue", "--noheader", f"--jobs={number}"], capture_output=True, text=True, check=False, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    return bool(asked.stdout.strip()) if asked.returncode == 0 else "Invalid job id" not in asked.stderr
 
 
 class Scheduled:
@@ -74,6 +89,7 @@ class SubmititJob(Scheduled):
 
     def __init__(self, cell: Cell, job: Any, scheduler: str) -> None:
         self.job = job
+        self._ask_at, self._missed = time.monotonic() + ASK_S, 0
         super().__init__(cell, scheduler, str(job.job_id))
 
     def poll(self) -> int | None:
@@ -81,7 +97,10 @@ class SubmititJob(Scheduled):
         if self.ended is not None:
             return self.ended
         if not self.job.done():
-            return None
+            if not self._gone():
+                return None
+            self.cell.note = self.cell.note or f"{self.scheduler} job {self.number} is gone and left no result"
+            return self.over(LOST)
         if not self.job.paths.result_pickle.is_file():
             self.cell.note = self.cell.note or f"{self.scheduler} job {self.number} ended as {self.job.state}"
             return self.over(LOST)
@@ -90,6 +109,14 @@ class SubmititJob(Scheduled):
             self.cell.note = self.cell.note or f"{self.scheduler} job {self.number}: {str(value).splitlines()[-1]}"
             return self.over(LOST)
         return self.over(int(value))
+
+    def _gone(self) -> bool:
+        """Whether the queue has twice not known the job, where SLURM keeps no accounts and so says no state."""
+        if self.scheduler != "slurm" or time.monotonic() < self._ask_at or self.job.state != "UNKNOWN":
+            return False
+        self._ask_at = time.monotonic() + ASK_S
+        self._missed = 0 if queued(self.number) else self._missed + 1
+        return self._missed > 1
 
     def send(self, number: int) -> None:
         """Tell a running cell by ``job.json``; a job that is still queued is cancelled."""
@@ -182,7 +209,7 @@ class Submitit:
         if self.cluster != "slurm" or known is None or known.get("scheduler") != "slurm":
             return False
         job: Any = self.submitit.SlurmJob(folder=self.folder / "%j", job_id=str(known.get("id")), tasks=[0])
-        if job.done(force_check=True) or job.state == "UNKNOWN":
+        if job.done(force_check=True) or (job.state == "UNKNOWN" and not queued(job.job_id)):
             return False
         cell.process = SubmititJob(cell, job, self.cluster)
         return True

@@ -48,4 +48,7 @@ def _where(record: RunRecord) -> str:
         steps = f"/{state['steps']}" if state.get("steps") else ""
         return f"{state.get('stage') or 'starting'} {state.get('step') or 0}{steps}"
     job = None if record.done else read_json(record.folder / JOB)
-    return record.reason or ("" if job is None else f"{job.get('scheduler')} job {job.get('id')}")
+    if job is None:
+        return record.reason or ""
+    named = f"{job.get('scheduler')} job {job.get('id')}"
+    return f"waits for its next run, {named}" if record.state == "interrupted" else record.reason or named
