@@ -197,6 +197,7 @@ def test_cells_of_one_training_share_it_or_the_sweep_does_not_begin() -> None:
     mixed = {"recipe": {"stages": {"one": {"mix": {"run": "outputs/x"}}}}}
     for several, words in [
         ({"trainer": {"devices": 2}}, "several ranks would have to agree"),
+        ({"trainer": {"devices": 1, "nodes": 2}}, "several ranks would have to agree"),
         ({"fresh": True}, "fresh=true trains again"),
         (mixed, "recipe.stages.one is mixed with another run"),
     ]:

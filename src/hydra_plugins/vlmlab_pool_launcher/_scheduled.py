@@ -101,14 +101,19 @@ class SubmititJob(Scheduled):
                 return None
             self.cell.note = self.cell.note or f"{self.scheduler} job {self.number} is gone and left no result"
             return self.over(LOST)
-        if not self.job.paths.result_pickle.is_file():
+        codes = (self._code(self.job.task(machine)) for machine in range(self.job.num_tasks))
+        return self.over(next((code for code in codes if code), 0))
+
+    def _code(self, task: Any) -> int:
+        """The exit code of the cell on one of its machines."""
+        if not task.paths.result_pickle.is_file():
             self.cell.note = self.cell.note or f"{self.scheduler} job {self.number} ended as {self.job.state}"
-            return self.over(LOST)
-        kind, value = self.job._get_outcome_and_result()
+            return LOST
+        kind, value = task._get_outcome_and_result()
         if kind == "error":
             self.cell.note = self.cell.note or f"{self.scheduler} job {self.number}: {str(value).splitlines()[-1]}"
-            return self.over(LOST)
-        return self.over(int(value))
+            return LOST
+        return int(value)
 
     def _gone(self) -> bool:
         """Whether the queue has twice not known the job, where SLURM keeps no accounts and so says no state."""

@@ -238,7 +238,8 @@ def _collator(cfg: DictConfig, stage: Stage) -> tuple[Collator, list[str], Any]:
 
 def _devices(cfg: DictConfig) -> int:
     devices = OmegaConf.select(cfg, "trainer.devices")
-    return devices if isinstance(devices, int) and devices > 0 else 1
+    each = devices if isinstance(devices, int) and devices > 0 else 1
+    return each * int(OmegaConf.select(cfg, "trainer.nodes") or 1)
 
 
 def _facts(cfg: DictConfig, stage: Stage, collate: Collator, size: int) -> list[tuple[str, str]]:

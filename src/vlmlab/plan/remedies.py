@@ -86,7 +86,7 @@ def _planned(cfg: DictConfig, error: OutOfMemory, ranks: int) -> StagePlan:
 def _ranks(cfg: DictConfig) -> int:
     devices = cfg.trainer.devices
     if isinstance(devices, int) and devices > 0:
-        return devices
+        return devices * int(OmegaConf.select(cfg, "trainer.nodes") or 1)
     return max(1, torch.cuda.device_count()) if on_gpu(cfg) else 1
 
 

@@ -95,7 +95,7 @@ def unshared(config: Mapping[str, Any]) -> str:
         return "the recipe ends in recipe.finish, which reads its models"
     if config.get("fresh"):
         return "fresh=true trains again"
-    if config["trainer"]["devices"] != 1:
+    if config["trainer"]["devices"] != 1 or config["trainer"].get("nodes", 1) != 1:
         return SEVERAL_RANKS
     return ""
 

@@ -23,7 +23,7 @@ def shards_for_several(cfg: Config, choices: Choices) -> str | None:
     """FSDP2 shares weights among devices, in fp32 or bf16."""
     if value_at(cfg, "trainer.strategy") != "fsdp2":
         return None
-    if value_at(cfg, "trainer.devices") == 1:
+    if value_at(cfg, "trainer.devices") == 1 and value_at(cfg, "trainer.nodes") in (None, 1):
         return (
             "trainer.strategy=fsdp2 shares the weights among devices and trainer.devices=1; set trainer.devices=2 or "
             "more, or trainer.strategy=auto"
