@@ -524,28 +524,30 @@ def _trainer(run: Run, before: Sequence[L.Callback], keeper: Keeper) -> L.Traine
     settings = run.cfg.trainer
     devices: Any = plain_key(settings, "devices")
     every = int(settings.get("log_every") or LOG_EVERY)
-    return L.Trainer(
-        accelerator=settings.accelerator,
-        devices=devices,
-        num_nodes=_nodes(run),
-        strategy=_strategy(run, devices),
-        precision=run.precision.name,
-        max_epochs=1,
-        logger=[run.logger, *run.mirrors.loggers],
-        callbacks=[
-            run.ranks,
-            *before,
-            Recorder(run.folder, every, run.record),
-            Progress(settings.get("progress", "auto")),
-            keeper,
-        ],
-        default_root_dir=str(run.folder.path),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The `srun` command")  # on a cluster: jobs are started by sweep=slurm
+        return L.Trainer(
+            accelerator=settings.accelerator,
+            devices=devices,
+            num_nodes=_nodes(run),
+            strategy=_strategy(run, devices),
+            precision=run.precision.name,
+            max_epochs=1,
+            logger=[run.logger, *run.mirrors.loggers],
+            callbacks=[
+                run.ranks,
+                *before,
+                Recorder(run.folder, every, run.record),
+                Progress(settings.get("progress", "auto")),
+                keeper,
+            ],
+            default_root_dir=str(run.folder.path),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+        )
 
 
 def _nodes(run: Run) -> int:
