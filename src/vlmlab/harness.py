@@ -66,12 +66,20 @@ class VlmlabChat(lmms):  # type: ignore[misc]
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> Any:
-        """Not offered: a run's own benchmarks score options (``vlmlab evaluate``)."""
-        raise NotImplementedError("vlmlab answers by generation; choose tasks of output_type generate_until.")
+        """Refused: options are not scored by their likelihood.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("vlmlab answers by generation; choose tasks of output_type generate_until.")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> Any:
-        """Not offered: what a later round asks depends on code of the task."""
-        raise NotImplementedError("vlmlab answers single rounds; choose tasks of output_type generate_until.")
+        """Refused: what a later round asks depends on code of the task.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("vlmlab answers single rounds; choose tasks of output_type generate_until.")
 
     def _answer(self, messages: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
         images: list[Any] = []

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
@@ -35,9 +35,6 @@ from vlmlab.runs.names import HOW, SEED, cell_name, override_key, short_hash
 from vlmlab.runs.origin import changed_origin
 from vlmlab.runs.shared import KEY, unshared
 
-if TYPE_CHECKING:
-    from hydra_plugins.vlmlab_pool_launcher._job import Job
-
 ELSEWHERE = "another process is in its folder"
 """Note of a cell that waits for whoever has locked its folder."""
 FINISHED = "finished before"
@@ -47,6 +44,22 @@ NO_RESULT = "no result: debug"
 """Note of a cell that was to have none."""
 
 State = Literal["waiting", "running", "done", "failed", "interrupted"]
+
+
+class Job(Protocol):
+    """A cell that was started."""
+
+    def waits(self) -> str:
+        """What it waits for in words, before it has begun; empty from then on."""
+
+    def poll(self) -> int | None:
+        """The exit code of the cell, below zero for a signal; None while it runs."""
+
+    def send(self, number: int) -> None:
+        """Hand a signal to the cell, which then saves and ends; one that has not begun never does."""
+
+    def kill(self) -> None:
+        """End the cell at once with all that it has started; nothing where it has ended."""
 
 
 @dataclass

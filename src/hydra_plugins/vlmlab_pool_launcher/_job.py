@@ -18,22 +18,6 @@ OF_A_RANK = ("LOCAL_RANK", "RANK", "NODE_RANK", "WORLD_SIZE")
 """Variables that a launcher which is itself a rank must not hand on."""
 
 
-class Job(Protocol):
-    """A cell that was started."""
-
-    def waits(self) -> str:
-        """What it waits for in words, before it has begun; empty from then on."""
-
-    def poll(self) -> int | None:
-        """The exit code of the cell, below zero for a signal; None while it runs."""
-
-    def send(self, number: int) -> None:
-        """Hand a signal to the cell, which then saves and ends; one that has not begun never does."""
-
-    def kill(self) -> None:
-        """End the cell at once with all that it has started; nothing where it has ended."""
-
-
 @dataclass(frozen=True)
 class Start:
     """A cell that is to start.

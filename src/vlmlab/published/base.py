@@ -24,12 +24,10 @@ class Published(ABC):
     Attributes:
         model: the class.
         tiled: the published processor cuts images into tiles, or keeps their sizes; here they are brought to one.
-        goes_on: its ``generate`` goes on from a prompt whose keys and values are given.
     """
 
     model: type[PreTrainedModel]
     tiled: bool = False
-    goes_on: bool = True
 
     @abstractmethod
     def keys(self, config: Any) -> Keys:
@@ -51,10 +49,21 @@ class Published(ABC):
     def connector(self, model: Any) -> Mapping[str, Tensor]:
         """The connector's weights by the names of ours."""
 
+
+class Written(Published):
+    """One class of transformers that compositions are written as, too.
+
+    Attributes:
+        goes_on: its ``generate`` goes on from a prompt whose keys and values are given.
+    """
+
+    goes_on: bool = True
+
+    @abstractmethod
     def lacks(self, model: VLM) -> str | None:
         """Why this class is not a composition of ours, as what it "has only"; None: it is the same model."""
-        return "is not written by vlmlab"
 
+    @abstractmethod
     def config_of(self, model: VLM, tower: PreTrainedModel) -> PreTrainedConfig:
         """The class's config for a composition that lacks nothing.
 
@@ -62,8 +71,8 @@ class Published(ABC):
             model: the composition.
             tower: its vision tower, with every layer.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def place(self, whole: Any, model: VLM, tower: PreTrainedModel) -> None:
         """Put the composition's modules into a model of this class that has no values yet, and give it a connector's.
 
@@ -72,7 +81,6 @@ class Published(ABC):
             model: the composition, whose modules it shares from now on.
             tower: its vision tower, with every layer.
         """
-        raise NotImplementedError
 
 
 def causal_lm(base: PreTrainedModel, head: nn.Linear) -> PreTrainedModel:

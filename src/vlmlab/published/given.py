@@ -38,14 +38,14 @@ from vlmlab.encoder.tower import TowerEncoder
 from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.model.build import build_collator
 from vlmlab.model.vlm import VLM
-from vlmlab.published.base import Published
+from vlmlab.published.base import Written
 from vlmlab.published.blip2 import Blip2
 from vlmlab.published.llava import Llava
 from vlmlab.published.prompts import conversation, with_parts
 from vlmlab.published.sight import code, is_causal, needs_answers
 from vlmlab.towers.source import quiet, save_tower
 
-CLASSES: tuple[Published, ...] = (Llava(), Blip2())
+CLASSES: tuple[Written, ...] = (Llava(), Blip2())
 """What is written, the first that is the same model."""
 
 CLOSE = 1e-5
@@ -65,7 +65,7 @@ class Way:
         many: whether that function has to know where earlier answers are.
     """
 
-    plan: Published
+    plan: Written
     sees: str | None
     many: bool
 
