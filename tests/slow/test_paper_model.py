@@ -183,10 +183,8 @@ class Runs:
     killed_said: str
 
 
-@pytest.fixture(scope="module")
-def runs(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def left_alone_and_killed(command: list[str], place: Path) -> Runs:
     """Killed in every stage before its first checkpoint, and after one."""
-    place = tmp_path_factory.mktemp("runs")
     whole, killed = place / "whole", place / "killed"
     said = finish(command, whole)
     for stage in STAGES:
@@ -198,7 +196,7 @@ def runs(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(whole, killed, said, finish(command, killed))
 
 
-def test_killed_twice_in_every_stage_it_ends_with_the_same_bits(runs: Runs) -> None:
+def same_bits(runs: Runs) -> None:
     assert runs.killed_said.count("is finished already") == 3 and "going on after step" in runs.killed_said
     for index, name in enumerate(STAGES):
         expected, found = (load_file(home(run, name) / "model.safetensors") for run in (runs.whole, runs.killed))
@@ -211,7 +209,7 @@ def test_killed_twice_in_every_stage_it_ends_with_the_same_bits(runs: Runs) -> N
     assert results[0] == results[1] and {"val/captions/loss", "val/instruct/loss"} <= results[0].keys()
 
 
-def test_every_stage_saw_its_own_set(runs: Runs) -> None:
+def own_set_in_every_stage(runs: Runs) -> None:
     """The data and prompts of the paper's stages; the third has both caption sets, and no row was skipped."""
     seen = re.findall(r"data (\w+) \(([\d,]+) samples\)", runs.whole_said)
     assert [name for name, _ in seen] == ["short", "dense", "captions", "instruct"]
@@ -221,7 +219,7 @@ def test_every_stage_saw_its_own_set(runs: Runs) -> None:
     assert not (runs.whole / "skipped.jsonl").exists()
 
 
-def test_it_is_loaded_in_three_lines(runs: Runs, shared_data: Path) -> None:
+def loaded_in_three_lines(runs: Runs, shared_data: Path) -> None:
     image = sorted((shared_data / "coco_captions_mini" / "images").glob("*.jpg"))[0]
     answers = []
     for run in (runs.whole, runs.killed):
@@ -232,3 +230,13 @@ def test_it_is_loaded_in_three_lines(runs: Runs, shared_data: Path) -> None:
     for name, tensor in load_file(home(runs.killed, STAGES[-1]) / "model.safetensors").items():
         assert torch.equal(state[name].detach(), tensor), name
     assert (model.model.encoder.width, model.model.lm.width, model.model.tokens_per_image) == (1152, 896, 64)
+
+
+def test_killed_twice_in_every_stage_it_ends_with_the_same_bits(
+    command: list[str], shared_data: Path, tmp_path: Path
+) -> None:
+    """One test, since two workers would each make the runs for theirs."""
+    runs = left_alone_and_killed(command, tmp_path)
+    same_bits(runs)
+    own_set_in_every_stage(runs)
+    loaded_in_three_lines(runs, shared_data)
