@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from vlmlab.contracts.errors import UserError, listed, reason
 from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
-from vlmlab.data.images import load_image
+from vlmlab.data.images import named_image
 from vlmlab.data.pixels import from_pillow, value_range
 from vlmlab.engine import rng
 from vlmlab.engine.restore import load_trained
@@ -245,11 +245,7 @@ def _images(given: Picture | Sequence[Picture] | None, values: Any) -> tuple[Ima
 def _image(given: Any, values: Any = None) -> Image:
     """(H, W, 3) uint8, by the rules that training's own files are read with."""
     if isinstance(given, (str, Path)):
-        path = Path(given).expanduser()
-        if not path.is_file():
-            raise UserError(f"{path} is no file; give the path of an image, a Pillow image, or None for no image.")
-        real = path.resolve()
-        return load_image(real.name, real.parent, values or "auto")
+        return named_image(given, values or "auto")
     if isinstance(given, Pillow.Image):
         try:
             return from_pillow(given, value_range(values))

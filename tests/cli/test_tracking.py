@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from tests.cli.asking import ask_words
 from tests.test_conf import CONF, composed
 
+from vlmlab.cli.compare import spelled
 from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.rules import check, choices_of
 from vlmlab.cli.rules.values import wrong_values
@@ -54,14 +56,15 @@ def test_a_name_without_a_logger_is_refused() -> None:
 
 
 def test_a_sweep_without_a_table_is_refused(tmp_path: Path) -> None:
-    cfg = OmegaConf.create({"sweep": "???", "project": "p", "entity": None, "mode": "auto"})
-    with pytest.raises(ConfigError, match=r"which sweep\? .*vlmlab wandb sweeps/<name>"):
-        wandb_command(cfg)
-    cfg.sweep = str(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="is no folder"):
-        wandb_command(cfg)
-    cfg.mode = "later"
-    with pytest.raises(ConfigError, match="mode=later is unknown; choose one of auto, online, offline"):
-        wandb_command(cfg)
+    nowhere = str(tmp_path / "nowhere")
+    for words, said in (
+        ([], "which sweep? write sweep=..., as in: vlmlab wandb sweeps/<name>"),
+        ([nowhere], f"sweep={nowhere} is no folder"),
+        ([f"sweep={nowhere}"], f"sweep={nowhere} is no folder"),
+        ([nowhere, "mode=later"], "mode=later is unknown; choose one of auto, online, offline"),
+        ([str(tmp_path)], f"{tmp_path} has no table.csv"),
+    ):
+        _, _, err, _ = ask_words("wandb", spelled(words), wandb_command)
+        assert err.startswith(f"error: {said}") and err.count("\n") == 1, err
     with pytest.raises(UserError, match=r"has no table\.csv"):
         log_sweep(tmp_path, {})

@@ -39,7 +39,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     "train objectiv=lm": (2, r"no key 'objectiv' .*\(did you mean objective\?\)"),
     "train recipe.stages.align.steps=5": (2, r"no key 'recipe.stages.align.steps'"),
     "train seed={1": (2, r"the override 'seed=\{1' cannot be read"),
-    "train connector": (2, r"the override 'connector' cannot be read"),
+    "train connector": (2, "'connector' has no value; write key=value"),
     "train ~connectr": (2, r"connectr"),
     "train encoder=hf": (2, r"encoder.path is needed; write encoder.path="),
     "train lm=hf": (2, r"lm.path is needed; write lm.path="),

@@ -86,6 +86,8 @@ def _wrong_words(words: Sequence[str], trains: bool) -> Iterator[str]:
     for word in parsed.overrides:
         if not re.match(r"\s*[+~]*[^\s=+~]", word):
             yield f"{shown(word)!r} has no key; write key=value"
+        if "=" not in word and not word.lstrip().startswith("~"):
+            yield f"{shown(word)!r} has no value; write key=value"
         key = re.split(r"[=@]", word.lstrip("+~"), maxsplit=1)[0]
         if re.match(r"hydra\b", key) and not _of_another(key, parsed.overrides):
             yield from _wrong_setting(word, key, trains)

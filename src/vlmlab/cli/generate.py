@@ -15,6 +15,7 @@ from vlmlab.cli.entry import ConfigError, guard, run_command
 from vlmlab.cli.finished import check_own, finished_run, trusted
 from vlmlab.cli.rules.schema import Generate
 from vlmlab.contracts.terminal import tell
+from vlmlab.data.images import named_image
 from vlmlab.runs.trust import saved_config
 
 if TYPE_CHECKING:
@@ -47,10 +48,12 @@ def generate_command(cfg: DictConfig) -> None:
 
 
 def opened(cfg: DictConfig, example: str) -> LoadedModel:
-    """The model of the run that is named, with its sampling seeded."""
+    """The model of the run that is named, with its sampling seeded; what can be refused without it is refused first."""
     folder = finished_run(cfg, example)
     if not trusted(cfg):
-        saved_config(folder)  # refused before torch is imported
+        saved_config(folder)
+    for image in images_of(cfg) or ():
+        named_image(image)
     import torch
 
     from vlmlab.loading import load

@@ -45,7 +45,7 @@ USAGE = """usage: vlmlab <verb> [group=choice] [key=value] [--help]
   vlmlab compare sweeps/<name> baseline=mlp,bidir         what a sweep has shown: differences, intervals, tests
   vlmlab generate run=outputs/<name> image=a.jpg "What?"  an answer of a finished run
   vlmlab chat run=outputs/<name> image=a.jpg              a conversation in the terminal
-  vlmlab score run=outputs/<name>                         the scores again, from the answers that the run keeps
+  vlmlab score outputs/<name>                             the scores again, from the answers that the run keeps
   vlmlab export run=outputs/<name> to=<folder>            a finished run as a model of transformers, with its card
   vlmlab import path=<folder> to=outputs/<name>           a run of a published model: LLaVA, BLIP-2, PaliGemma ...
   vlmlab curate run=outputs/<name> out=<file>             how well captions fit their images, as a finished run finds
@@ -65,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     verb, rest = VERBS[words[0]], words[1:]
     if words[0] == "sweep" and rest and rest[0] in LOOKS:
         verb, rest = LOOKS[rest[0]], rest[1:]
+    elif words[0] == "sweep" and rest and "=" not in rest[0] and not rest[0].startswith(("-", "~")):
+        return fail(f"vlmlab sweep has no {rest[0]!r}; choose {' or '.join(LOOKS)}, or give key=value", MISTAKE)
     os.execv(sys.executable, [sys.executable, "-m", *verb, *rest])
 
 

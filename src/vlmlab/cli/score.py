@@ -1,9 +1,13 @@
-"""The score command: ``vlmlab score run=...`` computes a run's scores again from the answers that it keeps."""
+"""The score command: ``vlmlab score <run>`` computes a run's scores again from the answers that it keeps.
+
+``vlmlab score <run>/predictions/<benchmark>.jsonl`` computes those of one benchmark.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -12,6 +16,7 @@ from vlmlab.analyse.table import final_table
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import guard, run_command
 from vlmlab.cli.finished import check_own, finished_run, trusted
+from vlmlab.cli.generate import KEY, quoted
 from vlmlab.cli.rules.schema import Score
 from vlmlab.contracts.errors import listed
 from vlmlab.contracts.terminal import tell
@@ -51,7 +56,22 @@ def compared(scores: Mapping[str, float], result: Mapping[str, float]) -> str:
     return f"{len(other)} of {len(there)} scores are not those of result.json{also}: {listed(other, 200)}"
 
 
+def with_key(words: Sequence[str]) -> list[str]:
+    """The command line with ``run=`` before a word without a key, which names a run or one of its answers' files."""
+    found: list[str] = []
+    for word in words:
+        if word.startswith("-") or KEY.match(word):
+            found.append(word)
+        elif (file := Path(word)).suffix == ".jsonl" and file.parent.name == "predictions":
+            benchmark = file.name.partition(".")[0]  # <benchmark>.shuffled.jsonl is scored with it
+            found += [f"run={quoted(str(file.parents[1]))}", f"benchmarks=[{quoted(benchmark)}]"]
+        else:
+            found.append(f"run={quoted(word)}")
+    return found
+
+
 if __name__ == "__main__":
     conf = conf_folder()
+    sys.argv[1:] = with_key(sys.argv[1:])
     main = hydra.main(config_path=str(conf), config_name="score", version_base="1.3")(guard(score_command))
     sys.exit(run_command(main, conf, "score"))

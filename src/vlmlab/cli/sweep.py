@@ -86,6 +86,10 @@ def _sweep(cfg: DictConfig, verb: str) -> Path:
         raise ConfigError(f"sweep={sweep} is no folder; give an existing one, as in: {example}")
     if not any(sweep.iterdir()):
         raise UserError(f"{sweep} is empty; give the folder that a sweep has printed")
+    from vlmlab.analyse.results import read_sweep  # numpy
+
+    if not read_sweep(sweep):
+        raise UserError(f"{sweep} holds no cell; give the folder that a sweep has printed")
     return sweep
 
 

@@ -33,13 +33,13 @@ def wandb_command(cfg: DictConfig) -> None:
     """Send a sweep's table and figure.
 
     Raises:
-        ConfigError: ``sweep`` is missing or no folder.
+        ConfigError: the sweep is missing or no folder.
         UserError: there is no table, or W&B refuses.
     """
-    if OmegaConf.is_missing(cfg, "sweep"):
+    if OmegaConf.is_missing(cfg, "folder"):
         raise ConfigError(f"which sweep? write sweep=..., as in: {EXAMPLE}")
     check_own(cfg, Wandb)
-    sweep = Path(str(cfg.sweep))
+    sweep = Path(str(cfg.folder))
     if not sweep.is_dir():
         raise ConfigError(f"sweep={sweep} is no folder; give an existing one, as in: {EXAMPLE}")
     tell(log_sweep(sweep, {key: cfg[key] for key in ("project", "entity", "mode")}))

@@ -14,7 +14,7 @@ from typing import IO, Any, cast
 from PIL import Image as Pillow
 from PIL import UnidentifiedImageError
 
-from vlmlab.contracts.errors import DataError, reason
+from vlmlab.contracts.errors import DataError, UserError, reason
 from vlmlab.contracts.sample import Image
 from vlmlab.data.fingerprint import Facts, images_fingerprint
 from vlmlab.data.overlap import Stored, spread
@@ -227,6 +227,20 @@ def load_image(path: str, root: str | Path, values: str | Sequence[float] = "aut
         UserError: `values` is not a range.
     """
     return ImageFolder(root, values=values).load(path)
+
+
+def named_image(given: str | Path, values: str | Sequence[float] = "auto") -> Image:
+    """The image of a path that a user gives, wherever it is; links are followed.
+
+    Raises:
+        UserError: there is no such file, or `values` is not a range.
+        DataError: as ``load_image``.
+    """
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path} is no file; give the path of an image, a Pillow image, or None for no image.")
+    real = path.resolve()
+    return load_image(real.name, real.parent, values)
 
 
 def decode_image(file: IO[bytes], name: str, values: Range = None) -> Image:

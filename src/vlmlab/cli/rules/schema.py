@@ -332,7 +332,7 @@ class Score(TypedDict):
 class Wandb(TypedDict):
     """Keys of ``vlmlab wandb``."""
 
-    sweep: Text | Count
+    folder: Text | Count
     project: Text
     entity: Text | None
     mode: Literal["auto", "online", "offline"]
