@@ -66,6 +66,7 @@ def test_commands_that_look_at_one_composition() -> None:
 def test_keys_of_a_sweep_and_of_a_single_run() -> None:
     assert other_kind(["hydra.sweep.dir=x"], several=True) is other_kind(["hydra.run.dir=x"], several=False) is None
     assert str(other_kind(["hydra.launcher.slots=2"], several=False)).startswith("hydra.launcher.slots=2 is of a sweep")
+    assert str(other_kind(["seed=1", "sweep=slurm"], several=False)).startswith("sweep=slurm is of a sweep; add -m")
     assert str(other_kind(["hydra.run.dir=x"], several=True)).startswith("hydra.run.dir=x is of a single run")
 
 

@@ -220,6 +220,8 @@ def test_what_cannot_be_asked_or_chosen_is_refused() -> None:
     assert "evaluation.save_best=true" in str(best_look(plain(cfg), {}))
     cfg.evaluation.every = None
     assert "there are none" in str(best_look(plain(cfg), {})) and "between steps" in str(slices(plain(cfg), {}))
+    cfg.evaluation.load_best, cfg.evaluation.patience = False, None
+    assert "evaluation.monitor=slice/pope/f1 is about the best look" in str(best_look(plain(cfg), {}))
     cfg.evaluation.slices = ["world_tset"]
     assert "evaluation.slices=world_tset is not in data.benchmarks" in str(slices(plain(cfg), {}))
 

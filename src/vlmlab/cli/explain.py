@@ -140,6 +140,8 @@ def _composition(error: ConfigCompositionException, conf: Path, config_name: str
         why = _first(error) + (f" ({_first(cause)})" if cause is not None else "")
         return _no_choice(words, conf) or f"{why}; give it another value, or leave it out"
     key = named.group(1)
+    if key.startswith(("hydra.launcher.", "hydra.sweeper.")):
+        return f"no key {key!r} here; without -m, --cfg hydra shows those of the launcher and sweeper that are chosen"
     if key in INSIDE:
         return _inside(key, conf, config_name, words)
     if "@" in (word := text[named.start(1) :].partition("'")[0]):

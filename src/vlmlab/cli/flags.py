@@ -114,12 +114,12 @@ def other_kind(words: Sequence[str], several: bool) -> str | None:
     """A key of Hydra's that a sweep reads and a single run does not, or the other way round.
 
     Args:
-        words: those of the command line that are about Hydra.
+        words: those of the command line.
         several: whether it is a sweep, which a choice may say too.
     """
     for word in words:
         key = re.split(r"[=@]", word.lstrip("+~"), maxsplit=1)[0]
-        if _known(key, SWEEP) and not several:
+        if (_known(key, SWEEP) or key == "sweep") and not several:
             return f"{shown(word)} is of a sweep; add -m, or leave it out"
         if key in RUN and several:
             return f"{shown(word)} is of a single run; give hydra.sweep.dir=... to a sweep"

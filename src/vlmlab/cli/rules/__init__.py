@@ -80,7 +80,7 @@ def admitted(cfg: DictConfig, hydra_cfg: HydraConf, own: Any = None) -> dict[str
     except UserError as error:
         raise ConfigError(str(error)) from error
     choices = choices_of(hydra_cfg)
-    words = [str(word) for word in hydra_cfg.overrides.hydra]
+    words = [str(word) for word in (*hydra_cfg.overrides.hydra, *hydra_cfg.overrides.task)]
     for found in (lost_reference(cfg, hydra_cfg), other_kind(words, choices["_mode"] == "MULTIRUN")):
         if found is not None:
             raise ConfigError(found)

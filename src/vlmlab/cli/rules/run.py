@@ -53,12 +53,20 @@ def slices(cfg: Config, choices: Choices) -> str | None:
     return None
 
 
+BEST = (("monitor", "held_out/loss"), ("mode", "min"), ("min_delta", 0.0))
+"""Keys that say which look is the best, with the values of conf/train.yaml, which say nothing by themselves."""
+
+
 def best_look(cfg: Config, choices: Choices) -> str | None:
     """The best look is one of some, by a number that they have."""
     keys = {key: value_at(cfg, f"evaluation.{key}") for key in ("save_best", "load_best", "patience")}
     chosen = next((f"{key}={shown(value)}" for key, value in keys.items() if value), None)
     if chosen is None:
-        return None
+        given = ((key, value_at(cfg, f"evaluation.{key}"), usual) for key, usual in BEST)
+        idle = next((f"{key}={shown(value)}" for key, value, usual in given if value not in (None, usual)), None)
+        return (
+            idle and f"evaluation.{idle} is about the best look and none is kept; set save_best=true or patience, too"
+        )
     if value_at(cfg, "evaluation.every") is None:
         return f"evaluation.{chosen} chooses among looks and there are none; set evaluation.every=<steps>"
     if keys["load_best"] and not keys["save_best"]:
