@@ -65,7 +65,7 @@ def best_look(cfg: Config, choices: Choices) -> str | None:
         given = ((key, value_at(cfg, f"evaluation.{key}"), usual) for key, usual in BEST)
         idle = next((f"{key}={shown(value)}" for key, value, usual in given if value not in (None, usual)), None)
         return (
-            idle and f"evaluation.{idle} is about the best look and none is kept; set save_best=true or patience, too"
+            idle and f"evaluation.{idle} is about the best look and none is kept; set save_best=true or patience"
         )
     if value_at(cfg, "evaluation.every") is None:
         return f"evaluation.{chosen} chooses among looks and there are none; set evaluation.every=<steps>"
