@@ -78,6 +78,7 @@ def test_an_answer_is_printed(parrot: Parrot) -> None:
         (["run=x", "question=x", "top_p=3"], 2, "top_p=3 is not possible"),
         (["run=x", "question=x", "seed=-1"], 2, "seed=-1 is not possible"),
         (["run=x", "question=x", "imgae=a"], 2, "no key 'imgae'"),
+        (["run=x", "question=x", "+mask=causal"], 2, "no key 'mask'"),
     ],
 )
 def test_mistakes(words: list[str], code: int, said: str) -> None:

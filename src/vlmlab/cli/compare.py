@@ -12,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError, guard, run_command
+from vlmlab.cli.finished import check_own
+from vlmlab.cli.rules.schema import Compare
 from vlmlab.contracts.terminal import tell
 
 EXAMPLE = "vlmlab compare sweeps/<name> baseline=mlp,bidir"
@@ -29,6 +31,7 @@ def compare_command(cfg: DictConfig) -> None:
     for key, word in (("folder", "sweep"), ("baseline", "baseline")):
         if OmegaConf.is_missing(cfg, key):
             raise ConfigError(f"which {word}? write {word}=..., as in: {EXAMPLE}")
+    check_own(cfg, Compare)
     sweep = Path(str(cfg.folder))
     out = None if cfg.out is None else Path(str(cfg.out))
     for key, folder in (("sweep", sweep), ("out", out)):

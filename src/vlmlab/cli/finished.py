@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmlab.cli.entry import ConfigError
+from vlmlab.cli.rules.words import unread
 from vlmlab.contracts.values import hints, refusal
 from vlmlab.runs.folder import RunFolder
 
@@ -51,7 +52,11 @@ def check_own(cfg: DictConfig, section: Any) -> None:
     Raises:
         ConfigError: the first key that is not there or has such a value.
     """
-    for key, kind in hints(section).items():
+    known = hints(section)
+    for key in cfg:
+        if key not in known:  # added by +key=..., and nothing would read it
+            raise ConfigError(unread(str(key), known))
+    for key, kind in known.items():
         if OmegaConf.is_missing(cfg, key):
             continue
         if key not in cfg:

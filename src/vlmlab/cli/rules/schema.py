@@ -254,6 +254,7 @@ class Plan(TypedDict):
 class Look(TypedDict):
     """Keys of ``vlmlab sweep show``, ``table`` and ``report``."""
 
+    folder: Text | Count
     form: Literal["text", "csv", "markdown"]
     metric: Text | None
     cost: Text | None
@@ -327,6 +328,16 @@ class Score(TypedDict):
     benchmarks: Names | None
     metrics: Names | None
     trust: bool
+
+
+class Compare(TypedDict):
+    """Keys of ``vlmlab compare``."""
+
+    folder: Text | Count
+    baseline: Text | Count
+    metric: Text | None
+    until: Text | None
+    out: Text | Count | None
 
 
 class Wandb(TypedDict):

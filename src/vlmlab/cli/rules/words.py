@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection
 
 RATE = "recipe.stages.<stage>.train.<part>=1e-3"
@@ -58,7 +59,8 @@ OURS = {
     "cutoff_len",
     "adapter=lora": "lora use_lora peft use_peft lora_r lora_rank lora_enable lora_alpha",
     "lm.gradient_checkpointing=true": "gradient_checkpointing use_gradient_checkpointing activation_checkpointing",
-    "fresh=true": "overwrite_output_dir overwrite force resume resume_from_checkpoint ckpt_path auto_resume",
+    "fresh=true": "overwrite_output_dir overwrite force",
+    "the same command again, which goes on with a stopped run": "resume resume_from_checkpoint ckpt_path auto_resume",
     "debug=overfit, or debug=step": "fast_dev_run overfit_batches overfit",
     "debug=profile": "profiler profile",
     "name=<word> logger=wandb logger.project=<project>": "project entity tags",
@@ -77,6 +79,10 @@ def unread(key: str, known: Collection[str]) -> str:
     """
     last = key.rpartition(".")[2]
     meant = next((MEANT[word] for word in (last, key.partition(".")[0]) if word in MEANT), None)
+    roots = {other.partition(".")[0] for other in known}
+    if meant is not None and "=" in meant and re.split(r"[.=]", meant)[0] not in roots:  # a key of another command
+        here = next((f" (did you mean {word}?)" for word in OURS[meant].split() if word in known), closest(key, known))
+        return f"no key {key!r} in the configuration{here}, and nothing would read it; --cfg job shows all there are"
     misspelt = "." in key and difflib.get_close_matches(key, [*known], n=1, cutoff=0.95)
     if meant is not None and not misspelt:
         return f"no key {key!r} in the configuration, and nothing would read it; write {meant}"
