@@ -290,7 +290,7 @@ class Turns(L.Callback):
         self.start = clock()
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Optimizer) -> None:
-        """Behind the backward pass; module and peer clip later."""
+        """After the backward pass; module and peer clip later."""
         if module.done == 0:
             self.loss = self.peer.backward(self.inputs)
             self.gradients = off(module.model, self.peer.model)

@@ -235,7 +235,7 @@ def batches() -> dict[str, Batch]:
 
 
 def trees() -> Batch:
-    """Two rows: a tree with a text behind it, and two packed trees, the first one of two images."""
+    """Two rows: a tree with a text after it, and two packed trees, the first one of two images."""
     plain = Collator(encoder=chat(), resize=_chw, pad_id=tokenizer().pad_token_id, pack_length=100, questions="tree")
     batch = plain([QUESTIONS, TEXT_ONLY, TAGGED, TWO_TURNS])
     assert batch.sample_ids == [["questions", "text"], ["tagged", "two"]]
@@ -268,7 +268,7 @@ def vlm(
 
 
 def collator(model: VLM, prompt: Any = "chat", pack_length: int | None = None) -> Collator:
-    """Conversations as they stand, also for what reads the question."""
+    """Conversations as they are, also for what reads the question."""
     collate = {"max_length": 512, "pack_length": pack_length, "questions": "whole"}
     return build_collator(OmegaConf.create({"collate": collate}), model, prompt)
 

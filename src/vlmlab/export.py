@@ -6,8 +6,8 @@ form=auto   the first of these that the composition can be
 form=parts  its parts, each for itself:
 
     <folder>/lm, encoder            ordinary transformers folders, an adapter merged where it is a change of weights
-    <folder>/connector.safetensors  its state dict; what it is made of stands in config.yaml, the run's own
-    <folder>/adapter.safetensors    an adapter that is no change of weights, for ``vlmlab.adapter.base.load_adapter``
+    <folder>/connector.safetensors  its state dict; its class and arguments are in config.yaml, the run's own
+    <folder>/adapter.safetensors    an adapter that is not a change of weights, for ``vlmlab.adapter.base.load_adapter``
 
 The parts load again as ``lm=hf lm.path=<folder>/lm encoder=hf encoder.path=<folder>/encoder``.
 """
@@ -61,8 +61,8 @@ def export(
         run: the run folder.
         folder: a new or empty one.
         trust: as for ``vlmlab.load``.
-        form: "hf", "run", "parts", or "auto": the first of hf and run that it can be. Why it is no model of
-            transformers then stands in the card, and is printed.
+        form: "hf", "run", "parts", or "auto": the first of hf and run that it can be. Why it is not a model of
+            transformers is then written in the card, and printed.
         hub: owner and name of a repository that the folder goes to, too; None: nothing leaves this machine.
 
     Returns:

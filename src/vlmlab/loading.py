@@ -73,7 +73,7 @@ def load(
         overrides: keys of the run's configuration with other values.
         device: "auto", "cpu", "cuda" or "cuda:1".
         trust: also make classes from outside vlmlab that the run's configuration names, and print which. That is code
-            of whoever made the folder.
+            of the folder's author.
 
     Raises:
         UserError: no folder of a run, a key that the run does not have, a device that is not there, or a class from
@@ -90,7 +90,7 @@ def load(
     cfg = saved_config(folder.path, trust)
     for key, value in (overrides or {}).items():
         if OmegaConf.select(cfg, key, default=ABSENT) is ABSENT:
-            raise UserError(f"{key} is no key of {folder.path}; its config.yaml has them all.")
+            raise UserError(f"{key} is not a key of {folder.path}; its config.yaml has them all.")
         OmegaConf.update(cfg, key, value)
     target = _device(device)
     with _same_random_numbers(), building(folder.path):
@@ -136,10 +136,10 @@ class LoadedModel:
 
         Args:
             image: one image, several in the order of their tags, or None.
-            question: the user's words; ``<image>`` where an image stands, without tags all stand before the words.
+            question: the user's words; ``<image>`` where an image is, without tags all come before the words.
             max_new_tokens: most tokens of the answer.
             system: the system line; empty keeps the template's own.
-            history: earlier questions of the conversation with their answers; the images stand before the first.
+            history: earlier questions of the conversation with their answers; the images come before the first.
             stream: is given the answer's text piece by piece while it is made; not with beams.
             options: of transformers' ``generate``, as in ``do_sample=True, temperature=0.7, top_p=0.9``. The language
                 model's own ``generation_config.json`` says nothing here.
@@ -209,7 +209,7 @@ class LoadedModel:
         if tags not in (0, len(images)):
             raise UserError(
                 f"the question has {_count(tags, IMAGE_TAG + ' tag')} and there {_are(len(images))}; give as many "
-                "images as tags, or leave the tags out: the images then stand before the question."
+                "images as tags, or leave the tags out: the images then come before the question."
             )
         if images and self.model.encoder is None:
             raise UserError("this run has no vision (its fusion reads no images); give None for the image.")
@@ -247,7 +247,7 @@ def _image(given: Any, values: Any = None) -> Image:
     if isinstance(given, (str, Path)):
         path = Path(given).expanduser()
         if not path.is_file():
-            raise UserError(f"{path} is no file; give the path of an image, a Pillow image, or None for no image.")
+            raise UserError(f"{path} is not a file; give the path of an image, a Pillow image, or None for no image.")
         real = path.resolve()
         return load_image(real.name, real.parent, values or "auto")
     if isinstance(given, Pillow.Image):
@@ -272,7 +272,7 @@ def _check_options(options: Mapping[str, Any], model: VLM) -> None:
         if name in REFUSED and value is not None and value is not False:
             raise UserError(f"{name} is not possible here: {REFUSED[name]}; leave it out.")
         if (name not in known and name not in REFUSED) or name.startswith("_"):
-            raise UserError(f"{name} is no option of transformers' generate; see its GenerationConfig.")
+            raise UserError(f"{name} is not an option of transformers' generate; see its GenerationConfig.")
         if name == "num_return_sequences" and value not in (None, 1):
             raise UserError(f"num_return_sequences={value} is not possible, the answer is one text; ask several times.")
         if name == "cache_implementation" and value not in KEPT_WHOLE:
@@ -301,7 +301,7 @@ def _device(name: str) -> torch.device:
 
 @contextmanager
 def _same_random_numbers() -> Iterator[None]:
-    """Building a model seeds every generator; whoever loads one keeps the random numbers they had."""
+    """Building a model seeds every generator; the caller keeps the random numbers they had."""
     before = rng.state()
     try:
         yield

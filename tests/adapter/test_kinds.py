@@ -327,7 +327,7 @@ def test_bottleneck_by_hand() -> None:
         assert worst(module(x), y + inner @ branch.up.weight.T + branch.up.bias) < 1e-5
         assert sum(p.numel() for p in branch.parameters()) == 2 * 32 * 4 + 4 + 32 + 2 * 32
     outside = [n for n, _ in model.lm.model.named_modules() if n.endswith("o_proj.adapters")]
-    assert not outside, "Pfeiffer's adapter is behind the FFN alone"
+    assert not outside, "Pfeiffer's adapter is after the FFN alone"
 
 
 @torch.no_grad()

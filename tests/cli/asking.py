@@ -33,7 +33,7 @@ def ask(line: str) -> Answer:
 
 
 def ask_words(verb: str, words: Sequence[str], task: Callable[[DictConfig], object]) -> Answer:
-    """The same with the words as the shell gives them, and another task behind the composition."""
+    """The same with the words as the shell gives them, and another task after the composition."""
     conf, before = conf_folder(), sys.argv
     sys.argv = [verb, *words]
     GlobalHydra.instance().clear()

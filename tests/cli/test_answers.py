@@ -57,7 +57,7 @@ MISTAKES = {
     "train recipe.stages.coarse_align.steps=-5": r"error: recipe.stages.coarse_align.steps=-5 is not possible",
     "train -m mask=bidir,cousal": r"error: mask has no choice 'cousal' \(did you mean causal\?\)",
     "evaluate": r"error: which run\? write run=<folder>",
-    "evaluate run=nowhere": r"error: run=nowhere is no run folder",
+    "evaluate run=nowhere": r"error: run=nowhere is not a run folder",
     "evaluate runn=x": r"error: no key 'runn' .*did you mean run\?",
 }
 HELP = ["train --help", "train --cfg job", "train --cfg job -p connector", "evaluate --help", "train --hydra-help"]

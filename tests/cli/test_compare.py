@@ -50,11 +50,11 @@ def test_a_comparison(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     ("words", "code", "sentence"),
     [
         ([], 2, "which sweep? write sweep=..., as in: vlmlab compare sweeps/<name> baseline=mlp,bidir"),
-        (["nowhere", "baseline=mlp"], 2, "sweep=nowhere is no folder"),
+        (["nowhere", "baseline=mlp"], 2, "sweep=nowhere is not a folder"),
         (["{sweep}"], 2, "which baseline? write baseline=..."),
         (["{sweep}", "baseline=mlp,bidir"], 1, "baseline=mlp,bidir names no row of the sweep; give one of: bidir"),
-        (["{sweep}", "baseline=bidir", "until=loss<x"], 1, "until=loss<x is no threshold"),
-        (["{sweep}", "baseline=bidir", "out=no/where"], 2, "out=no/where is no folder"),
+        (["{sweep}", "baseline=bidir", "until=loss<x"], 1, "until=loss<x is not a threshold"),
+        (["{sweep}", "baseline=bidir", "out=no/where"], 2, "out=no/where is not a folder"),
         (["{sweep}", "basline=bidir"], 2, "did you mean baseline?"),
     ],
 )

@@ -14,7 +14,7 @@ from vlmlab.cli.score import score_command
     ("words", "said"),
     [
         ([], "which run? write run=<folder>, as in: vlmlab score run=outputs/default"),
-        (["run=nowhere"], "run=nowhere is no run folder"),
+        (["run=nowhere"], "run=nowhere is not a run folder"),
         (["run=x", "metrics=3"], "metrics=3 is not possible"),
         (["run=x", "metric=[a]"], "no key 'metric'"),
     ],

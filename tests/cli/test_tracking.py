@@ -58,7 +58,7 @@ def test_a_sweep_without_a_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"which sweep\? .*vlmlab wandb sweeps/<name>"):
         wandb_command(cfg)
     cfg.sweep = str(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         wandb_command(cfg)
     cfg.mode = "later"
     with pytest.raises(ConfigError, match="mode=later is unknown; choose one of auto, online, offline"):

@@ -1,6 +1,6 @@
 """What is asked in generation is what was learnt, with the templates and generation settings of the families.
 
-The templates are written after theirs: where blanks stand, what ends a turn, what the settings name as the end.
+The templates are written after theirs: where blanks are, what ends a turn, what the settings name as the end.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def with_template(template: str, name: str = "qwen2") -> ChatEncoder:
             CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"),
             "does not go on from its own",
         ),
-        (CHATML.replace("+ '<|im_end|>\n'", "+ '\n'"), "puts no end token behind an answer"),
+        (CHATML.replace("+ '<|im_end|>\n'", "+ '\n'"), "puts no end token after an answer"),
         (
             CHATML.replace("m['content'] +", "m['content'] | upper +"),
             "does not print the answer 'two green squares' as",

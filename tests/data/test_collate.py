@@ -1,4 +1,4 @@
-"""The batch: padding, packing, where images stand, and that packing changes no number."""
+"""The batch: padding, packing, where images are, and that packing changes no number."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def own(pack_length: int | None = None) -> Collator:
     return Collator(chat(), resize, tokenizer().pad_token_id, pack_length)
 
 
-# -- where things stand ------------------------------------------------------------------------------------------------
+# -- where things are --------------------------------------------------------------------------------------------------
 
 
 def test_right_and_left_padding() -> None:
@@ -80,7 +80,7 @@ def test_pixels_are_in_the_order_of_the_rows() -> None:
 
 
 def test_packing_out_of_order_keeps_images_with_their_samples() -> None:
-    """A short sample goes with the first, since a long one stands between them."""
+    """A short sample goes with the first, since a long one is between them."""
     samples = [TWO_TURNS, TWO_IMAGES, ADJACENT]
     lengths = [len(chat().train(s).ids) for s in samples]
     assert lengths[2] < lengths[0] < lengths[1]

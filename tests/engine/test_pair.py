@@ -89,7 +89,7 @@ def test_a_frozen_tower_has_no_gradient_with_or_without_cache() -> None:
 
 
 class Noisy(nn.Module):
-    """A text tower with dropout behind it."""
+    """A text tower with dropout after it."""
 
     def __init__(self, tower: Any) -> None:
         super().__init__()
@@ -132,5 +132,5 @@ def test_both_towers_take_an_adapter() -> None:
     assert all(".lora_" in n or n.startswith("pair") for n in names)
     batch = PairModule.collator(cfg, model, "plain")(samples(cfg, 4))
     module._loss(batch)[0].backward()
-    assert all(p.grad is not None for _, _, p in module.trained())  # also behind SigLIP's attention that pools
+    assert all(p.grad is not None for _, _, p in module.trained())  # also before SigLIP's attention pooling
     assert isinstance(model.pair.compared(torch.eye(2), torch.eye(2)), Pairing)

@@ -150,7 +150,7 @@ def test_where_images_cannot_be_shared_it_is_said(tmp_path: Path) -> None:
     cfg.data.val, cfg.evaluation.baselines, cfg.evaluation.share_images = {}, [], True
     said: list[str] = []
     evaluate_model(tiny.vlm(mask=PrefixLM()), cfg, tmp_path, said.append)
-    why = "PrefixLM shows what stands before the question some of it"
+    why = "PrefixLM lets what comes before the question see some of it"
     assert said[0] == f"note: evaluation.share_images=true: each question reads its images itself, since {why}"
     assert len(said) == 2
 
@@ -198,7 +198,7 @@ class Broken(VqaAccuracy):
 
 
 def with_broken(how: str) -> DictConfig:
-    """The toy benchmark behind one whose metric fails, with held-out losses."""
+    """The toy benchmark after one whose metric fails, with held-out losses."""
     cfg, name = config(), f"{__name__}.Broken"
     broken = OmegaConf.merge(cfg.data.benchmarks.toy, {"metrics": [{"_target_": name, "how": how}]})
     if how == "empty":

@@ -44,7 +44,7 @@ def test_it_is_the_loop() -> None:
     visual, text = model.encoder(batch.pixels), model.text(batch.asked)  # (3, 16, 32) twice, (3, 12, 24)
     got = torch.cat(part.features(visual, batch, text).grids, -1)
     x = torch.cat(visual.grids, -1)
-    assert batch.asked.lt(0).any(), "an instruction has padding behind it"
+    assert batch.asked.lt(0).any(), "an instruction has padding after it"
     for i in range(3):
         rows = [part.norm(x[i, n]) for n in range(16)]
         kept = int(batch.asked[i].ge(0).sum())

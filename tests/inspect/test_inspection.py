@@ -161,14 +161,14 @@ def test_an_image_without_positions_is_shown_at_its_place(
     for shown, other in zip(found.rows[0].samples, beside.rows[0].samples, strict=True):
         marks = [k for k, piece in enumerate(shown.pieces) if piece.role == "image"]
         assert marks == [k for k, piece in enumerate(other.pieces) if piece.role == "image"] and len(marks) == 1
-        assert shown.pieces[marks[0]].text == "image 1 stands here"
+        assert shown.pieces[marks[0]].text == "image 1 is here"
         assert shown.counts == other.counts | {"visual tokens": 0, "tokens": other.counts["tokens"] - 16}
         assert [p for p in shown.pieces if p.role != "image"] == [p for p in other.pieces if p.role != "image"]
         assert len(shown.images) == 1
     say(found)
-    assert capsys.readouterr().out.count("[image] image 1 stands here") == 2
+    assert capsys.readouterr().out.count("[image] image 1 is here") == 2
     page = Page(write_page(found, tmp_path / "page.html").read_text())
-    assert page.words["t image"] == ["image", "image 1 stands here", "image 1 stands here"]  # the first is the legend
+    assert page.words["t image"] == ["image", "image 1 is here", "image 1 is here"]  # the first is the legend
 
 
 def test_a_text_tower_and_a_model_without_images_are_named(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_the_comparison_sees_a_difference(in_float64: Callable[[VLM], VLM]) -> N
 
 @pytest.mark.parametrize("family", [tiny.sliding_qwen2, tiny.gemma3], ids=lambda f: f.__name__)
 def test_a_window_counts_positions(family: Callable[[], Path]) -> None:
-    """Behind two other questions the images are as near as behind none."""
+    """After two other questions the images are as near as after none."""
     model = vlm(lm=HfLanguageModel(str(family())))
     want = learnt(model, batch_of(model, "rows", "plain"))
     for way in WAYS:
@@ -246,7 +246,7 @@ def settings(questions: str | None) -> Any:
 
 
 def reading() -> Iterator[tuple[VLM, str]]:
-    yield vlm(mask=PrefixLM()), "PrefixLM shows what stands before the question some of it"
+    yield vlm(mask=PrefixLM()), "PrefixLM lets what comes before the question see some of it"
     yield stirred("emma"), "the fusion reads the question"
     model = vlm()
     words = model.lm.model.get_input_embeddings().num_embeddings

@@ -137,7 +137,7 @@ def test_scores_are_transformers_image_text_retrieval() -> None:
     ours.places.load_state_dict(theirs.embeddings.position_embeddings.state_dict())
     ours.qformer.load_state_dict(theirs.qformer.state_dict())
     ours.queries.data = theirs.query_tokens.data
-    ours.norm = torch.nn.Identity()  # theirs stands in the encoder
+    ours.norm = torch.nn.Identity()  # theirs is in the encoder
     pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     seen = replace(visual(), grids=[theirs.vision_model(pixels).last_hidden_state])
     begin = 2  # any word as the text's first token

@@ -26,7 +26,7 @@ def logits(model: VLM, batch: Batch) -> Tensor:
 
 
 def up_to_first_answer(batch: Batch) -> Batch:
-    """Everything behind the first answer counts as answer, as PaliGemma's suffix does."""
+    """Everything after the first answer counts as answer, as PaliGemma's suffix does."""
     layout = batch.layout
     started = layout.role.eq(Role.ANSWER).cumsum(1) > 0
     return Batch(

@@ -289,7 +289,7 @@ def stated(index: int, *overrides: str) -> Any:
 
 
 def test_the_parts_of_a_plan() -> None:
-    """What a fusion adds stands under its own part; the text tower is as frozen and as little saved as the encoder."""
+    """What a fusion adds is counted under its own part; the text tower is frozen like the encoder."""
     found = {name: stated(0, f"fusion={name}") for name in ("concat", "lavi", "gated_xattn", "emma")}
     shown = {name: f.visual_tokens for name, f in found.items()}
     assert shown == {"concat": 16, "lavi": 0, "gated_xattn": 0, "emma": 16}

@@ -68,7 +68,7 @@ def logits_of(model: VLM, picture: Pixels) -> tuple[Tensor, Any]:
 
 
 def asker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The ``ask`` of the card's own snippet, which is run as it stands there."""
+    """The ``ask`` of the card's own snippet, which is run as it is printed."""
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
     assert len(blocks) == 1 and "vlmlab" not in blocks[0]
     Image.fromarray(SQUARE).save(folder / "picture.png")

@@ -83,7 +83,7 @@ def pairs_of(row: Row) -> set[frozenset[Value]]:
 
 
 def design(choices: Mapping[str, Sequence[str]] | None = None) -> list[Row]:
-    """Rows that hold every pair at least once: greedy, without chance, choices that stand alone last."""
+    """Rows that hold every pair at least once: greedy, without chance, choices that combine with nothing last."""
     choices = choices or factors()
     every = [(group, name) for group, names in choices.items() for name in names]
     open_pairs = {frozenset(p): p for p in itertools.combinations(every, 2) if p[0][0] != p[1][0]}
@@ -113,7 +113,7 @@ class Compositions:
         self.parts: dict[Value, Any] = {}
 
     def __call__(self, row: Row) -> DictConfig:
-        """The row with its first and last stage, four samples a step; extra objectives stand beside ``lm``."""
+        """The row with its first and last stage, four samples a step; extra objectives are added to ``lm``."""
         cfg = copy.deepcopy(self.base)
         for group, name in row.items():
             cfg[group] = copy.deepcopy(self._part(group, name))

@@ -100,7 +100,7 @@ def test_an_encoder_that_does_not_fit_is_refused(run: tuple[Any, Path]) -> None:
     stage = parse(cfg)[1]
     with pytest.raises(CheckpointError, match=r"align\.encoder_from=contrast: its encoder has no encoder\."):
         take_encoder(Trainee(build_model(other)), folder / "stages" / "0_contrast" / "model.safetensors", stage)
-    with pytest.raises(UserError, match=r"align\.encoder_from=instruct is no stage before it \(contrast\)"):
+    with pytest.raises(UserError, match=r"align\.encoder_from=instruct is not a stage before it \(contrast\)"):
         parse(composed("recipe=contrastive_then_vlm", "recipe.stages.align.encoder_from=instruct"))
 
 

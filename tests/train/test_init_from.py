@@ -57,7 +57,7 @@ class Stop(Exception):
 
 
 def stopped(cfg, folder, steps, monkeypatch):
-    """Train and stop within an optimizer step, counted from 0 over all stages; a checkpoint is behind every step."""
+    """Train and stop within an optimizer step, counted from 0 over all stages; every step ends with a checkpoint."""
     left, real = [steps], StageModule.on_before_optimizer_step
 
     def stopping(self, optimizer):
@@ -90,7 +90,7 @@ def test_the_last_stage_or_the_named_one(source):
     assert find_origin(f"{source}/align").parent.name == "0_align"
     with pytest.raises(UserError, match=r"stage nothing of .* is not finished \(finished: align, tune\)"):
         find_origin(f"{source}/nothing")
-    with pytest.raises(UserError, match="is no run folder and no stage of one"):
+    with pytest.raises(UserError, match="is neither a run folder nor a stage of one"):
         find_origin(str(source.parent / "missing"))
 
 
@@ -150,7 +150,7 @@ def test_another_content_between_stop_and_resume_is_refused(source, tmp_path, mo
 
 
 def test_a_source_that_is_missing_is_said_before_anything_else(tmp_path):
-    with pytest.raises(UserError, match=r"init_from=.* is no run folder"):
+    with pytest.raises(UserError, match=r"init_from=.* is not a run folder"):
         check_origin(tmp_path, str(tmp_path / "nowhere"))
     check_origin(tmp_path, None)
 

@@ -86,7 +86,7 @@ def test_where_generation_stops_is_said_and_what_is_worth_a_note() -> None:
 
 def test_a_stage_of_plain_prompts_is_held_to_what_benchmarks_ask() -> None:
     never_ends = BLANK.replace("eos_token", "'.'")
-    with pytest.raises(UserError, match="puts no end token behind an answer"):
+    with pytest.raises(UserError, match="puts no end token after an answer"):
         proved_lines(never_ends, prompt="plain")
     assert proved_lines(never_ends, prompt="plain", benchmarks=False) == []
     assert proved_lines(BLANK, prompt="plain") == ["generation stops at <|im_end|> (2)", f"note: {APART}"]

@@ -98,7 +98,7 @@ def test_tensorboard_has_the_curves(tmp_path: Path) -> None:
     [
         (f"{__name__}.absent", "its package is not installed .*choose another logger"),
         ("lightning.pytorch.loggers.CSVLogger", "save_dir.*correct its keys"),
-        ("builtins.dict", "is no Lightning logger"),
+        ("builtins.dict", "is not a Lightning logger"),
     ],
 )
 def test_a_logger_that_cannot_be_made_is_refused_before_the_first_step(tmp_path: Path, target: str, said: str) -> None:

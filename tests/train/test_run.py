@@ -17,7 +17,7 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
     cost = result["cost"]
     assert cost["params"] == 408 + 72 + 823
     assert cost["trainable"] == 72 + 823
-    assert cost["visual_tokens"] == 0, "nothing stands in the sequence"
+    assert cost["visual_tokens"] == 0, "nothing is in the sequence"
     assert cost["flops_sample"] > 0 and cost["seconds"] > 0 and cost["peak_bytes"] > 1e6
     assert json.loads((tmp_path / "cost.json").read_text()) == cost
     said = capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_a_stage_without_weights_is_passed_over(tmp_path, capsys):
     ("change", "message"),
     [
         ({"recipe__stages__tune__module": "fake_lab.Nothing"}, r"recipe\.stages\.tune\.module"),
-        ({"recipe__stages__tune__module": "fake_lab.FakeLoss"}, r"is no StageModule"),
+        ({"recipe__stages__tune__module": "fake_lab.FakeLoss"}, r"is not a StageModule"),
         ({"objective": {"_target_": "fake_lab.FakeLoss", "per_micro_batch": True}}, "accumulate=2"),
         ({"precision__name": "fp8"}, "precision.name=fp8"),
     ],

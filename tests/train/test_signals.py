@@ -1,4 +1,4 @@
-"""The signals of terminals and clusters end a run in the same way; what nobody heeds stays so."""
+"""The signals of terminals and clusters end a run in the same way; ignored signals stay ignored."""
 
 from __future__ import annotations
 

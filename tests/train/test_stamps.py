@@ -166,7 +166,7 @@ def test_a_finished_run_with_a_wrong_file_is_refused_by_all_who_read_it(
     elif what == "stage":
         shutil.copy(weights(there, "0_align"), weights(there))
     else:
-        flipped(weights(there), weights(there).stat().st_size - 50)  # behind the header
+        flipped(weights(there), weights(there).stat().st_size - 50)  # after the header
     before = weights(there).read_bytes()
     words = {"seed": "seed 4, here 3", "stage": "of the stage align and not of tune", "damage": "is damaged"}[what]
     with pytest.raises(CheckpointError, match=words):

@@ -153,7 +153,7 @@ def test_a_stage_ends_after_looks_that_bring_nothing_better_also_when_it_was_kil
 
 
 def test_a_score_that_no_slice_has_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluation\.monitor=slice/words/f1 is no number of a look"):
+    with pytest.raises(UserError, match=r"evaluation\.monitor=slice/words/f1 is not a score of a look"):
         trained(tmp_path, config(2, slices=["words"], save_best=True, monitor="slice/words/f1"))
     assert not any(row.get("loss") for row in RunFolder(tmp_path).metrics())
 
@@ -210,7 +210,7 @@ def test_what_cannot_be_asked_or_chosen_is_refused() -> None:
         cfg.evaluation.monitor = monitor
         assert best_look(plain(cfg), {}) is None
     for monitor, said in {
-        "loss": "is no number of a look",
+        "loss": "is not a score of a look",
         "held_out/dense/loss": "set evaluation.watched=[dense]",
         "slice/pope/f1": "set evaluation.slices=[pope]",
     }.items():

@@ -145,7 +145,7 @@ class _Told(Launcher):
         """Hydra hands over the sweep's configuration, which is also the present one until a cell is composed.
 
         Raises:
-            UserError: Hydra's sweeper would write ``multirun.yaml`` through a link, or into something that is no file.
+            UserError: Hydra's sweeper would write ``multirun.yaml`` through a link, or into what is not a file.
         """
         from vlmlab.runs.files import refuse_no_file
 

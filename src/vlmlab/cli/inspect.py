@@ -49,7 +49,7 @@ def chosen_stage(cfg: DictConfig) -> Stage:
     found = next((stage for stage in stages if stage.name == str(cfg.stage)), None)
     if found is None:
         known = listed(stage.name for stage in stages)
-        raise ConfigError(f"stage={cfg.stage} is no stage of this recipe; choose one of {known}")
+        raise ConfigError(f"stage={cfg.stage} is not a stage of this recipe; choose one of {known}")
     return found
 
 

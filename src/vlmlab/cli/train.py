@@ -45,7 +45,7 @@ BEGINNING = {"config.yaml", "env.json", "state.json", "metrics.jsonl", "lock", "
     "logged.json",
     "wandb.json",
 }
-"""Files of a run before its first step that nobody misses."""
+"""Files of a run before its first step that can be removed."""
 
 
 REPORT = "report.html"
@@ -208,7 +208,7 @@ def _report(cfg: DictConfig, folder: Path, result: dict[str, Any]) -> Path:
 
 
 def _short(folder: Path) -> Path:
-    """The folder relative to where the user stands, if it is below."""
+    """The folder relative to the working directory, if it is below."""
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 

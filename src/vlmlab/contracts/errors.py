@@ -62,7 +62,7 @@ class OutOfMemory(UserError):
 
 
 class Unscored(UserError):
-    """Some benchmarks of a trained model could not be scored; the scores of the others stand.
+    """Some benchmarks of a trained model could not be scored; the scores of the others are kept.
 
     Attributes:
         scores: of the others.

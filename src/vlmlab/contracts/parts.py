@@ -191,7 +191,7 @@ class PairHead(nn.Module, ABC):
 
 
 class FeatureCache(ABC):
-    """Stands between pixels and an encoder and may know an image already: ``(encoder, (I, 3, H, W)) -> Visual``.
+    """Sits between pixels and an encoder and may know an image already: ``(encoder, (I, 3, H, W)) -> Visual``.
 
     Attributes:
         keeps: whether it keeps features at all.
@@ -205,7 +205,7 @@ class FeatureCache(ABC):
 
     @abstractmethod
     def serving(self, model: nn.Module, say: Callable[[str], None]) -> AbstractContextManager[dict[str, Any]]:
-        """Stands before ``model.encoder`` while this is open, unless that trains.
+        """Serves ``model.encoder`` while this is open, unless that trains.
 
         Args:
             model: one with an `encoder` that it looks through its attribute `cache`.

@@ -21,7 +21,7 @@ class Turn:
     """One exchange: what is asked and what is to be answered.
 
     Attributes:
-        prompt: the user's words, possibly with ``IMAGE_TAG`` where an image stands; empty for plain text.
+        prompt: the user's words, possibly with ``IMAGE_TAG`` where an image is; empty for plain text.
         answer: the words to be learnt or compared with.
         kind: what sort of question this is ("count", "caption", ...); scores are reported per kind.
         references: all acceptable answers (captions have several); empty means ``(answer,)``.

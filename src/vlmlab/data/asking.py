@@ -15,7 +15,7 @@ from vlmlab.data.questions import asked_apart
 if TYPE_CHECKING:
     from vlmlab.data.collate import Collator
 
-APART = "a prompt for generation would become one token with the answer behind it: they are tokenised apart"
+APART = "a prompt for generation would become one token with the answer that follows: they are tokenised apart"
 
 
 def proved(collate: Collator, sample: Sample) -> list[str]:

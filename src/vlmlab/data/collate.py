@@ -1,4 +1,4 @@
-"""Samples -> Batch: the only place that knows where each image stands."""
+"""Samples -> Batch: the only place that knows where each image is."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from vlmlab.contracts.sample import IMAGE_TAG, Sample
 from vlmlab.data.chat import ANSWER, Encoded
 
 Questions: TypeAlias = Literal["conversation", "rows", "tree"]
-"""How a sample of several turns is read: as it stands, each turn by itself in a row, or all in one row as a tree."""
+"""How a sample of several turns is read: as it is, each turn by itself in a row, or all in one row as a tree."""
 
 FRONT = re.compile(rf"(?:\s*{re.escape(IMAGE_TAG)})+\s*")
 
@@ -28,7 +28,7 @@ FRONT = re.compile(rf"(?:\s*{re.escape(IMAGE_TAG)})+\s*")
 def front(sample: Sample) -> str | None:
     """The image tags that the first prompt begins with, with the blanks around them; empty where no tag is written.
 
-    None where the questions cannot be asked apart from each other: there is no image, or one stands elsewhere.
+    None where the questions cannot be asked apart from each other: there is no image, or one is elsewhere.
     """
     prompts = [turn.prompt for turn in sample.turns]
     if not sample.images:

@@ -136,7 +136,7 @@ def _word(target: Any) -> str:
 
 
 def _check_parts(trainee: Trainee, tensors: Mapping[str, Tensor], shown: str) -> None:
-    """A part that no tower is the source of comes whole or not at all: half of a deeper connector is no connector."""
+    """A part without a source tower is loaded whole or not at all: half of a deeper connector is not a connector."""
     parts: Mapping[str, Any] = trainee.model.parts()  # type: ignore[operator]
     for part, owned in parts.items():
         if part.removesuffix(BASE) in trainee.sources():

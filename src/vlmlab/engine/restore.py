@@ -35,7 +35,7 @@ def module_class(stage: Stage) -> type[StageModule]:
             f"{stage.key('module')}={stage.module} cannot be imported ({reason(error)}); {remedy}."
         ) from error
     if not issubclass(found, StageModule):
-        raise UserError(f"{stage.key('module')}={stage.module} is no StageModule; see {StageModule.__module__}.")
+        raise UserError(f"{stage.key('module')}={stage.module} is not a StageModule; see {StageModule.__module__}.")
     return found
 
 

@@ -137,7 +137,7 @@ class _Look:
     # -- images --------------------------------------------------------------------------------------------------
 
     def _refuse_one_image(self, key: str, source: Limited, fraction: str) -> None:
-        """The shuffled baseline shows every sample the images of another, from behind the limit if need be."""
+        """The shuffled baseline shows every sample the images of another, from beyond the limit if need be."""
         others = [name for name in self.cfg.evaluation.baselines if name != SHUFFLED]
         if len(others) == len(self.cfg.evaluation.baselines):
             return

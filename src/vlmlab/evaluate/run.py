@@ -56,7 +56,7 @@ def evaluate_model(
         cfg: the run's configuration: ``data.benchmarks``, ``data.val``, ``evaluation``, ``budget``.
         folder: the run's folder.
         say: takes one line of progress at a time.
-        before: a ``result.json`` in which some of them ``failed``: only these are tried, the other scores stand.
+        before: a ``result.json`` in which some of them ``failed``: only these are tried, the other scores are kept.
 
     Returns:
         "<benchmark>/<metric>", and the same with "/shuffled", "/no_image" and "/lookup"; "val/<data>/loss" in nats per
@@ -107,7 +107,7 @@ def score_each(
             scores.update(found)
         except Exception as error:
             if not isinstance(error, UserError | InstantiationException) and machine_error(error) is None:
-                tell(traceback.format_exc().rstrip(), sys.stderr)  # nobody's mistake but the code's
+                tell(traceback.format_exc().rstrip(), sys.stderr)  # a mistake in the code
             failed[name] = _sentence(error)
             say(f"{name} could not be scored: {failed[name]}")
     if failed:
@@ -116,7 +116,7 @@ def score_each(
 
 
 def check_finite(scores: Mapping[str, float]) -> None:
-    """Refuse scores that are no numbers.
+    """Refuse scores that are not finite numbers.
 
     Raises:
         UserError: naming the first.

@@ -229,7 +229,7 @@ def _collator(cfg: DictConfig, stage: Stage) -> tuple[Collator, list[str], Any]:
         notes.append(f"lm.path={cfg.lm.path} has no tokenizer here: the tokens shown are those of the embedded one")
     path = OmegaConf.select(cfg, "encoder.path")
     if isinstance(path, str) and model.encoder is not None and not Path(path).expanduser().is_dir():
-        notes.append(f"encoder.path={path} is no folder here: images are squeezed to the size of its architecture")
+        notes.append(f"encoder.path={path} is not a folder here: images are squeezed to the size of its architecture")
     collate = kind.collator(cfg, model, stage.prompt or kind.prompt)
     if not isinstance(collate, Collator):
         raise UserError(f"{stage.key('module')}={stage.module} reads no prompts: there are none to show.")
@@ -451,7 +451,7 @@ def _standing(batch: Batch, r: int, segment: int) -> list[tuple[int, Piece]]:
     own = ((table.row == r) & (table.segment == segment)).nonzero()[:, 0].tolist()
     found = [(int(table.place[i]), k) for k, i in enumerate(own) if not int(table.tokens[i])]
     return [
-        (place, Piece("image", f"image {k + 1} stands here", False, f"image {k + 1}: no position in the sequence"))
+        (place, Piece("image", f"image {k + 1} is here", False, f"image {k + 1}: no position in the sequence"))
         for place, k in sorted(found)
     ]
 
@@ -465,7 +465,7 @@ def _piece_maker(collate: Collator) -> Callable[[int, str, bool], Piece]:
         if "\N{REPLACEMENT CHARACTER}" in text:  # a part of a character
             text = written
         elif written.startswith("\N{LOWER ONE EIGHTH BLOCK}") and not text.startswith(" "):
-            text = " " + text  # SentencePiece drops the blank of a token that stands alone
+            text = " " + text  # SentencePiece drops the blank of a single token
         return Piece(role, visible(text), supervised, f"{token}")
 
     return make
@@ -532,7 +532,7 @@ def say(found: Inspection) -> None:
 
 
 def _line(pieces: Sequence[Piece], line: Any) -> Any:
-    """The tokens one after the other; where the role changes, its name stands, starred where it is supervised."""
+    """The tokens one after the other; where the role changes, its name is written, starred where it is supervised."""
     before: tuple[str, bool] | None = None
     for piece in pieces:
         if (piece.role, piece.supervised) != before:

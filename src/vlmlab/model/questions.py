@@ -54,14 +54,14 @@ def unequal_in_trees(model: VLM) -> str | None:
     if (reader := reads_question(model)) is not None:
         return reader
     if not equal_in_trees(model.mask):
-        return f"{type(model.mask).__name__} shows what stands before the question some of it"
+        return f"{type(model.mask).__name__} lets what comes before the question see some of it"
     sees = [sees for part in model.fusion.modules() if (sees := getattr(part, "sees", None)) is not None]
     wrong = next((mask for mask in sees if not images_equal_in_trees(mask)), None)
     return None if wrong is None else f"{type(wrong).__name__} shows other images where questions share them"
 
 
 def questions_line(cfg: DictConfig, model: VLM, prompt: Prompt, source: SampleSource) -> str | None:
-    """How questions about one image are read, where ``collate.questions`` asks for another way than as they stand.
+    """How questions about one image are read, where ``collate.questions`` asks for another way than as they are.
 
     Args:
         cfg: the configuration.

@@ -142,7 +142,7 @@ class VLM(Parts):
     # -- ranks that share weights --------------------------------------------------------------------------------
 
     def _with_blank(self, batch: Batch) -> Batch:
-        """The batch with a blank image that belongs to no row, so that nobody sees it."""
+        """The batch with a blank image that belongs to no row, so that no position sees it."""
         if self.encoder is None:
             return batch
         size, device = (self.encoder.preprocess.height, self.encoder.preprocess.width), batch.input_ids.device

@@ -53,7 +53,7 @@ def inference_costs(cfg: DictConfig, prompts: Sequence[tuple[int, int]]) -> list
         prompts: images and text tokens of each.
 
     Raises:
-        UserError: it is no model that answers, or decides on values that are not there.
+        UserError: the model does not answer, or decides on values that are not there.
     """
     trainee, collate = _asked(cfg)
     model = cast(VLM, trainee.model.eval())

@@ -358,7 +358,7 @@ def _copies(trainee: Trainee) -> int:
 def _shapes(cfg: DictConfig, stage: Stage, collate: Collator, settings: Settings) -> tuple[list[Shape], float, str]:
     """Shapes of the stage's samples: as stated, or measured on some of them spread over the data.
 
-    A sample may be several, one a question; how many it is on average stands beside them.
+    A sample may be several, one a question; how many it is on average is given beside them.
     """
     if settings.lengths and stage.name in settings.lengths:
         asked, answered = settings.lengths[stage.name]
@@ -393,7 +393,7 @@ def _length(shape: Shape, collate: Collator) -> int:
 
 
 class _Stated:
-    """Stands where a ``ChatEncoder`` does and gives samples of stated shapes: images, user, answer."""
+    """Used in the place of a ``ChatEncoder``: gives samples of stated shapes: images, user, answer."""
 
     def __init__(self, encoder: ChatEncoder, shapes: Sequence[Shape]) -> None:
         self.encoder, self.shapes = encoder, shapes

@@ -144,7 +144,7 @@ def _is_flag(tensor: Tensor) -> bool:
 
 
 def _flag() -> Tensor:
-    """Set, since what is done once is no part of a micro-batch."""
+    """Set, since what is done once is not part of a micro-batch."""
     return torch.ones((), dtype=torch.bool, device="cpu")
 
 

@@ -88,7 +88,7 @@ def causal_lm(base: PreTrainedModel, head: nn.Linear) -> PreTrainedModel:
 
     Args:
         base: the layers.
-        head: the linear layer behind them; it is the table again where the two are equal.
+        head: the linear layer after them; it is the table again where the two are equal.
 
     Raises:
         UserError: they are of different numbers of words.

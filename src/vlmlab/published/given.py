@@ -96,22 +96,22 @@ def way_out(model: VLM) -> Way:
         UserError: it is none, with what each lacks; or its mask cannot be had outside.
     """
     if (why := _inexpressible(model)) is not None:
-        raise UserError(f"this composition is no model of transformers: {why}.")
+        raise UserError(f"this composition is not a model of transformers: {why}.")
     lacking = {plan: why for plan in CLASSES if (why := plan.lacks(model)) is not None}
     plan = next((each for each in CLASSES if each not in lacking), None)
     if plan is None:
         said = ", ".join(f"{each.model.__name__} {why}" for each, why in lacking.items())
-        raise UserError(f"this composition is no model of transformers: {said}.")
+        raise UserError(f"this composition is not a model of transformers: {said}.")
     if is_causal(model.mask):
         return Way(plan, None, False)
     if not plan.goes_on:
         raise UserError(
-            f"this composition is no model of transformers: `generate` of {plan.model.__name__} takes no prompt that "
-            "was read before, by which a mask could be followed; mask=causal needs none."
+            f"this composition is not a model of transformers: `generate` of {plan.model.__name__} takes no "
+            "prompt that was read before, by which a mask could be followed; mask=causal needs none."
         )
     if getattr(model.lm.model.config, "sliding_window", None) is not None:
         raise UserError(
-            "this composition is no model of transformers: its language model has layers that see a window, which a "
+            "this composition is not a model of transformers: its language model has layers that see a window, which a "
             "mask that is handed on would lift."
         )
     return Way(plan, code(model.mask, model.lm.image_id, model.tokens_per_image), needs_answers(model.mask))
@@ -186,7 +186,7 @@ def widest(model: VLM) -> torch.dtype:
 
 
 def whole_tower(encoder: TowerEncoder, cfg: DictConfig) -> PreTrainedModel:
-    """The tower as it was loaded, layers behind the tapped one and the pooling head included, with what was trained."""
+    """The tower as it was loaded, layers above the tapped one and the pooling head included, with what was trained."""
     tower: Any = instantiate(cfg, layers=None, pooled=True).tower
     trained = encoder.tower.state_dict()
     tower.to(max((t.dtype for t in trained.values() if t.is_floating_point()), key=lambda dtype: dtype.itemsize))

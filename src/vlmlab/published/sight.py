@@ -48,16 +48,16 @@ def is_causal(mask: Mask) -> bool:
 def is_of_prompts(mask: Mask) -> bool:
     """Whether a token that is generated sees all before it, and changes nothing of what the prompt sees.
 
-    The last token of the prompt is read again behind the others, so that it sees all of them, too.
+    The last token of the prompt is read again after the others, so that it sees all of them, too.
     """
     for prompt in PROMPTS:
         size = len(prompt)
         layout, alone = _layout(prompt + "aaa"), _layout(prompt)
         q = _q(layout)
         allowed = mask(layout, q)
-        behind = torch.equal(allowed[:, size - 1 :], not_later(layout, q)[:, size - 1 :])
+        after = torch.equal(allowed[:, size - 1 :], not_later(layout, q)[:, size - 1 :])
         unchanged = torch.equal(allowed[:, : size - 1, :size], mask(alone, _q(alone))[:, : size - 1])
-        if not (behind and unchanged and not allowed[:, :size, size:].any()):
+        if not (after and unchanged and not allowed[:, :size, size:].any()):
             return False
     return True
 

@@ -48,7 +48,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: naming the key that is missing, refers to nothing or names a class by a name it had before.
     """
-    own = [str(key) for key in cfg if key != "hydra"]  # Hydra's node has missing values and is nobody's business
+    own = [str(key) for key in cfg if key != "hydra"]  # Hydra's node has missing values and is not ours
     job = OmegaConf.masked_copy(cfg, own)
     OmegaConf.copy_cache(cfg, job)
     try:

@@ -26,7 +26,7 @@ def callbacks_of(cfg: DictConfig) -> dict[str, L.Callback]:
     """The callbacks of the group, each made anew, by name.
 
     Raises:
-        UserError: one is no Lightning callback, or writes checkpoints of its own.
+        UserError: one is not a Lightning callback, or writes checkpoints of its own.
     """
     made: dict[str, L.Callback] = {}
     for name, node in (cfg.get("callbacks") or {}).items():
@@ -34,7 +34,7 @@ def callbacks_of(cfg: DictConfig) -> dict[str, L.Callback]:
             continue
         found = instantiate(node)
         if not isinstance(found, L.Callback):
-            raise UserError(f"callbacks.{name}._target_={node._target_} is no Lightning callback; give one.")
+            raise UserError(f"callbacks.{name}._target_={node._target_} is not a Lightning callback; give one.")
         if isinstance(found, Checkpoint):
             raise UserError(
                 f"callbacks.{name}._target_={node._target_} writes checkpoints, which a run does by itself "

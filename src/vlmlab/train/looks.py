@@ -39,7 +39,7 @@ def prompts_proved(cfg: DictConfig, model: nn.Module, collate: object, source: S
         cfg: the configuration.
         model: the stage's.
         collate: of the stage; others than of prompts are passed over.
-        source: its samples; rows that cannot be used are for whoever loads the windows.
+        source: its samples; rows that cannot be used are left to the loader of the windows.
         order: the samples of its first steps are looked at.
 
     Raises:
@@ -113,7 +113,7 @@ class Looks(L.Callback):
             self.say(f"visual tokens: {share:.3f} of their variance differs between images ({sum(map(len, seen))})")
 
     def _batches(self) -> Iterator[Batch]:
-        """The first usable rows, one by one; others are for whoever loads the windows to write down."""
+        """The first usable rows, one by one; others are written down by the loader of the windows."""
         images = 0
         for index in self.order.window(0):
             try:

@@ -116,7 +116,7 @@ def loggers_of(cfg: DictConfig, folder: RunFolder) -> list[Logger]:
         remedy = "install it, or choose another logger" if missing else "correct its keys"
         raise UserError(f"logger.make._target_={target}: {why} ({reason(cause, 120)}); {remedy}.") from error
     if not isinstance(made, Logger):
-        raise UserError(f"logger.make._target_={target} is no Lightning logger; give one.")
+        raise UserError(f"logger.make._target_={target} is not a Lightning logger; give one.")
     return [made]
 
 

@@ -100,7 +100,7 @@ def load_last(path: Path, stage: Stage, trainee: Trainee, stamp: Stamp | None = 
     check_names(path, live, saved["weights"])
     for name, tensor in saved["weights"].items():
         if not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(f"{path} is damaged ({name} is no tensor); delete it to train that stage again.")
+            raise CheckpointError(f"{path} is damaged ({name} is not a tensor); delete it to train that stage again.")
         if tensor.shape != live[name].shape:
             raise CheckpointError(
                 f"{path}: {name} is {tuple(tensor.shape)} and the model's is {tuple(live[name].shape)}; "

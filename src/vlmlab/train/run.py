@@ -141,7 +141,7 @@ class Run:
 
     @cached_property
     def cache(self) -> FeatureCache:
-        """What stands before an encoder that is frozen."""
+        """The cache in front of an encoder that is frozen."""
         return build_cache(self.cfg)
 
     @cached_property
@@ -170,7 +170,7 @@ class Run:
             tell(text)
 
     def note_state(self) -> None:
-        """Note how far the run is, if the disk takes it; whoever opened the folder adds how it ended."""
+        """Note how far the run is, if the disk takes it; the code that opened the folder adds how it ended."""
         if self.writes and self.stage is not None:
             with contextlib.suppress(OSError):
                 self.folder.write_state("running", self.stage.name, self.step, self.stage.steps)
@@ -292,7 +292,7 @@ def _check_model(run: Run, build: Builder, stage: Stage, same: Sequence[Stage], 
 
 
 def _foresee(run: Run, build: Builder) -> None:
-    """Before the first step: what would end the evaluation behind the last one."""
+    """Before the first step: what would end the evaluation after the last one."""
     if not run.writes or run.evaluate is not _benchmarks or OmegaConf.select(run.cfg, "debug.steps") is not None:
         return
     from vlmlab.evaluate.foresight import check_evaluation
@@ -326,7 +326,7 @@ def _take_encoder(run: Run, build: Builder, stage: Stage, stages: Sequence[Stage
 
 
 def _enter(run: Run, build: Builder, stage: Stage, origin: Path | None) -> None:
-    """Enter a stage, the first one with the weights of an earlier run, before or behind its adapter's wrapping."""
+    """Enter a stage, the first one with the weights of an earlier run, before or after its adapter's wrapping."""
     trainee = _trainee(run, build)
     as_built = origin is not None and fits_as_built(trainee, origin)
     if not as_built:
@@ -417,7 +417,7 @@ def _check_early_end(run: Run, module: StageModule) -> None:
     if module.done >= stage.steps:
         return
     if wrong := nonfinite((name, parameter) for name, _, parameter in module.trained()):
-        raise UserError(f"{where} {stage.steps}, and {listed(wrong)} are no numbers; lower {stage.key('train')}.")
+        raise UserError(f"{where} {stage.steps}, and {listed(wrong)} are not numbers; lower {stage.key('train')}.")
     run.say(f"{where} {stage.steps} (evaluation.patience={run.cfg.evaluation.patience})")
 
 
@@ -582,7 +582,7 @@ class StageData(L.LightningDataModule):
         source: the samples.
         prompt: "plain" or "chat".
         module: says how many steps are done.
-        replace: whether the next usable row stands for one that is not.
+        replace: whether the next usable row replaces one that is not.
     """
 
     def __init__(
@@ -653,7 +653,7 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
     device = torch.device("cuda" if on_gpu(cfg) else "cpu")
     last.model.to(device).requires_grad_(False)
     if wrong := nonfinite(last.model.named_parameters()):
-        raise UserError(f"{listed(wrong)} are no numbers after the last stage; train again with fresh=true.")
+        raise UserError(f"{listed(wrong)} are not numbers after the last stage; train again with fresh=true.")
     kind = kinds[stage.index]
     source: SampleSource = instantiate(cfg.data.train[stage.data])
     if OmegaConf.select(cfg, "data.max_bad_fraction") is not None:

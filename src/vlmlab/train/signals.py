@@ -29,7 +29,7 @@ class Signals:
 
     Attributes:
         caught: number of the signal that came, or None.
-        deferred: while True a signal is only noted; whoever set it asks `caught` and raises.
+        deferred: while True a signal is only noted; the code that set it asks `caught` and raises.
     """
 
     def __init__(self) -> None:

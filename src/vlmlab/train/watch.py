@@ -185,7 +185,7 @@ class KeepBest:
         value = self.choice.value(numbers)
         if value is None:
             raise UserError(
-                f"evaluation.monitor={self.choice.monitor} is no number of a look; choose one of "
+                f"evaluation.monitor={self.choice.monitor} is not a score of a look; choose one of "
                 f"{listed([*numbers], 200)}, or held_out/gap."
             )
         best = self.best()

@@ -74,7 +74,7 @@ def best_look(cfg: Config, choices: Choices) -> str | None:
         return f"evaluation.monitor={shown(monitor)} is not asked; set evaluation.slices=[{name.partition('/')[0]}]"
     if not held_out and not of_slice:
         return (
-            f"evaluation.monitor={shown(monitor)} is no number of a look; give held_out/loss, held_out/gap, "
+            f"evaluation.monitor={shown(monitor)} is not a score of a look; give held_out/loss, held_out/gap, "
             "held_out/<watched>/loss or slice/<benchmark>/<score>"
         )
     return None
@@ -89,7 +89,7 @@ def logger_to_make(cfg: Config, choices: Choices) -> str | None:
 
 
 def features_to_keep(cfg: Config, choices: Choices) -> str | None:
-    """A cache stands before a tower, and every rank asks that tower alone for the images it lacks."""
+    """A cache is in front of a tower, and every rank asks that tower alone for the images it lacks."""
     cache, strategy = f"cache={choices.get('cache')}", value_at(cfg, "trainer.strategy")
     if not keeps_features(cfg):
         return None
@@ -114,7 +114,7 @@ def possible_name(cfg: Config, choices: Choices) -> str | None:
     if name is None or all(re.fullmatch(r"[\w.+-]{1,150}", word) and word.strip(".") for word in words):
         return None
     return (
-        f"name={shown(str(name))} is no folder below outputs; use letters, digits, - and _ "
+        f"name={shown(str(name))} is not a folder below outputs; use letters, digits, - and _ "
         "(hydra.run.dir=... puts it elsewhere)"
     )
 

@@ -39,7 +39,7 @@ class WorldBinding(WorldSource):
         split, size, seed, domain: as for every source of the world.
         ways: names a sample, each for another value of one attribute.
         shots: pictures of each name before the question.
-        by: what names may stand for, color or shape; null: either, drawn for each sample.
+        by: what names may refer to, color or shape; null: either, drawn for each sample.
         labels: ``right``, or ``shuffled``: the examples' names drawn at random, so that there is nothing to learn from
             them.
 

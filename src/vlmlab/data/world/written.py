@@ -77,7 +77,7 @@ def _conversation(scene: Scene, stream: Stream) -> list[Pair]:
 
 
 def detail(scene: Scene) -> str:
-    """Everything in a scene, a sentence an object in raster order, and how each stands to the one before it."""
+    """Everything in a scene, a sentence an object in raster order, and its relation to the one before it."""
     words, count = View(scene).words, len(scene.objects)
     told = [f"The {words.picture} shows {NUMBERS[count]} {words.noun if count == 1 else words.nouns}."]
     for before, thing in zip((None, *scene.objects), scene.objects, strict=False):
