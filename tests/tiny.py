@@ -42,7 +42,7 @@ from vlmlab.data.chat import ChatEncoder
 from vlmlab.data.collate import Collator
 from vlmlab.encoder.hf import HfEncoder
 from vlmlab.engine.proof import fingerprints
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.lm.tokenizer import train_tokenizer
@@ -306,6 +306,6 @@ def all_samples(*names: str) -> Sequence[Sample]:
     return [s for s in SAMPLES if s.id in names] if names else SAMPLES
 
 
-def seen(trainee: Trainee) -> dict[str, str]:
+def seen(staged: StagedModel) -> dict[str, str]:
     """What a checkpoint says of the weights before training, were they as they are now."""
-    return fingerprints({**trainee.live(), **trainee.frozen()}.items())
+    return fingerprints({**staged.live(), **staged.frozen()}.items())

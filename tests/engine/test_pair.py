@@ -18,7 +18,7 @@ from vlmlab.contracts.tensors import Pairing
 from vlmlab.data.module import Window
 from vlmlab.engine.pair import PairModule
 from vlmlab.engine.stage import check_objectives
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.model.pair import PairedTowers
 from vlmlab.objective.clip import Clip
 from vlmlab.recipe.stage import parse
@@ -48,9 +48,9 @@ def stage_of(*overrides: str) -> tuple[DictConfig, PairModule, PairedTowers]:
     torch.manual_seed(0)
     model = PairModule.build(cfg)
     assert isinstance(model, PairedTowers)
-    trainee, stage = Trainee(model), parse(cfg)[0]
-    trainee.enter(stage)
-    module = PairModule(model, stage, trainee.objectives, trainee.rates)
+    staged, stage = StagedModel(model), parse(cfg)[0]
+    staged.enter(stage)
+    module = PairModule(model, stage, staged.objectives, staged.rates)
     module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, assignment]
     module.kept_settings = Settings()  # type: ignore[assignment]
     module.trainer = module.kept_settings  # type: ignore[assignment]

@@ -21,7 +21,7 @@ from vlmlab.connector.qformer import QFormerConnector
 from vlmlab.connector.query_transformer import sight_mask
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch, Outputs
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.model.vlm import VLM
 from vlmlab.objective.query_text import QueryTextAlignment
 from vlmlab.recipe.stage import Stage
@@ -289,10 +289,10 @@ def test_a_stage_trains_them_or_is_refused() -> None:
     """The part is the model's for one stage; what it trained is kept in that stage's file only."""
     own = {"_target_": "vlmlab.objective.query_text.QueryTextAlignment", "width": 8}
     stage = Stage(0, "align", "", {"connector": 1e-3}, "", own, steps=1, batch_size=2)
-    trainee = Trainee(vlm(connector=qformer()))
+    staged = StagedModel(vlm(connector=qformer()))
     with pytest.raises(UserError, match=r"add train\.objective"):
-        trainee.enter(stage)
-    trainee.enter(replace(stage, train={"connector": 1e-3, "objective": 1e-3}))
-    assert "objectives.objective.begin" in trainee.trained() and "objectives.objective.begin" in trainee.kept()
-    trainee.enter(replace(stage, objective={"_target_": "vlmlab.objective.lm.LanguageModelling"}))
-    assert not any(name.startswith("objectives.") for name in [*trainee.trained(), *trainee.kept()])
+        staged.enter(stage)
+    staged.enter(replace(stage, train={"connector": 1e-3, "objective": 1e-3}))
+    assert "objectives.objective.begin" in staged.trained() and "objectives.objective.begin" in staged.kept()
+    staged.enter(replace(stage, objective={"_target_": "vlmlab.objective.lm.LanguageModelling"}))
+    assert not any(name.startswith("objectives.") for name in [*staged.trained(), *staged.kept()])

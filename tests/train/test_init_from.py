@@ -12,7 +12,7 @@ from vlmlab.engine.begin import begin_with, fits_as_built
 from vlmlab.engine.restore import enter, load_trained
 from vlmlab.engine.stage import StageModule
 from vlmlab.engine.stamp import checksum
-from vlmlab.engine.weights import Trainee, read_facts
+from vlmlab.engine.weights import StagedModel, read_facts
 from vlmlab.recipe.stage import parse
 from vlmlab.runs.config import config_hash, plain
 from vlmlab.runs.folder import RunFolder
@@ -157,11 +157,11 @@ def test_a_source_that_is_missing_is_said_before_anything_else(tmp_path):
 
 def begun(cfg, path, model=None):
     stage = parse(cfg)[0]
-    trainee = Trainee(model or FakeVLM())
-    if not fits_as_built(trainee, path):
-        enter(trainee, cfg, stage)
-    notes = begin_with(trainee, path, cfg)
-    return trainee, notes
+    staged = StagedModel(model or FakeVLM())
+    if not fits_as_built(staged, path):
+        enter(staged, cfg, stage)
+    notes = begin_with(staged, path, cfg)
+    return staged, notes
 
 
 def rewritten(source, tmp_path, change):
@@ -214,8 +214,8 @@ def test_other_settings_of_a_part_are_said(source, tmp_path):
 
 def test_weights_of_an_objective_stay_behind(source, tmp_path):
     path = rewritten(source, tmp_path, lambda t, f: t.update({"objectives.itc.scale": torch.zeros(1)}))
-    trainee, _ = begun(config(), path)
-    assert trainee.begun() == ["connector.bias", "connector.weight"]
+    staged, _ = begun(config(), path)
+    assert staged.begun() == ["connector.bias", "connector.weight"]
 
 
 def test_an_adapter_comes_where_the_first_stage_has_it_too(tmp_path):

@@ -92,19 +92,19 @@ def test_mistakes_are_found_before_the_first_step(tmp_path, change, message):
 def test_weights_decay_only_in_matrices_and_rates_follow_parts():
     from fake_lab import FakeInstruction, FakeLoss, FakeVLM
 
-    from vlmlab.engine.weights import Trainee
+    from vlmlab.engine.weights import StagedModel
     from vlmlab.recipe.stage import parse
 
     stage = parse(config())[1]
-    trainee = Trainee(FakeVLM())
-    trainee.enter(stage)
-    module = FakeInstruction(trainee.model, stage, {"lm": FakeLoss()}, trainee.rates)
+    staged = StagedModel(FakeVLM())
+    staged.enter(stage)
+    module = FakeInstruction(staged.model, stage, {"lm": FakeLoss()}, staged.rates)
     groups = module.configure_optimizers().param_groups
     decays = {(g["part"], g["weight_decay"]): {p.ndim >= 2 for p in g["params"]} for g in groups}
     assert decays == {
         ("connector", 0.1): {True}, ("connector", 0.0): {False}, ("lm", 0.1): {True}, ("lm", 0.0): {False},
     }  # fmt: skip
-    assert not trainee.model.encoder.training and trainee.model.lm.training
+    assert not staged.model.encoder.training and staged.model.lm.training
 
 
 def test_a_fusion_that_nothing_trains_is_refused(tmp_path):

@@ -35,8 +35,8 @@ COMPOSITION = ("encoder", "connector", "fusion", "lm")
 BASE = ".base"
 
 
-class Trainee:
-    """A model on its way through the stages.
+class StagedModel:
+    """A model that goes through the stages of a recipe: what trains in each, and what has been trained so far.
 
     Args:
         model: a ``VLM`` or ``DualEncoder``.

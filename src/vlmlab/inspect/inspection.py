@@ -31,7 +31,7 @@ from vlmlab.data.collate import Collator, resized
 from vlmlab.data.overlap import reads, same_bytes, sentence, spread, stored_images
 from vlmlab.data.skipped import Replaced, Skipped, grouped
 from vlmlab.engine.restore import module_class
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.model.build import build_collator
 from vlmlab.model.questions import questions_line
 from vlmlab.model.vlm import VLM
@@ -223,7 +223,7 @@ def _collator(cfg: DictConfig, stage: Stage) -> tuple[Collator, list[str], Any]:
     kind = module_class(stage)
     with torch.device("meta"):
         model: Any = kind.build(cfg)
-        Trainee(model).enter(stage)  # its adapter may put soft prompts before every sample
+        StagedModel(model).enter(stage)  # its adapter may put soft prompts before every sample
     notes = []
     if not getattr(model.lm, "own_tokenizer", True):
         notes.append(f"lm.path={cfg.lm.path} has no tokenizer here: the tokens shown are those of the embedded one")

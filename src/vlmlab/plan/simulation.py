@@ -33,7 +33,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch
 from vlmlab.engine.cost import FLOPS
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.plan.recall import Recall
 
 aten = torch.ops.aten
@@ -60,13 +60,13 @@ class Simulator:
     """Sends micro-batches through a model of the meta device as a stage trains it.
 
     Args:
-        trainee: the model with the stage entered.
+        staged: the model with the stage entered.
         half: bfloat16 autocast.
         recall: what operations give, of other passes; None: nothing yet.
     """
 
-    def __init__(self, trainee: Trainee, half: bool, recall: Recall | None = None) -> None:
-        self.trainee, self.half = trainee, half
+    def __init__(self, staged: StagedModel, half: bool, recall: Recall | None = None) -> None:
+        self.staged, self.half = staged, half
         self.recall = recall or Recall(FakeTensorMode(allow_non_fake_inputs=True))
 
     def __call__(self, batch: Batch) -> Pass:
@@ -75,8 +75,8 @@ class Simulator:
         Raises:
             UserError: the composition decides on the values of its features, which a plan does not have.
         """
-        model = self.trainee.model
-        fake, trained = self.recall.fake, self.trainee.trained().values()
+        model = self.staged.model
+        fake, trained = self.recall.fake, self.staged.trained().values()
         with shapes_only(model, fake, trained) as known, Meter(fake, known, self.recall) as meter:
             with told_of_values(), torch.autocast("cpu", torch.bfloat16, enabled=self.half):
                 loss = self._loss(model, batch)
@@ -89,7 +89,7 @@ class Simulator:
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         outputs = model(batch)
         total: Any = 0.0
-        for objective in self.trainee.objectives.values():
+        for objective in self.staged.objectives.values():
             for value, _ in objective(outputs, batch).values():
                 total = total + objective.weight * value / float(batch.supervised or 1)
         return total

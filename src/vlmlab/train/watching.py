@@ -14,7 +14,7 @@ from vlmlab.contracts.sample import SampleSource
 from vlmlab.engine.restore import evaluated_file
 from vlmlab.engine.stage import StageModule
 from vlmlab.engine.stamp import Stamp
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.evaluate.baselines import Limited
 from vlmlab.evaluate.run import held_out, mean_loss
 from vlmlab.evaluate.slices import Slice
@@ -33,7 +33,7 @@ def watch_of(
     cfg: DictConfig,
     folder: RunFolder,
     module: StageModule,
-    trainee: Trainee,
+    staged: StagedModel,
     stamp: Stamp | None,
     collate: Callable[..., Any],
     home: Path,
@@ -46,7 +46,7 @@ def watch_of(
         cfg: the configuration: ``evaluation``, ``data.val``, ``data.benchmarks``.
         folder: of the run.
         module: of the stage; says how far it is.
-        trainee: the model.
+        staged: the model.
         stamp: of the run and the stage, for the weights that are kept.
         collate: of the stage's own prompt.
         home: the stage's folder.
@@ -64,7 +64,7 @@ def watch_of(
     if not (sources or slices) or not isinstance(module.model, VLM):
         say(f"note: stage {stage.name} is not looked at: it has no held-out samples, or its model answers nothing")
         return None
-    keep = _keep(cfg, folder, module, "" in sources, partial(_save, stage, trainee, stamp, home, cfg), home, say)
+    keep = _keep(cfg, folder, module, "" in sources, partial(_save, stage, staged, stamp, home, cfg), home, say)
     decides = keep is not None and not keep.choice.monitor.startswith("held_out/")
     return Watch(
         sources,
@@ -114,10 +114,10 @@ def _keep(
     return KeepBest(choice, looks, partial(save, choice, since), since)
 
 
-def _save(stage: Stage, trainee: Trainee, stamp: Stamp | None, home: Path, cfg: DictConfig, *found: Any) -> None:
+def _save(stage: Stage, staged: StagedModel, stamp: Stamp | None, home: Path, cfg: DictConfig, *found: Any) -> None:
     """Keep the weights as they are beside the last ones: the file first, then what is said of it."""
     choice, since, step, value = found
-    trainee.save(home / BEST, stage, cfg, stamp)
+    staged.save(home / BEST, stage, cfg, stamp)
     facts = {"monitor": choice.monitor, "mode": choice.mode, "since": since, "step": step, "value": value}
     write_json(home / BEST_FACTS, facts, durable=True)
 
@@ -135,7 +135,7 @@ def check_best(home: Path, keep: KeepBest | None, say: Say) -> None:
     say(f"note: {home / BEST} was not of the best look and is removed")
 
 
-def load_best(cfg: DictConfig, folder: Path, stage: Stage, trainee: Trainee, stamp: Stamp | None) -> str | None:
+def load_best(cfg: DictConfig, folder: Path, stage: Stage, staged: StagedModel, stamp: Stamp | None) -> str | None:
     """With ``evaluation.load_best``, give the last stage's model its best weights; a sentence that says so.
 
     Raises:
@@ -150,7 +150,7 @@ def load_best(cfg: DictConfig, folder: Path, stage: Stage, trainee: Trainee, sta
             f"{file} is the best by {facts.get('monitor')} ({facts.get('mode')}) and evaluation.monitor is "
             f"{cfg.evaluation.monitor} ({cfg.evaluation.mode}); give that one, or evaluation.load_best=false."
         )
-    trainee.load(file, stamp)
+    staged.load(file, stamp)
     return (
         f"scores are of the weights after step {facts.get('step')} of stage {stage.name}, the best by "
         f"{facts.get('monitor')} (evaluation.load_best)"
