@@ -39,7 +39,7 @@ BEFORE: Mapping[str, Any] = {
 LOOKS = tuple(
     f"evaluation.{key}" for key in ("slices", "slice_samples", "max_share", "monitor", "mode", "save_best", "min_delta")
 )
-"""Keys of what is looked at while a stage trains; they count where looks decide (`looks_decide`)."""
+"""Keys of the validation during a stage; they count where it decides what is kept (`looks_decide`)."""
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

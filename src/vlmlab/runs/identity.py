@@ -126,7 +126,7 @@ def weights_hash(config: Mapping[str, Any]) -> str:
 
 
 def ends_early(config: Mapping[str, Any]) -> bool:
-    """Whether stages end when looks have brought nothing better for a while, so that these say what is learnt."""
+    """Whether stages end when validation has not improved for a while, so that its keys decide what is learnt."""
     keys = config.get("evaluation")
     return isinstance(keys, Mapping) and keys.get("patience") is not None
 

@@ -59,18 +59,18 @@ from vlmlab.recipe.stage import Stage, check_divides, drawn_from, parse
 from vlmlab.runs.files import write_atomic, write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.origin import KEY, drop_origin, kept_origin, take_origin
-from vlmlab.train.guests import callbacks_of, fenced
-from vlmlab.train.keeper import Keeper
-from vlmlab.train.looks import Looks, prompts_proved
-from vlmlab.train.mirrors import Mirrors
+from vlmlab.train.checkpoint import StageCheckpoint
+from vlmlab.train.loggers import ExtraLoggers
 from vlmlab.train.ranks import Ranks
 from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, stage_table
 from vlmlab.train.resume import load_last
 from vlmlab.train.sharing import Sharing
 from vlmlab.train.signals import Interrupted, Signals
 from vlmlab.train.skips import Skips
-from vlmlab.train.watch import Watch
-from vlmlab.train.watching import check_best, load_best, watch_of
+from vlmlab.train.start_checks import TokenVariance, check_prompts
+from vlmlab.train.user_callbacks import callbacks_of, guarded
+from vlmlab.train.validation import Validation
+from vlmlab.train.validation_setup import check_best, load_best, validation_of
 
 Evaluate = Callable[[nn.Module, DictConfig, Path], dict[str, Any]]
 
@@ -176,9 +176,9 @@ class Run:
                 self.folder.write_state("running", self.stage.name, self.step, self.stage.steps)
 
     @cached_property
-    def mirrors(self) -> Mirrors:
+    def loggers(self) -> ExtraLoggers:
         """The loggers beside the run folder."""
-        return Mirrors(self.cfg, self.folder, self.writes)
+        return ExtraLoggers(self.cfg, self.folder, self.writes)
 
     @cached_property
     def logger(self) -> RunLogger:
@@ -188,12 +188,12 @@ class Run:
     def record(self, row: Mapping[str, Any]) -> None:
         """Add a row to ``metrics.jsonl``, and tell it to the loggers beside."""
         self.folder.log(row)
-        self.mirrors.tell([row])
+        self.loggers.log([row])
 
     def close_loggers(self) -> None:
         """Finish the loggers, with what is on its way out as the reason."""
-        if "mirrors" in self.__dict__:
-            self.mirrors.close(_exit_code(sys.exception()))
+        if "loggers" in self.__dict__:
+            self.loggers.close(_exit_code(sys.exception()))
 
     @cached_property
     def stamps(self) -> dict[str, Stamp]:
@@ -272,11 +272,11 @@ def _prepare(run: Run, stages: Sequence[Stage], kinds: Mapping[int, type[StageMo
     if run.writes:
         device = torch.cuda.get_device_name() if on_gpu(cfg) else "cpu"
         run.folder.update_env(device=device, threads=torch.get_num_threads(), precision=run.precision.name)
-    run.mirrors.tell(run.folder.metrics())  # what a process that was killed could not
+    run.loggers.log(run.folder.metrics())  # what a process that was killed could not
     for text in deviations(cfg):
         run.say(f"note: {text}")
     if not any(run.folder.path.glob("stages/*/*")):
-        _foresee(run, kinds[stages[-1].index].build)
+        _check_evaluation_first(run, kinds[stages[-1].index].build)
 
 
 def _check_model(run: Run, build: Builder, stage: Stage, same: Sequence[Stage], origin: Path | None) -> None:
@@ -291,7 +291,7 @@ def _check_model(run: Run, build: Builder, stage: Stage, same: Sequence[Stage], 
         check_paths(_staged_model(run, build).model, later)
 
 
-def _foresee(run: Run, build: Builder) -> None:
+def _check_evaluation_first(run: Run, build: Builder) -> None:
     """Before the first step: what would end the evaluation after the last one."""
     if not run.writes or run.evaluate is not _benchmarks or OmegaConf.select(run.cfg, "debug.steps") is not None:
         return
@@ -356,7 +356,7 @@ def _have_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
     run.step = stage.steps
     run.finished[kind.build] = stage
     drop_origin(run.folder.path)
-    run.mirrors.tell(rows)
+    run.loggers.log(rows)
 
 
 def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSource) -> None:
@@ -371,28 +371,28 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSo
         run.say("nothing to train here: skipped" if stage.steps else f"{stage.key('steps')}=0: left out")
     else:
         module = kind(staged.model, stage, staged.objectives, staged.rates)
-        _say_questions(run, staged, prompt, source)
+        _report_questions(run, staged, prompt, source)
         if run.shards:
             module.shard = partial(staged.shard, run.precision.half)
         start = _start(stage, staged)
         skips = Skips(cfg, stage, source, run.folder.path, run.writes)
         data = StageData(cfg, stage, staged.model, source, prompt, module, skips.replaces)
-        keeper = _keeper(run, stage, module, staged, home / "last.ckpt")
+        checkpoint = _checkpoint(run, stage, module, staged, home / "last.ckpt")
         if not module.done:
             skips.look(data.collate)
-            for line in prompts_proved(cfg, staged.model, data.collate, source, data.order()):
+            for line in check_prompts(cfg, staged.model, data.collate, source, data.order()):
                 run.say(line)
         try:
             with run.cache.serving(staged.model, run.say) as used:
-                looked = _fit(run, module, data, keeper, skips)
+                looked = _fit(run, module, data, checkpoint, skips)
         finally:
             run.step = module.done
         _check_early_end(run, module)
-        unmoved = _prove(stage, module, staged, keeper.before)
+        unmoved = _prove(stage, module, staged, checkpoint.before)
         if run.shards:
             staged = _assembled(run, stage, kind)
-        facts = {"steps": module.done, "seconds": keeper.seconds, "unmoved": unmoved, **looked}
-        _say_end(run, stage, facts)
+        facts = {"steps": module.done, "seconds": checkpoint.seconds, "unmoved": unmoved, **looked}
+        _report_end(run, stage, facts)
         facts |= used
         if start is not None and stage.mix:
             staged.mix_with(start, stage.mix["share"])
@@ -408,7 +408,7 @@ def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSo
 
 
 def _check_early_end(run: Run, module: StageModule) -> None:
-    """Of a stage that ended early: say so; its weights are numbers (a whole stage looks after its last step).
+    """Of a stage that ended early: say so; its weights are numbers (a whole stage checks that after its last step).
 
     Raises:
         UserError: they are not.
@@ -428,7 +428,7 @@ def _start(stage: Stage, staged: StagedModel) -> dict[str, Tensor] | None:
     return {name: tensor.detach().clone() for name, tensor in staged.live().items()}
 
 
-def _say_questions(run: Run, staged: StagedModel, prompt: Any, source: SampleSource) -> None:
+def _report_questions(run: Run, staged: StagedModel, prompt: Any, source: SampleSource) -> None:
     if not run.writes or not isinstance(staged.model, VLM):
         return
     if (line := questions_line(run.cfg, staged.model, prompt, source)) is not None:
@@ -455,7 +455,7 @@ def _assembled(run: Run, stage: Stage, kind: type[StageModule]) -> StagedModel:
     return staged
 
 
-def _keeper(run: Run, stage: Stage, module: StageModule, staged: StagedModel, path: Path) -> Keeper:
+def _checkpoint(run: Run, stage: Stage, module: StageModule, staged: StagedModel, path: Path) -> StageCheckpoint:
     """Go on from ``last.ckpt`` where there is one; what keeps the next ones."""
     stamp = run.stamps[stage.name]
     saved = load_last(path, stage, staged, stamp)
@@ -467,7 +467,7 @@ def _keeper(run: Run, stage: Stage, module: StageModule, staged: StagedModel, pa
     if run.writes:
         run.folder.cut_back(stage.name, module.done)
     every_s, seed = float(run.cfg.trainer.save_every_s), int(run.cfg.seed)
-    return Keeper(path, staged, run.signals, before, every_s, seed, saved, stamp)
+    return StageCheckpoint(path, staged, run.signals, before, every_s, seed, saved, stamp)
 
 
 def _fingerprints(staged: StagedModel, saved: dict[str, Any] | None, path: Path) -> dict[str, str]:
@@ -483,13 +483,14 @@ def _fingerprints(staged: StagedModel, saved: dict[str, Any] | None, path: Path)
     return before
 
 
-def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: Skips) -> dict[str, Any]:
-    """Let Lightning run the optimizer steps that are left; what the looks took."""
+def _fit(run: Run, module: StageModule, data: StageData, checkpoint: StageCheckpoint, skips: Skips) -> dict[str, Any]:
+    """Let Lightning run the optimizer steps that are left; the seconds that validation took."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device list, no tips
-    looks = [] if run.shards else [Looks(data.source, data.order(), data.collate, run.say)]  # shards look together
-    watch, stage = _watching(run, module, data), module.stage
-    guests, run.logger.module = fenced(callbacks_of(run.cfg)), module
-    trainer = _trainer(run, [skips, *looks, *([] if watch is None else [watch]), *guests], keeper)
+    one_rank = not run.shards  # with shards all ranks would have to take part
+    variance = [TokenVariance(data.source, data.order(), data.collate, run.say)] if one_rank else []
+    validation, stage = _validation(run, module, data), module.stage
+    callbacks, run.logger.module = guarded(callbacks_of(run.cfg)), module
+    trainer = _trainer(run, [skips, *variance, *([] if validation is None else [validation]), *callbacks], checkpoint)
     check_divides(stage.batch_size, stage.accumulate, trainer.world_size, f"recipe.stages.{stage.name}")
     try:
         with _profiled(run), _compiled(run, module), warnings.catch_warnings():
@@ -505,22 +506,22 @@ def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: 
         if no_memory(error):  # for the model, or for a batch on its way to the device
             raise OutOfMemory(stage.name, module.done + 1) from error
         raise
-    if watch is None:
+    if validation is None:
         return {}
     if run.writes:
-        check_best(run.weights(stage).parent, watch.keep, run.say)
-    return {"look_seconds": round(watch.seconds, 1)}
+        check_best(run.weights(stage).parent, validation.keep, run.say)
+    return {"look_seconds": round(validation.seconds, 1)}
 
 
-def _watching(run: Run, module: StageModule, data: StageData) -> Watch | None:
-    """With ``evaluation.every``, what looks at the stage while it trains."""
+def _validation(run: Run, module: StageModule, data: StageData) -> Validation | None:
+    """With ``evaluation.every``, the validation of the stage while it trains."""
     stage, home = module.stage, run.weights(module.stage).parent
     staged = run.staged_models[type(module).build]
     stamp = run.stamps[stage.name]
-    return watch_of(run.cfg, run.folder, module, staged, stamp, data.collate, home, run.record, run.say)
+    return validation_of(run.cfg, run.folder, module, staged, stamp, data.collate, home, run.record, run.say)
 
 
-def _trainer(run: Run, before: Sequence[L.Callback], keeper: Keeper) -> L.Trainer:
+def _trainer(run: Run, before: Sequence[L.Callback], checkpoint: StageCheckpoint) -> L.Trainer:
     settings = run.cfg.trainer
     devices: Any = plain_key(settings, "devices")
     every = int(settings.get("log_every") or LOG_EVERY)
@@ -533,13 +534,13 @@ def _trainer(run: Run, before: Sequence[L.Callback], keeper: Keeper) -> L.Traine
             strategy=_strategy(run, devices),
             precision=run.precision.name,
             max_epochs=1,
-            logger=[run.logger, *run.mirrors.loggers],
+            logger=[run.logger, *run.loggers.loggers],
             callbacks=[
                 run.ranks,
                 *before,
                 Recorder(run.folder, every, run.record),
                 Progress(settings.get("progress", "auto")),
-                keeper,
+                checkpoint,
             ],
             default_root_dir=str(run.folder.path),
             enable_checkpointing=False,
@@ -637,7 +638,7 @@ def _prove(stage: Stage, module: StageModule, staged: StagedModel, before: Mappi
     return [name for name in staged.trained() if name not in moved]
 
 
-def _say_end(run: Run, stage: Stage, facts: Mapping[str, Any]) -> None:
+def _report_end(run: Run, stage: Stage, facts: Mapping[str, Any]) -> None:
     if facts["unmoved"]:
         run.say(f"note: {listed(facts['unmoved'])} had gradients and did not move")
     if run.writes:
@@ -688,7 +689,7 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
     failed = None if unscored is None else unscored.failed
     notes = _notes(run, stages, kinds) + ([] if best is None else [best])
     result = run.folder.finish(metrics, costs, failed, notes=notes)
-    run.mirrors.finish(cfg, run.folder.path, metrics, costs)
+    run.loggers.finish(cfg, run.folder.path, metrics, costs)
     if unscored is not None:
         raise unscored
     return result

@@ -164,7 +164,7 @@ def describe(
 
 
 def _watched(cfg: DictConfig, stage: Stage) -> Any:
-    """What the rows of held-out looks depend on, with ``evaluation.every``; None without."""
+    """What the rows of validation depend on, with ``evaluation.every``; None without."""
     names = dict.fromkeys([stage.data, *(OmegaConf.select(cfg, "evaluation.watched") or ())])
     held_out = [node for name in names if (node := plain_key(cfg, f"data.val.{name}")) is not None]
     asked = OmegaConf.select(cfg, "evaluation.slices") or ()

@@ -25,7 +25,7 @@ from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.tracking import Counted, begun, group_of, name_of
 from vlmlab.runs.withheld import stored
 from vlmlab.train.record import wandb_id
-from vlmlab.train.summed import Summed
+from vlmlab.train.summary_logger import SummaryLogger
 
 STOPPED = 128
 """Exit codes above are of signals."""
@@ -33,7 +33,7 @@ STOPPED = 128
 COLUMNS = ("image", "kind", "question", "references", "answer", "score", "wrong image", "answer to it")
 
 
-class WandbRun(WandbLogger, Summed):
+class WandbRun(WandbLogger, SummaryLogger):
     """Lightning's logger with one axis of steps over all stages; offline without a key, and never a prompt.
 
     Args:

@@ -27,10 +27,10 @@ PATH_KEYS = ("path", "path_558k", "path_118k", "test_path", "file", "folder", "i
 
 
 def watched(cfg: Config, choices: Choices) -> str | None:
-    """Looks between the steps are one rank's own, with shards no rank has a model to look with; what they look at."""
+    """Validation between the steps runs on one rank, and with shards no rank has a whole model; and what it reads."""
     every, names = value_at(cfg, "evaluation.every"), value_at(cfg, "evaluation.watched")
     if every is not None and value_at(cfg, "trainer.strategy") == "fsdp2":
-        return "evaluation.every cannot look while trainer.strategy=fsdp2 has cut the model; set evaluation.every=null"
+        return "evaluation.every cannot be used with trainer.strategy=fsdp2 (sharded model); set evaluation.every=null"
     known = value_at(cfg, "data.val")
     for name in names if isinstance(names, list) else ():
         if not isinstance(known, Mapping) or name not in known:
@@ -42,7 +42,7 @@ def watched(cfg: Config, choices: Choices) -> str | None:
 
 
 def slices(cfg: Config, choices: Choices) -> str | None:
-    """Slices are of benchmarks, and asked at looks."""
+    """Slices are of benchmarks, and part of validation."""
     names, known = value_at(cfg, "evaluation.slices"), value_at(cfg, "data.benchmarks")
     for name in names if isinstance(names, list) else ():
         if not isinstance(known, Mapping) or name not in known:
@@ -60,7 +60,7 @@ def best_look(cfg: Config, choices: Choices) -> str | None:
     if chosen is None:
         return None
     if value_at(cfg, "evaluation.every") is None:
-        return f"evaluation.{chosen} chooses among looks and there are none; set evaluation.every=<steps>"
+        return f"evaluation.{chosen} needs validation during training; set evaluation.every=<steps>"
     if keys["load_best"] and not keys["save_best"]:
         return "evaluation.load_best=true scores what save_best keeps; set evaluation.save_best=true, too"
     monitor = str(value_at(cfg, "evaluation.monitor"))
@@ -74,7 +74,7 @@ def best_look(cfg: Config, choices: Choices) -> str | None:
         return f"evaluation.monitor={shown(monitor)} is not asked; set evaluation.slices=[{name.partition('/')[0]}]"
     if not held_out and not of_slice:
         return (
-            f"evaluation.monitor={shown(monitor)} is not a score of a look; give held_out/loss, held_out/gap, "
+            f"evaluation.monitor={shown(monitor)} is not a validation score; give held_out/loss, held_out/gap, "
             "held_out/<watched>/loss or slice/<benchmark>/<score>"
         )
     return None

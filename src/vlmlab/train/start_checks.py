@@ -1,6 +1,6 @@
-"""What is looked at before a stage's first step: what generation is asked, and what visual tokens say of the image.
+"""Checks before a stage's first step: the prompts of generation, and how much visual tokens depend on the image.
 
-A prompt that is not the beginning of what is learnt is seen here, and a connector that starts blind.
+They show a prompt that is not the beginning of what is learnt, and a connector that starts blind.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROVED = 8
 """Rows whose prompts are held against what is learnt."""
 
 
-def prompts_proved(cfg: DictConfig, model: nn.Module, collate: object, source: SampleSource, order: Order) -> list[str]:
+def check_prompts(cfg: DictConfig, model: nn.Module, collate: object, source: SampleSource, order: Order) -> list[str]:
     """Lines that say where generation stops, and notes, after its prompts were held against what a stage learns.
 
     Where benchmarks are asked, theirs is the chat template, whatever prompt the stage has.
@@ -76,8 +76,8 @@ def differing_share(tokens: Tensor) -> float:
     return float(between / total) if float(total) > 0 else 0.0
 
 
-class Looks(L.Callback):
-    """Says before a stage's first step how much its visual tokens differ between images.
+class TokenVariance(L.Callback):
+    """Reports before a stage's first step how much its visual tokens differ between images.
 
     Args:
         source: the stage's samples.
@@ -96,7 +96,7 @@ class Looks(L.Callback):
         self.source, self.order, self.collate, self.say = source, order, collate, say
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Look, on rank 0, unless the stage goes on from a checkpoint, or a cache counts who reads it."""
+        """Report, on rank 0, unless the stage is resumed or the features come from a cache."""
         model = module.model
         if trainer.global_rank or getattr(module, "done", 0) or not isinstance(model, VLM):
             return

@@ -1,4 +1,4 @@
-"""What looks at a stage while it trains, made from the keys of ``evaluation``; and the best weights beside the last."""
+"""The validation of a stage, built from the keys of ``evaluation``; and the best weights beside the last."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from vlmlab.recipe.stage import Stage
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import BEST, BEST_FACTS, RunFolder
 from vlmlab.train.choice import Choice, kept_since, looks_of
-from vlmlab.train.watch import KeepBest, Say, Watch, Write
+from vlmlab.train.validation import KeepBest, Say, Validation, Write
 
 OWN = ("held_out/loss", "held_out/shuffled_loss", "held_out/gap")
 """Numbers that only a stage has whose own data have held-out samples."""
 
 
-def watch_of(
+def validation_of(
     cfg: DictConfig,
     folder: RunFolder,
     module: StageModule,
@@ -39,8 +39,8 @@ def watch_of(
     home: Path,
     write: Write,
     say: Say,
-) -> Watch | None:
-    """With ``evaluation.every``, what looks at a stage; None where there is nothing to look at.
+) -> Validation | None:
+    """With ``evaluation.every``, the validation of a stage; None where there is nothing to validate on.
 
     Args:
         cfg: the configuration: ``evaluation``, ``data.val``, ``data.benchmarks``.
@@ -62,11 +62,11 @@ def watch_of(
     sources = _held_out(cfg, stage, collate)
     slices = [Slice(cfg, str(name)) for name in keys.get("slices") or ()]
     if not (sources or slices) or not isinstance(module.model, VLM):
-        say(f"note: stage {stage.name} is not looked at: it has no held-out samples, or its model answers nothing")
+        say(f"note: stage {stage.name} is not validated: it has no held-out samples, or its model does not generate")
         return None
     keep = _keep(cfg, folder, module, "" in sources, partial(_save, stage, staged, stamp, home, cfg), home, say)
     decides = keep is not None and not keep.choice.monitor.startswith("held_out/")
-    return Watch(
+    return Validation(
         sources,
         partial(mean_loss, collate, size=int(keys.batch_size)),
         int(keys.every),
@@ -110,7 +110,7 @@ def _keep(
     if since is None:  # its best look so far was not kept
         since = module.done + 1
         if choice.save:
-            say(f"note: of stage {stage.name} only looks after step {module.done} can be the best that is kept")
+            say(f"note: of stage {stage.name} only validations after step {module.done} can be kept as the best")
     return KeepBest(choice, looks, partial(save, choice, since), since)
 
 

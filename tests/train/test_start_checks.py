@@ -14,7 +14,7 @@ from vlmlab.data.sampler import Order
 from vlmlab.engine.finite import as_evaluated
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.model.build import build_collator
-from vlmlab.train.looks import IMAGES, Looks, differing_share, prompts_proved
+from vlmlab.train.start_checks import IMAGES, TokenVariance, check_prompts, differing_share
 
 
 def test_shares_by_hand() -> None:
@@ -44,7 +44,7 @@ def test_bad_rows_and_rows_without_images_are_passed_over() -> None:
     model = tiny.vlm()
     cfg = OmegaConf.create({"collate": {"max_length": 512, "pack_length": None}})
     collate = build_collator(cfg, model, "chat")
-    looks = Looks(tiny.SAMPLES, Order(len(tiny.SAMPLES), 8, 0, "s"), collate, print)
+    looks = TokenVariance(tiny.SAMPLES, Order(len(tiny.SAMPLES), 8, 0, "s"), collate, print)
     counts = [len(batch.pixels) for batch in looks._batches()]
     assert sum(counts) >= 1 and sum(counts[:-1]) < IMAGES
 
@@ -72,7 +72,7 @@ def proved_lines(
     if benchmarks:
         cfg.data.benchmarks = {"some": {}}
     collate = build_collator(cfg, model, prompt)
-    return prompts_proved(cfg, model, collate, source or tiny.SAMPLES, Order(4, 4, 0, "s"))
+    return check_prompts(cfg, model, collate, source or tiny.SAMPLES, Order(4, 4, 0, "s"))
 
 
 BLANK = "{% for m in messages %}{{ m['content'] + (eos_token if m['role'] == 'assistant' else ' A: ') }}{% endfor %}"

@@ -26,7 +26,7 @@ LEAST_SHARE = 10
 """Saving never takes more than about one part in this many of the time."""
 
 
-class Keeper(L.Callback):
+class StageCheckpoint(L.Callback):
     """Writes ``last.ckpt`` every `every_s` seconds and on signals; restores optimizer and random states.
 
     Args:
