@@ -18,8 +18,8 @@ from vlmlab.contracts.tensors import Batch
 from vlmlab.engine.restore import module_class
 from vlmlab.engine.weights import StagedModel
 from vlmlab.plan.devices import DEVICES
+from vlmlab.plan.op_cache import OpCache
 from vlmlab.plan.plan import Cost, Settings, Shape, StagePlan, _shapes, as_json, plan, shaped_batch
-from vlmlab.plan.recall import Recall
 from vlmlab.plan.simulation import Simulator
 from vlmlab.recipe.stage import Stage, parse
 
@@ -336,5 +336,5 @@ def test_what_is_recalled_is_what_torch_says(half: bool, monkeypatch: pytest.Mon
     staged = entered(cfg, stage)
     rows = batch(cfg, stage, staged, Shape(1, 20, 10), Shape(1, 20, 10))
     quick = Simulator(staged, half)(rows)
-    monkeypatch.setattr(Recall, "__call__", lambda self, func, args, kwargs: func(*args, **kwargs))
+    monkeypatch.setattr(OpCache, "__call__", lambda self, func, args, kwargs: func(*args, **kwargs))
     assert Simulator(staged, half)(rows) == quick

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tests.test_conf import CONF, composed
 from vlmlab.cli.rules import check
-from vlmlab.contracts.errors import UserError, mistake_within
+from vlmlab.contracts.errors import UserError, user_error_in
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
 
@@ -176,7 +176,7 @@ def _attempt(cfg: DictConfig, row: Row, folder: Path) -> tuple[str, str]:
     except UserError as error:
         return "refused", str(error)
     except InstantiationException as error:
-        mistake = mistake_within(error)
+        mistake = user_error_in(error)
         if mistake is None:
             raise
         return "refused", str(mistake)

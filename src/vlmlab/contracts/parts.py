@@ -351,7 +351,7 @@ class Fusion(nn.Module, ABC):
         Args:
             visual: what the encoder saw.
             batch: the batch.
-            text: (I, T, Dt) states of the text tower for ``batch.asked``; None unless `reads_text`.
+            text: (I, T, Dt) states of the text tower for ``batch.text_ids``; None unless `reads_text`.
         """
         return visual
 

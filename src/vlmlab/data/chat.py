@@ -167,7 +167,7 @@ class ChatEncoder:
             raise DataError(f"Sample {sample.id} has nothing to continue: plain prompts are images; use prompt=chat.")
         return encoded
 
-    def forged(self, sample: Sample) -> str | None:
+    def control_token_problem(self, sample: Sample) -> str | None:
         """Why the words of a sample, with the control tokens in them, are refused; None: they are not."""
         try:
             guarded(sample, self.control, self.image_token, self.control_tokens)
@@ -510,7 +510,7 @@ def last_learnt(encoded: Encoded) -> list[int]:
     return [label for label, following in ends if label != IGNORE and following == IGNORE]
 
 
-def asked(sample: Sample) -> list[str]:
+def questions_of(sample: Sample) -> list[str]:
     """For every image what the user says in its turn, without tags."""
     return [
         " ".join(prompt.replace(IMAGE_TAG, " ").split())

@@ -25,7 +25,7 @@ from vlmlab.contracts.faults import machine_error, no_memory
 from vlmlab.contracts.sample import Sample, SampleSource, references
 from vlmlab.contracts.tensors import Batch
 from vlmlab.contracts.terminal import tell
-from vlmlab.data.questions import asked_apart
+from vlmlab.data.questions import split_questions
 from vlmlab.data.skipped import Replaced, note
 from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled, image_names
 from vlmlab.evaluate.lookup import Lookup, training_turns
@@ -263,7 +263,7 @@ def _shown(source: SampleSource, baseline: str, apart: bool) -> SampleSource:
         return source
     kind = BASELINES[baseline]
     if apart and kind is NoImage:
-        return kind([one for k in range(len(source)) for one in asked_apart(source[k])])
+        return kind([one for k in range(len(source)) for one in split_questions(source[k])])
     return kind(source)
 
 

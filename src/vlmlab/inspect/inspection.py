@@ -21,11 +21,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.analyse.report import SHOWN_SIDE, png_base64
-from vlmlab.contracts.errors import DataError, UserError, brief, mistake_within
+from vlmlab.contracts.errors import DataError, UserError, brief, user_error_in
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, SampleSource
 from vlmlab.contracts.tensors import Batch, Kind, Role
 from vlmlab.contracts.terminal import visible
-from vlmlab.data.asking import parts, proved, sent
+from vlmlab.data.asking import check_prompt, parts, sent
 from vlmlab.data.chat import PICTURE, Encoded
 from vlmlab.data.collate import Collator, resized
 from vlmlab.data.overlap import reads, same_bytes, sentence, spread, stored_images
@@ -167,7 +167,7 @@ def _opened(cfg: DictConfig, stage: Stage) -> tuple[SampleSource | None, UserErr
         try:
             return instantiate(described), refused
         except (UserError, InstantiationException) as error:
-            mistake = error if isinstance(error, UserError) else mistake_within(error)
+            mistake = error if isinstance(error, UserError) else user_error_in(error)
             if mistake is None:
                 raise
             refused = refused or mistake
@@ -199,7 +199,7 @@ def _shared(
             few = (Replaced(other)[k] for k in spread(range(len(other)), check))
             seen = [(pixels[key_], name) for key_, name in _by_pixels(few).items() if key_ in pixels]
         except (UserError, InstantiationException) as error:
-            mistake = error if isinstance(error, UserError) else mistake_within(error) or error
+            mistake = error if isinstance(error, UserError) else user_error_in(error) or error
             yield brief(f"{key} cannot be read: {mistake}")
             continue
         if bytes_:
@@ -266,7 +266,7 @@ def _asking(found: Inspection, collate: Collator, model: VLM, samples: Sequence[
             if index == samples[0][0]:
                 found.facts.append(("generation stops at", model.lm.stops_line()))
                 found.facts.append(("generation is sent", sent(collate.encoder, parts(collate, sample)[0])))
-            notes = proved(collate, sample)
+            notes = check_prompt(collate, sample)
         except DataError as error:
             notes = [f"as a question: {error}"]
         except UserError as error:
@@ -505,7 +505,7 @@ def _named(found: Inspection) -> Iterator[tuple[str, str]]:
 STYLES = {"system": "dim", "user": "blue", "answer": "green", "image": "magenta", "pad": "dim"}
 
 
-def say(found: Inspection) -> None:
+def print_report(found: Inspection) -> None:
     """The same for a terminal: colours where it has them, and the roles in words."""
     from rich.console import Console
     from rich.text import Text

@@ -218,7 +218,7 @@ def _subclass(kind: type, ported: type) -> type:
 
 
 @dataclass(frozen=True)
-class Lent:
+class LayerContext:
     """What a layer lends to what is in it, while it computes.
 
     Attributes:
@@ -252,7 +252,7 @@ class LayerPorts:
         self.layer = layer
         self.paths = paths
         self.sites = {where: Site(self, where) for where in ("before", "after")}
-        self.now: Lent | None = None
+        self.now: LayerContext | None = None
 
     def put(self, where: str, block: Block, key: str, instead: bool = False) -> None:
         """Let a block act at a port, after those that are there; or at `mlp` instead of the network.
@@ -385,7 +385,7 @@ class LayerPorts:
             if site.map is not None:
                 yield site.map
 
-    def lent(self, inside: Inside | None) -> Lent | None:
+    def context(self, inside: Inside | None) -> LayerContext | None:
         """What of this call is for this layer's blocks.
 
         Every layer finds its memories by other keys. So this is done before what is compiled, which gets them by place
@@ -399,7 +399,7 @@ class LayerPorts:
             taken = None if site.taken_by is None else inside.memories.get(site.taken_by)
             splits[where] = None if taken is None else taken.split
         before = inside.layout if inside.before is None else inside.before
-        return Lent(inside.layout, inside.with_image, memories, splits, inside.start, before)
+        return LayerContext(inside.layout, inside.with_image, memories, splits, inside.start, before)
 
 
 class Site:
@@ -477,12 +477,12 @@ class PortedLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, inside: Inside | None = None, **kwargs: Any) -> Any:
         """The layer's own, with its blocks."""
-        return self.compute(hidden_states, *args, lent=self.ports.lent(inside), **kwargs)
+        return self.compute(hidden_states, *args, context=self.ports.context(inside), **kwargs)
 
-    def compute(self, hidden_states: Tensor, *args: Any, lent: Lent | None, **kwargs: Any) -> Any:
+    def compute(self, hidden_states: Tensor, *args: Any, context: LayerContext | None, **kwargs: Any) -> Any:
         """The same for what it lends; what ``torch.compile`` is to be given."""
         ports = self.ports
-        ports.now = lent
+        ports.now = context
         try:  # recomputation leaves by an exception as soon as it has what it needs
             hidden_states = ports.sites["before"].change(hidden_states)
             out = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample, SampleSource
-from vlmlab.data.questions import Questions, front
+from vlmlab.data.questions import Questions, leading_tags
 from vlmlab.mask.trees import equal_in_trees, images_equal_in_trees
 from vlmlab.model.vlm import VLM
 
@@ -76,7 +76,7 @@ def questions_line(cfg: DictConfig, model: VLM, prompt: Prompt, source: SampleSo
         return f"note: collate.questions={wanted}: {WORDS[found]} here, since {why}{otherwise}"
     if found == "conversation":
         return None
-    several = [front(sample) is not None for sample in _first(source) if len(sample.turns) > 1]
+    several = [leading_tags(sample) is not None for sample in _first(source) if len(sample.turns) > 1]
     looked, apart = min(LOOKED_AT, len(source)), sum(several)
     line = f"collate.questions={found}: {WORDS[found]}, as {apart} of the first {looked} samples"
     kept = len(several) - apart

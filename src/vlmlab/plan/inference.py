@@ -17,7 +17,7 @@ from vlmlab.engine.restore import module_class
 from vlmlab.engine.weights import StagedModel
 from vlmlab.model.vlm import VLM
 from vlmlab.plan.plan import Shape, half_precision, shaped_batch
-from vlmlab.plan.simulation import Meter, shapes_only, told_of_values
+from vlmlab.plan.simulation import Meter, shapes_only, value_errors
 from vlmlab.recipe.stage import parse
 
 LONGEST = 32_768
@@ -70,7 +70,7 @@ def _counted(model: VLM, collate: Collator, images: int, tokens: int, half: bool
     batch = shaped_batch(collate, [Shape(images, tokens, 0)])
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     half_on = torch.autocast("cpu", torch.bfloat16, enabled=half)
-    with shapes_only(model, fake, []) as known, Meter(fake, known) as meter, told_of_values(), half_on:
+    with shapes_only(model, fake, []) as known, Meter(fake, known) as meter, value_errors(), half_on:
         reading = read(model, batch, lambda: meter.flops)
     params = sum(p.numel() for p in model.parameters())
     return InferenceCost(

@@ -40,7 +40,7 @@ from vlmlab.lm.causal import CausalLanguageModel
 from vlmlab.lm.scratch import ScratchLanguageModel
 from vlmlab.model.questions import read_questions
 from vlmlab.plan.devices import Device
-from vlmlab.plan.recall import Recall
+from vlmlab.plan.op_cache import OpCache
 from vlmlab.plan.simulation import Pass, Simulator
 from vlmlab.recipe.stage import Stage, parse
 
@@ -55,16 +55,16 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Known:
+class PlanCache:
     """What earlier stages of a plan have found out.
 
     Attributes:
         passes: stages that train the same on samples of the same shape go through the model once.
-        recall: what operations give.
+        op_cache: what operations give.
     """
 
     passes: dict[Any, Pass] = field(default_factory=dict)
-    recall: Recall = field(default_factory=lambda: Recall(FakeTensorMode(allow_non_fake_inputs=True)))
+    op_cache: OpCache = field(default_factory=lambda: OpCache(FakeTensorMode(allow_non_fake_inputs=True)))
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def plan(
         UserError: the composition cannot be built, its data cannot be read, or it decides on values that are not there.
     """
     staged_models: dict[Any, StagedModel] = {}
-    known = Known()
+    known = PlanCache()
     found = []
     stages = list(parse(cfg))
     for place, stage in enumerate(stages, 1):
@@ -176,7 +176,7 @@ def _as_if_loaded(model: nn.Module) -> nn.Module:
     return model
 
 
-def _stage(cfg: DictConfig, stage: Stage, staged: StagedModel, settings: Settings, known: Known) -> StagePlan:
+def _stage(cfg: DictConfig, stage: Stage, staged: StagedModel, settings: Settings, known: PlanCache) -> StagePlan:
     kind, model = module_class(stage), cast(Any, staged.model)
     collate = kind.collator(cfg, model, stage.prompt or kind.prompt)
     if not isinstance(collate, Collator):
@@ -241,11 +241,11 @@ class Cost:
 
 
 def _cost(
-    stage: Stage, staged: StagedModel, collate: Collator, shapes: Sequence[Shape], half: bool, known: Known
+    stage: Stage, staged: StagedModel, collate: Collator, shapes: Sequence[Shape], half: bool, known: PlanCache
 ) -> Cost:
     """Passes of a row of mean samples, and of one row and of three rows of longest ones; a packed row is about full."""
     what = str((sorted(staged.trained()), stage.mask, stage.objective, stage.adapter, collate.prompt_tokens))
-    simulate = Simulator(staged, half, known.recall)
+    simulate = Simulator(staged, half, known.op_cache)
 
     def run(shape: Shape, count: int) -> Pass:
         key = (staged, what, shape, count)
@@ -394,7 +394,7 @@ def _length(shape: Shape, collate: Collator) -> int:
     return visual + shape.asked + shape.answered + collate.prompt_tokens
 
 
-class _Stated:
+class _StatedShapes:
     """Used in the place of a ``ChatEncoder``: gives samples of stated shapes: images, user, answer."""
 
     def __init__(self, encoder: ChatEncoder, shapes: Sequence[Shape]) -> None:
@@ -418,7 +418,7 @@ class _Stated:
 
 def shaped_batch(collate: Collator, shapes: Sequence[Shape]) -> Batch:
     """A micro-batch of these shapes, from the collator itself."""
-    stated: Any = _Stated(collate.encoder, shapes)
+    stated: Any = _StatedShapes(collate.encoder, shapes)
     grey = np.zeros((8, 8, 3), np.uint8)
     samples = [Sample(str(k), (grey,) * shape.images, (Turn("", ""),)) for k, shape in enumerate(shapes)]
     return replace(collate, encoder=stated)(samples)

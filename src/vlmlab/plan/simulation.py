@@ -34,7 +34,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch
 from vlmlab.engine.cost import FLOPS
 from vlmlab.engine.weights import StagedModel
-from vlmlab.plan.recall import Recall
+from vlmlab.plan.op_cache import OpCache
 
 aten = torch.ops.aten
 
@@ -62,12 +62,12 @@ class Simulator:
     Args:
         staged: the model with the stage entered.
         half: bfloat16 autocast.
-        recall: what operations give, of other passes; None: nothing yet.
+        op_cache: what operations give, of other passes; None: nothing yet.
     """
 
-    def __init__(self, staged: StagedModel, half: bool, recall: Recall | None = None) -> None:
+    def __init__(self, staged: StagedModel, half: bool, op_cache: OpCache | None = None) -> None:
         self.staged, self.half = staged, half
-        self.recall = recall or Recall(FakeTensorMode(allow_non_fake_inputs=True))
+        self.op_cache = op_cache or OpCache(FakeTensorMode(allow_non_fake_inputs=True))
 
     def __call__(self, batch: Batch) -> Pass:
         """Forward and backward of one micro-batch, gradients of earlier ones being there.
@@ -76,9 +76,9 @@ class Simulator:
             UserError: the composition decides on the values of its features, which a plan does not have.
         """
         model = self.staged.model
-        fake, trained = self.recall.fake, self.staged.trained().values()
-        with shapes_only(model, fake, trained) as known, Meter(fake, known, self.recall) as meter:
-            with told_of_values(), torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+        fake, trained = self.op_cache.fake, self.staged.trained().values()
+        with shapes_only(model, fake, trained) as known, Meter(fake, known, self.op_cache) as meter:
+            with value_errors(), torch.autocast("cpu", torch.bfloat16, enabled=self.half):
                 loss = self._loss(model, batch)
                 forward = meter.flops
                 with torch.autocast("cpu", enabled=False):
@@ -96,7 +96,7 @@ class Simulator:
 
 
 @contextlib.contextmanager
-def told_of_values() -> Iterator[None]:
+def value_errors() -> Iterator[None]:
     """While this is open, a decision on values that tensors of shapes alone do not have is one sentence.
 
     Raises:
@@ -163,17 +163,17 @@ class Meter(TorchDispatchMode):
     Args:
         fake: the mode of the tensors without values.
         known: tensors that are there already and are not counted.
-        recall: what operations in this mode give, of other passes; None: nothing yet.
+        op_cache: what operations in this mode give, of other passes; None: nothing yet.
 
     Attributes:
         flops: so far.
         peak: most live bytes so far.
     """
 
-    def __init__(self, fake: FakeTensorMode, known: Sequence[Tensor], recall: Recall | None = None) -> None:
+    def __init__(self, fake: FakeTensorMode, known: Sequence[Tensor], op_cache: OpCache | None = None) -> None:
         super().__init__()
         self.fake = fake
-        self._recall = recall or Recall(fake)
+        self._op_cache = op_cache or OpCache(fake)
         self.flops = self.live = self.peak = 0
         self._seen: Any = WeakIdKeyDictionary()
         self._watched: dict[int, Any] = {}
@@ -188,7 +188,7 @@ class Meter(TorchDispatchMode):
             if func is aten.masked_select.default and not self._is_empty(args[1]):
                 out = args[0].new_empty(int(torch.broadcast_to(args[1], args[0].shape).sum()))
                 return self._watch(out)
-            out = self._recall(func, args, kwargs)
+            out = self._op_cache(func, args, kwargs)
         else:
             out = tree_map(self._without_values, func(*args, **kwargs))
         formula = FLOPS.get(func._overloadpacket)

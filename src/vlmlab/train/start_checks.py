@@ -16,7 +16,7 @@ from vlmlab.cache.none import NoCache
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import Sample, SampleSource
 from vlmlab.contracts.tensors import Batch
-from vlmlab.data.asking import proved
+from vlmlab.data.asking import check_prompt
 from vlmlab.data.collate import Collator
 from vlmlab.data.sampler import Order
 from vlmlab.engine.finite import as_evaluated
@@ -55,7 +55,7 @@ def check_prompts(cfg: DictConfig, model: nn.Module, collate: object, source: Sa
     left = PROVED
     for index in order.window(0):
         try:
-            lines += [f"note: {note}" for reader in readers for note in proved(reader, source[index])]
+            lines += [f"note: {note}" for reader in readers for note in check_prompt(reader, source[index])]
         except DataError:
             continue
         left -= 1

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Unpack
 
 from vlmlab.contracts.values import Count, Share
-from vlmlab.data.world.base import STRIDE, Drawn, Unrendered, check_share
+from vlmlab.data.world.base import STRIDE, ScaledSceneKeys, Unrendered, check_share
 from vlmlab.data.world.scene import Split
-from vlmlab.data.world.sources import Instruct, Style, WorldCaptions, WorldInstruct
+from vlmlab.data.world.sources import InstructKeys, Style, WorldCaptions, WorldInstruct
 
 
 class NoisyCaptions(WorldCaptions):
@@ -28,7 +28,7 @@ class NoisyCaptions(WorldCaptions):
         split: Split,
         size: Count,
         noise: Share = 0.4,
-        **scenes: Unpack[Drawn],
+        **scenes: Unpack[ScaledSceneKeys],
     ) -> None:
         super().__init__(style, split, size, **scenes)
         check_share("noise", noise)
@@ -61,7 +61,7 @@ class NoisyInstruct(WorldInstruct):
         split: Split,
         size: Count,
         noise: Share = 0.4,
-        **others: Unpack[Instruct],
+        **others: Unpack[InstructKeys],
     ) -> None:
         super().__init__(split, size, **others)
         check_share("noise", noise)
