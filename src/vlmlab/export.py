@@ -31,9 +31,9 @@ from vlmlab.encoder.multi import MultiEncoder
 from vlmlab.encoder.preprocess import Preprocess, processor_of
 from vlmlab.encoder.tower import TowerEncoder
 from vlmlab.model.vlm import VLM
+from vlmlab.published.bundle import bundle
 from vlmlab.published.card import write_card
-from vlmlab.published.carried import carry
-from vlmlab.published.given import way_out, whole_tower, write
+from vlmlab.published.export import export_route, whole_tower, write
 from vlmlab.published.hub import push
 from vlmlab.runs.files import is_free, share
 from vlmlab.runs.folder import RunFolder
@@ -108,16 +108,16 @@ def _whole_model(model: VLM, cfg: DictConfig, run: Path, folder: Path, form: For
                 raise
             why = f"{str(error)[:1].upper()}{str(error)[1:]}"
             tell(f"note: {error} It is written as a run, for vlmlab.load.", sys.stderr)
-    carry(run, cfg, folder)
+    bundle(run, cfg, folder)
     return {"run": folder, "card": write_card(folder, run, cfg, None, None, why)}
 
 
 def _as_transformers(model: VLM, cfg: DictConfig, run: Path, folder: Path) -> dict[str, Path]:
-    if model.prompt_tokens == 0:  # way_out says that there are
+    if model.prompt_tokens == 0:  # export_route says that there are
         model.merge()
-    way = way_out(model)
-    proof = write(model, cfg, folder, way)
-    return {"hf": folder, "card": write_card(folder, run, cfg, way, proof)}
+    route = export_route(model)
+    proof = write(model, cfg, folder, route)
+    return {"hf": folder, "card": write_card(folder, run, cfg, route, proof)}
 
 
 def export_model(model: VLM, cfg: DictConfig, folder: Path) -> dict[str, Path]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.published.models import MODELS, ONE_SIZE, their_inputs
-from tests.published.taking import imported
+from tests.published.splitting import imported
 from tests.tiny import ONE_TURN, SIZE, TWO_IMAGES, TWO_TURNS, worst
 from torch import Tensor
 from transformers import AutoModelForImageTextToText

@@ -280,8 +280,8 @@ class Mask(Protocol):
     A class may declare, as constants of its body: `shows_prompt`, under it a word of the prompt depends on later ones,
     so that no stage can learn the prompt; `leaks`, it breaks the leak rule on purpose and nothing can be trained;
     `visual_alone`, a visual position sees itself alone, so that no weight of its query can learn; `rule`, what it
-    allows within one sample as an expression of plain torch (``vlmlab.published.sight``), by which it goes out with a
-    model.
+    allows within one sample as an expression of plain torch (``vlmlab.published.mask_code``), by which it is exported
+    with a model.
     """
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:

@@ -50,8 +50,8 @@ class Published(ABC):
         """The connector's weights by the names of ours."""
 
 
-class Written(Published):
-    """One class of transformers that compositions are written as, too.
+class Exportable(Published):
+    """One class of transformers that compositions can also be exported as.
 
     Attributes:
         goes_on: its ``generate`` goes on from a prompt whose keys and values are given.

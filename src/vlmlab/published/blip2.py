@@ -18,10 +18,10 @@ from vlmlab.connector.qformer import QFormerConnector
 from vlmlab.contracts.errors import UserError
 from vlmlab.encoder.tower import TowerEncoder
 from vlmlab.model.vlm import VLM
-from vlmlab.published.base import Keys, Written, only
+from vlmlab.published.base import Exportable, Keys, only
 
 
-class Blip2(Written):
+class Blip2(Exportable):
     """``Blip2ForConditionalGeneration`` with a causal language model (OPT, LLaMA).
 
     The norm after the tower is the connector's here, where it trains with the Q-Former, as in the paper's code.

@@ -15,13 +15,13 @@ from vlmlab.connector.linear import LinearConnector
 from vlmlab.connector.mlp import MlpConnector
 from vlmlab.contracts.errors import UserError
 from vlmlab.model.vlm import VLM
-from vlmlab.published.base import Keys, Written, auto_tower, before_patches, causal_lm, plain_lm
+from vlmlab.published.base import Exportable, Keys, auto_tower, before_patches, causal_lm, plain_lm
 
 NOTHING = "linear"
 """transformers' name for an activation that changes nothing: one linear layer, followed by the identity."""
 
 
-class Llava(Written):
+class Llava(Exportable):
     """``LlavaForConditionalGeneration``."""
 
     model: type[PreTrainedModel] = LlavaForConditionalGeneration

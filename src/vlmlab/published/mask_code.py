@@ -1,4 +1,4 @@
-"""A mask outside the lab: as a few lines of torch that a model's card has, where those are proved to be the mask.
+"""A mask as code outside the lab: a few lines of torch in a model's card, which are proved to be the mask.
 
 A mask that is causal needs nothing. One that changes only what the prompt's positions see can be had by anybody: the
 prompt goes through the model once under a mask that is handed on, its keys and values are kept, and ``generate`` goes

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests import tiny
 from tests.published import models
-from tests.published.taking import imported
+from tests.published.splitting import imported
 
 import vlmlab
 from vlmlab.contracts.errors import UserError

@@ -1,4 +1,4 @@
-"""A published model becomes a run: towers as transformers folders, the connector as the weights of its one stage.
+"""Import of a published model as a run: towers as transformers folders, the connector as the weights of its one stage.
 
 <run>/encoder, lm      ordinary transformers folders
 <run>/...              what any finished run has; its one stage ``published`` has learnt nothing
@@ -33,7 +33,7 @@ ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """What of the published generation settings goes with the language model; how to sample is said when it is asked."""
 
 
-def take_apart(found: Found, cfg: DictConfig, to: Path, words: Sequence[str] = ()) -> dict[str, Any]:
+def split_model(found: Found, cfg: DictConfig, to: Path, words: Sequence[str] = ()) -> dict[str, Any]:
     """Write the run folder of a published model.
 
     Args:
