@@ -68,11 +68,11 @@ def test_a_logger_that_comes_late_is_told_what_was_before_and_looks_too(tmp_path
         {"stage": "tune", "step": 2, "loss": 0.5},
         {"stage": "tune", "step": 2, "held_out/loss": 1.0},
     ]
-    ExtraLoggers(cfg, folder, True).tell(rows)
+    ExtraLoggers(cfg, folder, True).log(rows)
     assert [step for _, step in Told.rows] == [0, 6, 6, 8, 8]
     assert Told.rows[0][0] == {"held_out/loss": 2.0, "slice/a/vqa_accuracy": 0.5, "samples": 0.0}
     assert Told.rows[3][0] == {"train/loss": 0.5, "samples": 8.0 * 8}
-    ExtraLoggers(cfg, folder, True).tell(rows)
+    ExtraLoggers(cfg, folder, True).log(rows)
     assert len(Told.rows) == 5
     assert ExtraLoggers(cfg, folder, False).loggers == []
 

@@ -243,7 +243,7 @@ TINY = (
 def test_a_run_is_exported(tmp_path: Path) -> None:
     cfg = composed(*TINY, f"encoder.path={siglip()}", f"lm.path={qwen2()}")
     run, out = tmp_path / "run", tmp_path / "out"
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         export(run, out)
     with RunFolder(run) as folder:
         folder.open(plain(cfg))

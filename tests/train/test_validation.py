@@ -219,7 +219,7 @@ def test_what_cannot_be_asked_or_chosen_is_refused() -> None:
     cfg.evaluation.load_best = True
     assert "evaluation.save_best=true" in str(best_look(plain(cfg), {}))
     cfg.evaluation.every = None
-    assert "there are none" in str(best_look(plain(cfg), {})) and "between steps" in str(slices(plain(cfg), {}))
+    assert "needs validation" in str(best_look(plain(cfg), {})) and "between steps" in str(slices(plain(cfg), {}))
     cfg.evaluation.slices = ["world_tset"]
     assert "evaluation.slices=world_tset is not in data.benchmarks" in str(slices(plain(cfg), {}))
 

@@ -143,7 +143,7 @@ def refuse_no_file(path: Path) -> None:
     """
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise UserError(f"{path} is a link or no file, and is not written into; remove it")
+            raise UserError(f"{path} is a link or not a file, and is not written into; remove it")
 
 
 def sync_folder(folder: Path) -> None:

@@ -110,7 +110,7 @@ def test_links_tricks_and_damage_are_refused(tmp_path: Path) -> None:
         assert reason in str(caught.value) and "a.tar" in str(caught.value)
     assert len(TarShards(str(shard), max_bad_fraction=0.9, verify=True)) == 1
     (tmp_path / "b.tar").write_bytes(b"no tar at all")
-    with pytest.raises(DataError, match=r"b\.tar is cut off or no plain tar file"):
+    with pytest.raises(DataError, match=r"b\.tar is cut off or not a plain tar file"):
         TarShards(str(tmp_path / "b.tar"))
 
 
@@ -180,7 +180,7 @@ def test_folders_are_no_members_and_names_have_one_form(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("image", "reason"),
-    [("data:image/png;base64," + "A" * 9000, "is a data URI"), ("http://x/a.jpg", "is a URL"), ("no.png", "no member")],
+    [("data:image/png;base64," + "A" * 9000, "is a data URI"), ("http://x/a.jpg", "is a URL"), ("no.png", "not a member")],
 )
 def test_images_that_are_no_members(image: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:

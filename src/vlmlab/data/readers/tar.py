@@ -87,7 +87,7 @@ def _scan(shard: Path) -> tuple[dict[str, Place], list[str]]:
         with shard.open("rb") as file:
             file.seek(max(size - len(_END), 0))
             if file.read() != _END:
-                raise DataError(f"Data file {shard} is cut off or no plain tar file; write it again, uncompressed")
+                raise DataError(f"Data file {shard} is cut off or not a plain tar file; write it again, uncompressed")
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 plain = member.isreg() and not member.issparse() and member.offset_data + member.size <= size
