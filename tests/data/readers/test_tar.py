@@ -180,7 +180,11 @@ def test_folders_are_no_members_and_names_have_one_form(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("image", "reason"),
-    [("data:image/png;base64," + "A" * 9000, "is a data URI"), ("http://x/a.jpg", "is a URL"), ("no.png", "not a member")],
+    [
+        ("data:image/png;base64," + "A" * 9000, "is a data URI"),
+        ("http://x/a.jpg", "is a URL"),
+        ("no.png", "not a member"),
+    ],
 )
 def test_images_that_are_no_members(image: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
