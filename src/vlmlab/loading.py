@@ -24,6 +24,7 @@ from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
 from vlmlab.data.images import load_image
 from vlmlab.data.pixels import from_pillow, value_range
 from vlmlab.engine import rng
+from vlmlab.engine.device import device_of
 from vlmlab.engine.restore import load_trained
 from vlmlab.model.build import build_collator
 from vlmlab.model.vlm import VLM
@@ -92,7 +93,7 @@ def load(
         if OmegaConf.select(cfg, key, default=ABSENT) is ABSENT:
             raise UserError(f"{key} is not a key of {folder.path}; its config.yaml has them all.")
         OmegaConf.update(cfg, key, value)
-    target = _device(device)
+    target = device_of(device)
     with _same_random_numbers(), building(folder.path):
         model = load_trained(cfg, folder.path)
         if not isinstance(model, VLM):
@@ -285,18 +286,6 @@ def _count(number: int, word: str) -> str:
 
 def _are(images: int) -> str:
     return f"{'is' if images == 1 else 'are'} {_count(images, 'image')}"
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device={name} is unknown; choose one of auto, cpu, cuda.") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={name} is not there ({torch.cuda.device_count()} GPUs); choose device=cpu or auto.")
-    return device
 
 
 @contextmanager

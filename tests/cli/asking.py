@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -50,6 +51,20 @@ def ask_words(verb: str, words: Sequence[str], task: Callable[[DictConfig], obje
     finally:
         sys.argv = before
     return code, out.getvalue(), err.getvalue(), time.process_time() - since
+
+
+def outcome(
+    command: Callable[[], int], verb: str, words: Sequence[str], patch: Any, capture: Any
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command; `patch`, `capture`: pytest's ``monkeypatch`` and ``capsys``."""
+    patch.setattr(sys, "argv", [verb, *words])
+    GlobalHydra.instance().clear()
+    try:
+        code = command()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    out, err = capture.readouterr()
+    return code, out, err
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 from pathlib import Path
 
 import hydra
 import pytest
-from hydra.core.global_hydra import GlobalHydra
+from tests.cli.asking import outcome
 
 from vlmlab.cli.compare import compare_command, spelled
 from vlmlab.cli.conf import conf_folder
@@ -15,15 +15,9 @@ from vlmlab.cli.entry import guard, run_command
 
 
 def call(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["compare", *spelled(words)])
-    GlobalHydra.instance().clear()
     main = hydra.main(config_path=str(conf_folder()), config_name="compare", version_base="1.3")(guard(compare_command))
-    try:
-        code = run_command(main, conf_folder(), "compare")
-    except SystemExit as end:
-        code = int(end.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
+    run = partial(run_command, main, conf_folder(), "compare")
+    return outcome(run, "compare", spelled(words), monkeypatch, capsys)
 
 
 @pytest.fixture

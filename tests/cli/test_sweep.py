@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
+from tests.cli.asking import outcome
 
 from vlmlab.cli import main as console
 from vlmlab.cli.sweep import run
@@ -23,14 +22,7 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def call(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["sweep"])
-    GlobalHydra.instance().clear()
-    try:
-        code = run(words)
-    except SystemExit as end:
-        code = int(end.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
+    return outcome(lambda: run(words), "sweep", [], monkeypatch, capsys)
 
 
 def test_looking_at_a_sweep(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

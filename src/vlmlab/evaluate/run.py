@@ -325,6 +325,7 @@ def evaluate(folder: Path, cfg: DictConfig) -> dict[str, Any]:
         Unscored: some benchmarks could not be scored.
     """
     from vlmlab.analyse.table import final_table
+    from vlmlab.engine.device import device_of
     from vlmlab.engine.restore import load_trained
     from vlmlab.runs.config import plain
     from vlmlab.runs.files import refuse_links, write_json
@@ -376,13 +377,6 @@ def overridden(run: DictConfig, cfg: DictConfig) -> DictConfig:
     if cfg.get("share_images") is not None:
         config.evaluation.share_images = cfg.share_images
     return config
-
-
-def device_of(name: str) -> str:
-    """The device of a command's ``device`` key; auto: a GPU where there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _compared(before: Mapping[str, float], now: Mapping[str, float]) -> str:

@@ -6,12 +6,29 @@ from dataclasses import replace
 from typing import Unpack
 
 from vlmlab.contracts.values import Count, Share
-from vlmlab.data.world.base import STRIDE, ScaledSceneKeys, Unrendered, check_share
+from vlmlab.data.world.base import STRIDE, ScaledSceneKeys, ScaledSource, Unrendered, check_share
 from vlmlab.data.world.scene import Split
 from vlmlab.data.world.sources import InstructKeys, Style, WorldCaptions, WorldInstruct
 
 
-class NoisyCaptions(WorldCaptions):
+class _Noisy(ScaledSource):
+    """A source of which some samples have the turns of another scene, beyond those that are any sample's own."""
+
+    noise: float
+
+    def matched(self, index: int) -> bool:
+        """Whether a sample's turns are about its own picture: what a filter has to find out, and no training reads."""
+        return not self._stream(index, "noise").chance(self.noise)
+
+    def _unrendered(self, index: int) -> Unrendered:
+        sample = super()._unrendered(index)  # type: ignore[safe-super]  # of the source that this class comes before
+        if self.matched(index):
+            return sample
+        another = super()._unrendered(self.size + STRIDE * (index + 1))  # type: ignore[safe-super]
+        return replace(sample, turns=another.turns)
+
+
+class NoisyCaptions(_Noisy, WorldCaptions):
     """``WorldCaptions`` of which a share has the caption of another scene.
 
     Args:
@@ -34,18 +51,8 @@ class NoisyCaptions(WorldCaptions):
         check_share("noise", noise)
         self.noise = noise
 
-    def matched(self, index: int) -> bool:
-        """Whether a sample's caption is its own picture's: what a filter has to find out, and no training is told."""
-        return not self._stream(index, "noise").chance(self.noise)
 
-    def _unrendered(self, index: int) -> Unrendered:
-        sample = super()._unrendered(index)
-        if self.matched(index):
-            return sample
-        return replace(sample, turns=super()._unrendered(_elsewhere(index, self.size)).turns)
-
-
-class NoisyInstruct(WorldInstruct):
+class NoisyInstruct(_Noisy, WorldInstruct):
     """``WorldInstruct`` of which a share of conversations is about another scene.
 
     Args:
@@ -66,18 +73,3 @@ class NoisyInstruct(WorldInstruct):
         super().__init__(split, size, **others)
         check_share("noise", noise)
         self.noise = noise
-
-    def matched(self, index: int) -> bool:
-        """Whether a sample's turns are about its own picture."""
-        return not self._stream(index, "noise").chance(self.noise)
-
-    def _unrendered(self, index: int) -> Unrendered:
-        sample = super()._unrendered(index)
-        if self.matched(index):
-            return sample
-        return replace(sample, turns=super()._unrendered(_elsewhere(index, self.size)).turns)
-
-
-def _elsewhere(index: int, size: int) -> int:
-    """A scene's number beyond those that are any sample's own."""
-    return size + STRIDE * (index + 1)
