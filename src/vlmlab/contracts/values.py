@@ -31,7 +31,7 @@ from annotated_types import Ge, Gt, Interval, Le, Len, Lt, MinLen
 from vlmlab.contracts.errors import listed
 
 MOST = 10**9
-"""Largest count; a smaller limit is said in a refusal, this one only to anyone who goes beyond."""
+"""Largest count; a refusal names a smaller limit, and this one only beyond it."""
 
 Count = Annotated[int, Interval(ge=1, le=MOST)]
 Natural = Annotated[int, Interval(ge=0, le=MOST)]

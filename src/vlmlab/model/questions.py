@@ -1,4 +1,4 @@
-"""How a composition reads several questions about the same images, and what is said of that before a stage."""
+"""How a composition reads several questions about the same images, and what is reported about that before a stage."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from vlmlab.runs.withheld import stored
 from vlmlab.towers.source import save_tower
 
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""What of the published generation settings goes with the language model; how to sample is said when it is asked."""
+"""What of the published generation settings goes with the language model; how to sample is chosen when it generates."""
 
 
 def split_model(found: Found, cfg: DictConfig, to: Path, words: Sequence[str] = ()) -> dict[str, Any]:

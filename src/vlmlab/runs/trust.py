@@ -1,4 +1,4 @@
-"""Somebody's run folder as data: its configuration makes classes of this package, and others only where that is said.
+"""Somebody's run folder as data: its configuration makes classes of this package, and others only with permission.
 
 Free of torch: what a name stands for is read from the package's source, and nothing is imported for it.
 """
@@ -171,7 +171,7 @@ def _keep_features_inside(cfg: DictConfig, folder: Path) -> None:
 
 @contextmanager
 def building(folder: Path) -> Iterator[None]:
-    """What cannot be built from a saved configuration is said in one sentence; only building belongs in here.
+    """What cannot be built from a saved configuration is refused in one sentence; only building belongs in here.
 
     Raises:
         CheckpointError: for whatever hydra, omegaconf or a value of another type say.

@@ -75,7 +75,7 @@ def open_tokenizer(folder: Path, path: str, key: str) -> PreTrainedTokenizerBase
 
 @contextmanager
 def readable(what: str, folder: Path, path: str, key: str) -> Iterator[None]:
-    """What transformers says of a folder that it cannot read is said in one sentence; arguments as ``open_config``'s.
+    """What transformers raises for a folder that it cannot read becomes one sentence; arguments as ``open_config``'s.
 
     Raises:
         UserError: naming the config key.

@@ -260,7 +260,7 @@ def _train(run: Run) -> dict[str, Any] | None:
 
 
 def _prepare(run: Run, stages: Sequence[Stage], kinds: Mapping[int, type[StageModule]]) -> None:
-    """What can be wrong without a model, the loggers, and what is said before the first stage."""
+    """What can be wrong without a model, the loggers, and the lines printed before the first stage."""
     cfg = run.cfg
     for stage in stages:
         build_objectives(stage)  # all mistakes come before the first step

@@ -115,7 +115,7 @@ def _keep(
 
 
 def _save(stage: Stage, staged: StagedModel, stamp: Stamp | None, home: Path, cfg: DictConfig, *found: Any) -> None:
-    """Keep the weights as they are beside the last ones: the file first, then what is said of it."""
+    """Keep the weights as they are beside the last ones: the file first, then its facts."""
     choice, since, step, value = found
     staged.save(home / BEST, stage, cfg, stamp)
     facts = {"monitor": choice.monitor, "mode": choice.mode, "since": since, "step": step, "value": value}

@@ -93,7 +93,7 @@ class WandbRun(WandbLogger, SummaryLogger):
             self.experiment.log({f"samples/{name}": table}, step=self.rows.next())
 
     def end(self, code: int) -> None:
-        """Finish W&B's run; one that a signal has stopped is said to go on."""
+        """Finish W&B's run; one that a signal has stopped is marked as resumable."""
         if self._experiment is not None:
             if code > STOPPED:
                 self._experiment.mark_preempting()
@@ -126,5 +126,5 @@ def samples_of(cfg: DictConfig, folder: Path, name: str) -> Iterator[tuple[Any, 
 
 
 def _score(row: Row) -> float | None:
-    """VQA accuracy of one answer; None where nothing is said that it could be held against."""
+    """VQA accuracy of one answer; None where it has no reference."""
     return VqaAccuracy().score(row) if row.references else None
