@@ -147,7 +147,7 @@ def test_the_questions_of_a_tree_are_told_apart(tmp_path: Path, capsys: pytest.C
     assert shown.counts["supervised"] == sum(one.counts["supervised"] for one in alone)
     assert ("questions", "collate.questions=tree: trees, as 1 of the first 1 samples") in tree.facts
     print_report(inspected(str(path), "collate.questions=tree", "mask=prefix_lm", size))
-    assert "one question a row here, since PrefixLM shows" in capsys.readouterr().out
+    assert "one question a row here, since PrefixLM lets" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fusion", ["lavi", "gated_xattn"])

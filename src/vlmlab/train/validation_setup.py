@@ -132,7 +132,7 @@ def check_best(home: Path, keep: KeepBest | None, say: Say) -> None:
         return
     for name in (BEST_FACTS, BEST):
         (home / name).unlink(missing_ok=True)
-    say(f"note: {home / BEST} was not of the best look and is removed")
+    say(f"note: {home / BEST} was not of the best validation and is removed")
 
 
 def load_best(cfg: DictConfig, folder: Path, stage: Stage, staged: StagedModel, stamp: Stamp | None) -> str | None:
