@@ -130,7 +130,7 @@ def test_the_best_is_kept_beside_the_last_and_scored_if_a_key_says_so(tmp_path: 
     with pytest.raises(UserError, match=r"is the best by held_out/loss .max. and evaluation.monitor is"):
         trained(tmp_path, cfg)
     next(tmp_path.glob("stages/*/best.safetensors")).unlink()
-    with pytest.raises(UserError, match="kept no best weights"):
+    with pytest.raises(UserError, match="has kept none"):
         load_trained(cfg, tmp_path)
 
 

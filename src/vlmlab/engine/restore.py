@@ -68,7 +68,7 @@ def evaluated_file(cfg: DictConfig, folder: Path, stage: Stage) -> Path:
     best = file.with_name(folder_module.BEST)
     if not best.is_file():
         raise CheckpointError(
-            f"evaluation.load_best=true: {best} is missing, since stage {stage.name} kept no best weights; set it false, "
+            f"evaluation.load_best=true: {best} is missing, since stage {stage.name} has kept none; set it false, "
             "or train with evaluation.save_best=true."
         )
     return best
