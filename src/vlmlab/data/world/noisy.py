@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Unpack
 
 from vlmlab.contracts.values import Count, Share
-from vlmlab.data.world.base import STRIDE, ScaledSceneKeys, ScaledSource, Unrendered, check_share
+from vlmlab.data.world.base import STRIDE, ScaledSceneKeys, Unrendered, check_share
 from vlmlab.data.world.scene import Split
 from vlmlab.data.world.sources import InstructKeys, Style, WorldCaptions, WorldInstruct
 
 
-class _Noisy(ScaledSource):
-    """A source of which some samples have the turns of another scene, beyond those that are any sample's own."""
-
-    noise: float
-
-    def matched(self, index: int) -> bool:
-        """Whether a sample's turns are about its own picture: what a filter has to find out, and no training reads."""
-        return not self._stream(index, "noise").chance(self.noise)
-
-    def _unrendered(self, index: int) -> Unrendered:
-        sample = super()._unrendered(index)  # type: ignore[safe-super]  # of the source that this class comes before
-        if self.matched(index):
-            return sample
-        another = super()._unrendered(self.size + STRIDE * (index + 1))  # type: ignore[safe-super]
-        return replace(sample, turns=another.turns)
-
-
-class NoisyCaptions(_Noisy, WorldCaptions):
+class NoisyCaptions(WorldCaptions):
     """``WorldCaptions`` of which a share has the caption of another scene.
 
     Args:
@@ -51,8 +35,15 @@ class NoisyCaptions(_Noisy, WorldCaptions):
         check_share("noise", noise)
         self.noise = noise
 
+    def matched(self, index: int) -> bool:
+        """Whether a sample's turns are about its own picture: what a filter has to find out, and no training reads."""
+        return not self._stream(index, "noise").chance(self.noise)
 
-class NoisyInstruct(_Noisy, WorldInstruct):
+    def _unrendered(self, index: int) -> Unrendered:
+        return _mismatched(super()._unrendered, index, self.size, self.matched(index))
+
+
+class NoisyInstruct(WorldInstruct):
     """``WorldInstruct`` of which a share of conversations is about another scene.
 
     Args:
@@ -73,3 +64,16 @@ class NoisyInstruct(_Noisy, WorldInstruct):
         super().__init__(split, size, **others)
         check_share("noise", noise)
         self.noise = noise
+
+    def matched(self, index: int) -> bool:
+        """Whether a sample's turns are about its own picture: what a filter has to find out, and no training reads."""
+        return not self._stream(index, "noise").chance(self.noise)
+
+    def _unrendered(self, index: int) -> Unrendered:
+        return _mismatched(super()._unrendered, index, self.size, self.matched(index))
+
+
+def _mismatched(unrendered: Callable[[int], Unrendered], index: int, size: int, matched: bool) -> Unrendered:
+    """A sample, with the turns of a scene beyond those that are any sample's own unless it is matched."""
+    sample = unrendered(index)
+    return sample if matched else replace(sample, turns=unrendered(size + STRIDE * (index + 1)).turns)
