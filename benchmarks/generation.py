@@ -37,7 +37,7 @@ from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.data.collate import Collator
 from vlmlab.model.build import build_collator
 from vlmlab.model.vlm import VLM
-from vlmlab.published import given
+from vlmlab.published import export
 from vlmlab.published.prompts import conversation
 
 SIZES = {
@@ -109,7 +109,7 @@ def sides(size: Size, folder: Path) -> tuple[Ours, Theirs]:
         }
     )
     goes = vlm(folder, peer.model).eval()
-    given.write(goes, cfg, folder / "exported", given.way_out(goes))
+    export.write(goes, cfg, folder / "exported", export.export_route(goes))
     return Ours(vlm(folder, peer.model), cfg), Theirs(folder / "exported")
 
 

@@ -25,7 +25,7 @@ from torch.optim import Muon, Optimizer
 
 from vlmlab.data.collate import pack
 from vlmlab.engine.optim import CpuMuon, hidden_matrices
-from vlmlab.engine.restore import module_class, new_trainee
+from vlmlab.engine.restore import module_class, new_staged_model
 from vlmlab.recipe.stage import Stage, parse
 from vlmlab.runs import names as names  # registers the resolvers
 
@@ -93,7 +93,7 @@ def _print_packing(cfg: DictConfig) -> None:
 def _lengths(cfg: DictConfig, stage: Stage) -> list[list[int]]:
     """Tokens of every sample, batch by batch."""
     kind = module_class(stage)
-    collate = kind.collator(cfg, new_trainee(cfg, kind.build).model, stage.prompt or kind.prompt)
+    collate = kind.collator(cfg, new_staged_model(cfg, kind.build).model, stage.prompt or kind.prompt)
     source = instantiate(cfg.data.train[stage.data])
     size = stage.batch_size
     batches = [range(k * size, (k + 1) * size) for k in range(BATCHES)]

@@ -54,7 +54,7 @@ from vlmlab.data.module import Window, Windows, step_loader
 from vlmlab.data.sampler import Order
 from vlmlab.encoder.hf import HfEncoder
 from vlmlab.engine.instruction import InstructionTuningModule
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.lm.scratch import train_tokenizer
@@ -290,7 +290,7 @@ class Turns(L.Callback):
         self.start = clock()
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Optimizer) -> None:
-        """Behind the backward pass; module and peer clip later."""
+        """After the backward pass; module and peer clip later."""
         if module.done == 0:
             self.loss = self.peer.backward(self.inputs)
             self.gradients = off(module.model, self.peer.model)
@@ -316,12 +316,12 @@ def run(folder: Path, size: Size, batch: int, rounds: int) -> Turns:
     """The stage from its first step to its last, with the peer beside it."""
     write(size, folder)
     peer = Peer(folder)
-    trainee = Trainee(vlm(folder, peer.model))
+    staged = StagedModel(vlm(folder, peer.model))
     plan = stage(rounds + 2, batch)
-    trainee.enter(plan)
-    module = InstructionTuningModule(trainee.model, plan, trainee.objectives, trainee.rates)
+    staged.enter(plan)
+    module = InstructionTuningModule(staged.model, plan, staged.objectives, staged.rates)
     cfg = OmegaConf.create({"collate": {"max_length": 1024, "pack_length": None}})
-    collate = module.collator(cfg, trainee.model, module.prompt)
+    collate = module.collator(cfg, staged.model, module.prompt)
     samples = Conversations(10_000)
     windows = Windows(samples, collate, Order(len(samples), batch, 0, plan.name), plan.steps)
     turns = Turns(peer)

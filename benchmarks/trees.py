@@ -2,7 +2,7 @@
 
     python benchmarks/trees.py [--rounds 7] [--threads 1] [--questions 22] [--size 20M-336]
 
-The questions are as long as SLAKE's in English: 5 to 11 words, the request for a short answer behind them, an answer of
+The questions are as long as SLAKE's in English: 5 to 11 words, the request for a short answer after them, an answer of
 one or two words. SigLIP and Llama have random weights that all three sides share; everything trains, in float32 on the
 CPU, under mask ``causal``, which is what transformers computes.
 

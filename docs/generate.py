@@ -31,7 +31,7 @@ WITH = {"memory_mask": "fusion=lavi", "pair_head": "recipe=contrastive", "text_t
 TOP = "vlmlab"
 """The page of the modules that lie in no folder."""
 OURS = ("hydra", "cell")
-"""Folders of conf/ that are no groups to choose from by themselves."""
+"""Folders of conf/ that are not groups to choose from by themselves."""
 PROJECT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)

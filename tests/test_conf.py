@@ -68,7 +68,7 @@ def test_every_cell_is_swept_over_and_commented(file: Path) -> None:
 
 @pytest.mark.parametrize("experiment", [choice for group, choice in CHOICES if group == "experiment"])
 def test_every_cell_of_an_experiment_can_be_trained(experiment: str) -> None:
-    """It composes, breaks no rule, has no key that nothing reads, and is no other cell's double."""
+    """It composes, breaks no rule, has no key that nothing reads, and is not another cell again."""
     params = dict(OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml").hydra.sweeper.params)
     del params["seed"]
     seen: dict[str, tuple[str, ...]] = {}

@@ -38,7 +38,7 @@ RANKS = (
     {"cli", "__init__"},
 )
 """From the bottom up; a folder or module imports its own rank and those below it. A new one has to be given a place.
-A module that stands higher than its folder is named with it."""
+A module that is higher than its folder is named with it."""
 RANK = {name: place for place, names in enumerate(RANKS) for name in names}
 
 
@@ -105,7 +105,7 @@ def plugins() -> list[str]:
 def test_no_plugin_imports_another(plugin: str) -> None:
     path = ROOT / "src" / Path(*plugin.split(".")).with_suffix(".py")
     others = set(plugins()) - {plugin}
-    assert not others & set(imports(path)), "share it in a module that is no plug-in"
+    assert not others & set(imports(path)), "share it in a module that is not a plug-in"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())

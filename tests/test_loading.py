@@ -141,10 +141,10 @@ def test_no_image_several_images_and_sampling(model: LoadedModel) -> None:
     [
         (None, f"{IMAGE_TAG} and {IMAGE_TAG}?", {}, "has 2 <image> tags and there are no images; give as many"),
         (1, f"{IMAGE_TAG}{IMAGE_TAG}", {}, "has 2 <image> tags and there is 1 image;"),
-        ("nowhere.png", "what", {}, "nowhere.png is no file"),
+        ("nowhere.png", "what", {}, "nowhere.png is not a file"),
         (3.5, "what", {}, "the image is a float; give a path"),
         (np.zeros((4, 4), np.uint8), "what", {}, r"array of uint8 \(4, 4\)"),
-        (1, "what", {"temprature": 1.0}, "temprature is no option of transformers' generate"),
+        (1, "what", {"temprature": 1.0}, "temprature is not an option of transformers' generate"),
         (1, "what", {"max_new_tokens": 0}, "max_new_tokens=0 is not possible"),
         (1, "what", {"num_return_sequences": 2}, "num_return_sequences=2 is not possible"),
     ],
@@ -238,7 +238,7 @@ def test_a_broken_image_is_named(model: LoadedModel, tmp_path: Path) -> None:
 
 
 def test_wrong_folders_are_one_sentence(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is no run folder \(it has no config.yaml\)"):
+    with pytest.raises(UserError, match=r"is not a run folder \(it has no config.yaml\)"):
         vlmlab.load(tmp_path / "nothing")
     unfinished = shutil.copytree(folder, tmp_path / "unfinished")
     (unfinished / "result.json").unlink()
@@ -249,7 +249,7 @@ def test_wrong_folders_are_one_sentence(folder: Path, tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
         vlmlab.load(gone)
-    with pytest.raises(UserError, match=r"lm\.pth is no key"):
+    with pytest.raises(UserError, match=r"lm\.pth is not a key"):
         vlmlab.load(folder, {"lm.pth": "x"})
     with pytest.raises(UserError, match="device=tpus is unknown"):
         vlmlab.load(folder, device="tpus")

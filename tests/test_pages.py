@@ -120,7 +120,7 @@ def objective_counts(module: ModuleType) -> None:
 
 
 def generator() -> ModuleType:
-    """docs/generate.py, which is no part of the package."""
+    """docs/generate.py, which is not part of the package."""
     spec = importlib.util.spec_from_file_location("generate", pages.ROOT / "docs" / "generate.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -42,7 +42,7 @@ from vlmlab.data.chat import ChatEncoder
 from vlmlab.data.collate import Collator
 from vlmlab.encoder.hf import HfEncoder
 from vlmlab.engine.proof import fingerprints
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.lm.tokenizer import train_tokenizer
@@ -235,7 +235,7 @@ def batches() -> dict[str, Batch]:
 
 
 def trees() -> Batch:
-    """Two rows: a tree with a text behind it, and two packed trees, the first one of two images."""
+    """Two rows: a tree with a text after it, and two packed trees, the first one of two images."""
     plain = Collator(encoder=chat(), resize=_chw, pad_id=tokenizer().pad_token_id, pack_length=100, questions="tree")
     batch = plain([QUESTIONS, TEXT_ONLY, TAGGED, TWO_TURNS])
     assert batch.sample_ids == [["questions", "text"], ["tagged", "two"]]
@@ -268,7 +268,7 @@ def vlm(
 
 
 def collator(model: VLM, prompt: Any = "chat", pack_length: int | None = None) -> Collator:
-    """Conversations as they stand, also for what reads the question."""
+    """Conversations as they are, also for what reads the question."""
     collate = {"max_length": 512, "pack_length": pack_length, "questions": "whole"}
     return build_collator(OmegaConf.create({"collate": collate}), model, prompt)
 
@@ -306,6 +306,6 @@ def all_samples(*names: str) -> Sequence[Sample]:
     return [s for s in SAMPLES if s.id in names] if names else SAMPLES
 
 
-def seen(trainee: Trainee) -> dict[str, str]:
+def seen(staged: StagedModel) -> dict[str, str]:
     """What a checkpoint says of the weights before training, were they as they are now."""
-    return fingerprints({**trainee.live(), **trainee.frozen()}.items())
+    return fingerprints({**staged.live(), **staged.frozen()}.items())

@@ -108,9 +108,11 @@ def representations(loaded: LoadedModel, part: Fusion, samples: Sequence[Sample]
     for start in range(0, len(samples), BATCH):
         some = samples[start : start + BATCH]
         batch = collate(some)
-        assert batch.asked is not None
+        assert batch.text_ids is not None
         visual = model.encoder(batch.pixels)
-        mixed = [part.features(visual, batch, model.text(asked)) for asked in (batch.asked, batch.asked.roll(1, 0))]
+        mixed = [
+            part.features(visual, batch, model.text(asked)) for asked in (batch.text_ids, batch.text_ids.roll(1, 0))
+        ]
         for into, kind in zip(found, [visual, *mixed], strict=False):
             into.append(torch.cat(kind.grids, -1).mean(1))  # (B, Dv)
         ids = model.text.tokenise([sample.turns[-1].answer for sample in some])

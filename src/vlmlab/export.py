@@ -6,8 +6,8 @@ form=auto   the first of these that the composition can be
 form=parts  its parts, each for itself:
 
     <folder>/lm, encoder            ordinary transformers folders, an adapter merged where it is a change of weights
-    <folder>/connector.safetensors  its state dict; what it is made of stands in config.yaml, the run's own
-    <folder>/adapter.safetensors    an adapter that is no change of weights, for ``vlmlab.adapter.base.load_adapter``
+    <folder>/connector.safetensors  its state dict; its class and arguments are in config.yaml, the run's own
+    <folder>/adapter.safetensors    an adapter that is not a change of weights, for ``vlmlab.adapter.base.load_adapter``
 
 The parts load again as ``lm=hf lm.path=<folder>/lm encoder=hf encoder.path=<folder>/encoder``.
 """
@@ -31,9 +31,9 @@ from vlmlab.encoder.multi import MultiEncoder
 from vlmlab.encoder.preprocess import Preprocess, processor_of
 from vlmlab.encoder.tower import TowerEncoder
 from vlmlab.model.vlm import VLM
+from vlmlab.published.bundle import bundle
 from vlmlab.published.card import write_card
-from vlmlab.published.carried import carry
-from vlmlab.published.given import way_out, whole_tower, write
+from vlmlab.published.export import export_route, whole_tower, write
 from vlmlab.published.hub import push
 from vlmlab.runs.files import is_free, share
 from vlmlab.runs.folder import RunFolder
@@ -61,8 +61,8 @@ def export(
         run: the run folder.
         folder: a new or empty one.
         trust: as for ``vlmlab.load``.
-        form: "hf", "run", "parts", or "auto": the first of hf and run that it can be. Why it is no model of
-            transformers then stands in the card, and is printed.
+        form: "hf", "run", "parts", or "auto": the first of hf and run that it can be. Why it is not a model of
+            transformers is then written in the card, and printed.
         hub: owner and name of a repository that the folder goes to, too; None: nothing leaves this machine.
 
     Returns:
@@ -108,16 +108,16 @@ def _whole_model(model: VLM, cfg: DictConfig, run: Path, folder: Path, form: For
                 raise
             why = f"{str(error)[:1].upper()}{str(error)[1:]}"
             tell(f"note: {error} It is written as a run, for vlmlab.load.", sys.stderr)
-    carry(run, cfg, folder)
+    bundle(run, cfg, folder)
     return {"run": folder, "card": write_card(folder, run, cfg, None, None, why)}
 
 
 def _as_transformers(model: VLM, cfg: DictConfig, run: Path, folder: Path) -> dict[str, Path]:
-    if model.prompt_tokens == 0:  # way_out says that there are
+    if model.prompt_tokens == 0:  # export_route says that there are
         model.merge()
-    way = way_out(model)
-    proof = write(model, cfg, folder, way)
-    return {"hf": folder, "card": write_card(folder, run, cfg, way, proof)}
+    route = export_route(model)
+    proof = write(model, cfg, folder, route)
+    return {"hf": folder, "card": write_card(folder, run, cfg, route, proof)}
 
 
 def export_model(model: VLM, cfg: DictConfig, folder: Path) -> dict[str, Path]:

@@ -24,6 +24,7 @@ from vlmlab.contracts.sample import IMAGE_TAG, Image, Sample, Turn
 from vlmlab.data.images import named_image
 from vlmlab.data.pixels import from_pillow, value_range
 from vlmlab.engine import rng
+from vlmlab.engine.device import device_of
 from vlmlab.engine.restore import load_trained
 from vlmlab.model.build import build_collator
 from vlmlab.model.vlm import VLM
@@ -73,7 +74,7 @@ def load(
         overrides: keys of the run's configuration with other values.
         device: "auto", "cpu", "cuda" or "cuda:1".
         trust: also make classes from outside vlmlab that the run's configuration names, and print which. That is code
-            of whoever made the folder.
+            of the folder's author.
 
     Raises:
         UserError: no folder of a run, a key that the run does not have, a device that is not there, or a class from
@@ -90,9 +91,9 @@ def load(
     cfg = saved_config(folder.path, trust)
     for key, value in (overrides or {}).items():
         if OmegaConf.select(cfg, key, default=ABSENT) is ABSENT:
-            raise UserError(f"{key} is no key of {folder.path}; its config.yaml has them all.")
+            raise UserError(f"{key} is not a key of {folder.path}; its config.yaml has them all.")
         OmegaConf.update(cfg, key, value)
-    target = _device(device)
+    target = device_of(device)
     with _same_random_numbers(), building(folder.path):
         model = load_trained(cfg, folder.path)
         if not isinstance(model, VLM):
@@ -136,10 +137,10 @@ class LoadedModel:
 
         Args:
             image: one image, several in the order of their tags, or None.
-            question: the user's words; ``<image>`` where an image stands, without tags all stand before the words.
+            question: the user's words; ``<image>`` where an image is, without tags all come before the words.
             max_new_tokens: most tokens of the answer.
             system: the system line; empty keeps the template's own.
-            history: earlier questions of the conversation with their answers; the images stand before the first.
+            history: earlier questions of the conversation with their answers; the images come before the first.
             stream: is given the answer's text piece by piece while it is made; not with beams.
             options: of transformers' ``generate``, as in ``do_sample=True, temperature=0.7, top_p=0.9``. The language
                 model's own ``generation_config.json`` says nothing here.
@@ -209,7 +210,7 @@ class LoadedModel:
         if tags not in (0, len(images)):
             raise UserError(
                 f"the question has {_count(tags, IMAGE_TAG + ' tag')} and there {_are(len(images))}; give as many "
-                "images as tags, or leave the tags out: the images then stand before the question."
+                "images as tags, or leave the tags out: the images then come before the question."
             )
         if images and self.model.encoder is None:
             raise UserError("this run has no vision (its fusion reads no images); give None for the image.")
@@ -268,7 +269,7 @@ def _check_options(options: Mapping[str, Any], model: VLM) -> None:
         if name in REFUSED and value is not None and value is not False:
             raise UserError(f"{name} is not possible here: {REFUSED[name]}; leave it out.")
         if (name not in known and name not in REFUSED) or name.startswith("_"):
-            raise UserError(f"{name} is no option of transformers' generate; see its GenerationConfig.")
+            raise UserError(f"{name} is not an option of transformers' generate; see its GenerationConfig.")
         if name == "num_return_sequences" and value not in (None, 1):
             raise UserError(f"num_return_sequences={value} is not possible, the answer is one text; ask several times.")
         if name == "cache_implementation" and value not in KEPT_WHOLE:
@@ -283,21 +284,9 @@ def _are(images: int) -> str:
     return f"{'is' if images == 1 else 'are'} {_count(images, 'image')}"
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device={name} is unknown; choose one of auto, cpu, cuda.") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={name} is not there ({torch.cuda.device_count()} GPUs); choose device=cpu or auto.")
-    return device
-
-
 @contextmanager
 def _same_random_numbers() -> Iterator[None]:
-    """Building a model seeds every generator; whoever loads one keeps the random numbers they had."""
+    """Building a model seeds every generator; the caller keeps the random numbers they had."""
     before = rng.state()
     try:
         yield

@@ -20,7 +20,7 @@ from vlmlab.adapter.lora import LoraAdapter
 from vlmlab.adapter.mma import MmaAdapter
 from vlmlab.connector.qformer import QFormerConnector
 from vlmlab.contracts.errors import UserError
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.lm.inside import blocks
 from vlmlab.model.vlm import VLM
 from vlmlab.recipe.stage import Stage
@@ -58,7 +58,7 @@ def stage(config: dict[str, Any], **changes: Any) -> Stage:
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_a_connectors_adapter_starts_at_zero_trains_alone_is_saved_and_merged(kind: str, tmp_path: Path) -> None:
     config = configured(kind, "connector")
-    first = Trainee(with_queries())
+    first = StagedModel(with_queries())
     model: VLM = first.model
     plain, names = logits(model), set(model.state_dict())
     first.enter(stage(config))
@@ -74,7 +74,7 @@ def test_a_connectors_adapter_starts_at_zero_trains_alone_is_saved_and_merged(ki
     optimizer = AdamW(first.trained().values())
     save_last(tmp_path / "last.ckpt", content_of(stage(config), 1, first, optimizer, {}, [], seen(first), set(), 0.0))
     for read in ("load", "load_last"):
-        second = Trainee(with_queries())
+        second = StagedModel(with_queries())
         second.enter(stage(config))
         if read == "load":
             second.load(tmp_path / "a.safetensors")
@@ -116,15 +116,15 @@ def test_a_fusions_adapter_acts_where_the_fusion_does(name: str) -> None:
     model = built(name)
     spread(model.fusion, seed=2)
     plain, before = logits(model), [id(block) for block in blocks(model.lm.model)]
-    trainee = Trainee(model)
+    staged = StagedModel(model)
     config = configured("lora", "fusion")
-    trainee.enter(stage(config))
+    staged.enter(stage(config))
     assert worst(logits(model), plain) < 1e-6
     stir(model)
     outputs = model.eval()(collator(model)(SAMPLES))
     F.cross_entropy(outputs.logits, outputs.targets).backward()
-    silent = [name for name, p in trainee.trained().items() if p.grad is None or not p.grad.abs().sum()]
-    assert silent == [] and trainee.trained()
+    silent = [name for name, p in staged.trained().items() if p.grad is None or not p.grad.abs().sum()]
+    assert silent == [] and staged.trained()
     want = logits(model)
     assert worst(want, plain) > 1e-4
     if name == "mixture_of_transformers":
@@ -150,10 +150,10 @@ def test_what_cannot_be_wrapped_is_refused() -> None:
 
 
 def test_a_path_may_choose_layers_of_an_adapter() -> None:
-    trainee = Trainee(with_queries())
+    staged = StagedModel(with_queries())
     config = configured("lora", "connector")
-    trainee.enter(stage(config, train={"connector.out": 1e-3}))
-    assert {name.split(".lora_")[0] for name in trainee.trained()} == {"connector.out"}
-    assert trainee.rates == {"connector.out": 1e-3}
+    staged.enter(stage(config, train={"connector.out": 1e-3}))
+    assert {name.split(".lora_")[0] for name in staged.trained()} == {"connector.out"}
+    assert staged.rates == {"connector.out": 1e-3}
     with pytest.raises(UserError, match=r"train: connector.norm leads to no weight that can train, since the connect"):
-        Trainee(with_queries()).enter(stage(config, train={"connector.norm": 1e-3}))
+        StagedModel(with_queries()).enter(stage(config, train={"connector.norm": 1e-3}))

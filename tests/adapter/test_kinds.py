@@ -49,7 +49,7 @@ from vlmlab.contracts.tensors import Layout
 from vlmlab.encoder.embedded import EmbeddedEncoder
 from vlmlab.encoder.hf import HfEncoder
 from vlmlab.engine.stage import StageModule
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.lm.embedded import EmbeddedLanguageModel
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.mask.bidir import Bidirectional
@@ -105,7 +105,7 @@ def logits(model: VLM, samples: list[Sample] = SAMPLES) -> Tensor:
 @every_kind
 def test_saved_and_loaded(path: Path, tmp_path: Path) -> None:
     config = configured(path)
-    first = Trainee(vlm())
+    first = StagedModel(vlm())
     first.enter(stage(config))
     stir(first.model)
     first.save(tmp_path / "a.safetensors", stage(config), OmegaConf.create({}))
@@ -114,7 +114,7 @@ def test_saved_and_loaded(path: Path, tmp_path: Path) -> None:
     want = logits(first.model)
     torch.manual_seed(11)  # another process starts its adapters otherwise
     for read in ("load", "load_last"):
-        second = Trainee(vlm())
+        second = StagedModel(vlm())
         second.enter(stage(config))
         assert worst(logits(second.model), want) > 1e-3
         if read == "load":
@@ -129,13 +129,13 @@ def test_saved_and_loaded(path: Path, tmp_path: Path) -> None:
 
 def test_pissa_is_saved_and_loaded(tmp_path: Path) -> None:
     config = configured(KINDS[0].with_name("lora.yaml"), pissa=True)
-    first = Trainee(vlm())
+    first = StagedModel(vlm())
     before = logits(first.model)
     first.enter(stage(config))
     assert worst(logits(first.model), before) < 1e-5
     stir(first.model)
     first.save(tmp_path / "a.safetensors", stage(config), OmegaConf.create({}))
-    second = Trainee(vlm())
+    second = StagedModel(vlm())
     second.enter(stage(config))
     second.load(tmp_path / "a.safetensors")
     assert worst(logits(second.model), logits(first.model)) < 1e-6
@@ -150,13 +150,13 @@ def test_pissa_is_saved_and_loaded(tmp_path: Path) -> None:
 
 @every_kind
 def test_several_share_one_tower(path: Path, tmp_path: Path) -> None:
-    trainee = Trainee(vlm())
-    model: VLM = trainee.model
+    staged = StagedModel(vlm())
+    model: VLM = staged.model
     plain, size = logits(model), sum(p.numel() for p in model.parameters())
-    trainee.enter(stage(configured(path, name="one")))
+    staged.enter(stage(configured(path, name="one")))
     stir(model)
     a = logits(model)
-    trainee.enter(stage(configured(path, name="two")))
+    staged.enter(stage(configured(path, name="two")))
     parts = model.parts()
     first, second = ([f"{n}." for n, _ in parts[part]] for part in ("lm.one", "lm"))
     assert first and [n.replace(".one.", ".two.") for n in first] == second
@@ -173,7 +173,7 @@ def test_several_share_one_tower(path: Path, tmp_path: Path) -> None:
         assert {n for n, p in model.named_parameters() if p.requires_grad} == trains
     own = sum(p.numel() for n, p in model.named_parameters() if n in model.adapter_tensors("one"))
     assert sum(p.numel() for p in model.parameters()) == size + 2 * own, "one tower"
-    trainee.save(tmp_path / "both.safetensors", stage(configured(path)), OmegaConf.create({}))
+    staged.save(tmp_path / "both.safetensors", stage(configured(path)), OmegaConf.create({}))
     other = vlm()
     load_adapter(other, adapter(path, name="two"), tmp_path / "both.safetensors")
     load_adapter(other, adapter(path, name="one"), tmp_path / "both.safetensors")
@@ -327,7 +327,7 @@ def test_bottleneck_by_hand() -> None:
         assert worst(module(x), y + inner @ branch.up.weight.T + branch.up.bias) < 1e-5
         assert sum(p.numel() for p in branch.parameters()) == 2 * 32 * 4 + 4 + 32 + 2 * 32
     outside = [n for n, _ in model.lm.model.named_modules() if n.endswith("o_proj.adapters")]
-    assert not outside, "Pfeiffer's adapter is behind the FFN alone"
+    assert not outside, "Pfeiffer's adapter is after the FFN alone"
 
 
 @torch.no_grad()

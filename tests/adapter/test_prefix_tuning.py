@@ -26,7 +26,7 @@ P = 3
 @pytest.mark.parametrize("tower", [qwen2, llama], ids=lambda t: t.__name__)
 @torch.no_grad()
 def test_it_is_pefts_on_copied_weights(tower: object) -> None:
-    """Whose text has its positions behind those of the prefix."""
+    """Whose text has its positions after those of the prefix."""
     lm = HfLanguageModel(str(tower())).eval()  # type: ignore[operator]
     base = copy.deepcopy(lm.model)
     base.set_attn_implementation("eager")
@@ -114,7 +114,7 @@ def test_without_a_gate_it_starts_as_nothing_else_and_padding_changes_nothing() 
 
 
 def test_what_cannot_have_it_is_refused() -> None:
-    with pytest.raises(UserError, match="prefixes stand in the LM"):
+    with pytest.raises(UserError, match="prefixes go into the LM"):
         PrefixTuningAdapter(parts=["encoder"])
     with pytest.raises(UserError, match="choose none or zero"):
         PrefixTuningAdapter(gate="one")  # type: ignore[arg-type]

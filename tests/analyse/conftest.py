@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def cells() -> ModuleType:
-    """The helpers in ``cells.py`` beside this file (tests are no package)."""
+    """The helpers in ``cells.py`` beside this file (tests are not a package)."""
     spec = importlib.util.spec_from_file_location("analyse_cells", Path(__file__).with_name("cells.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

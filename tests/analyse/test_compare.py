@@ -140,7 +140,7 @@ def test_a_baseline_is_named_by_what_tells_it_apart(sweep: Path, baseline: str, 
         ({"baseline": "connector=perceiver"}, "names no row of the sweep"),
         ({"baseline": ""}, "names no row"),
         ({"baseline": "qformer", "metric": "quiz/f1"}, "has metric=quiz/f1; it has quiz/chance"),
-        ({"baseline": "qformer", "until": "loss"}, "until=loss is no threshold"),
+        ({"baseline": "qformer", "until": "loss"}, "until=loss is not a threshold"),
         ({"baseline": "qformer", "until": "loss<1"}, "has loss in its metrics.jsonl; train with evaluation.every"),
     ],
 )

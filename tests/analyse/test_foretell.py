@@ -51,7 +51,7 @@ def test_a_record_is_as_good_a_pilot_as_its_sweep(pilot: Path, tmp_path_factory:
     first, second = (foretell(Claim(2, 8, 0.03, 0.8), at, "quiz/vqa_accuracy") for at in (record, pilot))
     assert [line.replace(str(record), str(pilot)) for line in first] == second
     (record.parent / "none.csv").write_text("a,b\n")
-    with pytest.raises(UserError, match="is no record of cells"):
+    with pytest.raises(UserError, match="is not a record of cells"):
         foretell(Claim(2, 8, 0.03, 0.8), record.parent / "none.csv")
 
 

@@ -96,7 +96,7 @@ def test_an_export_has_the_keys_that_tell_its_runs_apart(tmp_path: Path, nested:
     [
         (None, "is not there"),
         ("a,b\n1,2\n", "no column name"),
-        ("name,config,summary\nx,1,{}\n", "config of a run is no map"),
+        ("name,config,summary\nx,1,{}\n", "config of a run is not a map"),
     ],
 )
 def test_what_is_none_of_them_is_refused(tmp_path: Path, text: str | None, sentence: str) -> None:

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -33,7 +34,7 @@ def ask(line: str) -> Answer:
 
 
 def ask_words(verb: str, words: Sequence[str], task: Callable[[DictConfig], object]) -> Answer:
-    """The same with the words as the shell gives them, and another task behind the composition."""
+    """The same with the words as the shell gives them, and another task after the composition."""
     conf, before = conf_folder(), sys.argv
     sys.argv = [verb, *words]
     GlobalHydra.instance().clear()
@@ -50,6 +51,20 @@ def ask_words(verb: str, words: Sequence[str], task: Callable[[DictConfig], obje
     finally:
         sys.argv = before
     return code, out.getvalue(), err.getvalue(), time.process_time() - since
+
+
+def outcome(
+    command: Callable[[], int], verb: str, words: Sequence[str], patch: Any, capture: Any
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command; `patch`, `capture`: pytest's ``monkeypatch`` and ``capsys``."""
+    patch.setattr(sys, "argv", [verb, *words])
+    GlobalHydra.instance().clear()
+    try:
+        code = command()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    out, err = capture.readouterr()
+    return code, out, err
 
 
 if __name__ == "__main__":

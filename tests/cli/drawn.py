@@ -1,4 +1,4 @@
-"""Command lines drawn from the schema: keys that there are, what may not stand there, and words that mean nothing."""
+"""Command lines drawn from the schema: keys that there are, what may not be there, and words that mean nothing."""
 
 from __future__ import annotations
 

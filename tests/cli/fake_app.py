@@ -20,7 +20,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
 
-rules.admitted = lambda cfg, hydra_cfg, own=(): plain(cfg)  # its keys are no run's
+rules.admitted = lambda cfg, hydra_cfg, own=(): plain(cfg)  # its keys are not a run's
 watchdog.die_with_parent.__defaults__ = (0.1, 20.0)
 
 

@@ -1,4 +1,4 @@
-"""A place where cells run that is no process: each look at a job is one tick of its life."""
+"""A place where cells run that is not a process: each look at a job is one tick of its life."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def loaded(folder: Path, conf: str, monkeypatch: pytest.MonkeyPatch) -> Iterator
     """The loader of a small application whose configuration is this text."""
     (folder / "conf").mkdir()
     (folder / "conf" / "train.yaml").write_text(conf)
-    monkeypatch.setattr(_cells.rules, "admitted", lambda cfg, hydra_cfg, own=(): plain(cfg))  # its keys are no run's
+    monkeypatch.setattr(_cells.rules, "admitted", lambda cfg, hydra_cfg, own=(): plain(cfg))  # its keys are not a run's
     monkeypatch.setattr(_pool, "POLL_S", 0.0)
     monkeypatch.chdir(folder)
     Plugins.instance()

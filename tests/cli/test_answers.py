@@ -57,7 +57,7 @@ MISTAKES = {
     "train recipe.stages.coarse_align.steps=-5": r"error: recipe.stages.coarse_align.steps=-5 is not possible",
     "train -m mask=bidir,cousal": r"error: mask has no choice 'cousal' \(did you mean causal\?\)",
     "evaluate": r"error: which run\? write run=<folder>",
-    "evaluate run=nowhere": r"error: run=nowhere is no run folder",
+    "evaluate run=nowhere": r"error: run=nowhere is not a run folder",
     "evaluate runn=x": r"error: no key 'runn' .*did you mean run\?",
 }
 HELP = ["train --help", "train --cfg job", "train --cfg job -p connector", "evaluate --help", "train --hydra-help"]
@@ -171,7 +171,7 @@ def test_a_mistake_inside_instantiate_is_still_one_sentence():
     from omegaconf import OmegaConf
 
     from vlmlab.cli.entry import guard
-    from vlmlab.contracts.errors import mistake_within
+    from vlmlab.contracts.errors import user_error_in
 
     bad = OmegaConf.create(
         {"_target_": "vlmlab.data.world.sources.WorldCaptions", "style": "odd", "split": "train", "size": 1}
@@ -179,5 +179,5 @@ def test_a_mistake_inside_instantiate_is_still_one_sentence():
     with pytest.raises(SystemExit) as ended:
         guard(instantiate)(bad)
     assert ended.value.code == 1
-    assert mistake_within(ended.value) is not None and "no caption style" in str(mistake_within(ended.value))
-    assert mistake_within(ValueError("other")) is None
+    assert user_error_in(ended.value) is not None and "no caption style" in str(user_error_in(ended.value))
+    assert user_error_in(ValueError("other")) is None

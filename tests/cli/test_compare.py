@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 from pathlib import Path
 
 import hydra
 import pytest
-from hydra.core.global_hydra import GlobalHydra
+from tests.cli.asking import outcome
 
 from vlmlab.cli.compare import compare_command, spelled
 from vlmlab.cli.conf import conf_folder
@@ -15,15 +15,9 @@ from vlmlab.cli.entry import guard, run_command
 
 
 def call(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["compare", *spelled(words)])
-    GlobalHydra.instance().clear()
     main = hydra.main(config_path=str(conf_folder()), config_name="compare", version_base="1.3")(guard(compare_command))
-    try:
-        code = run_command(main, conf_folder(), "compare")
-    except SystemExit as end:
-        code = int(end.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
+    run = partial(run_command, main, conf_folder(), "compare")
+    return outcome(run, "compare", spelled(words), monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -50,11 +44,11 @@ def test_a_comparison(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     ("words", "code", "sentence"),
     [
         ([], 2, "which sweep? write sweep=..., as in: vlmlab compare sweeps/<name> baseline=mlp,bidir"),
-        (["nowhere", "baseline=mlp"], 2, "sweep=nowhere is no folder"),
+        (["nowhere", "baseline=mlp"], 2, "sweep=nowhere is not a folder"),
         (["{sweep}"], 2, "which baseline? write baseline=..."),
         (["{sweep}", "baseline=mlp,bidir"], 1, "baseline=mlp,bidir names no row of the sweep; give one of: bidir"),
-        (["{sweep}", "baseline=bidir", "until=loss<x"], 1, "until=loss<x is no threshold"),
-        (["{sweep}", "baseline=bidir", "out=no/where"], 2, "out=no/where is no folder"),
+        (["{sweep}", "baseline=bidir", "until=loss<x"], 1, "until=loss<x is not a threshold"),
+        (["{sweep}", "baseline=bidir", "out=no/where"], 2, "out=no/where is not a folder"),
         (["{sweep}", "basline=bidir"], 2, "did you mean baseline?"),
     ],
 )

@@ -90,6 +90,8 @@ def test_hydras_own_file_is_not_written_through_a_link(hydra: Hydra, sweep: Dict
     for plant in (lambda: file.symlink_to(tmp_path / "elsewhere"), lambda: os.mkfifo(file)):
         file.unlink()
         plant()
-        with pytest.raises(UserError, match=r"multirun\.yaml is a link or no file, and is not written into; remove it"):
+        with pytest.raises(
+            UserError, match=r"multirun\.yaml is a link or not a file, and is not written into; remove it"
+        ):
             begin()
     assert not (tmp_path / "elsewhere").exists()

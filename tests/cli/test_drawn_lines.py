@@ -71,7 +71,7 @@ def has_effect(line: drawn.Line, code: int, base: dict[str, Any], config: dict[s
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to stand in; Hydra reads a file once and composes once, where it would do both twice a line."""
+    """An empty working directory; Hydra reads a file once and composes once, where it would do both twice a line."""
 
     @functools.cache
     def read(name: str) -> Any:

@@ -7,10 +7,10 @@ import pytest
 from vlmlab.cli.flags import other_kind, overrides_of, package_of, wrong_word
 
 WRONG = {
-    "--nope": "--nope is no option",
+    "--nope": "--nope is not an option",
     "--cfg x": "argument --cfg/-c: invalid choice: 'x'",
-    "seed=1 --cfg job mask=causal": "mask=causal stands behind an option that has keys before it",
-    "-- seed=1": "-- is no option",
+    "seed=1 --cfg job mask=causal": "mask=causal comes after an option that has keys before it",
+    "-- seed=1": "-- is not an option",
     "--experimental-rerun x": "--experimental-rerun=x has no effect here",
     "--cfg job --info": "--cfg and --info cannot be asked together",
     "--package seed": "--package seed is about what --cfg prints",
@@ -21,9 +21,9 @@ WRONG = {
     "+hydra.x=1": "+hydra.x=1 would have no effect",
     "~hydra.run.dir": "~hydra.run.dir would have no effect",
     "hydra@connector=none": "hydra@connector=none would have no effect",
-    "hydra.run.dir=": "hydra.run.dir= is no folder",
-    "hydra.run.dir=[1]": "hydra.run.dir=[1] is no folder",
-    "hydra.searchpath=[nowhere]": "hydra.searchpath has nowhere, which is no folder",
+    "hydra.run.dir=": "hydra.run.dir= is not a folder",
+    "hydra.run.dir=[1]": "hydra.run.dir=[1] is not a folder",
+    "hydra.searchpath=[nowhere]": "hydra.searchpath has nowhere, which is not a folder",
     "-m hydra.launcher.slots=0": "hydra.launcher.slots=0 is not possible; give a whole number of at least 1, or null",
     "-m hydra.launcher.retries=-1": "hydra.launcher.retries=-1 is not possible; give a whole number of at least 0",
     "-m sweep=pool hydra.launcher.partition=gpu": "hydra.launcher.partition=gpu would have no effect",

@@ -48,7 +48,7 @@ class Parrot:
 
     def check_image(self, image: str) -> None:
         if image == "nowhere.jpg":
-            raise UserError("nowhere.jpg is no file.")
+            raise UserError("nowhere.jpg is not a file.")
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def test_an_answer_is_printed(parrot: Parrot) -> None:
     ("words", "code", "said"),
     [
         (["question=x"], 2, "which run? write run=<folder>, as in: vlmlab generate run=outputs/default"),
-        (["run=x"], 2, "which question? write it behind, as in: vlmlab generate"),
-        (["run=nowhere", "question=x"], 2, "run=nowhere is no run folder"),
+        (["run=x"], 2, "which question? write it at the end, as in: vlmlab generate"),
+        (["run=nowhere", "question=x"], 2, "run=nowhere is not a run folder"),
         (["run=x", "question=x", "top_p=3"], 2, "top_p=3 is not possible"),
         (["run=x", "question=x", "seed=-1"], 2, "seed=-1 is not possible"),
         (["run=x", "question=x", "imgae=a"], 2, "no key 'imgae'"),
@@ -95,7 +95,7 @@ def test_a_conversation(parrot: Parrot, monkeypatch: pytest.MonkeyPatch, capsys:
     assert first[:3] == (["a.png"], "one two", []) and third[2] == [("one two", "ONE TWO")]
     assert fourth[:3] == (["b.png"], "four", []) and fifth[:3] == (["b.png"], "five", [])
     assert [line.partition(";")[0] for line in err.splitlines()] == [
-        "error: the question is bad.", "error: nowhere.jpg is no file.", "error: /foo is no command here",
+        "error: the question is bad.", "error: nowhere.jpg is not a file.", "error: /foo is not a command here",
     ]  # fmt: skip
 
 
@@ -110,4 +110,4 @@ def test_torch_is_not_needed_for_a_mistake(tmp_path: Path) -> None:
 
     command = [sys.executable, "-X", "importtime", "-m", "vlmlab.cli.generate", "run=nowhere", "Why?"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 2 and "| torch\n" not in done.stderr and "is no run folder" in done.stderr
+    assert done.returncode == 2 and "| torch\n" not in done.stderr and "is not a run folder" in done.stderr

@@ -47,7 +47,7 @@ except UserError as error:
 @pytest.fixture
 def loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ConfigLoader]:
     lay_down(tmp_path)
-    monkeypatch.setattr(_cells.rules, "admitted", lambda cfg, hydra_cfg, own=(): plain(cfg))  # its keys are no run's
+    monkeypatch.setattr(_cells.rules, "admitted", lambda cfg, hydra_cfg, own=(): plain(cfg))  # its keys are not a run's
     monkeypatch.chdir(tmp_path)
     Plugins.instance()
     GlobalHydra.instance().clear()

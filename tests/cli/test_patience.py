@@ -1,4 +1,4 @@
-"""A cell that fails is tried again later, one that stands still is said to, and a scheduler's is told by a file."""
+"""A cell that fails is tried again later, one without progress is reported, and a scheduler's is told by a file."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def test_folders_that_cannot_be_had_fail_their_cells_alone(tmp_path: Path) -> No
     (tmp_path / "bad").write_text("gone 21")
     code, out, err = call(script, *SWEEP)
     assert code == 1 and err.startswith("error: 3 of 4 cells did not finish: x-1_y-1 (") and err.count("\n") == 1
-    assert out.count("is no folder but a file or a link that leads nowhere; remove it") == 4  # and in the table
+    assert out.count("is a file or a link that leads nowhere, not a folder; remove it") == 4  # and in the table
     assert f"{CELLS[2]}: failed sweeps/s/{CELLS[2]}: its folder is gone" in out
     assert RunFolder(sweep / CELLS[3]).state()["state"] == "done"
     rows = (sweep / "table.csv").read_text().splitlines()
@@ -159,7 +159,7 @@ def test_folders_that_cannot_be_had_fail_their_cells_alone(tmp_path: Path) -> No
 
 
 def test_values_that_hydra_prints_otherwise(tmp_path: Path) -> None:
-    """They are no sweep, and two ways to write one value are one cell."""
+    """They are not a sweep, and two ways to write one value are one cell."""
     script = lay_down(tmp_path)
     words = ("fresh=False", "y=1e-3", "part='small'", "x=1.0,1.00,2")
     code, out, err = call(script, "-m", "name=s", *words)

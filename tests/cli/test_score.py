@@ -14,11 +14,11 @@ from vlmlab.cli.score import score_command, with_key
     ("words", "said"),
     [
         ([], "which run? write run=<folder>, as in: vlmlab score run=outputs/default"),
-        (["run=nowhere"], "run=nowhere is no run folder"),
+        (["run=nowhere"], "run=nowhere is not a run folder"),
         (["run=x", "metrics=3"], "metrics=3 is not possible"),
         (["run=x", "metric=[a]"], "no key 'metric'"),
-        (["it's/not here"], "run=it's/not here is no run folder"),
-        (["no/where/predictions/world_test.shuffled.jsonl"], "run=no/where is no run folder"),
+        (["it's/not here"], "run=it's/not here is not a run folder"),
+        (["no/where/predictions/world_test.shuffled.jsonl"], "run=no/where is not a run folder"),
     ],
 )
 def test_mistakes(words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

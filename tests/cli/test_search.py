@@ -110,7 +110,7 @@ def test_keys_of_the_sweeper_are_those_of_a_search() -> None:
     [
         (["x=1"], {}, "sweep=optuna has nothing to choose"),
         (["x=1,2", "seed=0,1"], {}, "seed=0,1 is nothing to search"),
-        (["y=interval(2,1)"], {}, r"y=interval\(2,1\) is no interval"),
+        (["y=interval(2,1)"], {}, r"y=interval\(2,1\) is not an interval"),
         (["x=1,2"], {"prune": "loss", "goals": Goals.of(["a/b"], ["cost/c"])}, "prune gives cells up by one number"),
         (["x=1,2"], {"prune": "loss", "prune_direction": "up"}, "prune_direction=up is none"),
     ],

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
+from tests.cli.asking import outcome
 
 from vlmlab.cli import main as console
 from vlmlab.cli.sweep import run
@@ -23,14 +22,7 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def call(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["sweep"])
-    GlobalHydra.instance().clear()
-    try:
-        code = run(words)
-    except SystemExit as end:
-        code = int(end.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
+    return outcome(lambda: run(words), "sweep", [], monkeypatch, capsys)
 
 
 def test_looking_at_a_sweep(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,12 +41,12 @@ def test_looking_at_a_sweep(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys
     ("words", "code", "sentence"),
     [
         (["show"], 2, "which sweep? write its folder, as in: vlmlab sweep show sweeps/<name>"),
-        (["table", "nowhere"], 2, "sweep=nowhere is no folder; give an existing one, as in: vlmlab sweep table"),
+        (["table", "nowhere"], 2, "sweep=nowhere is not a folder; give an existing one, as in: vlmlab sweep table"),
         (["table", "{sweep}", "form=pdf"], 2, "form=pdf"),
-        (["report", "{sweep}", "cells=[a,b]"], 2, "cells: a is no cell of "),
+        (["report", "{sweep}", "cells=[a,b]"], 2, "cells: a is not a cell of "),
         (["report", "{sweep}", "cost=hours"], 1, "cost=hours is not of every finished cell; choose from params"),
         (["show", "{sweep}", "metrik=1"], 2, "did you mean metric?"),
-        (["show", "sweep={sweep}/x"], 2, "/x is no folder"),
+        (["show", "sweep={sweep}/x"], 2, "/x is not a folder"),
     ],
 )
 def test_mistakes_are_one_sentence(

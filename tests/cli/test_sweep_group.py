@@ -1,4 +1,4 @@
-"""The group ``sweep`` chooses launcher and sweeper, and is no part of a cell."""
+"""The group ``sweep`` chooses launcher and sweeper, and is not part of a cell."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ def test_a_sweep_without_a_table_is_refused(tmp_path: Path) -> None:
     nowhere = str(tmp_path / "nowhere")
     for words, said in (
         ([], "which sweep? write sweep=..., as in: vlmlab wandb sweeps/<name>"),
-        ([nowhere], f"sweep={nowhere} is no folder"),
-        ([f"sweep={nowhere}"], f"sweep={nowhere} is no folder"),
+        ([nowhere], f"sweep={nowhere} is not a folder"),
+        ([f"sweep={nowhere}"], f"sweep={nowhere} is not a folder"),
         ([nowhere, "mode=later"], "mode=later is unknown; choose one of auto, online, offline"),
         ([str(tmp_path)], f"{tmp_path} has no table.csv"),
     ):

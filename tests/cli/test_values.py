@@ -287,7 +287,7 @@ def test_a_plug_in_of_ones_own_says_its_keys(
         (said("Strict", dept=3), "no key 'connector.dept' in the configuration (did you mean connector.depth?)"),
         (said("Open", depth="x"), "connector.depth=x is not possible; give a whole number"),
         (said("made", names="a"), "connector.names=a is not possible; give a list"),
-        (said("constant"), "connector._target_=own_parts_of_mine.constant cannot be imported (it is no class"),
+        (said("constant"), "connector._target_=own_parts_of_mine.constant cannot be imported (it is a "),
         (said("Absent"), "connector._target_=own_parts_of_mine.Absent cannot be imported"),
     ):
         assert str(wrong).startswith(words)
@@ -297,7 +297,7 @@ def test_a_preset_made_for_another_choice_is_named() -> None:
     said = next(
         wrong_values(*(lambda cfg, choices: (cfg, plain(cfg), choices))(*composed("preset=blip2", "connector=mlp")))
     )
-    assert "connector.text is no key of connector=mlp and preset=blip2 sets it; add ~connector.text" in said
+    assert "connector.text is not a key of connector=mlp and preset=blip2 sets it; add ~connector.text" in said
 
 
 def test_what_other_tools_say_is_no_key_of_ours() -> None:

@@ -36,7 +36,7 @@ def call(
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("inspect stage=tune", "stage=tune is no stage of this recipe; choose one of coarse_align,"),
+        ("inspect stage=tune", "stage=tune is not a stage of this recipe; choose one of coarse_align,"),
         ("inspect n=0", "n=0 is not possible; give a whole number of at least 1"),
         ("inspect check=all", "check=all is not possible"),
         ("inspect -m n=1,2", "-m is for several trainings and this command looks at one"),
@@ -56,8 +56,8 @@ def call(
         ("plan mfu=2", "mfu=2 is not possible; give a number above 0 and of at most 1"),
         ("plan memory=0", "memory=0 is not possible"),
         ("plan sample=0", "sample=0 is not possible"),
-        ("plan lengths={tune:[1,2]}", "lengths.tune is no stage of this recipe; choose from coarse_align,"),
-        ("plan lengths={coarse_align:[1]}", "lengths.coarse_align=[1] is no pair; give tokens before the answer"),
+        ("plan lengths={tune:[1,2]}", "lengths.tune is not a stage of this recipe; choose from coarse_align,"),
+        ("plan lengths={coarse_align:[1]}", "lengths.coarse_align=[1] is not a pair; give tokens before the answer"),
         ("plan samples.coarse_align=-3", "samples.coarse_align=-3 is not possible"),
         ("plan lengths=3", "lengths=3 is not possible; give a mapping"),
         ("plan lengths={coarse_align:[1,x]}", 'lengths.coarse_align=[1,"x"] is not possible; give a list'),
@@ -84,7 +84,7 @@ def test_mistakes(
 def test_options_work_as_for_training(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Before and behind the keys; with the verb's own keys, and files of one's own."""
+    """Before and after the keys; with the verb's own keys, and files of one's own."""
     own, value = {"inspect": ("check", "30"), "plan": ("mfu", "0.3"), "cost": ("answer", "7")}[verb]
     (tmp_path / "mine" / "connector").mkdir(parents=True)
     (tmp_path / "mine" / "connector" / "wide.yaml").write_text(

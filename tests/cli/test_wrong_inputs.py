@@ -75,7 +75,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     f"{JOINT}adapter=lora encoder=patch adapter.parts=[encoder]": (2, r"encoder=patch has no layer to adapt"),
     f"{JOINT}adapter=mma encoder=multi adapter.parts=[encoder]": (2, r"adapter=mma wants a single tower"),
     "train preset=paligemma connector=mlp": (
-        2, r"connector.zero is no key of connector=mlp and preset=paligemma sets it; add ~connector.zero",
+        2, r"connector.zero is not a key of connector=mlp and preset=paligemma sets it; add ~connector.zero",
     ),
     "train mask=visual_rows_open": (2, r"visual_rows_open leaks later answers"),
     "train trainer.strategy=fsdp2": (2, r"fsdp2 shares the weights among devices and trainer.devices=1; set"),
@@ -88,7 +88,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     # fusions
     "train fusion=lavi fusion.every=0": (2, r"fusion.every=0 is not possible; give a whole number from 1"),
     "train fusion=gated_xattn fusion.every=two": (2, r"fusion.every=two is not possible"),
-    "train fusion=lavi fusion.sees=latest": (2, r"fusion.sees=latest is no memory mask; write memory_mask@fusion."),
+    "train fusion=lavi fusion.sees=latest": (2, r"fusion.sees=latest is not a memory mask; write memory_mask@fusion."),
     "train fusion=lavi fusion.conditioner=foo": (2, r"conditioner=foo is unknown; choose one of attention, mlp, conv"),
     "train fusion=gated_xattn fusion.norm=batch": (2, r"fusion.norm=batch is unknown; choose one of layer, rms"),
     "train fusion=emma encoder=dinov2_base": (2, r"text tower and encoder=dinov2_base has none; choose a CLIP"),
@@ -117,12 +117,12 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     f"{JOINT}collate.questions=tree objective=asvr +{STAGE}.train.objective=1e-3": (
         2, r"joint has objective=asvr, which counts images, and collate.questions=tree .* set collate.questions=rows",
     ),
-    "train name=../../elsewhere": (2, r"name=../../elsewhere is no folder below outputs"),
+    "train name=../../elsewhere": (2, r"name=../../elsewhere is not a folder below outputs"),
     f"{JOINT}{STAGE}.data=shrot": (2, r"joint.data=shrot is not in data.train; choose from short"),
     f"{JOINT}{STAGE}.prompt=chatt": (2, r"joint.prompt=chatt is unknown; choose one of .*plain, chat, text"),
     f"{JOINT}+{STAGE}.schedule=cosin": (2, r"joint.schedule=cosin is unknown"),
     f"{JOINT}+{STAGE}.optimizer=sgd": (2, r"joint.optimizer=sgd is unknown"),
-    f"{JOINT}+{STAGE}.train.brain=1": (2, r"joint.train.brain is no part of the model"),
+    f"{JOINT}+{STAGE}.train.brain=1": (2, r"joint.train.brain is not a part of the model"),
     f"{JOINT}+{STAGE}.stepz=1": (2, r"no key 'recipe.stages.joint.stepz' .*did you mean recipe.stages.joint.steps"),
     # data, found before training
     "train data=vqa": (2, r"data.path is needed"),
@@ -132,7 +132,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     f"{VQA}empty.json data.images={{f}}": (1, r"empty.json is empty"),
     f"{VQA}binary.json data.images={{f}}": (1, r"binary.json is not UTF-8"),
     f"{VQA}keys.json data.images={{f}}": (1, r"keys.json, .* \d: .*question"),
-    f"{VQA}fake.json data.images={{f}}": (1, r"fake.png is no readable"),
+    f"{VQA}fake.json data.images={{f}}": (1, r"fake.png is not a readable"),
     f"{VQA}lost.json data.images={{f}}": (1, r"lost.png"),
     "train name=v recipe=joint data=llava data.path={f}/keys.json data.images={f}": (1, r"keys.json.* cannot be used"),
     "train name=v recipe=joint data=coco_captions data.path={f}/good.json data.images={f}": (
@@ -145,7 +145,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     "train hydra.run.dir={f}/afile/run": (1, r"afile/run: not a directory; check the path"),
     # evaluation
     "evaluate": (2, r"which run\? write run=<folder>"),
-    "evaluate run=nowhere": (2, r"run=nowhere is no run folder"),
+    "evaluate run=nowhere": (2, r"run=nowhere is not a run folder"),
     "evaluate run=outputs/unfinished": (1, r"outputs/unfinished is not finished \(no result.json\)"),
     "evaluate run=outputs/damaged": (1, r"damaged/config.yaml is damaged \(line 1: expected .*\); put it back, or"),
     "evaluate run=outputs/finished limit=0": (2, r"limit=0 is not possible"),
@@ -162,7 +162,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     "curate run=outputs/foreign out=x": (1, r"lm._target_=os.system is code from outside .* trust=true runs it"),
     # export
     "export": (2, r"which run\? write run=<folder>, as in: vlmlab export run=outputs/default to=exported"),
-    "export run=nowhere to=out": (2, r"run=nowhere is no run folder"),
+    "export run=nowhere to=out": (2, r"run=nowhere is not a run folder"),
     "export run=outputs/unfinished to=out": (1, r"outputs/unfinished is not finished \(no result.json\)"),
     "export run=outputs/damaged to=out": (1, r"damaged/config.yaml is damaged \(line 1: expected .*\)"),
     "export run=outputs/finished": (2, r"where to\? write to=<folder>"),
@@ -182,7 +182,7 @@ BUILDING: dict[str, tuple[int, str]] = {
     f"{JOINT}connector._target_=no.such.Class": (2, r"connector._target_=no.such.Class cannot be imported"),
     f"{JOINT}{STAGE}.module=no.such.Module": (2, r"joint.module=no.such.Module cannot be imported"),
     f"{JOINT}encoder.layers=[9]": (2, r"encoder.layers has 9, but the tower has 4 layers"),
-    f"{JOINT}encoder=patch encoder.patch_size=15": (2, r"is no multiple of encoder.patch_size=15"),
+    f"{JOINT}encoder=patch encoder.patch_size=15": (2, r"is not a multiple of encoder.patch_size=15"),
     f"{JOINT}encoder=scratch encoder.hidden_size=64 connector=none": (
         2,
         r"tokens are 64 wide and the LM is 128 wide",
@@ -200,7 +200,7 @@ BUILDING: dict[str, tuple[int, str]] = {
     f"{JOINT}lm=hf lm.path={{f}}": (2, r"lm.path=.* has no config.json; give the folder that save_pretrained wrote"),
     f"{JOINT}adapter=lora adapter.r=0": (2, r"adapter.r=0 is not possible"),
     f"{JOINT}adapter=lora adapter.targets=[nothing]": (2, r"adapter.targets=nothing fits no layer of"),
-    f"{JOINT}{STAGE}.objective={{text:lm}}": (2, r"joint.objective.text=lm is no objective; write objective@"),
+    f"{JOINT}{STAGE}.objective={{text:lm}}": (2, r"joint.objective.text=lm is not an objective; write objective@"),
     "evaluate run=outputs/finished benchmarks=world_tset": (
         1,
         r"benchmarks=world_tset is not in this run",
@@ -339,7 +339,7 @@ def test_a_part_that_cannot_be_built_leaves_no_folder_but_what_others_put_there(
 @pytest.mark.parametrize(
     ("script", "words", "code", "sentence"),
     [
-        ("train.py", ["preset=paligemma", "connector=mlp"], 2, "connector.zero is no key of connector=mlp"),
+        ("train.py", ["preset=paligemma", "connector=mlp"], 2, "connector.zero is not a key of connector=mlp"),
         ("train.py", ["-m", "seed=0,x"], 2, "error: seed=x is not possible"),
         ("evaluate.py", ["run=outputs/unfinished"], 1, "is not finished"),
     ],

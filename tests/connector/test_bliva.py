@@ -1,4 +1,4 @@
-"""Queries first, patches behind them."""
+"""Queries first, then patches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A residual block place by place, and what stands around it."""
+"""A residual block place by place, and what is around it."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Visual
 
 REACH = {LdpConnector: 1, CAbstractorConnector: 3}
-"""Features beyond its own window that a token reads: by a convolution before and one behind the pooling."""
+"""Features beyond its own window that a token reads: by a convolution before and one after the pooling."""
 
 
 def seeking(seen: Visual) -> Visual:
@@ -88,7 +88,7 @@ def test_every_feature_matters(path: object) -> None:
 @pytest.mark.parametrize("hw", [(4, 4), (4, 6), (6, 2), (5, 3)], ids=str)
 @pytest.mark.parametrize("path", choices("connector"), ids=lambda p: p.stem)
 def test_a_token_of_the_grid_reads_its_own_part_of_the_picture(path: object, hw: tuple[int, int]) -> None:
-    """The features that move a token most stand where the token does, or as near as its convolutions reach."""
+    """The features that move a token most are where the token is, or as near as its convolutions reach."""
     connector = spread(instantiate(OmegaConf.load(path), in_width=32, out_width=24))
     try:
         count = connector.tokens_per_image(hw)

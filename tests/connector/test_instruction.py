@@ -82,7 +82,7 @@ def test_instructions_are_the_plain_loops(where: str) -> None:
     got = batch.instructions()
     assert listed(got) == written_out(batch)
     assert len(got) == len(batch.pixels) and got.shape[1] == max(len(row) for row in listed(got))
-    assert not (got[:, :-1].lt(0) & got[:, 1:].ge(0)).any(), "the filling stands behind the words"
+    assert not (got[:, :-1].lt(0) & got[:, 1:].ge(0)).any(), "the padding comes after the words"
 
 
 def test_they_are_the_words_of_the_image_s_own_turn() -> None:
@@ -205,7 +205,7 @@ def leak(model: VLM, batch: Batch) -> tuple[float, float]:
     It must know no answer token from its own on, no later turn and no other packed sample.
     """
     places = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
-    read = replace(batch, input_ids=places).instructions()  # (I, T) where each word stands
+    read = replace(batch, input_ids=places).instructions()  # (I, T) where each word is
     rows, era, segment = batch.images.row, batch.layout.era, batch.layout.segment
     answer = batch.layout.role.eq(Role.ANSWER) & batch.layout.valid
     with leaves(model.connector.words, model.lm.model.get_input_embeddings()) as found:

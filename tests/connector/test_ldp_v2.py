@@ -1,4 +1,4 @@
-"""Window means and the convolution behind them, one output place at a time."""
+"""Window means and the convolution after them, one output place at a time."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_impossible_lists_are_refused() -> None:
         StackConnector(32, 24, {"pool": {**POOL, "side": 0}})
     with pytest.raises(UserError, match="lists no connector"):
         StackConnector(32, 24, {"gone": None})
-    with pytest.raises(UserError, match=r"connector\.parts\.odd is no connector"):
+    with pytest.raises(UserError, match=r"connector\.parts\.odd is not a connector"):
         StackConnector(32, 24, {"odd": {"_target_": "builtins.dict"}})
 
 

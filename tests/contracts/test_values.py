@@ -64,9 +64,9 @@ WRONG: list[tuple[Any, Any, str]] = [
     (Architecture | None, {"hidden_size": -1}, "key.hidden_size=-1 is not possible"),
     (Architecture | None, {"rope_parameters": {"rope_theta": NAN}}, "key.rope_parameters.rope_theta=NaN is"),
     (Architecture | None, 3, "give a mapping"),
-    (Annotated[Mapping[str, Any], Part("MemoryMask")], "latest", "is no memory mask; write memory_mask@key=latest"),
+    (Annotated[Mapping[str, Any], Part("MemoryMask")], "latest", "is not a memory mask; write memory_mask@key=latest"),
     (Annotated[Mapping[str, Any], Part("Thing")], {"a": 1}, "give a part (Thing) with its _target_"),
-    (Annotated[Mapping[str, Any], Part("Thing")], {"_target_": 3}, "key._target_=3 is no class"),
+    (Annotated[Mapping[str, Any], Part("Thing")], {"_target_": 3}, "key._target_=3 is not a class"),
 ]
 
 

@@ -1,6 +1,6 @@
 """What is asked in generation is what was learnt, with the templates and generation settings of the families.
 
-The templates are written after theirs: where blanks stand, what ends a turn, what the settings name as the end.
+The templates are written after theirs: where blanks are, what ends a turn, what the settings name as the end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import Sample, Turn
-from vlmlab.data.asking import APART, proved, sent
+from vlmlab.data.asking import APART, check_prompt, sent
 from vlmlab.data.chat import IGNORE, ChatEncoder, Encoded
 from vlmlab.data.collate import Collator
 from vlmlab.lm.causal import CausalLanguageModel
@@ -189,8 +189,8 @@ def test_a_prompt_is_the_beginning_of_what_is_learnt_and_answers_end_where_gener
             assert encoded.ids[run[-1]] in encode.stops
         last = runs(encoded)[-1]
         assert encode.ask(sample).ids == encoded.ids[: last[0]]
-        assert set(proved(collator(encode), sample)) <= ({APART} if name.startswith("blank") else set())
-    assert proved(collator(encode), HARD[0]) == [APART] * name.startswith("blank")
+        assert set(check_prompt(collator(encode), sample)) <= ({APART} if name.startswith("blank") else set())
+    assert check_prompt(collator(encode), HARD[0]) == [APART] * name.startswith("blank")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -217,7 +217,7 @@ def test_a_plain_prompt_ends_in_the_end_token(name: str) -> None:
     encode = encoder(name, prompt="plain")
     encoded = encode.train(ONE_TURN)
     assert encoded.labels[-1] == encode.tokenizer.eos_token_id in encode.stops
-    assert proved(collator(encode), TWO_TURNS) == []
+    assert check_prompt(collator(encode), TWO_TURNS) == []
 
 
 def test_the_demo_prompts_are_read_in_one_piece() -> None:
@@ -227,7 +227,7 @@ def test_the_demo_prompts_are_read_in_one_piece() -> None:
     lm = EmbeddedLanguageModel()
     encode = ChatEncoder(lm.tokenizer, lm.image_token, 3)
     for sample in SAMPLES:
-        assert not encode.merges(sample) and proved(collator(encode), sample) == []
+        assert not encode.merges(sample) and check_prompt(collator(encode), sample) == []
     assert lm.stop_ids == [lm.tokenizer.eos_token_id]
 
 
@@ -247,7 +247,7 @@ def with_template(template: str, name: str = "qwen2") -> ChatEncoder:
             CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"),
             "does not go on from its own",
         ),
-        (CHATML.replace("+ '<|im_end|>\n'", "+ '\n'"), "puts no end token behind an answer"),
+        (CHATML.replace("+ '<|im_end|>\n'", "+ '\n'"), "puts no end token after an answer"),
         (
             CHATML.replace("m['content'] +", "m['content'] | upper +"),
             "does not print the answer 'two green squares' as",
@@ -271,7 +271,7 @@ def test_a_marked_template_whose_generation_prompt_is_another_is_refused() -> No
     with pytest.raises(
         UserError, match=r"Sample one: generation would be asked .*assistant' and learnt is what follows"
     ):
-        proved(collator(encode), ONE_TURN)
+        check_prompt(collator(encode), ONE_TURN)
 
 
 @pytest.mark.parametrize(
@@ -314,6 +314,6 @@ def test_the_prompt_as_it_is_sent() -> None:
 def test_an_answer_that_its_tokens_do_not_hold_is_a_note() -> None:
     made = FAMILIES["qwen2"].make()
     made.backend_tokenizer.normalizer = normalizers.Lowercase()
-    assert proved(collator(ChatEncoder(made, "<|image|>", 3)), replace(ONE_TURN, turns=(Turn("What", "Red"),))) == [
-        "an answer does not come back from its tokens as it is written"
-    ]
+    assert check_prompt(
+        collator(ChatEncoder(made, "<|image|>", 3)), replace(ONE_TURN, turns=(Turn("What", "Red"),))
+    ) == ["an answer does not come back from its tokens as it is written"]

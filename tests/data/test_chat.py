@@ -30,7 +30,7 @@ from vlmlab.lm.tokenizer import CHATML, train_tokenizer
 UNMARKED = CHATML.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
 ANSWER_AND_END = "{%- generation -%}{{ message['content'] + '<|im_end|>' }}{%- endgeneration -%}"
 LOOSE = CHATML.replace(ANSWER_AND_END, "{% generation %}{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>' }}")
-WIDE = "".join(  # the block holds the newline behind the end token too
+WIDE = "".join(  # the block holds the newline after the end token too
     [
         "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\\n' }}",
         "{%- if message['role'] == 'assistant' -%}",
@@ -57,7 +57,7 @@ ZEPHYR = (
     "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
-REWRITES = (  # earlier answers lose what stands before </think>, as in some reasoning models
+REWRITES = (  # earlier answers lose what comes before </think>, as in some reasoning models
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' and not loop.last %}"
     "{{ message['content'].split('</think>')[-1] }}{% else %}{{ message['content'] }}{% endif %}"
@@ -90,7 +90,7 @@ def llama3() -> PreTrainedTokenizerFast:
 
 
 def phi3() -> PreTrainedTokenizerFast:
-    """Ends turns by another token than its end token, and that one swallows the blanks behind it."""
+    """Ends turns by another token than its end token, and that one swallows the blanks after it."""
     made = train_tokenizer(["red two green"], 300)
     made.add_tokens(special("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", rstrip=True), special_tokens=True)
     made.eos_token, made.chat_template = "<|endoftext|>", PHI3
@@ -119,7 +119,7 @@ HARD = Sample(
     SECOND_TURN.images,
     (
         Turn("Say it", "naïve 東京 🙂 é"),
-        Turn("<image>red", "red"),  # the answer stands in the prompt too
+        Turn("<image>red", "red"),  # the answer is in the prompt too
         Turn("again", "two  greens,\n\tand <b>"),
         Turn("user", "assistant"),
         Turn("short", "a"),

@@ -1,4 +1,4 @@
-"""The batch: padding, packing, where images stand, and that packing changes no number."""
+"""The batch: padding, packing, where images are, and that packing changes no number."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def own(pack_length: int | None = None) -> Collator:
     return Collator(chat(), resize, tokenizer().pad_token_id, pack_length)
 
 
-# -- where things stand ------------------------------------------------------------------------------------------------
+# -- where things are --------------------------------------------------------------------------------------------------
 
 
 def test_right_and_left_padding() -> None:
@@ -80,7 +80,7 @@ def test_pixels_are_in_the_order_of_the_rows() -> None:
 
 
 def test_packing_out_of_order_keeps_images_with_their_samples() -> None:
-    """A short sample goes with the first, since a long one stands between them."""
+    """A short sample goes with the first, since a long one is between them."""
     samples = [TWO_TURNS, TWO_IMAGES, ADJACENT]
     lengths = [len(chat().train(s).ids) for s in samples]
     assert lengths[2] < lengths[0] < lengths[1]
@@ -247,8 +247,8 @@ def test_what_the_user_says_goes_to_the_text_tower() -> None:
         return torch.zeros(len(told), 4, dtype=torch.long)
 
     batch = replace(own(500), text=text)([TWO_IMAGES, TEXT_ONLY, SECOND_TURN])
-    assert told == ["see what", "and how", "what"] and batch.asked is not None and batch.asked.shape == (3, 4)
-    assert replace(own(), text=text)([TEXT_ONLY]).asked is None
+    assert told == ["see what", "and how", "what"] and batch.text_ids is not None and batch.text_ids.shape == (3, 4)
+    assert replace(own(), text=text)([TEXT_ONLY]).text_ids is None
 
 
 @pytest.mark.parametrize("fusion", ["concat", "lavi", "emma"])
@@ -265,4 +265,6 @@ def test_processes_that_read_data_take_no_model_along(fusion: str) -> None:
     Strict(stream).dump(make)
     ours, theirs = make([TWO_IMAGES]), pickle.loads(stream.getvalue())([TWO_IMAGES])
     assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.images.place, theirs.images.place)
-    assert (ours.asked is None) == (fusion != "emma") and (ours.asked is None or torch.equal(ours.asked, theirs.asked))
+    assert (ours.text_ids is None) == (fusion != "emma") and (
+        ours.text_ids is None or torch.equal(ours.text_ids, theirs.text_ids)
+    )

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, normalizers
 
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import Sample, Turn
-from vlmlab.data.asking import APART, proved
+from vlmlab.data.asking import APART, check_prompt
 from vlmlab.data.chat import ChatEncoder
 from vlmlab.data.control import controls_of
 
@@ -53,7 +53,7 @@ def test_kept_as_text_they_end_and_begin_nothing(name: str) -> None:
             count = sum(i in encode.control_ids and i != encode.tokenizer.unk_token_id for i in encoded.ids)
             assert count == sum(i in encode.control_ids and i != encode.tokenizer.unk_token_id for i in plain.ids)
             assert text in encode.tokenizer.decode(encoded.ids)
-            assert set(proved(collator(encode), sample)) <= {APART}
+            assert set(check_prompt(collator(encode), sample)) <= {APART}
             if "answer" in where:
                 run = runs(encoded)[0]
                 assert encode.tokenizer.decode(encoded.ids[run[0] : run[-1]]).strip() == text

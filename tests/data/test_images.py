@@ -15,15 +15,15 @@ REFUSED = {
     "decompression_bomb.gif": "more than",
     "decompression_bomb.ico": "more than",
     "png_header_60000x60000.png": "more than",
-    "broken.png": "no readable image",
+    "broken.png": "not a readable image",
     "truncated_image.png": "truncated",
-    "unknown_compression_method.png": "no readable image",
-    "text_file.jpg": "no readable image",
-    "hopper_bad_checksum.msp": "no readable image",
-    "negative_size.ppm": "no readable image",
-    "not_enough_data.jp2": "no readable image",
+    "unknown_compression_method.png": "not a readable image",
+    "text_file.jpg": "not a readable image",
+    "hopper_bad_checksum.msp": "not a readable image",
+    "negative_size.ppm": "not a readable image",
+    "not_enough_data.jp2": "not a readable image",
     "zero_byte.jpg": "empty file",
-    "zero_width.gif": "no readable image",
+    "zero_width.gif": "not a readable image",
     "jpeg_cut_in_half.jpg": "truncated",
     "truncated_jpeg.jpg": "truncated",
 }
@@ -149,8 +149,8 @@ def test_paths_may_not_leave_the_folder(tmp_path: Path) -> None:
         "dangling.png": "is a link",
         "sub/inner.png": "is a link",  # links that stay inside as well: what they mean may change between two runs
         "sub": "is not a file",
-        "": "no file name",
-        "a\0.png": "no file name",
+        "": "not a file name",
+        "a\0.png": "not a file name",
         "in.png/x": "is not in",
         "x" * 5000: "is not in",
     }
@@ -172,5 +172,5 @@ def test_missing_file_names_the_folder_that_has_it(tmp_path: Path) -> None:
 
 def test_no_decoder_that_starts_a_program(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    with pytest.raises(DataError, match="no readable image"):
+    with pytest.raises(DataError, match="not a readable image"):
         load_image("a.png", tmp_path)

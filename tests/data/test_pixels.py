@@ -91,7 +91,7 @@ def test_twelve_bits_in_sixteen_by_their_range() -> None:
     "given", ["wide", [0], [0, 1, 2], [5, 5], [9, 1], [0, float("nan")], [0, float("inf")], 7, ["a", "b"], [True, 9]]
 )
 def test_a_range_that_is_none(given: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.image_range=.* is no range; give \[low, high\]"):
+    with pytest.raises(UserError, match=r"data\.image_range=.* is not a range; give \[low, high\]"):
         load_image("a.png", tmp_path, given)
 
 

@@ -28,7 +28,7 @@ from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.contracts.tensors import Layout, Role
 from vlmlab.data.chat import ANSWER, IGNORE, USER, Encoded
 from vlmlab.data.collate import Collator
-from vlmlab.data.questions import asked_apart, front, joined, of_same_images, shared, within
+from vlmlab.data.questions import joined, leading_tags, of_same_images, shared, split_questions, within
 
 
 def make(questions: Any = "tree", **changes: Any) -> Collator:
@@ -54,19 +54,19 @@ def make(questions: Any = "tree", **changes: Any) -> Collator:
     ids=lambda x: getattr(x, "id", ""),
 )
 def test_the_images_that_a_sample_begins_with(sample: Sample, tags: str | None) -> None:
-    assert front(sample) == tags
+    assert leading_tags(sample) == tags
 
 
 def test_each_question_is_asked_as_if_alone() -> None:
-    first, second = asked_apart(TAGGED)
+    first, second = split_questions(TAGGED)
     assert first == replace(TAGGED, turns=TAGGED.turns[:1])
     assert second.turns == (Turn("<image> <image>\nwhere", "yes"),) and second.images == TAGGED.images
-    assert [one.turns for one in asked_apart(TWO_TURNS)] == [(turn,) for turn in TWO_TURNS.turns]
+    assert [one.turns for one in split_questions(TWO_TURNS)] == [(turn,) for turn in TWO_TURNS.turns]
 
 
 @pytest.mark.parametrize("sample", [ONE_TURN, TEXT_ONLY, SECOND_TURN, TWO_IMAGES, ADJACENT], ids=lambda s: s.id)
 def test_what_cannot_be_asked_apart_stays_a_conversation(sample: Sample) -> None:
-    assert asked_apart(sample) == [sample]
+    assert split_questions(sample) == [sample]
     whole = make("conversation")([sample])
     for questions in ("rows", "tree"):
         batch = make(questions)([sample])
@@ -75,7 +75,7 @@ def test_what_cannot_be_asked_apart_stays_a_conversation(sample: Sample) -> None
 
 def test_turns_without_an_answer_are_left_out() -> None:
     silent = replace(QUESTIONS, turns=(Turn("is it", ""), *QUESTIONS.turns[1:]))
-    assert [one.turns[0].prompt for one in asked_apart(silent)] == ["how many", "what colour"]
+    assert [one.turns[0].prompt for one in split_questions(silent)] == ["how many", "what colour"]
     none = replace(QUESTIONS, turns=(Turn("is it", ""), Turn("how many", "")))
     with pytest.raises(DataError, match="questions has no supervised token"):
         make()([none])
@@ -96,7 +96,7 @@ def test_every_branch_is_the_row_of_its_question(tokens: int, left: bool) -> Non
     samples = [QUESTIONS, ONE_TURN, TAGGED]
     batch = collate._batch(samples, [collate.encode(s)[0] for s in samples], [[0], [1], [2]], left)
     for row, sample in enumerate(samples):
-        apart = [chat(tokens).train(one) for one in asked_apart(sample)]
+        apart = [chat(tokens).train(one) for one in split_questions(sample)]
         for k, alone in enumerate(apart):
             got = rows_of(batch.layout, batch.input_ids, batch.labels, row, k)
             assert got == (alone.ids, alone.labels, list(range(len(alone.ids))))
@@ -168,7 +168,7 @@ def test_a_template_with_the_question_before_the_image_is_refused(second: Encode
 
 
 def test_prompts_about_the_same_images_are_branches_in_their_order() -> None:
-    first, *more = asked_apart(replace(QUESTIONS, image_ids=("a",)))
+    first, *more = split_questions(replace(QUESTIONS, image_ids=("a",)))
     other = replace(more[0], images=(picture(20),))  # the same name for another picture
     samples = [first, more[0], ONE_TURN, more[1], other, TEXT_ONLY, TEXT_ONLY]
     assert list(of_same_images(samples)) == [[0, 1], [2], [3], [4], [5], [6]]
@@ -182,7 +182,7 @@ def test_prompts_about_the_same_images_are_branches_in_their_order() -> None:
 
 
 def test_other_system_lines_and_tags_are_not_shared() -> None:
-    first, second = asked_apart(replace(QUESTIONS, image_ids=("a",)))[:2]
+    first, second = split_questions(replace(QUESTIONS, image_ids=("a",)))[:2]
     assert list(of_same_images([first, replace(second, system="be brief")])) == [[0], [1]]
     tagged = replace(second, turns=(Turn("<image> how", "a"),))
     assert list(of_same_images([first, tagged])) == [[0], [1]]

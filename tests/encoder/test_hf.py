@@ -1,4 +1,4 @@
-"""Towers: features equal the tower's own, layers behind the tap are gone, mistakes are named."""
+"""Towers: features equal the tower's own, layers above the tap are gone, mistakes are named."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_scratch() -> None:
 @pytest.mark.parametrize("name", TOWERS)
 @torch.no_grad()
 def test_class_tokens_may_be_kept(name: str) -> None:
-    """They stand before the patches, and the features form a row in place of a grid."""
+    """They come before the patches, and the features form a row in place of a grid."""
     folder, _, special = TOWERS[name]
     encoder, without = (HfEncoder(str(folder()), layers=[-2], class_token=kept).eval() for kept in (True, False))
     pixels = seen(encoder)

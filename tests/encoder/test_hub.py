@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from tests import tiny
 from tests.tiny import SAMPLES, choices, clip, collator, dinov2, picture, qwen2, siglip, vlm, worst
 from transformers import CLIPVisionModel, Dinov2Model, PreTrainedModel, SiglipVisionModel
@@ -17,7 +16,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.encoder.hf import HfEncoder
 from vlmlab.lm.hf import HfLanguageModel
 
-HUB = [path for path in choices("encoder") if "architecture" in OmegaConf.load(path)]
+HUB = [path for path in choices("encoder") if "architecture" in tiny.loaded(path)]
 WHOLE = {  # weights of the whole vision tower, in millions, as its model card or paper has it
     "siglip_so400m_384": 428.2,
     "siglip_so400m_224": 427.7,

@@ -153,7 +153,7 @@ def test_an_adapter_reaches_every_tower() -> None:
             {"combine": "token"},
             r"one width, not 32, 32, 32, 768; use combine=channel",
         ),
-        (two, {"grid": [4]}, r"encoder\.grid=\[4\] is no grid"),
+        (two, {"grid": [4]}, r"encoder\.grid=\[4\] is not a grid"),
     ],
 )
 def test_mistakes_are_named(encoders: Any, keywords: dict[str, Any], words: str) -> None:

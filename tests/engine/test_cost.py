@@ -20,10 +20,10 @@ from vlmlab.recipe.stage import parse
 def test_a_sample_of_every_fusion(fusion: str, visual: int) -> None:
     cfg = composed(f"fusion={fusion}")
     stage = parse(cfg)[3]
-    trainee = entered(cfg, stage, "cpu")
-    model: Any = trainee.model
+    staged = entered(cfg, stage, "cpu")
+    model: Any = staged.model
     model.train()
-    found = sample_cost(model, batch(cfg, stage, trainee, Shape(1, ASKED, ANSWERED)))
+    found = sample_cost(model, batch(cfg, stage, staged, Shape(1, ASKED, ANSWERED)))
     assert found["visual_tokens"] == visual and model.training
 
     layers, z = model.lm.model.config.num_hidden_layers, Sizes.of(model)
@@ -43,10 +43,10 @@ def test_a_sample_of_every_fusion(fusion: str, visual: int) -> None:
 def test_a_sample_without_images_costs_no_vision() -> None:
     cfg = composed("fusion=lavi")
     stage = parse(cfg)[3]
-    trainee = entered(cfg, stage, "cpu")
+    staged = entered(cfg, stage, "cpu")
     blind, seeing = (
-        sample_cost(trainee.model, batch(cfg, stage, trainee, Shape(images, ASKED, ANSWERED))) for images in (0, 1)
+        sample_cost(staged.model, batch(cfg, stage, staged, Shape(images, ASKED, ANSWERED))) for images in (0, 1)
     )
-    z = Sizes.of(trainee.model)
+    z = Sizes.of(staged.model)
     assert blind["visual_tokens"] == 0
     assert seeing["flops_sample"] - blind["flops_sample"] > (z.encoder() + z.connector()).forward

@@ -1,4 +1,4 @@
-"""Weights that are no numbers are seen, and a look changes nothing."""
+"""Weights that are not numbers are seen, and a look changes nothing."""
 
 from __future__ import annotations
 

@@ -28,9 +28,9 @@ def planned(tokens: int, *overrides: str, images: int = 1) -> InferenceCost:
 def really(*overrides: str) -> tuple[Any, Reading]:
     cfg = composed("collate.pack_length=null", *overrides)
     stage = parse(cfg)[3]
-    trainee = entered(cfg, stage, "cpu")
-    model: Any = trainee.model
-    one = batch(cfg, stage, trainee, Shape(1, TEXT, 0))
+    staged = entered(cfg, stage, "cpu")
+    model: Any = staged.model
+    one = batch(cfg, stage, staged, Shape(1, TEXT, 0))
     with answering(model), counted() as counter:
         found = read(model, one, counter.get_total_flops)
     of_a_run = {"flops_token": found.token, "cache_bytes": found.kept, "added": model.added()}
@@ -74,11 +74,11 @@ def test_the_next_token_is_the_one_of_a_full_pass() -> None:
     """What is counted is the model's own decoding: the cache gives the states that a longer prompt has."""
     cfg = composed("collate.pack_length=null", "fusion=gated_xattn")
     stage = parse(cfg)[3]
-    trainee = entered(cfg, stage, "cpu")
-    model: Any = trainee.model.eval()
+    staged = entered(cfg, stage, "cpu")
+    model: Any = staged.model.eval()
     for block in model.fusion.blocks:
         torch.nn.init.constant_(block.attention_gate, 0.5)
-    whole = batch(cfg, stage, trainee, Shape(1, 12, 1))
+    whole = batch(cfg, stage, staged, Shape(1, 12, 1))
     with torch.no_grad():
         seen = model.see(whole)
         embeds, inside = model.embed(whole, seen), model.inside(whole, seen)

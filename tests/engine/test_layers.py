@@ -16,7 +16,7 @@ from vlmlab.encoder.multi import MultiEncoder
 from vlmlab.encoder.patch import PatchEncoder
 from vlmlab.engine.layers import check_layers, compiled, places, stacks, tower_layers
 from vlmlab.engine.stage import StageModule
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.recipe.stage import Stage
 
@@ -29,10 +29,10 @@ def stage(train: dict[str, float] = RATES, **keys: Any) -> Stage:
     return Stage(0, "s", "a.B", train, "short", LM, steps=1, batch_size=1, **keys)
 
 
-def entered(keys: Stage, **parts: Any) -> Trainee:
-    trainee = Trainee(vlm(**parts))
-    trainee.enter(keys)
-    return trainee
+def entered(keys: Stage, **parts: Any) -> StagedModel:
+    staged = StagedModel(vlm(**parts))
+    staged.enter(keys)
+    return staged
 
 
 def test_stacks_are_found_in_every_family() -> None:
@@ -56,57 +56,57 @@ def test_compiled_layers_keep_their_names_and_come_back() -> None:
 
 
 def test_a_range_trains_its_layers_and_nothing_else() -> None:
-    trainee = entered(stage(layers={"lm": (1, -2), "encoder": (-1, -1)}))
-    for name, parameter in trainee.model.named_parameters():
+    staged = entered(stage(layers={"lm": (1, -2), "encoder": (-1, -1)}))
+    for name, parameter in staged.model.named_parameters():
         inside = (
             name.startswith("connector.")
             or "lm.model.model.layers.1." in name
             or "lm.model.model.layers.2." in name
             or "encoder.layers.1." in name
         )
-        assert parameter.requires_grad == inside == (name in trainee.trained()), name
-    assert set(trainee.kept()) == set(trainee.trained())
-    assert set(trainee.trained()).isdisjoint(trainee.frozen())
-    layers = trainee.model.lm.model.model.layers
+        assert parameter.requires_grad == inside == (name in staged.trained()), name
+    assert set(staged.kept()) == set(staged.trained())
+    assert set(staged.trained()).isdisjoint(staged.frozen())
+    layers = staged.model.lm.model.model.layers
     assert [layer.training for layer in layers] == [False, True, True, False]
-    module = StageModule(trainee.model, stage(), {}, trainee.rates)
-    assert module.pending == set(trainee.trained())
+    module = StageModule(staged.model, stage(), {}, staged.rates)
+    assert module.pending == set(staged.trained())
     groups = module.configure_optimizers().param_groups
-    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in trainee.trained().values()}
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in staged.trained().values()}
 
 
 def test_every_chosen_tensor_has_a_gradient() -> None:
-    trainee = entered(stage(layers={"lm": (-2, -1), "encoder": (-1, -1)}))
-    outputs = trainee.model(collator(trainee.model)([ONE_TURN, TWO_TURNS]))
+    staged = entered(stage(layers={"lm": (-2, -1), "encoder": (-1, -1)}))
+    outputs = staged.model(collator(staged.model)([ONE_TURN, TWO_TURNS]))
     torch.nn.functional.cross_entropy(outputs.logits, outputs.targets).backward()
-    for name, parameter in trainee.model.named_parameters():
-        assert (parameter.grad is not None) == (name in trainee.trained()), name
+    for name, parameter in staged.model.named_parameters():
+        assert (parameter.grad is not None) == (name in staged.trained()), name
 
 
 def test_an_adapter_trains_in_the_range_only() -> None:
-    trainee = entered(stage({"connector": 1e-3, "lm": 1e-3}, layers={"lm": (-2, -1)}, adapter=LORA))
-    adapted = [name for name in trainee.trained() if name.startswith("lm.")]
+    staged = entered(stage({"connector": 1e-3, "lm": 1e-3}, layers={"lm": (-2, -1)}, adapter=LORA))
+    adapted = [name for name in staged.trained() if name.startswith("lm.")]
     assert adapted and all("lora" in n and (".layers.2." in n or ".layers.3." in n) for n in adapted)
-    assert any("lora" in name and ".layers.0." in name for name in trainee.frozen())
-    assert any(".layers.0." in name for name in trainee.kept()), "an adapter has no source: all of it is in the file"
+    assert any("lora" in name and ".layers.0." in name for name in staged.frozen())
+    assert any(".layers.0." in name for name in staged.kept()), "an adapter has no source: all of it is in the file"
 
 
 def test_the_next_stage_may_train_others(tmp_path: Path) -> None:
     cfg = OmegaConf.create({})
-    trainee = entered(stage(layers={"lm": (0, 0)}))
+    staged = entered(stage(layers={"lm": (0, 0)}))
     later = stage({"lm": 1e-3}, layers={"lm": (3, 3)})
-    trainee.enter(later)
-    assert all(".layers.3." in name for name in trainee.trained())
+    staged.enter(later)
+    assert all(".layers.3." in name for name in staged.trained())
     with torch.no_grad():
-        for parameter in trainee.model.lm.parameters():
+        for parameter in staged.model.lm.parameters():
             parameter.add_(1.0 if parameter.requires_grad else 0.0)
-    trainee.save(tmp_path / "model.safetensors", later, cfg)
+    staged.save(tmp_path / "model.safetensors", later, cfg)
     again = entered(stage(layers={"lm": (0, 0)}))
     again.enter(later)
     again.load(tmp_path / "model.safetensors")
-    state = trainee.model.state_dict()
+    state = staged.model.state_dict()
     assert all(torch.equal(t, state[n]) for n, t in again.model.state_dict().items())
-    kept = set(trainee.kept())
+    kept = set(staged.kept())
     assert any(".layers.0." in n for n in kept) and not any(".layers.1." in n for n in kept if n.startswith("lm."))
 
 
@@ -142,9 +142,9 @@ def test_without_decay_nothing_is_multiplied() -> None:
 
 
 def test_an_adapter_has_the_rate_of_its_layer() -> None:
-    trainee = entered(stage({"lm": 1e-3}, layer_decay=0.5, adapter={**LORA, "lr_ratio": 4.0}))
-    module = StageModule(trainee.model, stage({"lm": 1e-3}, layer_decay=0.5), {}, trainee.rates)
-    names = {id(p): n for n, p in trainee.model.named_parameters()}
+    staged = entered(stage({"lm": 1e-3}, layer_decay=0.5, adapter={**LORA, "lr_ratio": 4.0}))
+    module = StageModule(staged.model, stage({"lm": 1e-3}, layer_decay=0.5), {}, staged.rates)
+    names = {id(p): n for n, p in staged.model.named_parameters()}
     for group in module.configure_optimizers().param_groups:
         for parameter in group["params"]:
             name = names[id(parameter)]

@@ -18,7 +18,7 @@ from vlmlab.contracts.tensors import Pairing
 from vlmlab.data.module import Window
 from vlmlab.engine.pair import PairModule
 from vlmlab.engine.stage import check_objectives
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.model.pair import PairedTowers
 from vlmlab.objective.clip import Clip
 from vlmlab.recipe.stage import parse
@@ -48,9 +48,9 @@ def stage_of(*overrides: str) -> tuple[DictConfig, PairModule, PairedTowers]:
     torch.manual_seed(0)
     model = PairModule.build(cfg)
     assert isinstance(model, PairedTowers)
-    trainee, stage = Trainee(model), parse(cfg)[0]
-    trainee.enter(stage)
-    module = PairModule(model, stage, trainee.objectives, trainee.rates)
+    staged, stage = StagedModel(model), parse(cfg)[0]
+    staged.enter(stage)
+    module = PairModule(model, stage, staged.objectives, staged.rates)
     module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, assignment]
     module.kept_settings = Settings()  # type: ignore[assignment]
     module.trainer = module.kept_settings  # type: ignore[assignment]
@@ -89,7 +89,7 @@ def test_a_frozen_tower_has_no_gradient_with_or_without_cache() -> None:
 
 
 class Noisy(nn.Module):
-    """A text tower with dropout behind it."""
+    """A text tower with dropout after it."""
 
     def __init__(self, tower: Any) -> None:
         super().__init__()
@@ -132,5 +132,5 @@ def test_both_towers_take_an_adapter() -> None:
     assert all(".lora_" in n or n.startswith("pair") for n in names)
     batch = PairModule.collator(cfg, model, "plain")(samples(cfg, 4))
     module._loss(batch)[0].backward()
-    assert all(p.grad is not None for _, _, p in module.trained())  # also behind SigLIP's attention that pools
+    assert all(p.grad is not None for _, _, p in module.trained())  # also before SigLIP's attention pooling
     assert isinstance(model.pair.compared(torch.eye(2), torch.eye(2)), Pairing)

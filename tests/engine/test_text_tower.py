@@ -48,10 +48,10 @@ def test_a_batch_has_one_image_and_one_text_a_row(cfg: DictConfig) -> None:
     model, some = model_of(cfg), samples(cfg, 6)
     batch = PairModule.collator(cfg, model, "plain")(some)
     assert batch.pixels.shape == (6, 3, 64, 64) and batch.pixels.dtype == torch.uint8
-    assert batch.asked is not None and batch.asked.shape == batch.input_ids.shape == (6, model.lm.context)
-    assert torch.equal(batch.layout.valid, batch.asked >= 0) and not batch.layout.visual.any()
+    assert batch.text_ids is not None and batch.text_ids.shape == batch.input_ids.shape == (6, model.lm.context)
+    assert torch.equal(batch.layout.valid, batch.text_ids >= 0) and not batch.layout.visual.any()
     assert batch.supervised == 0 and len(batch.images) == 6 and batch.images.row.tolist() == list(range(6))
-    for row, sample in zip(batch.asked, some, strict=True):
+    for row, sample in zip(batch.text_ids, some, strict=True):
         read = model.lm.tokenizer.decode(row[row >= 0])
         assert read and sample.turns[0].answer.startswith(read)
     two = replace(some[0], images=some[0].images * 2)

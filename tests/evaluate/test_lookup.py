@@ -30,7 +30,7 @@ TAUGHT = [
     ("prompt", "kind", "answer"),
     [
         ("What organ is it?", "open", "Liver"),  # two spellings of one answer beat "lung"; equal ones by the alphabet
-        ("<image> What organ is\nit?", "", "Liver"),  # tags and blanks are no words, and the words go before the kind
+        ("<image> What organ is\nit?", "", "Liver"),  # tags and blanks are not words, and the words go before the kind
         ("Is it big?", "closed", "no"),  # one each
         ("Is it flat?", "closed", "no"),  # unseen words: two of three closed questions
         ("What shape is it?", "open", "lung"),  # three of six open ones

@@ -56,16 +56,16 @@ def probed() -> DictConfig:
 def test_it_is_the_ridge_solution(model: VLM) -> None:
     """At the solution the gradient of squared error plus penalty is zero, weights and bias alike."""
     assert model.encoder is not None
-    told = Words()
-    linear = fitted(model.encoder, model.lm, told, "long")
+    labels = Words()
+    linear = fitted(model.encoder, model.lm, labels, "long")
     rows, columns = model.encoder.hw
     table = model.lm.model.get_input_embeddings().weight.detach()
     x, y = [], []
-    for index in range(len(told)):
-        pixels = torch.from_numpy(model.encoder.preprocess(told[index].images[0]))[None]
+    for index in range(len(labels)):
+        pixels = torch.from_numpy(model.encoder.preprocess(labels[index].images[0]))[None]
         with torch.no_grad():
             x.append(torch.cat(model.encoder(pixels).grids, -1)[0])
-        for words in told.words(index, rows, columns, "long"):
+        for words in labels.words(index, rows, columns, "long"):
             ids = model.lm.tokenizer(words, add_special_tokens=False)["input_ids"]
             y.append(sum(table[i] for i in ids))
     ones = torch.cat([torch.cat(x), torch.ones(len(y), 1)], 1).double()

@@ -53,7 +53,7 @@ def test_what_cannot_be_scored(run: tuple[Path, DictConfig]) -> None:
     with pytest.raises(UserError, match=r"metrics has os\.system, which is from outside vlmlab"):
         rescored(*run, benchmarks=None, metrics=["os.system"], trust=False)
     for name in ("vlmlab.evaluate.metrics.rows.Row", "vlmlab.contracts.errors.UserError", "vlmlab.nowhere.X"):
-        with pytest.raises(UserError, match=f"metrics has {name}, which is (no metric|from outside)"):
+        with pytest.raises(UserError, match=f"metrics has {name}, which is (not a metric|from outside)"):
             rescored(*run, benchmarks=None, metrics=[name], trust=False)
     predictions_file(run[0], "b").unlink()
     with pytest.raises(DataError):

@@ -14,7 +14,7 @@ from tests.evaluate.toy import toy_config
 
 from vlmlab.contracts.errors import Unscored, UserError
 from vlmlab.contracts.sample import SampleSource
-from vlmlab.data.questions import asked_apart
+from vlmlab.data.questions import split_questions
 from vlmlab.evaluate.baselines import NoImage
 from vlmlab.evaluate.gallery import side_by_side, write_gallery
 from vlmlab.evaluate.lookup import Lookup
@@ -38,7 +38,7 @@ class Together(list):  # type: ignore[type-arg]
 
     def __init__(self) -> None:
         named = replace(tiny.QUESTIONS, image_ids=("a",)), replace(tiny.TAGGED, image_ids=("b", "c"))
-        apart = [one for sample in named for one in asked_apart(sample)]
+        apart = [one for sample in named for one in split_questions(sample)]
         super().__init__(replace(one, id=f"{one.id}/{k}") for k, one in enumerate(apart))
 
 
@@ -150,7 +150,7 @@ def test_where_images_cannot_be_shared_it_is_said(tmp_path: Path) -> None:
     cfg.data.val, cfg.evaluation.baselines, cfg.evaluation.share_images = {}, [], True
     said: list[str] = []
     evaluate_model(tiny.vlm(mask=PrefixLM()), cfg, tmp_path, said.append)
-    why = "PrefixLM shows what stands before the question some of it"
+    why = "PrefixLM lets what comes before the question see some of it"
     assert said[0] == f"note: evaluation.share_images=true: each question reads its images itself, since {why}"
     assert len(said) == 2
 
@@ -178,7 +178,7 @@ def test_without_images_too_each_question_is_asked_alone(model: VLM, questions: 
     cfg.data.val.captions = {"_target_": f"{__name__}.Dialogues"}
     cfg.evaluation.baselines, cfg.collate.questions = ["no_image"], questions
     losses = held_out_losses(model, cfg, lambda line: None)
-    alone = [NoImage([one])[0] for sample in Dialogues() for one in asked_apart(sample)]
+    alone = [NoImage([one])[0] for sample in Dialogues() for one in split_questions(sample)]
     assert losses["val/captions/loss/no_image"] == pytest.approx(loss(model, cfg, alone), rel=1e-6)
     together = loss(model, config(), [NoImage([sample])[0] for sample in Dialogues()])
     assert abs(losses["val/captions/loss/no_image"] - together) > 1e-3
@@ -198,7 +198,7 @@ class Broken(VqaAccuracy):
 
 
 def with_broken(how: str) -> DictConfig:
-    """The toy benchmark behind one whose metric fails, with held-out losses."""
+    """The toy benchmark after one whose metric fails, with held-out losses."""
     cfg, name = config(), f"{__name__}.Broken"
     broken = OmegaConf.merge(cfg.data.benchmarks.toy, {"metrics": [{"_target_": name, "how": how}]})
     if how == "empty":

@@ -75,7 +75,7 @@ def test_what_cannot_be_is_said() -> None:
         UserError, match=r"fusion.layers=\[0, 3\] adds 2 .* no word looks any more; name layers from 0 to 2"
     ):
         stacked([1, 2, 3], layers=[0, 3])
-    with pytest.raises(UserError, match=r"fusion.layers=None adds 4 of encoder.layers behind the last"):
+    with pytest.raises(UserError, match=r"fusion.layers=None adds 4 of encoder.layers after the last"):
         stacked([0, 1, 1, 2, 3])
     with pytest.raises(UserError, match=r"equal blocks of the encoder's 4x4 cells, and this connector's do not"):
         tiny.vlm(fusion=DeepStack(), connector=PerceiverConnector(32, 32))

@@ -47,14 +47,14 @@ def test_it_is_the_loop(mask_padding: bool) -> None:
     model = emma(mask_padding, layers=[1, -2])
     part = tiny.spread(mixing(model), seed=2)
     batch = collator(model)([ONE_TURN, TWO_IMAGES, TEXT_ONLY])
-    assert model.encoder is not None and model.text is not None and batch.asked is not None
-    visual, text = model.encoder(batch.pixels), model.text(batch.asked)  # (3, 16, 32) twice, (3, 12, 24)
+    assert model.encoder is not None and model.text is not None and batch.text_ids is not None
+    visual, text = model.encoder(batch.pixels), model.text(batch.text_ids)  # (3, 16, 32) twice, (3, 12, 24)
     got = part.features(visual, batch, text)
     x = torch.cat(visual.grids, -1)
     for i in range(3):
         rows = [x[i, n].tolist() for n in range(16)]
         for t in range(12):
-            kept = not mask_padding or int(batch.asked[i, t]) >= 0
+            kept = not mask_padding or int(batch.text_ids[i, t]) >= 0
             z = text[i, t]
             words = [gelu(float(z @ part.project.weight[c] + part.project.bias[c])) * kept for c in range(64)]
             rows.append(words)
@@ -87,8 +87,8 @@ def test_the_identity_lets_any_instruction_pass_untouched() -> None:
 def test_another_instruction_changes_the_features_after_one_update() -> None:
     model = emma()
     batch = collator(model)([ONE_TURN, TWO_TURNS])
-    assert batch.asked is not None
-    other = replace(batch, asked=batch.asked.flip(0))
+    assert batch.text_ids is not None
+    other = replace(batch, text_ids=batch.text_ids.flip(0))
     optimizer = torch.optim.SGD(model.fusion.parameters(), lr=0.1)
     outputs = model(batch)
     torch.nn.functional.cross_entropy(outputs.logits, outputs.targets).backward()

@@ -40,14 +40,14 @@ def test_it_is_the_loop() -> None:
     model = model_with(part)
     tiny.spread(part, seed=2)
     batch = collator(model)([ONE_TURN, TWO_IMAGES, TEXT_ONLY])
-    assert model.encoder is not None and model.text is not None and batch.asked is not None
-    visual, text = model.encoder(batch.pixels), model.text(batch.asked)  # (3, 16, 32) twice, (3, 12, 24)
+    assert model.encoder is not None and model.text is not None and batch.text_ids is not None
+    visual, text = model.encoder(batch.pixels), model.text(batch.text_ids)  # (3, 16, 32) twice, (3, 12, 24)
     got = torch.cat(part.features(visual, batch, text).grids, -1)
     x = torch.cat(visual.grids, -1)
-    assert batch.asked.lt(0).any(), "an instruction has padding behind it"
+    assert batch.text_ids.lt(0).any(), "an instruction has padding after it"
     for i in range(3):
         rows = [part.norm(x[i, n]) for n in range(16)]
-        kept = int(batch.asked[i].ge(0).sum())
+        kept = int(batch.text_ids[i].ge(0).sum())
         rows += [torch.nn.functional.gelu(part.project(text[i, t])) for t in range(kept)]
         for n in (0, 15):
             found: list[Any] = []

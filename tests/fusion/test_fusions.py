@@ -280,7 +280,7 @@ def cache_free(model: VLM, batch: Batch, steps: int) -> Tensor:
 
 
 def longer(batch: Batch, ids: Tensor) -> Batch:
-    """The batch with one generated token (B,) behind every row."""
+    """The batch with one generated token (B,) after every row."""
     layout: Layout = batch.layout.extended(batch.input_ids.shape[1] + 1)
     none = torch.full_like(ids, -100)
     return replace(
@@ -383,7 +383,7 @@ def test_its_layers_compile_as_the_plain_ones_do(name: str) -> None:
 
 
 def kinds(model: VLM) -> set[frozenset[str]]:
-    """Of its layers, by the ports where something stands."""
+    """Of its layers, by the ports where something is attached."""
     layers = [layer for layer in model.lm.model.base_model.layers if isinstance(layer, PortedLayer)]
     used = [{w for w, site in layer.ports.sites.items() if site.blocks or site.taken_by} for layer in layers]
     return {frozenset(ports) for ports in used} or {frozenset()}

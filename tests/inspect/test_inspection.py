@@ -20,7 +20,7 @@ from vlmlab.cli.verb import arguments
 from vlmlab.contracts.errors import UserError
 from vlmlab.data.asking import APART
 from vlmlab.engine.restore import module_class
-from vlmlab.inspect.inspection import Inspection, inspect_stage, say, visible, write_page
+from vlmlab.inspect.inspection import Inspection, inspect_stage, print_report, visible, write_page
 from vlmlab.lm.tokenizer import CHATML
 from vlmlab.recipe.stage import parse
 
@@ -108,7 +108,7 @@ def test_what_is_wrong_is_named(found: Inspection, tmp_path: Path, capsys: pytes
     assert {p for p in found.problems if "markup" in p or "control" in p} == {
         "markup in the text (<...>)", "control characters in the text",
     }  # fmt: skip
-    say(found)
+    print_report(found)
     out = capsys.readouterr().out
     assert "broken" in out and "[answer*]" in out and "image 1 \N{MULTIPLICATION SIGN} 16" in out
     assert "\x1b[31m red" not in out
@@ -146,8 +146,8 @@ def test_the_questions_of_a_tree_are_told_apart(tmp_path: Path, capsys: pytest.C
     assert len(alone) == 3 and len(shown.images) == 1
     assert shown.counts["supervised"] == sum(one.counts["supervised"] for one in alone)
     assert ("questions", "collate.questions=tree: trees, as 1 of the first 1 samples") in tree.facts
-    say(inspected(str(path), "collate.questions=tree", "mask=prefix_lm", size))
-    assert "one question a row here, since PrefixLM shows" in capsys.readouterr().out
+    print_report(inspected(str(path), "collate.questions=tree", "mask=prefix_lm", size))
+    assert "one question a row here, since PrefixLM lets" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fusion", ["lavi", "gated_xattn"])
@@ -161,14 +161,14 @@ def test_an_image_without_positions_is_shown_at_its_place(
     for shown, other in zip(found.rows[0].samples, beside.rows[0].samples, strict=True):
         marks = [k for k, piece in enumerate(shown.pieces) if piece.role == "image"]
         assert marks == [k for k, piece in enumerate(other.pieces) if piece.role == "image"] and len(marks) == 1
-        assert shown.pieces[marks[0]].text == "image 1 stands here"
+        assert shown.pieces[marks[0]].text == "image 1 is here"
         assert shown.counts == other.counts | {"visual tokens": 0, "tokens": other.counts["tokens"] - 16}
         assert [p for p in shown.pieces if p.role != "image"] == [p for p in other.pieces if p.role != "image"]
         assert len(shown.images) == 1
-    say(found)
-    assert capsys.readouterr().out.count("[image] image 1 stands here") == 2
+    print_report(found)
+    assert capsys.readouterr().out.count("[image] image 1 is here") == 2
     page = Page(write_page(found, tmp_path / "page.html").read_text())
-    assert page.words["t image"] == ["image", "image 1 stands here", "image 1 stands here"]  # the first is the legend
+    assert page.words["t image"] == ["image", "image 1 is here", "image 1 is here"]  # the first is the legend
 
 
 def test_a_text_tower_and_a_model_without_images_are_named(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_what_generation_is_sent_and_where_it_stops_is_shown(
     asked = facts["generation is sent"]
     assert "[image 1: 16 tokens]<script>" in asked and asked[:-1].endswith("A: ")
     assert len(found.problems[APART]) == 2
-    say(found)
+    print_report(found)
     assert "generation is sent" in capsys.readouterr().out
     assert "generation stops at" in write_page(found, tmp_path / "page.html").read_text()
 

@@ -44,7 +44,7 @@ class Family:
     others: tuple[str, ...] = ()
     tied: bool = False
     begins: bool = False  # the tokenizer itself puts its begin token before a text
-    swallows: bool = False  # special tokens take the blanks behind them, as Phi-3's do
+    swallows: bool = False  # special tokens take the blanks after them, as Phi-3's do
     changes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -73,7 +73,7 @@ HARD = Sample(
     SECOND_TURN.images,
     (
         Turn("Say it", "naïve 東京 🙂 é"),
-        Turn("<image>red", "red"),  # the answer stands in the prompt too
+        Turn("<image>red", "red"),  # the answer is in the prompt too
         Turn("again", "two  greens,\n\tand <b>"),
         Turn("user", "assistant"),
     ),

@@ -18,7 +18,7 @@ from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.data.chat import IGNORE, ChatEncoder
 from vlmlab.lm.hf import HfLanguageModel
 
-HUB = [path for path in choices("lm") if "architecture" in OmegaConf.load(path)]
+HUB = [path for path in choices("lm") if "architecture" in tiny.loaded(path)]
 COUNT = {  # weights as the hub counts them, a head that is tied to the embeddings once
     "qwen2_0_5b": 494_032_768,
     "qwen2_5_0_5b": 494_032_768,

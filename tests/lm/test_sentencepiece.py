@@ -1,4 +1,4 @@
-"""Labels with a tokenizer of Llama 2's kind: blanks are letters, one stands before every text, bytes as a last resort.
+"""Labels with a tokenizer of Llama 2's kind: blanks are letters, one is put before every text, bytes as a last resort.
 
 Phi-3, TinyLlama, Vicuna and Gemma have one. Where an answer begins and ends is then not where a token does.
 """

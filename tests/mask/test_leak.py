@@ -91,7 +91,7 @@ class ImagesOfAllTurns:
 
 
 class PrefixOfAllTurns:
-    """Whatever is no answer sees each other."""
+    """Whatever is not an answer sees each other."""
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
         q_answer, k_answer = pair(layout.role == Role.ANSWER, q)
@@ -182,7 +182,7 @@ class Forgetful:
 
 
 class ByIndexOfTheQuery:
-    """Reads where in `q` a query stands, not which position it is."""
+    """Reads where in `q` a query is, not which position it is."""
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
         keys = torch.arange(layout.kind.shape[1])
@@ -237,7 +237,7 @@ class PrefixOfOneTurn:
 
 
 class Diagonal:
-    """Nobody sees anything else."""
+    """No position sees anything else."""
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
         return same_place(layout, q).expand(len(layout.kind), -1, -1)
@@ -307,7 +307,7 @@ def test_the_scenes_hold_what_the_rule_is_about() -> None:
 
 
 def test_a_tree_is_written_as_its_rows() -> None:
-    """Positions go on behind what is shared, and each question counts its own answers behind the shared ones."""
+    """Positions go on after what is shared, and each question counts its own answers after the shared ones."""
     layout = written(("u0ua[uaua][ua]", "s[u][a]|0[ua][ua]"), left=False).layout
     assert layout.position.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 4, 5], [0, 1, 1, 0, 1, 2, 1, 2, 0, 0]]
     assert layout.branch.tolist() == [[-1] * 4 + [0] * 4 + [1] * 2, [-1, 0, 1, -1, 0, 0, 1, 1, -1, -1]]
@@ -356,7 +356,7 @@ class OfOtherRows:
 
 
 class SeenByPadding:
-    """Padding sees what stands in its row."""
+    """Padding sees what is in its row."""
 
     def __call__(self, layout: Layout, images: Images, q: Tensor) -> Tensor:
         row = torch.arange(len(layout.kind))[:, None, None] == images.row
@@ -371,7 +371,7 @@ class WithoutRows:
 
 
 class ByIndex:
-    """Reads where in `q` a query stands."""
+    """Reads where in `q` a query is."""
 
     def __call__(self, layout: Layout, images: Images, q: Tensor) -> Tensor:
         return of_sample(layout, images, q) & begun(layout, images, q) & (torch.arange(len(q)) % 2 == 0)[:, None]

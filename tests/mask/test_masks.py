@@ -127,7 +127,7 @@ def test_layouts_are_what_they_are_called() -> None:
     assert found["left padding"].kind[:, 0].eq(Kind.PAD).any() and found["left padding"].kind[:, -1].ne(Kind.PAD).all()
     assert found["right padding"].kind[:, -1].eq(Kind.PAD).any()
     tail = found["one turn"].role[0, -1]
-    assert tail != Role.ANSWER, "the template's tail stands after the answer"
+    assert tail != Role.ANSWER, "the template's tail comes after the answer"
     first_answer = int(found["image in turn two"].role[0].eq(Role.ANSWER).int().argmax())
     assert int(found["image in turn two"].visual[0].int().argmax()) > first_answer
 
@@ -255,7 +255,7 @@ class AllImagesWithoutEra:
 
 
 class PrefixWithoutEra:
-    """Planted: every token that is no answer sees every other, the template's tail included."""
+    """Planted: every token that is not an answer sees every other, the template's tail included."""
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
         q_answer, k_answer = pair(layout.role == Role.ANSWER, q)

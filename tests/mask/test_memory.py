@@ -58,7 +58,7 @@ def placed(place: list[int], length: int, answers: list[int], segments: list[int
 
 
 def wheres() -> dict[str, Where]:
-    edges = placed([0, 2, 2, 3, 6], 6, [1, 3], [0, 0, 0, 0, 0, 0], [0] * 5)  # also before all, and behind an answer
+    edges = placed([0, 2, 2, 3, 6], 6, [1, 3], [0, 0, 0, 0, 0, 0], [0] * 5)  # also before all, and after an answer
     packed = placed([3, 3, 5, 7], 8, [2, 4], [0, 0, 0, 1, 1, -1, -1, -1], [0, 1, 1, 1])  # an image ends the first
     layout, images = collated(0, None, left=True)
     return {
@@ -157,7 +157,7 @@ def test_rows_of_any_queries_equal_those_of_the_whole(path: Path) -> None:
         assert torch.equal(mask(path)(layout, images, q), whole[:, q])
 
 
-GOLDEN = {  # user, image 0 | user, answer | images 1 and 2, user, answer, user | image 3 behind it
+GOLDEN = {  # user, image 0 | user, answer | images 1 and 2, user, answer, user | image 3 after it
     "before": ["x...", "x...", "xxx.", "xxx.", "xxx."],
     "latest": ["x...", "x...", "..x.", "..x.", "..x."],
     "sample": ["x...", "x...", "xxx.", "xxx.", "xxxx"],

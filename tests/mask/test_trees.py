@@ -1,4 +1,4 @@
-"""Which masks let questions share what stands before them: found on small trees, the same as on a random LM."""
+"""Which masks let questions share what comes before them: found on small trees, the same as on a random LM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlmlab.mask.memory.base import begun, of_sample
 from vlmlab.mask.trees import equal_in_trees, images_equal_in_trees
 
 UNEQUAL = {"prefix_lm", "visual_rows_open"}
-"""What stands before the question sees some of it."""
+"""What comes before the question sees some of it."""
 
 
 def built(path: Path) -> Any:

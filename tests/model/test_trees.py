@@ -26,7 +26,7 @@ from vlmlab.connector.qformer import QFormerConnector
 from vlmlab.contracts.sample import Sample
 from vlmlab.contracts.tensors import Batch, Kind
 from vlmlab.data.collate import Collator
-from vlmlab.data.questions import asked_apart
+from vlmlab.data.questions import split_questions
 from vlmlab.fusion.lavi import LaViFusion
 from vlmlab.fusion.several import SeveralFusion
 from vlmlab.lm.hf import HfLanguageModel
@@ -139,7 +139,7 @@ def test_the_comparison_sees_a_difference(in_float64: Callable[[VLM], VLM]) -> N
 
 @pytest.mark.parametrize("family", [tiny.sliding_qwen2, tiny.gemma3], ids=lambda f: f.__name__)
 def test_a_window_counts_positions(family: Callable[[], Path]) -> None:
-    """Behind two other questions the images are as near as behind none."""
+    """After two other questions the images are as near as after none."""
     model = vlm(lm=HfLanguageModel(str(family())))
     want = learnt(model, batch_of(model, "rows", "plain"))
     for way in WAYS:
@@ -182,9 +182,9 @@ def test_no_question_reaches_another(name: str) -> None:
 
 def prompts() -> list[Sample]:
     """Questions about the same images one after the other, and others between them."""
-    same = [replace(one, image_ids=("a",)) for one in asked_apart(QUESTIONS)]
+    same = [replace(one, image_ids=("a",)) for one in split_questions(QUESTIONS)]
     later = [replace(one, id=f"again{k}") for k, one in enumerate(same[:2])]
-    tagged = [replace(one, image_ids=("b", "c")) for one in asked_apart(TAGGED)]
+    tagged = [replace(one, image_ids=("b", "c")) for one in split_questions(TAGGED)]
     return [*same, TWO_IMAGES, *later, *tagged, TEXT_ONLY, TWO_TURNS]
 
 
@@ -213,7 +213,7 @@ def test_what_is_shared_goes_through_the_model_once(monkeypatch: pytest.MonkeyPa
     seen: list[tuple[int, ...]] = []
     hook = lambda module, args, kwargs: seen.append(tuple(kwargs["inputs_embeds"].shape[:2]))  # noqa: E731
     handle = model.lm.model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
-    same = [replace(one, image_ids=("a",)) for one in asked_apart(QUESTIONS)]
+    same = [replace(one, image_ids=("a",)) for one in split_questions(QUESTIONS)]
     batch = make(model, "tree").ask(same)
     model.generate(batch, 1)
     handle.remove()
@@ -246,7 +246,7 @@ def settings(questions: str | None) -> Any:
 
 
 def reading() -> Iterator[tuple[VLM, str]]:
-    yield vlm(mask=PrefixLM()), "PrefixLM shows what stands before the question some of it"
+    yield vlm(mask=PrefixLM()), "PrefixLM lets what comes before the question see some of it"
     yield stirred("emma"), "the fusion reads the question"
     model = vlm()
     words = model.lm.model.get_input_embeddings().num_embeddings
@@ -280,7 +280,7 @@ def test_a_connector_that_reads_the_question_reads_the_one_that_it_answers() -> 
     tiny.spread(model.connector, seed=2)
     whole, split = (build_collator(settings(kind), model, "chat")([QUESTIONS]) for kind in ("whole", None))
     assert whole.instructions().shape[0] == 1 and len(split.images) == len(QUESTIONS.turns)
-    alone = [build_collator(settings(None), model, "chat").ask([one]) for one in asked_apart(QUESTIONS)]
+    alone = [build_collator(settings(None), model, "chat").ask([one]) for one in split_questions(QUESTIONS)]
     tokens = model.see(split).tokens
     assert tokens is not None
     for k, asked in enumerate(alone):

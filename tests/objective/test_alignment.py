@@ -67,7 +67,7 @@ def test_patch_text_contrast_is_the_double_loop(pack: int | None) -> None:
     batch = collator(model, pack_length=pack)([ONE_TURN, TWO_TURNS, TEXT_ONLY, TWO_IMAGES])
     outputs = model(batch)
     total, count = PatchTextContrast()(outputs, batch)["patch_text_contrast"]
-    assert outputs.embeds is not None and int(count) == 3, "the sample without an image is no pair"
+    assert outputs.embeds is not None and int(count) == 3, "the sample without an image is not a pair"
     want = cross_entropies(similarities(batch, outputs.embeds.detach()))
     assert abs(float(total.detach()) - want) < 1e-4 * want
     total.backward()
@@ -145,7 +145,7 @@ def one_rank(rank: int, sizes: tuple[int, int], file: str, results: multiprocess
 
 @pytest.mark.parametrize("sizes", [(3, 2), (3, 0)])
 def test_two_ranks_are_one(sizes: tuple[int, int], tmp_path: Path) -> None:
-    """Values, gradients of rows and of the temperature, summed over ranks; nobody waits in the backward pass."""
+    """Values, gradients of rows and of the temperature, summed over ranks; no rank waits in the backward pass."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     file = str(tmp_path / "store")

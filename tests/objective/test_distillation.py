@@ -110,7 +110,7 @@ def test_what_cannot_be_distilled_is_refused() -> None:
 
 
 def test_a_pair_that_teaches_itself_has_nothing_to_learn() -> None:
-    """The teacher sees the student's pixels and texts as itself, and is no part of the model."""
+    """The teacher sees the student's pixels and texts as itself, and is not part of the model."""
     cfg, module, model = stage_of("text_tower.projection_size=16")
     batch = PairModule.collator(cfg, model, "plain")(samples(cfg, 4))
     objective = FeatureDistillation(model.eval())  # type: ignore[arg-type]

@@ -35,7 +35,11 @@ def test_what_is_where_comes_from_the_phrases() -> None:
     _, batch, objective = case()
     told = objective.told(batch.texts)
     assert [tuple(place) for place in told.nonzero().tolist()] == [(0, 0, 1), (0, 2, 0), (1, 1, 1)]
-    assert objective.named(batch.texts, "findings").tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0]]  # "rings" is no ring
+    assert objective.named(batch.texts, "findings").tolist() == [
+        [1, 0, 1],
+        [0, 1, 0],
+        [0, 0, 0],
+    ]  # "rings" is not a ring
     assert objective.named(batch.texts, "places").tolist() == [[1, 1], [0, 1], [0, 0]]
 
 

@@ -81,7 +81,7 @@ def test_centres_of_classes_are_the_loop(softness: float) -> None:
     pair: Any = outputs.pairing
     objective = ClusterAttribution(["circle", "square", "ring", "star"], temperature=0.5, softness=softness)
     total, count = objective(outputs, batch)["cluster_attribution"]
-    classes = [0, None, 0, None, 2, 1, 0]  # whole words alone: "squares" is no square
+    classes = [0, None, 0, None, 2, 1, 0]  # whole words alone: "squares" is not a square
     want = 0.0
     for mine, other in ((pair.image, pair.text), (pair.text, pair.image)):
         centres = {}

@@ -21,7 +21,7 @@ from vlmlab.connector.qformer import QFormerConnector
 from vlmlab.connector.query_transformer import sight_mask
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch, Outputs
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.model.vlm import VLM
 from vlmlab.objective.query_text import QueryTextAlignment
 from vlmlab.recipe.stage import Stage
@@ -137,7 +137,7 @@ def test_scores_are_transformers_image_text_retrieval() -> None:
     ours.places.load_state_dict(theirs.embeddings.position_embeddings.state_dict())
     ours.qformer.load_state_dict(theirs.qformer.state_dict())
     ours.queries.data = theirs.query_tokens.data
-    ours.norm = torch.nn.Identity()  # theirs stands in the encoder
+    ours.norm = torch.nn.Identity()  # theirs is in the encoder
     pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     seen = replace(visual(), grids=[theirs.vision_model(pixels).last_hidden_state])
     begin = 2  # any word as the text's first token
@@ -289,10 +289,10 @@ def test_a_stage_trains_them_or_is_refused() -> None:
     """The part is the model's for one stage; what it trained is kept in that stage's file only."""
     own = {"_target_": "vlmlab.objective.query_text.QueryTextAlignment", "width": 8}
     stage = Stage(0, "align", "", {"connector": 1e-3}, "", own, steps=1, batch_size=2)
-    trainee = Trainee(vlm(connector=qformer()))
+    staged = StagedModel(vlm(connector=qformer()))
     with pytest.raises(UserError, match=r"add train\.objective"):
-        trainee.enter(stage)
-    trainee.enter(replace(stage, train={"connector": 1e-3, "objective": 1e-3}))
-    assert "objectives.objective.begin" in trainee.trained() and "objectives.objective.begin" in trainee.kept()
-    trainee.enter(replace(stage, objective={"_target_": "vlmlab.objective.lm.LanguageModelling"}))
-    assert not any(name.startswith("objectives.") for name in [*trainee.trained(), *trainee.kept()])
+        staged.enter(stage)
+    staged.enter(replace(stage, train={"connector": 1e-3, "objective": 1e-3}))
+    assert "objectives.objective.begin" in staged.trained() and "objectives.objective.begin" in staged.kept()
+    staged.enter(replace(stage, objective={"_target_": "vlmlab.objective.lm.LanguageModelling"}))
+    assert not any(name.startswith("objectives.") for name in [*staged.trained(), *staged.kept()])

@@ -137,7 +137,7 @@ def test_deepstack_is_qwen3_vls(layers: list[int] | None) -> None:
     embeds, visual = model.embed(batch, seen), batch.layout.visual
     added = [m.tensors["added"].flatten(0, 1) for m in fusion.memories(seen, batch).values()]
     assert len(added) == 2 and len(added[0]) == int(visual.sum()) == 3 * 4
-    if layers is not None:  # theirs are the first ones: what is added behind layer 1 is nothing
+    if layers is not None:  # theirs are the first ones: what is added after layer 1 is nothing
         added.insert(1, torch.zeros_like(added[0]))
     want = theirs(
         inputs_embeds=embeds, attention_mask=batch.layout.valid.long(), visual_pos_masks=visual,

@@ -58,7 +58,7 @@ def theirs(layout: Layout, blocks: Tensor) -> Tensor:
 
 def same(mask: object, layout: Layout, blocks: Tensor) -> bool:
     ours = mask(layout, torch.arange(blocks.shape[1]))
-    rows = layout.valid[..., None]  # what a padded row sees matters to nobody
+    rows = layout.valid[..., None]  # what a padded row sees does not matter
     return torch.equal(ours & rows, theirs(layout, blocks) & rows)
 
 
@@ -73,7 +73,7 @@ def test_blocks_of_images(where: str) -> None:
 
 
 def test_one_block_of_all_images() -> None:
-    """Where no answer stands between the images, which is where transformers has no leak rule to need."""
+    """Where no answer is between the images, which is where transformers has no leak rule to need."""
     layout = batches()["right padding"].layout.select(torch.tensor([0, 1, 4]))  # one image, one image, two adjacent
     assert same(BidirectionalAllImages(), layout, torch.where(layout.visual, 0, -1))
 
@@ -92,7 +92,7 @@ def test_the_prefix_is_paligemmas(where: str) -> None:
 
 
 def up_to_first_answer(layout: Layout) -> Layout:
-    """Everything behind the first answer counts as answer, as PaliGemma's suffix does."""
+    """Everything after the first answer counts as answer, as PaliGemma's suffix does."""
     started = layout.role.eq(Role.ANSWER).cumsum(1) > 0
     return Layout(**{**layout.__dict__, "role": torch.where(started, int(Role.ANSWER), layout.role)})
 

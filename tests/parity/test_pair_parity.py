@@ -118,7 +118,7 @@ def test_logits_and_loss_are_those_of_transformers(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_convention_pools_where_the_text_ends(kind: str) -> None:
-    """CLIP's pooled text depends on nothing behind the end token, SigLIP's stands at the last position."""
+    """CLIP's pooled text depends on nothing after the end token, SigLIP's is at the last position."""
     tower = pair(kind).lm
     ids = tower.tokenise(["red", "blue"])
     with torch.no_grad():

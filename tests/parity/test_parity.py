@@ -175,7 +175,7 @@ def test_generation_without_fusion_is_transformers() -> None:
 
 @torch.no_grad()
 def test_final_logit_softcapping() -> None:
-    """A rule behind the head that this package reproduces: Gemma's soft cap."""
+    """A rule after the head that this package reproduces: Gemma's soft cap."""
     folder = root() / "capped"
     theirs = AutoModelForCausalLM.from_pretrained(gemma3(), dtype=torch.float32)
     theirs.config.final_logit_softcapping = 0.5

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.published.models import MODELS, ONE_SIZE, their_inputs
-from tests.published.taking import imported
+from tests.published.splitting import imported
 from tests.tiny import ONE_TURN, SIZE, TWO_IMAGES, TWO_TURNS, worst
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
@@ -26,7 +26,7 @@ def logits(model: VLM, batch: Batch) -> Tensor:
 
 
 def up_to_first_answer(batch: Batch) -> Batch:
-    """Everything behind the first answer counts as answer, as PaliGemma's suffix does."""
+    """Everything after the first answer counts as answer, as PaliGemma's suffix does."""
     layout = batch.layout
     started = layout.role.eq(Role.ANSWER).cumsum(1) > 0
     return Batch(

@@ -13,7 +13,7 @@ import pytest
 from tests.plan.test_plan import A100, batch, entered
 from tests.test_conf import composed
 
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.plan.plan import Settings, Shape, plan
 from vlmlab.plan.simulation import Simulator
 from vlmlab.recipe.stage import parse
@@ -149,11 +149,11 @@ def emma(z: Sizes, text: Any) -> tuple[Count, Count]:
     return read, mixed + matrix(z.vision.hidden_size, z.n * (z.n + text.context))
 
 
-def found_and_trainee(index: int, *overrides: str) -> tuple[Any, Trainee]:
+def found_and_model(index: int, *overrides: str) -> tuple[Any, StagedModel]:
     cfg = composed(*overrides)
     stage = parse(cfg)[index]
-    trainee = entered(cfg, stage)
-    return Simulator(trainee, half=True)(batch(cfg, stage, trainee, Shape(1, ASKED, ANSWERED))), trainee
+    staged = entered(cfg, stage)
+    return Simulator(staged, half=True)(batch(cfg, stage, staged, Shape(1, ASKED, ANSWERED))), staged
 
 
 def agree(found: Any, wanted: Count) -> None:
@@ -165,8 +165,8 @@ def agree(found: Any, wanted: Count) -> None:
 @pytest.mark.parametrize("conditioner", ["attention", "mlp", "conv"])
 @pytest.mark.parametrize("every", [1, 4])
 def test_lavi(conditioner: str, every: int) -> None:
-    found, trainee = found_and_trainee(3, "fusion=lavi", f"fusion.conditioner={conditioner}", f"fusion.every={every}")
-    z, norms = Sizes.of(trainee.model), 2 * (trainee.model.lm.model.config.num_hidden_layers // every)  # type: ignore[union-attr]
+    found, staged = found_and_model(3, "fusion=lavi", f"fusion.conditioner={conditioner}", f"fusion.every={every}")
+    z, norms = Sizes.of(staged.model), 2 * (staged.model.lm.model.config.num_hidden_layers // every)  # type: ignore[union-attr]
     blocks = lavi_norm(z, z.d // 2, conditioner) * norms
     lm = z.layer(TEXT) * z.text.num_hidden_layers + z.head()
     agree(found, z.encoder() + z.connector() + lavi_once(z, z.d // 2) + blocks + lm)
@@ -175,8 +175,8 @@ def test_lavi(conditioner: str, every: int) -> None:
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 @pytest.mark.parametrize("every", [1, 4])
 def test_gated_cross_attention(mlp: str, every: int) -> None:
-    found, trainee = found_and_trainee(3, "fusion=gated_xattn", f"fusion.mlp={mlp}", f"fusion.every={every}")
-    z, layers = Sizes.of(trainee.model), trainee.model.lm.model.config.num_hidden_layers  # type: ignore[union-attr]
+    found, staged = found_and_model(3, "fusion=gated_xattn", f"fusion.mlp={mlp}", f"fusion.every={every}")
+    z, layers = Sizes.of(staged.model), staged.model.lm.model.config.num_hidden_layers  # type: ignore[union-attr]
     lm = z.layer(TEXT) * layers + z.head()
     agree(found, z.encoder() + z.connector() + gated_block(z, z.d, mlp) * (layers // every) + lm)
 
@@ -184,8 +184,8 @@ def test_gated_cross_attention(mlp: str, every: int) -> None:
 @pytest.mark.parametrize("sublayers", ["both", "attention", "mlp"])
 def test_visual_experts_compute_what_the_lm_did(sublayers: str) -> None:
     """With copies of all of them a position goes through as many linear maps as before."""
-    found, trainee = found_and_trainee(3, "fusion=visual_expert", f"fusion.sublayers={sublayers}")
-    z = Sizes.of(trainee.model)
+    found, staged = found_and_model(3, "fusion=visual_expert", f"fusion.sublayers={sublayers}")
+    z = Sizes.of(staged.model)
     agree(found, z.encoder() + z.connector() + z.layer(z.n + TEXT) * z.text.num_hidden_layers + z.head())
 
 
@@ -200,9 +200,9 @@ def skipping(z: Sizes, rest: int) -> Count:
 
 def test_composite_saves_what_the_queries_of_images_cost() -> None:
     """arXiv 2408.11795 as we read it: 2 V d^2 + 4 V (T + V) d a layer, with grouped heads too."""
-    found, trainee = found_and_trainee(3, "fusion=composite")
-    dense, _ = found_and_trainee(3, "fusion=concat", "mask=visual_self_only")
-    z, layers = Sizes.of(trainee.model), trainee.model.lm.model.config.num_hidden_layers  # type: ignore[union-attr]
+    found, staged = found_and_model(3, "fusion=composite")
+    dense, _ = found_and_model(3, "fusion=concat", "mask=visual_self_only")
+    z, layers = Sizes.of(staged.model), staged.model.lm.model.config.num_hidden_layers  # type: ignore[union-attr]
     agree(found, z.encoder() + z.connector() + skipping(z, z.n + TEXT) * layers + z.head())
     saved = layers * (2 * z.n * z.d**2 + 4 * z.n * (TEXT + z.n) * z.d)
     assert dense.forward - found.forward == pytest.approx(saved, rel=0.01)
@@ -210,16 +210,16 @@ def test_composite_saves_what_the_queries_of_images_cost() -> None:
 
 @pytest.mark.parametrize("every", [1, 5])
 def test_saisa(every: int) -> None:
-    found, trainee = found_and_trainee(3, "fusion=saisa", f"fusion.every={every}")
-    z, layers = Sizes.of(trainee.model), trainee.model.lm.model.config.num_hidden_layers  # type: ignore[union-attr]
+    found, staged = found_and_model(3, "fusion=saisa", f"fusion.every={every}")
+    z, layers = Sizes.of(staged.model), staged.model.lm.model.config.num_hidden_layers  # type: ignore[union-attr]
     projections = matrix(z.n, 2 * z.d**2) * (layers if every == 1 else 2)  # one, in the sequence and for the others
     agree(found, z.encoder() + z.connector() + projections + skipping(z, TEXT) * layers + z.head())
 
 
 def test_deepstack() -> None:
     """A merge for each layer of the encoder but the last, on features that do not train."""
-    found, trainee = found_and_trainee(3, "fusion=deepstack", "encoder.layers=[1,2,3]")
-    z = Sizes.of(trainee.model)
+    found, staged = found_and_model(3, "fusion=deepstack", "encoder.layers=[1,2,3]")
+    z = Sizes.of(staged.model)
     v = z.vision.hidden_size
     merges = (matrix(z.n, v * v) + matrix(z.n, v * z.d)) * 2  # the norm before them has weights
     agree(found, z.encoder() + z.connector() + merges + z.layer(z.n + TEXT) * z.text.num_hidden_layers + z.head())
@@ -227,16 +227,16 @@ def test_deepstack() -> None:
 
 def test_a_frozen_lm_is_gone_back_through_from_the_first_block_on() -> None:
     """Below the block of the fourth layer nothing wants a gradient."""
-    found, trainee = found_and_trainee(0, "fusion=gated_xattn", "fusion.every=4")
-    z, layers = Sizes.of(trainee.model), trainee.model.lm.model.config.num_hidden_layers  # type: ignore[union-attr]
+    found, staged = found_and_model(0, "fusion=gated_xattn", "fusion.every=4")
+    z, layers = Sizes.of(staged.model), staged.model.lm.model.config.num_hidden_layers  # type: ignore[union-attr]
     assert layers == 5
     lm = z.layer(TEXT).still * 3 + z.layer(TEXT).frozen * 2 + z.head().frozen
     agree(found, z.encoder() + z.connector() + gated_block(z, z.d, "gelu") + lm)  # its first norm has weights
 
 
 def test_perceptual_weights() -> None:
-    found, trainee = found_and_trainee(3, "fusion=vlora", "fusion.rank=32")
-    z = Sizes.of(trainee.model)
+    found, staged = found_and_model(3, "fusion=vlora", "fusion.rank=32")
+    z = Sizes.of(staged.model)
     layers = z.text.num_hidden_layers
     lm = z.layer(TEXT) * layers + z.head()
     agree(found, z.encoder() + z.connector() + vlora(z, z.d // 2, layers, 2, 32) + lm)
@@ -244,8 +244,8 @@ def test_perceptual_weights() -> None:
 
 def test_experts() -> None:
     """arXiv 2401.15947: in every second layer two networks a token, and the router."""
-    found, trainee = found_and_trainee(3, "fusion=moe")
-    z = Sizes.of(trainee.model)
+    found, staged = found_and_model(3, "fusion=moe")
+    z = Sizes.of(staged.model)
     s = z.n + TEXT
     more = matrix(s, 3 * z.d * z.text.intermediate_size) + matrix(s, z.d * 4)
     lm = z.layer(s) * z.text.num_hidden_layers + more * (z.text.num_hidden_layers // 2) + z.head()
@@ -255,8 +255,8 @@ def test_experts() -> None:
 @pytest.mark.parametrize("name", ["prefix", "moda", "mixture_of_transformers"])
 def test_fusions_around_and_beside_the_attention(name: str) -> None:
     """A prefix's keys and their softmax; G q, of two products, and changed scores; copies cost what they replace."""
-    found, trainee = found_and_trainee(3, f"fusion={name}")
-    z = Sizes.of(trainee.model)
+    found, staged = found_and_model(3, f"fusion={name}")
+    z = Sizes.of(staged.model)
     s, layers = z.n + TEXT, z.text.num_hidden_layers
     head = z.d // z.text.num_attention_heads
     if name == "prefix":
@@ -273,8 +273,8 @@ def test_fusions_around_and_beside_the_attention(name: str) -> None:
 
 
 def test_emma_with_its_text_tower() -> None:
-    found, trainee = found_and_trainee(3, "fusion=emma")
-    model: Any = trainee.model
+    found, staged = found_and_model(3, "fusion=emma")
+    model: Any = staged.model
     z = Sizes.of(model)
     read, mixed = emma(z, model.text)
     connector = matrix(z.n, z.vision.hidden_size * z.d) + matrix(z.n, z.d**2)  # features train now
@@ -289,7 +289,7 @@ def stated(index: int, *overrides: str) -> Any:
 
 
 def test_the_parts_of_a_plan() -> None:
-    """What a fusion adds stands under its own part; the text tower is as frozen and as little saved as the encoder."""
+    """What a fusion adds is counted under its own part; the text tower is frozen like the encoder."""
     found = {name: stated(0, f"fusion={name}") for name in ("concat", "lavi", "gated_xattn", "emma")}
     shown = {name: f.visual_tokens for name, f in found.items()}
     assert shown == {"concat": 16, "lavi": 0, "gated_xattn": 0, "emma": 16}
@@ -305,10 +305,10 @@ def test_the_parts_of_a_plan() -> None:
 def test_real_size() -> None:
     """Qwen2-0.5B and SigLIP-So400m: what a fusion costs more than the same text without any image."""
     real, c = ("lm=qwen2_0_5b", "encoder=siglip_so400m_384", "collate.pack_length=null"), 448
-    blind, _ = found_and_trainee(3, "fusion=none", *real)
+    blind, _ = found_and_model(3, "fusion=none", *real)
     for name in ("lavi", "gated_xattn"):
-        found, trainee = found_and_trainee(3, f"fusion={name}", "fusion.every=4", *real)
-        model: Any = trainee.model
+        found, staged = found_and_model(3, f"fusion={name}", "fusion.every=4", *real)
+        model: Any = staged.model
         z, size = Sizes.of(model), sum(p.numel() for p in model.fusion.parameters())
         assert (z.n, z.d, z.text.num_hidden_layers) == (729, 896, 24)
         if name == "lavi":
@@ -325,8 +325,8 @@ def test_real_size() -> None:
 @pytest.mark.parametrize("index", [0, 1])
 def test_asvr_goes_through_the_lm_once(index: int) -> None:
     """The text's loss and the codes' read the same states; the head and the nearest codes are little."""
-    found, trainee = found_and_trainee(index, "preset=asvr")
-    z = Sizes.of(trainee.model)
+    found, staged = found_and_model(index, "preset=asvr")
+    z = Sizes.of(staged.model)
     lm = z.layer(z.n + TEXT) * z.text.num_hidden_layers + z.head()
     once = z.encoder() + z.connector() + (lm if index else lm.frozen)
     codes = matrix(z.n, z.d**2 + z.d * 64) + matrix(64, z.n * z.vision.hidden_size).still

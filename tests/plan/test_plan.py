@@ -16,26 +16,26 @@ from torch.profiler import ProfilerActivity, profile
 
 from vlmlab.contracts.tensors import Batch
 from vlmlab.engine.restore import module_class
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.plan.devices import DEVICES
+from vlmlab.plan.op_cache import OpCache
 from vlmlab.plan.plan import Cost, Settings, Shape, StagePlan, _shapes, as_json, plan, shaped_batch
-from vlmlab.plan.recall import Recall
 from vlmlab.plan.simulation import Simulator
 from vlmlab.recipe.stage import Stage, parse
 
 A100 = DEVICES["a100"]
 
 
-def entered(cfg: DictConfig, stage: Stage, device: str = "meta") -> Trainee:
+def entered(cfg: DictConfig, stage: Stage, device: str = "meta") -> StagedModel:
     with torch.device(device):
-        trainee = Trainee(module_class(stage).build(cfg))
-        trainee.enter(stage)
-    return trainee
+        staged = StagedModel(module_class(stage).build(cfg))
+        staged.enter(stage)
+    return staged
 
 
-def batch(cfg: DictConfig, stage: Stage, trainee: Trainee, *shapes: Shape) -> Batch:
+def batch(cfg: DictConfig, stage: Stage, staged: StagedModel, *shapes: Shape) -> Batch:
     kind: Any = module_class(stage)
-    return shaped_batch(kind.collator(cfg, trainee.model, stage.prompt), shapes)
+    return shaped_batch(kind.collator(cfg, staged.model, stage.prompt), shapes)
 
 
 # -- FLOPs by hand: 2 per multiply-add of every matrix product ---------------------------------------------------------
@@ -46,9 +46,9 @@ def layer(tokens: int, matrices: int, width: int) -> tuple[int, int]:
     return 2 * tokens * matrices, 4 * tokens * tokens * width
 
 
-def by_hand(trainee: Trainee, asked: int, answered: int, train_lm: bool) -> tuple[int, int]:
+def by_hand(staged: StagedModel, asked: int, answered: int, train_lm: bool) -> tuple[int, int]:
     """Forward and training FLOPs of a sample with one image: frozen encoder, two-layer connector, LM frozen or not."""
-    model: Any = trainee.model
+    model: Any = staged.model
     vision, text = model.encoder.tower.config, model.lm.model.config
     wide, patch, layers = vision.hidden_size, vision.patch_size, len(model.encoder.tower.encoder.layers)
     n = model.encoder.hw[0] * model.encoder.hw[1]
@@ -77,9 +77,9 @@ def test_flops_are_those_counted_by_hand(overrides: tuple[str, ...]) -> None:
     cfg = composed(*overrides)
     stages = parse(cfg)
     for stage, train_lm in ((stages[0], False), (stages[3], True)):
-        trainee = entered(cfg, stage)
-        found = Simulator(trainee, half=True)(batch(cfg, stage, trainee, Shape(1, 20, 60)))
-        forward, training = by_hand(trainee, 20, 60, train_lm)
+        staged = entered(cfg, stage)
+        found = Simulator(staged, half=True)(batch(cfg, stage, staged, Shape(1, 20, 60)))
+        forward, training = by_hand(staged, 20, 60, train_lm)
         print(stage.name, found.forward / forward, found.total / training)
         assert found.forward == pytest.approx(forward, rel=0.01) and found.total == pytest.approx(training, rel=0.01)
 
@@ -89,12 +89,12 @@ def test_checkpointing_computes_the_lm_twice_and_keeps_less() -> None:
     for checkpointing in ("false", "true"):
         cfg = composed(f"lm.gradient_checkpointing={checkpointing}")
         stage = parse(cfg)[3]
-        trainee = entered(cfg, stage)
-        found.append(Simulator(trainee, half=False)(batch(cfg, stage, trainee, *[Shape(1, 100, 60)] * 8)))
-    (plain, less), model = found, trainee.model
+        staged = entered(cfg, stage)
+        found.append(Simulator(staged, half=False)(batch(cfg, stage, staged, *[Shape(1, 100, 60)] * 8)))
+    (plain, less), model = found, staged.model
     assert plain.forward == less.forward and less.peak < 0.7 * plain.peak
-    encoder_and_more = by_hand(trainee, 100, 60, True)[0] * 8
-    assert plain.total < less.total < plain.total + encoder_and_more and model is trainee.model
+    encoder_and_more = by_hand(staged, 100, 60, True)[0] * 8
+    assert plain.total < less.total < plain.total + encoder_and_more and model is staged.model
 
 
 def test_checkpointing_of_an_encoder_that_trains_keeps_less() -> None:
@@ -102,10 +102,10 @@ def test_checkpointing_of_an_encoder_that_trains_keeps_less() -> None:
     for checkpointing in ("false", "true"):
         cfg = composed("recipe=full", f"encoder.gradient_checkpointing={checkpointing}")
         stage = parse(cfg)[-1]
-        trainee = entered(cfg, stage)
-        assert any(name.startswith("encoder.") for name in trainee.trained())
-        simulate = Simulator(trainee, half=False)
-        one, three = (simulate(batch(cfg, stage, trainee, *[Shape(1, 5, 5)] * n)).peak for n in (8, 24))
+        staged = entered(cfg, stage)
+        assert any(name.startswith("encoder.") for name in staged.trained())
+        simulate = Simulator(staged, half=False)
+        one, three = (simulate(batch(cfg, stage, staged, *[Shape(1, 5, 5)] * n)).peak for n in (8, 24))
         peaks.append(three - one)
     assert peaks[1] < 0.85 * peaks[0]
 
@@ -130,15 +130,15 @@ def test_shares_of_a_stage() -> None:
 # -- memory: the CPU's allocator, as torch's profiler writes down every allocation and every release -------------------
 
 
-def really(trainee: Trainee, data: Batch, half: bool) -> int:
+def really(staged: StagedModel, data: Batch, half: bool) -> int:
     """Most bytes at once of one forward and backward, above weights and gradients."""
-    for parameter in trainee.trained().values():
+    for parameter in staged.trained().values():
         parameter.grad = torch.zeros_like(parameter)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             total: Any = 0.0
-            outputs = trainee.model(data)
-            for objective in trainee.objectives.values():
+            outputs = staged.model(data)
+            for objective in staged.objectives.values():
                 for value, _ in objective(outputs, data).values():
                     total = total + objective.weight * value / data.supervised
             with torch.autocast("cpu", enabled=False):
@@ -159,9 +159,9 @@ def really(trainee: Trainee, data: Batch, half: bool) -> int:
 def test_activations_are_those_of_the_allocator(index: int, half: bool, mask: str) -> None:
     cfg = composed("collate.pack_length=null", f"mask={mask}")
     stage = parse(cfg)[index]
-    planned, trainee = entered(cfg, stage), entered(cfg, stage, "cpu")
+    planned, staged = entered(cfg, stage), entered(cfg, stage, "cpu")
     shapes = [Shape(1, 90, 60)] * 8
-    measured = really(trainee, batch(cfg, stage, trainee, *shapes), half)
+    measured = really(staged, batch(cfg, stage, staged, *shapes), half)
     found = Simulator(planned, half)(batch(cfg, stage, planned, *shapes)).peak
     print(stage.name, half, found, measured, found / measured)
     assert found == pytest.approx(measured, rel=0.15)
@@ -195,23 +195,23 @@ def planned() -> list[StagePlan]:
     return plan(cfg, Settings(A100, devices=2, sample=4, lengths=lengths, samples=samples))
 
 
-def optimizer_state(cfg: DictConfig, stage: Stage) -> tuple[Trainee, int]:
-    """The trainee of a stage with its weights, and the bytes its optimizer keeps after a real step."""
-    trainee = entered(cfg, stage, "cpu")
-    module = module_class(stage)(trainee.model, stage, trainee.objectives, trainee.rates)
+def optimizer_state(cfg: DictConfig, stage: Stage) -> tuple[StagedModel, int]:
+    """The model of a stage with its weights, and the bytes its optimizer keeps after a real step."""
+    staged = entered(cfg, stage, "cpu")
+    module = module_class(stage)(staged.model, stage, staged.objectives, staged.rates)
     optimizer = module.configure_optimizers()
-    for parameter in trainee.trained().values():
+    for parameter in staged.trained().values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     kept = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
-    return trainee, sum(t.numel() * t.element_size() for t in kept)
+    return staged, sum(t.numel() * t.element_size() for t in kept)
 
 
 @pytest.mark.parametrize("index", [1, 3])
 def test_bytes_of_weights_gradients_and_optimizer_are_exact(planned: list[StagePlan], index: int) -> None:
     cfg = composed()
-    trainee, state = optimizer_state(cfg, parse(cfg)[index])
-    model: Any = trainee.model
+    staged, state = optimizer_state(cfg, parse(cfg)[index])
+    model: Any = staged.model
     numbers = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("connector", "lm")}
     trained = 4 * (numbers["connector"] + (numbers["lm"] if index == 3 else 0))
     found = planned[index]
@@ -333,8 +333,8 @@ def test_what_is_recalled_is_what_torch_says(half: bool, monkeypatch: pytest.Mon
     """FLOPs and bytes with every operation asked anew, and with each kind of it once."""
     cfg = composed("recipe=joint", "connector=qformer")
     (stage,) = parse(cfg)
-    trainee = entered(cfg, stage)
-    rows = batch(cfg, stage, trainee, Shape(1, 20, 10), Shape(1, 20, 10))
-    quick = Simulator(trainee, half)(rows)
-    monkeypatch.setattr(Recall, "__call__", lambda self, func, args, kwargs: func(*args, **kwargs))
-    assert Simulator(trainee, half)(rows) == quick
+    staged = entered(cfg, stage)
+    rows = batch(cfg, stage, staged, Shape(1, 20, 10), Shape(1, 20, 10))
+    quick = Simulator(staged, half)(rows)
+    monkeypatch.setattr(OpCache, "__call__", lambda self, func, args, kwargs: func(*args, **kwargs))
+    assert Simulator(staged, half)(rows) == quick

@@ -27,7 +27,7 @@ def mlp(width: int, out: int) -> int:
 
 PARTS: dict[str, dict[str, int]] = {
     "improved_alignment_900m": {
-        "encoder": SO400M_384 + 26 * SO400M_LAYER,  # the last layer is behind the tapped one
+        "encoder": SO400M_384 + 26 * SO400M_LAYER,  # the last layer is above the tapped one
         "connector": 1_836_800,  # methods: 1152 * 896 + 896 + 896 * 896 + 896
         "lm": 494_032_768,
     },
@@ -42,7 +42,7 @@ PARTS: dict[str, dict[str, int]] = {
         "lm": 494_032_768,
     },
     "paligemma_3b": {
-        "encoder": SO400M_224 + 27 * SO400M_LAYER + 2 * 1152,  # the norm behind the last layer; no pooling head
+        "encoder": SO400M_224 + 27 * SO400M_LAYER + 2 * 1152,  # the norm after the last layer; no pooling head
         "connector": 1152 * 2048 + 2048,
         "lm": 2_506_172_416,
     },

@@ -12,7 +12,7 @@ from tests.test_conf import CHOICES, composed
 
 from vlmlab.analyse.table import final_table
 from vlmlab.cli.rules import check
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.model.build import build_collator, build_model
 from vlmlab.model.questions import read_questions
 from vlmlab.recipe.preset import deviations
@@ -39,17 +39,17 @@ def test_each_stage_trains_what_the_paper_says(preset: str) -> None:
     cfg = composed(f"preset={preset}")
     check(cfg, plain(cfg), {"preset": preset})
     with torch.device("meta"):
-        trainee = Trainee(build_model(cfg))
+        staged = StagedModel(build_model(cfg))
         for stage in parse(cfg):
-            trainee.enter(stage)
+            staged.enter(stage)
             want = TRAINS[preset].get(stage.name)
-            assert want is None or {".".join(name.split(".")[:2]) for name in trainee.trained()} == want, stage.name
+            assert want is None or {".".join(name.split(".")[:2]) for name in staged.trained()} == want, stage.name
             if preset == "ovis" and stage.name == "table":
-                depth = len(trainee.model.encoder.tower.encoder.layers)
-                blocks = {name for name in trainee.trained() if name.startswith("encoder.")}
+                depth = len(staged.model.encoder.tower.encoder.layers)
+                blocks = {name for name in staged.trained() if name.startswith("encoder.")}
                 assert blocks and all(f".layers.{depth - 1}." in name for name in blocks)
-            sizes = {part: trained for part, _, trained, _ in trainee.table(stage)}
-            assert sum(sizes.values()) == sum(p.numel() for p in trainee.trained().values())
+            sizes = {part: trained for part, _, trained, _ in staged.table(stage)}
+            assert sum(sizes.values()) == sum(p.numel() for p in staged.trained().values())
 
 
 @pytest.mark.parametrize("preset", ["instructblip", "bliva", "llama_vid"])

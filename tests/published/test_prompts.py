@@ -16,7 +16,7 @@ from vlmlab.published.prompts import conversation, with_parts
 
 OTHERS = {"blank": (True, False), "blank, pieces": (True, False), "blank, trimmed": (False, False)}
 """Families whose first or later prompts are not the same, which the proof of an export finds: a blank that ends the
-prompt joins the answer behind it, and a tokenizer that begins every text by itself does so without its template."""
+prompt joins the answer after it, and a tokenizer that begins every text by itself does so without its template."""
 
 TURNS = ("what colour is it", "two green squares", "how many")
 

@@ -20,7 +20,7 @@ NAN, INF = float("nan"), float("inf")
 
 def strict(text: str) -> Any:
     def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is no JSON")
+        raise AssertionError(f"{word} is not JSON")
 
     return json.loads(text, parse_constant=refuse)
 

@@ -438,7 +438,7 @@ def test_a_damaged_lock_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "lock").unlink()
     os.mkfifo(tmp_path / "lock")
     assert not is_locked(tmp_path)
-    with pytest.raises(UserError, match="lock is no file; remove it"):
+    with pytest.raises(UserError, match="lock is not a file; remove it"):
         RunFolder(tmp_path).open(CONFIG)
 
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tests.test_conf import CONF, composed
 from vlmlab.cli.rules import check
-from vlmlab.contracts.errors import UserError, mistake_within
+from vlmlab.contracts.errors import UserError, user_error_in
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
 
@@ -83,7 +83,7 @@ def pairs_of(row: Row) -> set[frozenset[Value]]:
 
 
 def design(choices: Mapping[str, Sequence[str]] | None = None) -> list[Row]:
-    """Rows that hold every pair at least once: greedy, without chance, choices that stand alone last."""
+    """Rows that hold every pair at least once: greedy, without chance, choices that combine with nothing last."""
     choices = choices or factors()
     every = [(group, name) for group, names in choices.items() for name in names]
     open_pairs = {frozenset(p): p for p in itertools.combinations(every, 2) if p[0][0] != p[1][0]}
@@ -113,7 +113,7 @@ class Compositions:
         self.parts: dict[Value, Any] = {}
 
     def __call__(self, row: Row) -> DictConfig:
-        """The row with its first and last stage, four samples a step; extra objectives stand beside ``lm``."""
+        """The row with its first and last stage, four samples a step; extra objectives are added to ``lm``."""
         cfg = copy.deepcopy(self.base)
         for group, name in row.items():
             cfg[group] = copy.deepcopy(self._part(group, name))
@@ -176,7 +176,7 @@ def _attempt(cfg: DictConfig, row: Row, folder: Path) -> tuple[str, str]:
     except UserError as error:
         return "refused", str(error)
     except InstantiationException as error:
-        mistake = mistake_within(error)
+        mistake = user_error_in(error)
         if mistake is None:
             raise
         return "refused", str(mistake)

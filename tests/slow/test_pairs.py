@@ -20,7 +20,7 @@ def test_the_design_holds_every_pair() -> None:
     rows = design(choices)
     assert set().union(*map(pairs_of, rows)) == wanted
     assert rows == design(choices)
-    assert len(rows) < len(wanted) / 3  # choices that stand alone need a row for each of their pairs
+    assert len(rows) < len(wanted) / 3  # choices that combine with nothing need a row for each of their pairs
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def of_first_seed(sweep: Path) -> dict[str, Path]:
 
 
 def kill_one_within_a_shared_stage(sweep: Path, patience: float = 300) -> None:
-    """SIGKILL the first cell that holds a stage which nobody has finished."""
+    """SIGKILL the first cell that holds a stage which no run has finished."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         for lock in sweep.glob("shared/*/lock"):

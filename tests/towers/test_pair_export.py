@@ -22,7 +22,7 @@ from vlmlab.engine.pair import PairModule
 from vlmlab.model.pair import PairedTowers
 from vlmlab.objective.siglip import Siglip
 from vlmlab.runs import places as places  # registers the resolvers
-from vlmlab.towers.pair_export import ExportPair, told_apart
+from vlmlab.towers.pair_export import ExportPair, contrast_accuracy
 from vlmlab.towers.source import tower_hash
 
 SMALL = ["text_tower.num_hidden_layers=1", "text_tower.tokenizer_samples=50", "encoder.num_hidden_layers=1"]
@@ -46,9 +46,9 @@ def test_every_image_of_a_sample_is_a_row_with_its_own_caption(cfg: DictConfig, 
     source = instantiate(cfg.data.train.contrasts)
     some = [source[0], source[1]]
     batch = PairModule.collator(cfg, model, "plain")(some)
-    assert batch.pixels.shape == (8, 3, 72, 72) and len(batch.images) == 8 and batch.asked is not None
+    assert batch.pixels.shape == (8, 3, 72, 72) and len(batch.images) == 8 and batch.text_ids is not None
     captions = [turn.answer for sample in some for turn in sample.turns]
-    for row, caption in zip(batch.asked, captions, strict=True):
+    for row, caption in zip(batch.text_ids, captions, strict=True):
         assert model.lm.tokenizer.decode(row[row >= 0]) == caption  # none is cut off
     assert list(batch.images.ids) == [name for sample in some for name in sample.image_ids]
     with pytest.raises(UserError, match=f"one text for each image, unlike {some[0].id}"):
@@ -110,4 +110,4 @@ def test_telling_apart_counts_right_ones(
         return torch.nn.functional.normalize(found, dim=-1).roll(turned, 0)
 
     monkeypatch.setattr("vlmlab.towers.pair_export.pooled_texts", pooled)
-    assert told_apart(encoder, tmp_path, contrasts) == share
+    assert contrast_accuracy(encoder, tmp_path, contrasts) == share

@@ -79,7 +79,7 @@ def _table(samples: list[Sample]) -> Images:
 
 
 class FakeVLM(nn.Module):
-    """Encoder and LM stand for loaded towers, the connector is new; dropout makes the random states matter."""
+    """Encoder and LM play loaded towers, the connector is new; dropout makes the random states matter."""
 
     def __init__(
         self, dropout: float = 0.1, drift: bool = False, unused: bool = False, explode: str = "",
@@ -241,7 +241,7 @@ def config(**changes: Any) -> DictConfig:
 
 
 def evaluate(model: nn.Module, cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Stands for the benchmarks."""
+    """In place of the benchmarks."""
     return {"fake/accuracy": 0.5}
 
 

@@ -19,9 +19,9 @@ DAMAGES = {"empty": b"", "binary": bytes(range(256)), "list": b"[1, 2]", "words"
 def half(tmp_path_factory):
     """Stopped in its second stage."""
     from vlmlab.engine.stage import StageModule
-    from vlmlab.train.keeper import Keeper
+    from vlmlab.train.checkpoint import StageCheckpoint
 
-    folder, real = tmp_path_factory.mktemp("half") / "run", Keeper.on_train_batch_end
+    folder, real = tmp_path_factory.mktemp("half") / "run", StageCheckpoint.on_train_batch_end
     with pytest.MonkeyPatch.context() as patch:
 
         def stopping(self, trainer, module, *args):
@@ -30,7 +30,7 @@ def half(tmp_path_factory):
                 self.signals.caught = 15
             real(self, trainer, module, *args)
 
-        patch.setattr(Keeper, "on_train_batch_end", stopping)
+        patch.setattr(StageCheckpoint, "on_train_batch_end", stopping)
         with pytest.raises(Interrupted):
             run(config(), folder)
     assert (folder / "stages" / "1_tune" / "last.ckpt").is_file()

@@ -15,7 +15,7 @@ from tests.test_conf import composed
 from vlmlab.contracts.errors import CheckpointError, UserError
 from vlmlab.engine.begin import take_encoder
 from vlmlab.engine.restore import load_trained
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.model.vlm import VLM
 from vlmlab.recipe.stage import parse
 from vlmlab.runs.folder import RunFolder
@@ -99,8 +99,8 @@ def test_an_encoder_that_does_not_fit_is_refused(run: tuple[Any, Path]) -> None:
     other.encoder.hidden_size = 8
     stage = parse(cfg)[1]
     with pytest.raises(CheckpointError, match=r"align\.encoder_from=contrast: its encoder has no encoder\."):
-        take_encoder(Trainee(build_model(other)), folder / "stages" / "0_contrast" / "model.safetensors", stage)
-    with pytest.raises(UserError, match=r"align\.encoder_from=instruct is no stage before it \(contrast\)"):
+        take_encoder(StagedModel(build_model(other)), folder / "stages" / "0_contrast" / "model.safetensors", stage)
+    with pytest.raises(UserError, match=r"align\.encoder_from=instruct is not a stage before it \(contrast\)"):
         parse(composed("recipe=contrastive_then_vlm", "recipe.stages.align.encoder_from=instruct"))
 
 

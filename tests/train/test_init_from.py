@@ -12,7 +12,7 @@ from vlmlab.engine.begin import begin_with, fits_as_built
 from vlmlab.engine.restore import enter, load_trained
 from vlmlab.engine.stage import StageModule
 from vlmlab.engine.stamp import checksum
-from vlmlab.engine.weights import Trainee, read_facts
+from vlmlab.engine.weights import StagedModel, read_facts
 from vlmlab.recipe.stage import parse
 from vlmlab.runs.config import config_hash, plain
 from vlmlab.runs.folder import RunFolder
@@ -57,7 +57,7 @@ class Stop(Exception):
 
 
 def stopped(cfg, folder, steps, monkeypatch):
-    """Train and stop within an optimizer step, counted from 0 over all stages; a checkpoint is behind every step."""
+    """Train and stop within an optimizer step, counted from 0 over all stages; every step ends with a checkpoint."""
     left, real = [steps], StageModule.on_before_optimizer_step
 
     def stopping(self, optimizer):
@@ -90,7 +90,7 @@ def test_the_last_stage_or_the_named_one(source):
     assert find_origin(f"{source}/align").parent.name == "0_align"
     with pytest.raises(UserError, match=r"stage nothing of .* is not finished \(finished: align, tune\)"):
         find_origin(f"{source}/nothing")
-    with pytest.raises(UserError, match="is no run folder and no stage of one"):
+    with pytest.raises(UserError, match="is neither a run folder nor a stage of one"):
         find_origin(str(source.parent / "missing"))
 
 
@@ -150,18 +150,18 @@ def test_another_content_between_stop_and_resume_is_refused(source, tmp_path, mo
 
 
 def test_a_source_that_is_missing_is_said_before_anything_else(tmp_path):
-    with pytest.raises(UserError, match=r"init_from=.* is no run folder"):
+    with pytest.raises(UserError, match=r"init_from=.* is not a run folder"):
         check_origin(tmp_path, str(tmp_path / "nowhere"))
     check_origin(tmp_path, None)
 
 
 def begun(cfg, path, model=None):
     stage = parse(cfg)[0]
-    trainee = Trainee(model or FakeVLM())
-    if not fits_as_built(trainee, path):
-        enter(trainee, cfg, stage)
-    notes = begin_with(trainee, path, cfg)
-    return trainee, notes
+    staged = StagedModel(model or FakeVLM())
+    if not fits_as_built(staged, path):
+        enter(staged, cfg, stage)
+    notes = begin_with(staged, path, cfg)
+    return staged, notes
 
 
 def rewritten(source, tmp_path, change):
@@ -214,8 +214,8 @@ def test_other_settings_of_a_part_are_said(source, tmp_path):
 
 def test_weights_of_an_objective_stay_behind(source, tmp_path):
     path = rewritten(source, tmp_path, lambda t, f: t.update({"objectives.itc.scale": torch.zeros(1)}))
-    trainee, _ = begun(config(), path)
-    assert trainee.begun() == ["connector.bias", "connector.weight"]
+    staged, _ = begun(config(), path)
+    assert staged.begun() == ["connector.bias", "connector.weight"]
 
 
 def test_an_adapter_comes_where_the_first_stage_has_it_too(tmp_path):

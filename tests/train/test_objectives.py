@@ -30,16 +30,16 @@ def test_one_or_several() -> None:
     [
         ({}, "objective is empty"),
         ({"text": None}, "objective is empty"),
-        ({"text": "lm"}, "objective.text=lm is no objective; give it _target_"),
-        ({"weight": 1.0}, "objective.weight=1.0 is no objective; give it _target_"),
-        ({"text": {"weight": 1.0}}, "objective.text={'weight': 1.0} is no objective; give it _target_"),
+        ({"text": "lm"}, "objective.text=lm is not an objective; give it _target_"),
+        ({"weight": 1.0}, "objective.weight=1.0 is not an objective; give it _target_"),
+        ({"text": {"weight": 1.0}}, "objective.text={'weight': 1.0} is not an objective; give it _target_"),
         ({"text": {"inner": LM}}, "objective.text={'inner': "),
         ({"text": [LM]}, "objective.text=[{'_target_'"),
-        ({"text": {}}, "objective.text={} is no objective"),
-        ({"_target_": None}, "objective={'_target_': None} is no objective"),
+        ({"text": {}}, "objective.text={} is not an objective"),
+        ({"_target_": None}, "objective={'_target_': None} is not an objective"),
         (
             {"text": {"_target_": "builtins.dict"}},
-            "objective.text._target_=builtins.dict is no objective; it has",
+            "objective.text._target_=builtins.dict is not an objective; it has",
         ),
     ],
 )

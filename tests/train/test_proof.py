@@ -78,7 +78,7 @@ def strict(path):
     import json
 
     def refuse(word):
-        raise AssertionError(f"{word} is no JSON")
+        raise AssertionError(f"{word} is not JSON")
 
     return json.loads(path.read_text(), parse_constant=refuse)
 
@@ -86,7 +86,7 @@ def strict(path):
 @pytest.mark.parametrize("rate", [float("nan"), float("inf"), 1e20])
 @pytest.mark.parametrize("stage", ["align", "tune"])
 def test_a_last_step_that_leaves_no_number_fails_with_its_samples(tmp_path, monkeypatch, stage, rate):
-    """No step follows that would notice, and answers can be read off weights that are no numbers."""
+    """No step follows that would notice, and answers can be read off weights that are not numbers."""
     from vlmlab.recipe.stage import Stage
 
     factor = Stage.factor

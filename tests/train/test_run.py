@@ -17,7 +17,7 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
     cost = result["cost"]
     assert cost["params"] == 408 + 72 + 823
     assert cost["trainable"] == 72 + 823
-    assert cost["visual_tokens"] == 0, "nothing stands in the sequence"
+    assert cost["visual_tokens"] == 0, "nothing is in the sequence"
     assert cost["flops_sample"] > 0 and cost["seconds"] > 0 and cost["peak_bytes"] > 1e6
     assert json.loads((tmp_path / "cost.json").read_text()) == cost
     said = capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_a_stage_without_weights_is_passed_over(tmp_path, capsys):
     ("change", "message"),
     [
         ({"recipe__stages__tune__module": "fake_lab.Nothing"}, r"recipe\.stages\.tune\.module"),
-        ({"recipe__stages__tune__module": "fake_lab.FakeLoss"}, r"is no StageModule"),
+        ({"recipe__stages__tune__module": "fake_lab.FakeLoss"}, r"is not a StageModule"),
         ({"objective": {"_target_": "fake_lab.FakeLoss", "per_micro_batch": True}}, "accumulate=2"),
         ({"precision__name": "fp8"}, "precision.name=fp8"),
     ],
@@ -92,19 +92,19 @@ def test_mistakes_are_found_before_the_first_step(tmp_path, change, message):
 def test_weights_decay_only_in_matrices_and_rates_follow_parts():
     from fake_lab import FakeInstruction, FakeLoss, FakeVLM
 
-    from vlmlab.engine.weights import Trainee
+    from vlmlab.engine.weights import StagedModel
     from vlmlab.recipe.stage import parse
 
     stage = parse(config())[1]
-    trainee = Trainee(FakeVLM())
-    trainee.enter(stage)
-    module = FakeInstruction(trainee.model, stage, {"lm": FakeLoss()}, trainee.rates)
+    staged = StagedModel(FakeVLM())
+    staged.enter(stage)
+    module = FakeInstruction(staged.model, stage, {"lm": FakeLoss()}, staged.rates)
     groups = module.configure_optimizers().param_groups
     decays = {(g["part"], g["weight_decay"]): {p.ndim >= 2 for p in g["params"]} for g in groups}
     assert decays == {
         ("connector", 0.1): {True}, ("connector", 0.0): {False}, ("lm", 0.1): {True}, ("lm", 0.0): {False},
     }  # fmt: skip
-    assert not trainee.model.encoder.training and trainee.model.lm.training
+    assert not staged.model.encoder.training and staged.model.lm.training
 
 
 def test_a_fusion_that_nothing_trains_is_refused(tmp_path):

@@ -33,7 +33,7 @@ from vlmlab.contracts.tensors import Batch
 from vlmlab.encoder.preprocess import read_preprocess
 from vlmlab.engine.restore import load_trained
 from vlmlab.engine.stage import StageModule
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.export import export, export_model
 from vlmlab.model.build import build_model
 from vlmlab.model.vlm import VLM
@@ -89,21 +89,21 @@ def stage_of(adapter: str) -> Stage:
     )  # fmt: skip
 
 
-def fresh(cfg: DictConfig, stage: Stage, seed: int) -> tuple[Trainee, Optimizer]:
+def fresh(cfg: DictConfig, stage: Stage, seed: int) -> tuple[StagedModel, Optimizer]:
     """What another process would build: new parts and adapters begin otherwise."""
     torch.manual_seed(seed)
-    trainee = Trainee(build_model(cfg))
-    trainee.enter(stage)
-    module = StageModule(trainee.model, stage, trainee.objectives, trainee.rates)
+    staged = StagedModel(build_model(cfg))
+    staged.enter(stage)
+    module = StageModule(staged.model, stage, staged.objectives, staged.rates)
     optimizer = module.configure_optimizers()
     for group in optimizer.param_groups:
-        group["lr"] = trainee.rates[group["part"]]
-    return trainee, optimizer
+        group["lr"] = staged.rates[group["part"]]
+    return staged, optimizer
 
 
-def step(trainee: Trainee, optimizer: Optimizer, batch: Batch, number: int) -> None:
+def step(staged: StagedModel, optimizer: Optimizer, batch: Batch, number: int) -> None:
     torch.manual_seed(number)  # dropout; the trainer keeps the random states (test_resume)
-    outputs = trainee.model(batch)
+    outputs = staged.model(batch)
     F.cross_entropy(outputs.logits, outputs.targets).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -142,8 +142,8 @@ def test_saved_loaded_resumed_and_exported(connector: str, adapter: str, fusion:
     saved = load_last(tmp_path / "last.ckpt", stage, second)
     assert saved is not None and torch.equal(logits(second.model, batch), after_two)
     other.load_state_dict(saved["optimizer"])
-    for trainee, one in ((first, optimizer), (second, other)):
-        step(trainee, one, batch, 2)
+    for staged, one in ((first, optimizer), (second, other)):
+        step(staged, one, batch, 2)
     ends = second.kept()
     assert [name for name, tensor in first.kept().items() if not torch.equal(tensor, ends[name])] == []
     trained = logits(first.model, batch)
@@ -181,13 +181,13 @@ def test_a_step_without_the_saved_moments_ends_elsewhere(tmp_path: Path) -> None
     cfg, stage = composition(), stage_of("lora")
     ends = []
     for keeps in (True, False):
-        trainee, optimizer = fresh(cfg, stage, seed=1)
-        batch = collator(trainee.model)(SAMPLES)
+        staged, optimizer = fresh(cfg, stage, seed=1)
+        batch = collator(staged.model)(SAMPLES)
         for number in range(3):
             if number == 2 and not keeps:
                 optimizer.state.clear()
-            step(trainee, optimizer, batch, number)
-        ends.append(trainee.kept())
+            step(staged, optimizer, batch, number)
+        ends.append(staged.kept())
     assert any(not torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
@@ -243,7 +243,7 @@ TINY = (
 def test_a_run_is_exported(tmp_path: Path) -> None:
     cfg = composed(*TINY, f"encoder.path={siglip()}", f"lm.path={qwen2()}")
     run, out = tmp_path / "run", tmp_path / "out"
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         export(run, out)
     with RunFolder(run) as folder:
         folder.open(plain(cfg))

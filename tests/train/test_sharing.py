@@ -9,7 +9,7 @@ import pytest
 from fake_lab import FakeSource, build, config, run
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.engine.restore import enter, new_trainee
+from vlmlab.engine.restore import enter, new_staged_model
 from vlmlab.engine.stage import StageModule
 from vlmlab.recipe.stage import parse
 from vlmlab.runs import shared
@@ -178,14 +178,14 @@ def test_a_stage_that_is_mixed_with_another_run_is_not_shared(tmp_path):
 
 def entered(cfg):
     stage = parse(cfg)[0]
-    trainee = new_trainee(cfg, build)
-    enter(trainee, cfg, stage)
-    return trainee, stage
+    staged = new_staged_model(cfg, build)
+    enter(staged, cfg, stage)
+    return staged, stage
 
 
 def addressed(cfg, folder, source=None):
-    trainee, stage = entered(cfg)
-    return sharing.address(sharing.describe(cfg, stage, trainee, source or FakeSource(), RunFolder(folder)))
+    staged, stage = entered(cfg)
+    return sharing.address(sharing.describe(cfg, stage, staged, source or FakeSource(), RunFolder(folder)))
 
 
 @pytest.mark.parametrize(
@@ -242,10 +242,10 @@ def test_data_code_weights_and_versions_are_in_the_address(tmp_path, monkeypatch
     source = FakeSource()
     source.fingerprint = lambda: {"files": "other"}
     assert addressed(cfg, tmp_path, source) != before
-    trainee, stage = entered(cfg)
-    trainee.model.lm["head"].weight.data[0, 0] += 1
+    staged, stage = entered(cfg)
+    staged.model.lm["head"].weight.data[0, 0] += 1
     folder = RunFolder(tmp_path)
-    assert sharing.address(sharing.describe(cfg, stage, trainee, FakeSource(), folder)) != before
+    assert sharing.address(sharing.describe(cfg, stage, staged, FakeSource(), folder)) != before
     with monkeypatch.context() as patch:
         patch.setattr(sharing, "code_fingerprint", lambda: "other")
         assert addressed(cfg, tmp_path) != before

@@ -1,4 +1,4 @@
-"""The signals of terminals and clusters end a run in the same way; what nobody heeds stays so."""
+"""The signals of terminals and clusters end a run in the same way; ignored signals stay ignored."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from vlmlab.contracts.stops import STOPS, heeded
+from vlmlab.contracts.stops import STOPS, handled_signals
 from vlmlab.train.signals import Interrupted, Signals
 
 
@@ -33,7 +33,7 @@ def test_one_waits_for_the_end_of_a_step() -> None:
 def test_what_nohup_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert signal.SIGHUP not in heeded() and signal.SIGTERM in heeded()
+        assert signal.SIGHUP not in handled_signals() and signal.SIGTERM in handled_signals()
         with Signals() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
             signals.check()

@@ -19,7 +19,7 @@ from vlmlab.contracts.errors import CheckpointError
 from vlmlab.engine import stage as stage_module
 from vlmlab.engine.restore import load_trained
 from vlmlab.engine.stamp import Stamp, stage_hash
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.recipe.stage import Stage, parse
 from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
@@ -29,21 +29,21 @@ from vlmlab.train.run import train
 STAMP = Stamp(3, "align", 0, "0123456789abcdef")
 
 
-def entered() -> tuple[Trainee, Stage, DictConfig]:
+def entered() -> tuple[StagedModel, Stage, DictConfig]:
     cfg = config()
-    stage, trainee = parse(cfg)[0], Trainee(FakeVLM())
-    trainee.enter(stage)
-    return trainee, stage, cfg
+    stage, staged = parse(cfg)[0], StagedModel(FakeVLM())
+    staged.enter(stage)
+    return staged, stage, cfg
 
 
 def written(folder: Path) -> tuple[Path, Path]:
     """A stage's two files, with a stamp."""
-    trainee, stage, cfg = entered()
-    trainee.save(folder / "model.safetensors", stage, cfg, STAMP)
-    module = stage_module.StageModule(trainee.model, stage, trainee.objectives, trainee.rates)
+    staged, stage, cfg = entered()
+    staged.save(folder / "model.safetensors", stage, cfg, STAMP)
+    module = stage_module.StageModule(staged.model, stage, staged.objectives, staged.rates)
     optimizer = module.configure_optimizers()
     save_last(
-        folder / "last.ckpt", content_of(stage, 2, trainee, optimizer, {}, [], seen(trainee), set(), 0.0, True, STAMP)
+        folder / "last.ckpt", content_of(stage, 2, staged, optimizer, {}, [], seen(staged), set(), 0.0, True, STAMP)
     )
     return folder / "model.safetensors", folder / "last.ckpt"
 
@@ -57,30 +57,30 @@ def flipped(path: Path, place: int) -> None:
 
 def test_two_flipped_bytes_anywhere_in_a_stages_file_are_seen(tmp_path: Path) -> None:
     path, _ = written(tmp_path)
-    trainee = entered()[0]
-    trainee.load(path, STAMP)
-    whole, before = path.read_bytes(), [t.clone() for t in trainee.kept().values()]
+    staged = entered()[0]
+    staged.load(path, STAMP)
+    whole, before = path.read_bytes(), [t.clone() for t in staged.kept().values()]
     for place in range(0, len(whole) - 1, 19):
         flipped(path, place)
         with pytest.raises(CheckpointError) as caught:
-            trainee.load(path, STAMP)
+            staged.load(path, STAMP)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value), place
         path.write_bytes(whole)
-    assert all(torch.equal(a, b) for a, b in zip(before, trainee.kept().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, staged.kept().values(), strict=True))
 
 
 def test_flipped_bytes_of_a_checkpoint_are_seen_or_mean_nothing(tmp_path: Path) -> None:
     _, path = written(tmp_path)
-    trainee, stage, _ = entered()
+    staged, stage, _ = entered()
     whole = path.read_bytes()
-    good = load_last(path, stage, trainee, STAMP)
+    good = load_last(path, stage, staged, STAMP)
     assert good is not None
     seen = 0
     places = range(0, len(whole) - 1, 101)
     for place in places:
         flipped(path, place)
         try:
-            saved = load_last(path, stage, trainee, STAMP)
+            saved = load_last(path, stage, staged, STAMP)
         except CheckpointError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             seen += 1
@@ -92,7 +92,7 @@ def test_flipped_bytes_of_a_checkpoint_are_seen_or_mean_nothing(tmp_path: Path) 
         at = whole.index(tensor.numpy().tobytes())
         flipped(path, at + 1)
         with pytest.raises(CheckpointError, match="is damaged: the checksum of"):
-            load_last(path, stage, trainee, STAMP)
+            load_last(path, stage, staged, STAMP)
         path.write_bytes(whole)
         assert name.startswith("connector")
 
@@ -110,23 +110,23 @@ def test_flipped_bytes_of_a_checkpoint_are_seen_or_mean_nothing(tmp_path: Path) 
 )
 def test_another_runs_file_is_refused(tmp_path: Path, which: int, other: Stamp, words: str) -> None:
     path = written(tmp_path)[which]
-    trainee, stage, _ = entered()
+    staged, stage, _ = entered()
     with pytest.raises(CheckpointError, match=words) as caught:
         if which:
-            load_last(path, stage if other.stage == "align" else parse(config())[1], trainee, other)
+            load_last(path, stage if other.stage == "align" else parse(config())[1], staged, other)
         else:
-            trainee.load(path, other)
+            staged.load(path, other)
     assert len(str(caught.value)) <= 300 + len(str(path))
 
 
 @pytest.mark.parametrize("step", [10**9, 7, -1, 2.5, None, True, "2"])
 def test_a_step_that_the_stage_does_not_have_is_refused(tmp_path: Path, step: Any) -> None:
     _, path = written(tmp_path)
-    trainee, stage, _ = entered()
+    staged, stage, _ = entered()
     saved = torch.load(path, weights_only=True)
     torch.save(saved | {"step": step}, path)
     with pytest.raises(CheckpointError, match=f"is of step {step} and stage align has 6"):
-        load_last(path, stage, trainee, STAMP)
+        load_last(path, stage, staged, STAMP)
 
 
 def test_files_of_before_load_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -138,9 +138,9 @@ def test_files_of_before_load_and_that_is_said(tmp_path: Path, capsys: pytest.Ca
     saved = torch.load(last, weights_only=True)
     saved.pop("run")
     torch.save(saved, last)
-    trainee, stage, _ = entered()
-    trainee.load(weights, STAMP)
-    assert load_last(last, stage, trainee, STAMP) is not None
+    staged, stage, _ = entered()
+    staged.load(weights, STAMP)
+    assert load_last(last, stage, staged, STAMP) is not None
     assert capsys.readouterr().err.count("carries no checksum and no name of its run") == 2
 
 
@@ -166,7 +166,7 @@ def test_a_finished_run_with_a_wrong_file_is_refused_by_all_who_read_it(
     elif what == "stage":
         shutil.copy(weights(there, "0_align"), weights(there))
     else:
-        flipped(weights(there), weights(there).stat().st_size - 50)  # behind the header
+        flipped(weights(there), weights(there).stat().st_size - 50)  # after the header
     before = weights(there).read_bytes()
     words = {"seed": "seed 4, here 3", "stage": "of the stage align and not of tune", "damage": "is damaged"}[what]
     with pytest.raises(CheckpointError, match=words):

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from vlmlab.contracts.errors import CheckpointError
 from vlmlab.engine.restore import load_trained
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.recipe.stage import parse
 
 
@@ -15,19 +15,19 @@ from vlmlab.recipe.stage import parse
 def saved(tmp_path):
     cfg = config()
     stage = parse(cfg)[0]
-    trainee = Trainee(FakeVLM())
-    trainee.enter(stage)
+    staged = StagedModel(FakeVLM())
+    staged.enter(stage)
     path = tmp_path / "model.safetensors"
-    trainee.save(path, stage, cfg)
+    staged.save(path, stage, cfg)
     return path, stage
 
 
 def fresh(stage, **changes):
-    trainee = Trainee(FakeVLM())
+    staged = StagedModel(FakeVLM())
     for name, value in changes.items():
-        setattr(trainee.model, name, value)
-    trainee.enter(stage)
-    return trainee
+        setattr(staged.model, name, value)
+    staged.enter(stage)
+    return staged
 
 
 def rewrite(path, change):
@@ -43,10 +43,10 @@ def rewrite(path, change):
 def test_it_holds_what_no_tower_has_and_loads_again(saved):
     path, stage = saved
     assert sorted(load_file(path)) == ["connector.bias", "connector.weight"]
-    trainee = fresh(stage)
-    trainee.load(path)
-    assert torch.equal(trainee.model.connector.weight.data, load_file(path)["connector.weight"])
-    assert trainee.model.connector.weight.requires_grad
+    staged = fresh(stage)
+    staged.load(path)
+    assert torch.equal(staged.model.connector.weight.data, load_file(path)["connector.weight"])
+    assert staged.model.connector.weight.requires_grad
 
 
 def test_metadata_says_what_it_belongs_to(saved):

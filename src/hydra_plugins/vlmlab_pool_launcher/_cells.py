@@ -36,7 +36,7 @@ from vlmlab.runs.origin import changed_origin
 from vlmlab.runs.shared import KEY, unshared
 
 ELSEWHERE = "another process is in its folder"
-"""Note of a cell that waits for whoever has locked its folder."""
+"""Note of a cell that waits for the process that has locked its folder."""
 FINISHED = "finished before"
 """Note of a cell that is as it would be if it were made now."""
 
@@ -117,7 +117,7 @@ class Cell:
 
     @contextmanager
     def own_fault(self) -> Iterator[None]:
-        """What the disk refuses of its folder is this cell's failure and nobody else's."""
+        """What the disk refuses of its folder is this cell's failure alone."""
         try:
             yield
         except OSError as error:
@@ -197,7 +197,7 @@ class Cell:
 
     def _refused(self, error: OSError) -> str:
         if os.path.lexists(self.folder) and not self.folder.is_dir():
-            return f"{self.folder} is no folder but a file or a link that leads nowhere; remove it"
+            return f"{self.folder} is a file or a link that leads nowhere, not a folder; remove it"
         return str(machine_error(error) or unusable(error, self.folder) or error)
 
     def _reason(self, code: int) -> str:
@@ -286,7 +286,7 @@ def compose_cells(
 
 
 def _how(override: str) -> bool:
-    """Whether a word says by what a sweep is run, which is no part of a cell."""
+    """Whether a word says by what a sweep is run, which is not part of a cell."""
     return override_key(override) == HOW
 
 
@@ -308,7 +308,7 @@ def unique(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def as_printed(words: Iterable[str]) -> set[str]:
-    """The words that are no sweeps as Hydra's sweeper prints them: ``1e-3`` as ``0.001``, ``[1, 2]`` as ``[1,2]``."""
+    """The words that are not sweeps as Hydra's sweeper prints them: ``1e-3`` as ``0.001``, ``[1, 2]`` as ``[1,2]``."""
     parsed = OverridesParser.create().parse_overrides(list(words))
     return {f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in parsed if not o.is_sweep_override()}
 
@@ -357,7 +357,7 @@ def refuse_training_twice(cells: Sequence[Cell]) -> None:
     """Cells that differ in nothing but their evaluation share their stages, or the sweep does not begin.
 
     Raises:
-        ConfigError: they cannot, and nobody has said that each is to train by itself.
+        ConfigError: they cannot, and no key says that each is to train by itself.
     """
     first: dict[str, Cell] = {}
     for cell in cells:

@@ -55,7 +55,7 @@ class Composer:
         return cfg
 
     def _is_value(self, override: Override) -> bool:
-        """Whether it replaces a value: it is no choice of a file, adds and removes no key, and merges nothing."""
+        """Whether it replaces a value: it is not a choice of a file, adds and removes no key, and merges nothing."""
         key = override.key_or_group
         if override.type != OverrideType.CHANGE or override.package is not None or override.is_hydra_override():
             return False

@@ -16,7 +16,7 @@ from vlmlab.contracts.terminal import tell
 from vlmlab.runs.names import SEED
 
 
-def say_costs(
+def print_costs(
     config: DictConfig, loader: ConfigLoader, job_overrides: Sequence[Sequence[str]], first: int
 ) -> list[CellReturn]:
     """Print the table of costs, and write it where ``out`` says; nothing is trained.

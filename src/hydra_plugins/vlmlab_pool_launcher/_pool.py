@@ -13,7 +13,7 @@ from types import FrameType
 from hydra_plugins.vlmlab_pool_launcher._cells import ELSEWHERE, Cell
 from hydra_plugins.vlmlab_pool_launcher._job import Site, Start, ThisMachine
 from vlmlab.cli.entry import MISTAKE
-from vlmlab.contracts.stops import heeded
+from vlmlab.contracts.stops import handled_signals
 from vlmlab.runs.lock import is_locked
 from vlmlab.runs.progress import duration, last_sign
 
@@ -191,7 +191,7 @@ class Pool:
                     else:
                         cell.process.kill()
 
-        before = {number: signal.signal(number, handle) for number in heeded()}
+        before = {number: signal.signal(number, handle) for number in handled_signals()}
         try:
             yield
         finally:

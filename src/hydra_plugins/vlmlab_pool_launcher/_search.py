@@ -152,7 +152,7 @@ def run_search(config: DictConfig, loader: ConfigLoader, search: Search, options
         raise ConfigError(
             "a search on a scheduler has to know how many cells run at a time; give hydra.launcher.slots="
         )
-    asking = Asking(config, loader, search, options)
+    asking = TrialQueue(config, loader, search, options)
     places = places_for(asking.tried(), options)
     asking.places, sweep = len(places), asking.sweep
     sweep.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def _study(sweep: Path, search: Search) -> Any:
     return study
 
 
-class Asking:
+class TrialQueue:
     """Gives the pool its cells: those of trials that were begun, then new ones as long as there are slots.
 
     Args:

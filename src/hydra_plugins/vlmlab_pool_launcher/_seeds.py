@@ -13,7 +13,7 @@ from hydra_plugins.vlmlab_pool_launcher._sweep import CellReturn, planned, untra
 from vlmlab.contracts.terminal import tell
 
 
-def say_seeds(
+def print_seeds(
     config: DictConfig,
     loader: ConfigLoader,
     job_overrides: Sequence[Sequence[str]],

@@ -28,7 +28,7 @@ def space_of(words: Sequence[str], loader: Any = None) -> tuple[dict[str, Any], 
         loader: knows the choices of a group.
 
     Raises:
-        ConfigError: a word is no range of values, or nothing is swept.
+        ConfigError: a word is not a range of values, or nothing is swept.
     """
     space: dict[str, Any] = {}
     fixed: list[str] = []
@@ -67,7 +67,7 @@ def _interval(value: IntervalSweep, word: str) -> Any:
 
     low, high, log = value.start, value.end, LOG in value.tags
     if low is None or high is None or low >= high or (log and low <= 0):
-        raise ConfigError(f"{word} is no interval; give two numbers, the smaller first{', above 0' if log else ''}")
+        raise ConfigError(f"{word} is not an interval; give two numbers, the smaller first{', above 0' if log else ''}")
     if isinstance(low, int) and isinstance(high, int):
         return IntDistribution(low, high, log=log)
     return FloatDistribution(float(low), float(high), log=log)

@@ -104,8 +104,8 @@ def run_sweep(
     for cell in left:
         if not cell.settle_recorded(options.record):
             cell.announce()
-    _say_told(cells)
-    _say_reach(cells)
+    _report_notes(cells)
+    _report_reach(cells)
     tell(f"sweep {sweep}: {len(cells)} cells, {len(places)} at a time; each writes <cell>/log.txt")
     start = start_command()
     with display(len(places)) as show:
@@ -181,14 +181,14 @@ def look_ahead(cells: Sequence[Cell]) -> None:
             raise ConfigError(f"cell {cell.name}: {sentence}") from error
 
 
-def _say_told(cells: Sequence[Cell]) -> None:
+def _report_notes(cells: Sequence[Cell]) -> None:
     """Which finished cells are not as they would be if they were made now."""
     for note in dict.fromkeys(cell.note for cell in cells if cell.state == "done" and cell.note != FINISHED):
         names = [cell.name for cell in cells if cell.note == note]
         tell(f"note: {len(names)} finished cells ({', '.join(names[:3])}{', ...' if names[3:] else ''}): {note}")
 
 
-def _say_reach(cells: Sequence[Cell]) -> None:
+def _report_reach(cells: Sequence[Cell]) -> None:
     """Before anything trains: that no comparison of these cells can be significant, where that is so."""
     seeds = families(cells)
     if len(seeds) > 1:
@@ -247,7 +247,7 @@ def _table(sweep: Path, cells: Sequence[Cell]) -> bool:
     except Exception as error:
         fail(f"no table of {sweep}: {said(error) or f'{type(error).__name__}: {error}'}", FAILED)
         return False
-    _tell_wandb(sweep, cells)
+    _log_to_wandb(sweep, cells)
     return True
 
 
@@ -281,7 +281,7 @@ def _returns(sweep: Path, jobs: Sequence[Cell], cells: Sequence[Cell], table: bo
     return returns
 
 
-def _tell_wandb(sweep: Path, cells: Sequence[Cell]) -> None:
+def _log_to_wandb(sweep: Path, cells: Sequence[Cell]) -> None:
     """With ``logger=wandb``, send the table and figure; what W&B refuses is said and costs nothing else."""
     logger: Any = next((cell.config.get("logger") for cell in cells if cell.config), None) or {}
     if logger.get("name") != "wandb":

@@ -128,7 +128,7 @@ class CostLauncherConf(PoolLauncherConf):
 ConfigStore.instance().store(group="hydra/launcher", name="cost", node=CostLauncherConf, provider="vlmlab")
 
 
-class _Told(Launcher):
+class _HydraLauncher(Launcher):
     """A launcher that keeps what Hydra tells it.
 
     Attributes:
@@ -145,7 +145,7 @@ class _Told(Launcher):
         """Hydra hands over the sweep's configuration, which is also the present one until a cell is composed.
 
         Raises:
-            UserError: Hydra's sweeper would write ``multirun.yaml`` through a link, or into something that is no file.
+            UserError: Hydra's sweeper would write ``multirun.yaml`` through a link, or into what is not a file.
         """
         from vlmlab.runs.files import refuse_no_file
 
@@ -155,7 +155,7 @@ class _Told(Launcher):
         self.hydra_context = hydra_context
 
 
-class SeedsLauncher(_Told):
+class SeedsLauncher(_HydraLauncher):
     """Trains nothing: says how many seeds the comparisons of a sweep need."""
 
     def __init__(
@@ -174,14 +174,14 @@ class SeedsLauncher(_Told):
         Raises:
             UserError: a cell is impossible, or the pilot is none.
         """
-        from hydra_plugins.vlmlab_pool_launcher._seeds import say_seeds
+        from hydra_plugins.vlmlab_pool_launcher._seeds import print_seeds
 
         assert self.config is not None and self.hydra_context is not None
         loader = self.hydra_context.config_loader
-        return say_seeds(self.config, loader, job_overrides, initial_job_idx, *self.wanted)
+        return print_seeds(self.config, loader, job_overrides, initial_job_idx, *self.wanted)
 
 
-class CostLauncher(_Told):
+class CostLauncher(_HydraLauncher):
     """Trains nothing: says what answers of the compositions of a sweep cost."""
 
     def __init__(self, **of_the_sweep: Any) -> None: ...
@@ -192,13 +192,13 @@ class CostLauncher(_Told):
         Raises:
             UserError: a cell is impossible or cannot be counted.
         """
-        from hydra_plugins.vlmlab_pool_launcher._cost import say_costs
+        from hydra_plugins.vlmlab_pool_launcher._cost import print_costs
 
         assert self.config is not None and self.hydra_context is not None
-        return say_costs(self.config, self.hydra_context.config_loader, job_overrides, initial_job_idx)
+        return print_costs(self.config, self.hydra_context.config_loader, job_overrides, initial_job_idx)
 
 
-class PoolLauncher(_Told):
+class PoolLauncher(_HydraLauncher):
     """Runs every cell of a sweep as its own process, whatever happens to the others, and writes the table.
 
     Args:

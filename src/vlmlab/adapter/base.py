@@ -95,7 +95,7 @@ class Layer(nn.Module, BaseTunerLayer):
             UserError: always.
         """
         kind = type(self.acting).__name__
-        raise UserError(f"{kind} is no change of a weight and cannot be merged; keep the adapter beside the model.")
+        raise UserError(f"{kind} is not a change of a weight and cannot be merged; keep the adapter beside the model.")
 
 
 def insert(

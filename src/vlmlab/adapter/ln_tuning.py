@@ -12,7 +12,7 @@ from vlmlab.contracts.values import Names, NotNegative, Text, Wrapped
 
 
 class LnTuningAdapter(Adapter):
-    """A trained copy of every norm of the tower stands in for it; the original stays.
+    """A trained copy of every norm of the tower is used instead of it; the original stays.
 
     Args:
         parts: what to wrap, of ``lm``, ``encoder``, ``connector`` and ``fusion``.

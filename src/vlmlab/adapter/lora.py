@@ -47,7 +47,7 @@ class LoraAdapter(Adapter):
         name: Text = "default",
     ) -> None:
         if r < 1:
-            raise UserError(f"adapter.r={r} is no rank; give a whole number of at least 1.")
+            raise UserError(f"adapter.r={r} is not a rank; give a whole number of at least 1.")
         self.parts = tuple(parts)
         self.name = check_name(name)
         self.lr = lr

@@ -55,7 +55,7 @@ class PrefixTuningAdapter(Adapter):
         name: Text = "default",
     ) -> None:
         if tuple(parts) != ("lm",):
-            raise UserError(f"adapter.parts={list(parts)}: prefixes stand in the LM's attention; set it to [lm].")
+            raise UserError(f"adapter.parts={list(parts)}: prefixes go into the LM's attention; set it to [lm].")
         if gate not in ("none", "zero"):
             raise UserError(f"adapter.gate={gate} is unknown; choose none or zero.")
         if length < 1:

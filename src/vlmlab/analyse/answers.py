@@ -30,7 +30,7 @@ class Scored:
         name: of the score that is the mean of these.
         scores: of each question.
         images: names of the images that each question was asked with; its sample's id where it has none.
-        rows: as they stand in the file.
+        rows: as they are in the file.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Scored:
     rows: Mapping[Question, Row]
 
     def questions(self, key: MetricKey) -> list[Question]:
-        """The questions that a metric of this benchmark is the mean of; none if it is no such mean."""
+        """The questions that a metric of this benchmark is the mean of; none if it is not such a mean."""
         if not f"{key.score}/".startswith(f"{self.name}/"):
             return []
         group = key.score.removeprefix(self.name).lstrip("/")

@@ -159,7 +159,7 @@ def _compared(row: Combination, base: Mapping[str, float], answers: Mapping[str,
 
 
 def _answers(row: Combination, key: MetricKey) -> dict[str, Scored]:
-    """Seed to the answers behind a metric, where they are known."""
+    """Seed to the answers that a metric is computed from, where they are known."""
     found = {seed: scored(record.folder, key.benchmark, key.baseline) for seed, record in row.of_seed(str(key)).items()}
     return {seed: answers for seed, answers in found.items() if answers is not None and answers.questions(key)}
 

@@ -112,7 +112,7 @@ def _notes(comparisons: Sequence[Comparison]) -> Iterator[str]:
         yield "No intervals: there is no second seed in common."
         return
     if asked is None:
-        yield "No interval over questions: the score is no mean over single answers, or has no predictions."
+        yield "No interval over questions: the score is not a mean over single answers, or has no predictions."
         return
     yield (
         "That over seeds and questions covers other questions of the same kind too "

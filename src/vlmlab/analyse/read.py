@@ -63,7 +63,7 @@ def read_export(path: Path) -> list[RunRecord]:
         rows = list(csv.DictReader(file))
     named = next((name for name in NAMED if rows and name in rows[0]), None)
     if named is None:
-        raise UserError(f"{path} is no record of cells and no export of W&B's runs: it has no column name")
+        raise UserError(f"{path} is neither a record of cells nor an export of W&B's runs: it has no column name")
     runs = [_nested(path, row) if {"config", "summary"} <= row.keys() else _flat(row) for row in rows]
     keys = _telling([config for config, _ in runs])
     return [
@@ -89,7 +89,7 @@ def _mapping(path: Path, row: Mapping[str, str], key: str) -> dict[str, Any]:
             continue
         if isinstance(value, dict):
             return {str(name): item for name, item in value.items()}
-    raise UserError(f"{path}: the {key} of a run is no mapping; export it as JSON")
+    raise UserError(f"{path}: the {key} of a run is not a mapping; export it as JSON")
 
 
 def _flat(row: Mapping[str, str]) -> tuple[dict[str, str], dict[str, float]]:

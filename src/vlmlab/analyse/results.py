@@ -108,7 +108,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_sweep(sweep_dir: Path) -> list[RunRecord]:
-    """The cells of a sweep by name; folders that are no cell or were kept aside by ``fresh=true`` are left out."""
+    """The cells of a sweep by name; folders that are not cells or were kept aside by ``fresh=true`` are left out."""
     marks = ("overrides.json", "state.json", "config.yaml", "result.json")
     folders = sorted(path for path in sweep_dir.iterdir() if os.path.isdir(path)) if os.path.isdir(sweep_dir) else []
     cells = [p for p in folders if any(os.path.exists(p / mark) for mark in marks) and ".old-" not in p.name]
@@ -119,7 +119,7 @@ def read_record(path: Path) -> list[RunRecord]:
     """The cells of a committed record (``cells.csv``) as the runs that they were, of which no folder need be here.
 
     Raises:
-        UserError: it is no record, see ``read_cells``.
+        UserError: it is not a record, see ``read_cells``.
     """
     return [
         RunRecord(Path(row["cell"]), "done", "", parse_overrides(overrides_of(row)), metrics_of(row), cost_of(row))
@@ -128,7 +128,7 @@ def read_record(path: Path) -> list[RunRecord]:
 
 
 def failed_run(folder: Path, overrides: Iterable[str], reason: str) -> RunRecord:
-    """The record of a run of which whoever started it knows that it failed, and its folder perhaps nothing."""
+    """The record of a run that its launcher knows to have failed, though its folder may say nothing."""
     return RunRecord(folder, "failed", " ".join(reason.split()), parse_overrides(overrides), {}, {})
 
 

@@ -54,7 +54,7 @@ class Threshold:
             return cls(text.strip(), found[2], found[3] == "<", float(found[4]), found[1] or "")
         except ValueError:
             raise UserError(
-                f"until={text} is no threshold; write a number of metrics.jsonl, < or >, and a limit, as in "
+                f"until={text} is not a threshold; write a number of metrics.jsonl, < or >, and a limit, as in "
                 f"'until={GAP}>0.1' or 'until=dense:held_out/loss<0.5'"
             ) from None
 

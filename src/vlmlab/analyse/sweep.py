@@ -26,7 +26,7 @@ SHOWN_FAILURES = 20
 def main_metrics(records: Sequence[RunRecord]) -> list[str]:
     """The overall scores that all finished cells have, the most telling ones first.
 
-    A score counts where its shuffled baseline stands beside it; where no benchmark has one, every overall score.
+    A score counts where it has a shuffled baseline; where no benchmark has one, every overall score.
     """
     finished = [record.metrics for record in records if record.done]
     common = [name for name in (finished[0] if finished else {}) if all(name in metrics for metrics in finished)]

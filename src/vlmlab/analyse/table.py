@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vlmlab.analyse.stats import Interval
 
 BESIDE = ("chance", "normalised")
-"""Scores that stand in a column beside the accuracy they belong to."""
+"""Scores shown in a column beside the accuracy they belong to."""
 INTERVAL = "95 % interval"
 """The column of the interval over questions."""
 OF_ONE_MODEL = (
@@ -51,7 +51,7 @@ class BenchmarkTable:
 def benchmark_tables(
     metrics: Mapping[str, float], intervals: Mapping[str, Interval] | None = None
 ) -> list[BenchmarkTable]:
-    """One table per benchmark, in the order in which they stand in ``result.json``.
+    """One table per benchmark, in the order of ``result.json``.
 
     Args:
         metrics: of ``result.json``.
@@ -106,7 +106,7 @@ def is_level(key: MetricKey) -> bool:
 
 
 def _place(key: MetricKey, value: float, accuracy: str, scores: Collection[str]) -> tuple[str, str, str, Cell]:
-    """Where a number stands: the score of its row, the kind or group, the title of its column; and what is shown."""
+    """A cell of a table: the score of its row, the kind or group, the title of its column; and what is shown."""
     first, _, rest = key.score.partition("/")
     if first == FLOOR:
         floor, _, group = rest.partition("/")

@@ -128,5 +128,5 @@ def _digest(value: Any) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """OmegaConf's containers are no dicts and lists."""
+    """OmegaConf's containers are not dicts and lists."""
     return dict(value) if isinstance(value, Mapping) else list(value)

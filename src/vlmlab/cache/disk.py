@@ -50,7 +50,7 @@ class DiskCache(FeatureCache):
     images come, and a run that is killed and goes on ends with the same weights. Without a cache the encoder sees whole
     batches: that is equal up to this rounding.
 
-    It stands only before an encoder of which nothing trains. ``vlmlab.cache.address`` says what features are kept
+    It is used only in front of an encoder of which nothing trains. ``vlmlab.cache.address`` says what features are kept
     under, ``vlmlab.cache.shelf`` how. An encoder that answers twice differently is left alone. Trouble with the disk is
     said once and changes no value: what cannot be read or kept is computed.
 
@@ -81,7 +81,7 @@ class DiskCache(FeatureCache):
 
     @contextmanager
     def serving(self, model: nn.Module, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-        """Stand before the model's encoder, as the encoder is now; say and count what that saves."""
+        """Serve the model's encoder, as the encoder is now; report and count what that saves."""
         self._begin(say)
         used: dict[str, Any] = {}
         if reason := _unfit(getattr(model, "encoder", None)):

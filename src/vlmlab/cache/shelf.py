@@ -1,7 +1,7 @@
 """Records of one length under keys, in a folder that any number of processes read and write at once.
 
 Every writer has two files of its own and only appends to them, so that no writer waits for another and a writer that
-dies harms nobody. ``<writer>.data`` holds records of one length, the k-th at k x length; ``<writer>.index`` a row per
+dies does no harm. ``<writer>.data`` holds records of one length, the k-th at k x length; ``<writer>.index`` a row per
 record with its key and a checksum over key and record, written after it. What was torn, or damaged later, does not
 fit its checksum: it is struck out of the index and never handed on. Two writers may keep the same key; they keep the
 same bytes.
@@ -10,7 +10,7 @@ Neither a file per record (558,000 images are more files than a cluster grants, 
 disk) nor sqlite (one writer at a time, every record written twice, and its log does not work on network disks).
 
 A process that uses a folder holds a shared lock on its file ``lock``, which dies with the process; the time of that
-file says when the folder was used last. ``make_room`` removes only folders that nobody holds. Free of torch.
+file says when the folder was used last. ``make_room`` removes only folders that are not in use. Free of torch.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class Shelf:
 def make_room(root: Path, bytes_needed: int, limit: int) -> bool:
     """Whether so many bytes more stay within the limit on all folders below `root`.
 
-    Where they do not, folders go that nobody is using, those used longest ago first.
+    Where they do not, folders that are not in use are removed, those used longest ago first.
     """
     free = limit - bytes_needed - sum(size for _, size in _sizes(root))
     if free >= 0:

@@ -77,7 +77,7 @@ class Conversation:
         elif command == "/image":
             self._look_at(rest.strip())
         elif command.startswith("/"):
-            raise UserError(f"{command} is no command here; {HELP}.")
+            raise UserError(f"{command} is not a command here; {HELP}.")
         elif line:
             self._answer(line)
 

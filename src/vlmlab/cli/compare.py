@@ -36,7 +36,7 @@ def compare_command(cfg: DictConfig) -> None:
     out = None if cfg.out is None else Path(str(cfg.out))
     for key, folder in (("sweep", sweep), ("out", out)):
         if folder is not None and not folder.is_dir():
-            raise ConfigError(f"{key}={folder} is no folder; give an existing one, as in: {EXAMPLE}")
+            raise ConfigError(f"{key}={folder} is not a folder; give an existing one, as in: {EXAMPLE}")
     from vlmlab.analyse.compare_report import write_comparison  # numpy and scipy
 
     tell(write_comparison(sweep, str(cfg.baseline), _text(cfg.metric), _text(cfg.until), out))

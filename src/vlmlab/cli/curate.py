@@ -22,7 +22,7 @@ def curate_command(cfg: DictConfig) -> None:
     """Score the captions, write the file and say what was found.
 
     Raises:
-        ConfigError: ``run`` or ``out`` is missing, ``run`` is no folder of a run, or ``out`` cannot be written.
+        ConfigError: ``run`` or ``out`` is missing, ``run`` is not a folder of a run, or ``out`` cannot be written.
         CheckpointError: the run is not finished, or its files do not fit.
         UserError: the source is none of the run's, or none of captions.
     """

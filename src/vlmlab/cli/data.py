@@ -1,4 +1,4 @@
-"""A first look at the user's files, so that a broken one is found before hours of training and not behind them."""
+"""A first look at the user's files, so that a broken one is found before hours of training and not after them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def check_sources(cfg: DictConfig) -> list[str]:
 def check_same(run: RunFolder, cfg: DictConfig) -> None:
     """Note the fingerprints of a run's data, and refuse to go on with a training whose data have changed.
 
-    Before anything was learnt, or behind the training, other data are said and taken: what was learnt stands, and
+    Before anything was learnt, or after the training, other data are reported and used: what was learnt is kept, and
     scores of a benchmark that is another now are made anew.
 
     Args:

@@ -156,7 +156,7 @@ def _forget_sweep() -> None:
 
 
 def remove_empty(folder: Path) -> None:
-    """Remove an empty folder; of a relative one also those that it stands in."""
+    """Remove an empty folder; of a relative one also its parents."""
     for place in (folder,) if folder.is_absolute() else (folder, *folder.parents):
         if place != Path():
             with contextlib.suppress(OSError):

@@ -75,7 +75,7 @@ def _flags(words: Sequence[str]) -> str:
 def _no_yaml(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"{mark.name}, line {mark.line + 1}," if mark is not None else "a configuration file"
-    return f"{where} is no YAML that can be used here ({getattr(error, 'problem', None) or _first(error)}); correct it"
+    return f"{where} is not YAML that can be used here ({getattr(error, 'problem', None) or _first(error)}); correct it"
 
 
 def _unreadable(error: Exception, conf: Path, words: Sequence[str]) -> str | None:
@@ -105,7 +105,7 @@ def _no_choice(words: Sequence[str], conf: Path) -> str | None:
             not all(isinstance(name, str) for name in names) or any("${" in str(name) for name in names)
         ):
             group = override.key_or_group
-            return f"{shown(override.input_line)} is no choice of {group}; give the name of a file of conf/{group}"
+            return f"{shown(override.input_line)} is not a choice of {group}; give the name of a file of conf/{group}"
     return None
 
 
@@ -181,7 +181,7 @@ def _elsewhere(word: str, words: Sequence[str]) -> str:
 
 
 def _inside(group: str, conf: Path, config_name: str, words: Sequence[str]) -> str:
-    """Where a group that stands inside other choices is chosen, in what the words make; or what has a place for it."""
+    """Where a group that is used inside other choices is chosen, in what the words make; or what has a place for it."""
     word = next((word.lstrip("+~") for word in words if word.lstrip("+~").startswith(group)), group)
     choice = word.partition("=")[2] or "..."
     keys = [key for key in _keys(_known(conf, config_name, words)[1]) if key.endswith(".sees")]

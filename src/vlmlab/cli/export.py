@@ -23,7 +23,7 @@ def export_command(cfg: DictConfig) -> None:
     """Write the folders and files, and say what they are.
 
     Raises:
-        ConfigError: ``run`` or ``to`` is missing, ``run`` is no folder of a run, or ``to`` has files in it.
+        ConfigError: ``run`` or ``to`` is missing, ``run`` is not a folder of a run, or ``to`` has files in it.
         CheckpointError: the run is not finished, or its files do not fit.
     """
     check_own(cfg, Export)

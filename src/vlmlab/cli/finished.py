@@ -37,7 +37,7 @@ def known_run(cfg: DictConfig, example: str) -> Path:
     folder = Path(str(cfg.run))
     if RunFolder(folder).config() is None:
         raise ConfigError(
-            f"run={folder} is no run folder (it has no config.yaml); give the folder that training printed"
+            f"run={folder} is not a run folder (it has no config.yaml); give the folder that training printed"
         )
     return folder
 

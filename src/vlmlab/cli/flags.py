@@ -41,7 +41,7 @@ ANY: Mapping[str, Any] = {"hydra.searchpath": list, "hydra.mode": str, "hydra/he
 
 
 def wrong_word(words: Sequence[str], trains: bool) -> str | None:
-    """The first word that cannot work, in one sentence; whatever stands behind a ``=`` of ours is composed first.
+    """The first word that cannot work, in one sentence; what follows a ``=`` of ours is composed first.
 
     Args:
         words: of the command line.
@@ -51,7 +51,7 @@ def wrong_word(words: Sequence[str], trains: bool) -> str | None:
 
 
 def overrides_of(words: Sequence[str]) -> list[str]:
-    """The words that are no options and no values of options; they stand side by side, in their order."""
+    """The words that are neither options nor values of options, in their order."""
     parsed, _ = _parsed(words)
     return [] if parsed is None else list(parsed.overrides)
 
@@ -96,10 +96,10 @@ def _wrong_words(words: Sequence[str], trains: bool) -> Iterator[str]:
 def _wrong_options(words: Sequence[str], parsed: Namespace) -> Iterator[str]:
     for word in parsed.unknown:
         if word.startswith("-"):
-            yield f"{word} is no option; --help shows the groups, keys are given as key=value"
-        yield f"{word} stands behind an option that has keys before it; give the options first"
+            yield f"{word} is not an option; --help shows the groups, keys are given as key=value"
+        yield f"{word} comes after an option that has keys before it; give the options first"
     if "--" in words:
-        yield "-- is no option; leave it out"
+        yield "-- is not an option; leave it out"
     if parsed.experimental_rerun is not None:
         yield f"--experimental-rerun={parsed.experimental_rerun} has no effect here; write the command again"
     asked = ("run", "multirun", "cfg", "info", "shell_completion")
@@ -127,7 +127,7 @@ def other_kind(words: Sequence[str], several: bool) -> str | None:
 
 
 def _known(key: str, keys: Mapping[str, Any]) -> bool:
-    """Whether a key is one of these, or stands in the mapping that one of them is."""
+    """Whether a key is one of these, or is in a mapping that is one of them."""
     return any(key == known or (kind is dict and key.startswith(f"{known}.")) for known, kind in keys.items())
 
 
@@ -169,12 +169,12 @@ def _together(names: Iterable[str]) -> list[str]:
 def _wrong_value(key: str, kind: Any, parsed: Override) -> Iterator[str]:
     value = parsed.value()
     if key.endswith("dir") and (not isinstance(value, str) or not value):
-        yield f"{key}={shown(value)} is no folder; give one, or leave it out and give name=..."
+        yield f"{key}={shown(value)} is not a folder; give one, or leave it out and give name=..."
     elif kind is list:
         for place in value if isinstance(value, list) else [value]:
             path = str(place).removeprefix("file://")
             if "://" not in path and not Path(path).is_dir():
-                yield f"{key} has {shown(path)}, which is no folder; give a list of those that have config groups"
+                yield f"{key} has {shown(path)}, which is not a folder; give a list of those that have config groups"
     elif kind is not str and kind is not dict:  # Hydra knows the choices
         sentence = refusal(kind, value, key)
         if sentence is not None:

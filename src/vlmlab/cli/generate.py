@@ -31,13 +31,13 @@ def generate_command(cfg: DictConfig) -> None:
     """Print the answer, and its tokens with their probabilities where they are asked for.
 
     Raises:
-        ConfigError: ``run`` or ``question`` is missing or ``run`` is no folder of a run.
+        ConfigError: ``run`` or ``question`` is missing or ``run`` is not a folder of a run.
         CheckpointError: the run is not finished, or its files do not fit.
         UserError: an image, a question or an option that is not possible.
     """
     check_own(cfg, Generate)
     if OmegaConf.is_missing(cfg, "question"):
-        raise ConfigError(f"which question? write it behind, as in: {EXAMPLE}")
+        raise ConfigError(f"which question? write it at the end, as in: {EXAMPLE}")
     model = opened(cfg, EXAMPLE)
     question, image = str(cfg.question), images_of(cfg)
     answer = model.generate(image, question, **settings_of(cfg))

@@ -64,9 +64,9 @@ def import_command(cfg: DictConfig, found: Found, to: Path, words: Sequence[str]
     admitted(cfg, HydraConfig.get(), Import)
     run = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in (*own_keys(VERB), "hydra")])
     OmegaConf.copy_cache(cfg, run)
-    from vlmlab.published.taken import take_apart
+    from vlmlab.published.split import split_model
 
-    result = take_apart(found, run, to, words)
+    result = split_model(found, run, to, words)
     for note in found.notes:
         tell(f"note: {note}")
     tell(f"{found.plan.model.__name__}, {result['cost']['params']:,} parameters: {to}\n")

@@ -28,10 +28,10 @@ def inspect_command(cfg: DictConfig) -> None:
     admitted(cfg, HydraConfig.get(), Inspect)
     stage, page = chosen_stage(cfg), Path(str(cfg.out))
     check_place(page, "out")
-    from vlmlab.inspect.inspection import inspect_stage, say, write_page  # from here on torch
+    from vlmlab.inspect.inspection import inspect_stage, print_report, write_page  # from here on torch
 
     found = inspect_stage(cfg, stage, cfg.n, cfg.check)
-    say(found)
+    print_report(found)
     tell(f"\n{write_page(found, page)}")
     if found.refused is not None:
         raise found.refused
@@ -49,7 +49,7 @@ def chosen_stage(cfg: DictConfig) -> Stage:
     found = next((stage for stage in stages if stage.name == str(cfg.stage)), None)
     if found is None:
         known = listed(stage.name for stage in stages)
-        raise ConfigError(f"stage={cfg.stage} is no stage of this recipe; choose one of {known}")
+        raise ConfigError(f"stage={cfg.stage} is not a stage of this recipe; choose one of {known}")
     return found
 
 

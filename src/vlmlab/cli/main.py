@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _unknown(words: list[str]) -> str:
-    """No such verb; whoever left it out is shown the whole command."""
+    """No such verb; where it was left out, the whole command is shown."""
     if "=" in words[0] or words[0].startswith("-"):
         verb = "sweep" if words[0] in ("-m", "--multirun") else "train"
         rest = " ".join(words[1:] if verb == "sweep" else words)

@@ -73,13 +73,15 @@ def _per_stage(cfg: DictConfig, key: str, stages: Sequence[str]) -> dict[str, An
     value: Any = OmegaConf.to_container(cfg[key], resolve=True)
     for name in value:
         if name not in stages:
-            raise ConfigError(f"{key}.{name} is no stage of this recipe; choose from {listed(stages)}")
+            raise ConfigError(f"{key}.{name} is not a stage of this recipe; choose from {listed(stages)}")
     return {str(name): item for name, item in value.items()}
 
 
 def _pair(name: str, value: list[int]) -> list[int]:
     if len(value) != 2 or value[1] < 1:
-        raise ConfigError(f"lengths.{name}={value} is no pair; give tokens before the answer and of it, as in [20,60]")
+        raise ConfigError(
+            f"lengths.{name}={value} is not a pair; give tokens before the answer and of it, as in [20,60]"
+        )
     return value
 
 

@@ -62,7 +62,7 @@ def report_command(cfg: DictConfig) -> None:
     for cell in cells or ():
         if not (sweep / cell / "config.yaml").is_file():
             known = sorted(path.parent.name for path in sweep.glob("*/config.yaml"))
-            raise ConfigError(f"cells: {cell} is no cell of {sweep}; choose two of {listed(known[:SHOWN_CELLS])}")
+            raise ConfigError(f"cells: {cell} is not a cell of {sweep}; choose two of {listed(known[:SHOWN_CELLS])}")
     from vlmlab.evaluate.gallery import write_sweep_gallery  # numpy and scipy
 
     texts = {key: None if cfg[key] is None else str(cfg[key]) for key in ("metric", "cost")}
@@ -83,7 +83,7 @@ def _sweep(cfg: DictConfig, verb: str) -> Path:
         raise ConfigError(f"which sweep? write its folder, as in: {example}")
     sweep = Path(str(cfg.folder))
     if not sweep.is_dir():
-        raise ConfigError(f"sweep={sweep} is no folder; give an existing one, as in: {example}")
+        raise ConfigError(f"sweep={sweep} is not a folder; give an existing one, as in: {example}")
     if not any(sweep.iterdir()):
         raise UserError(f"{sweep} is empty; give the folder that a sweep has printed")
     from vlmlab.analyse.results import read_sweep  # numpy

@@ -23,9 +23,9 @@ from vlmlab.contracts.errors import (
     OutOfMemory,
     Unscored,
     UserError,
-    mistake_within,
     reason,
     unbuildable,
+    user_error_in,
 )
 from vlmlab.contracts.faults import machine_error
 from vlmlab.contracts.terminal import tell
@@ -45,7 +45,7 @@ BEGINNING = {"config.yaml", "env.json", "state.json", "metrics.jsonl", "lock", "
     "logged.json",
     "wandb.json",
 }
-"""Files of a run before its first step that nobody misses."""
+"""Files of a run before its first step that can be removed."""
 
 
 REPORT = "report.html"
@@ -121,7 +121,7 @@ def _look_at_data(cfg: DictConfig, config: Mapping[str, Any], folder: Path) -> N
         for line in check_sources(cfg):
             tell(f"note: {line}")
     except (UserError, InstantiationException) as error:
-        mistake = error if isinstance(error, UserError) else mistake_within(error)
+        mistake = error if isinstance(error, UserError) else user_error_in(error)
         if isinstance(mistake, TooManyBad) and mistake.listed:
             note(folder, "data", mistake.skipped)
         remove_empty(folder)
@@ -150,7 +150,7 @@ def train_in(run: RunFolder, cfg: DictConfig) -> dict[str, Any] | None:
         if not known or _learnt(run.path):
             raise
         _forget(run.path)
-        if any(isinstance(one, DataError | Unscored) for one in (error, mistake_within(error))):
+        if any(isinstance(one, DataError | Unscored) for one in (error, user_error_in(error))):
             raise
         raise ConfigError(_said(error)) from error
     except BaseException:  # a signal; what was learnt is saved
@@ -208,7 +208,7 @@ def _report(cfg: DictConfig, folder: Path, result: dict[str, Any]) -> Path:
 
 
 def _short(folder: Path) -> Path:
-    """The folder relative to where the user stands, if it is below."""
+    """The folder relative to the working directory, if it is below."""
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 

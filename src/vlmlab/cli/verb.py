@@ -30,7 +30,7 @@ def run_verb(verb: str, task: Callable[[DictConfig], object], more: Sequence[str
     Args:
         verb: its name; ``conf/hydra/help/<verb>.yaml`` is its help.
         task: what it does with the configuration.
-        more: words that stand before those that were typed.
+        more: words that are put before those that were typed.
 
     Returns:
         The exit code.
@@ -107,14 +107,14 @@ def arguments(
 ) -> list[str]:
     """The words for Hydra: the verb's own keys are added with their values, and may then be given like any other.
 
-    They stand before the user's keys and options where they were, since Hydra takes no keys on both sides of one.
+    They are put before the user's keys and options where they were, since Hydra takes no keys on both sides of one.
 
     Args:
         verb: its name.
         words: as typed.
         own: its own keys and their values.
         before: other words for its own keys and for what kind of run it is.
-        more: words of the composition that stand before those that were typed.
+        more: words of the composition that are put before those that were typed.
     """
     if before is None:
         before = [*ONE_RUN, *(f"++{key}={_written(value)}" for key, value in own.items())]

@@ -41,7 +41,7 @@ def wandb_command(cfg: DictConfig) -> None:
     check_own(cfg, Wandb)
     sweep = Path(str(cfg.folder))
     if not sweep.is_dir():
-        raise ConfigError(f"sweep={sweep} is no folder; give an existing one, as in: {EXAMPLE}")
+        raise ConfigError(f"sweep={sweep} is not a folder; give an existing one, as in: {EXAMPLE}")
     tell(log_sweep(sweep, {key: cfg[key] for key in ("project", "entity", "mode")}))
 
 

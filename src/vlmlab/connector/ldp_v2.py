@@ -14,7 +14,7 @@ from vlmlab.contracts.values import Width
 class LdpV2Connector(Connector):
     """Linear, GELU, Linear per feature; the mean of each window; a depthwise 3x3 convolution added to it.
 
-    The convolution tells a token where it stands (PEG, arXiv 2102.10882). Windows at the end of a side that the window
+    The convolution encodes a token's position (PEG, arXiv 2102.10882). Windows at the end of a side that the window
     does not divide are cut off by the grid's edge, so that a side rounds up.
 
     Parameters: (Dv + 1) D + (D + 1) D + 10 D.

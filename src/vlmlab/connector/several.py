@@ -75,7 +75,7 @@ class StackConnector(Connector):
             assert isinstance(part, Connector)
             try:
                 counts[name] = part.tokens_per_image(hw)
-            except UserError as error:  # the part does not know where it stands
+            except UserError as error:  # the part does not know its own key
                 raise UserError(f"connector.parts.{name}: {error}") from error
         return counts
 
@@ -93,7 +93,7 @@ def built_part(name: str, part: Any, in_width: int, out_width: int) -> Connector
             raise UserError(f"connector.parts.{name}: {error.__cause__}") from error
         raise
     if not isinstance(made, Connector):
-        raise UserError(f"connector.parts.{name} is no connector; give it the _target_ of one.")
+        raise UserError(f"connector.parts.{name} is not a connector; give it the _target_ of one.")
     return made
 
 

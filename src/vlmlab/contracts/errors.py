@@ -62,7 +62,7 @@ class OutOfMemory(UserError):
 
 
 class Unscored(UserError):
-    """Some benchmarks of a trained model could not be scored; the scores of the others stand.
+    """Some benchmarks of a trained model could not be scored; the scores of the others are kept.
 
     Attributes:
         scores: of the others.
@@ -124,7 +124,7 @@ def reason(error: BaseException, most: int = 100) -> str:
     return brief(" ".join(str(error).split()).rstrip(".") or type(error).__name__, most)
 
 
-def mistake_within(error: BaseException) -> UserError | None:
+def user_error_in(error: BaseException) -> UserError | None:
     """The user's mistake that Hydra's ``instantiate`` has wrapped, or None."""
     cause = error.__cause__
     while cause is not None and not isinstance(cause, UserError):
@@ -134,7 +134,7 @@ def mistake_within(error: BaseException) -> UserError | None:
 
 def unbuildable(error: Exception) -> str:
     """The user's mistake after a part that hydra could not build; or which part, why, and where its keys are."""
-    mistake = mistake_within(error)
+    mistake = user_error_in(error)
     if mistake is not None:
         return str(mistake)
     text = str(error)

@@ -191,7 +191,7 @@ class PairHead(nn.Module, ABC):
 
 
 class FeatureCache(ABC):
-    """Stands between pixels and an encoder and may know an image already: ``(encoder, (I, 3, H, W)) -> Visual``.
+    """Sits between pixels and an encoder and may know an image already: ``(encoder, (I, 3, H, W)) -> Visual``.
 
     Attributes:
         keeps: whether it keeps features at all.
@@ -205,7 +205,7 @@ class FeatureCache(ABC):
 
     @abstractmethod
     def serving(self, model: nn.Module, say: Callable[[str], None]) -> AbstractContextManager[dict[str, Any]]:
-        """Stands before ``model.encoder`` while this is open, unless that trains.
+        """Serves ``model.encoder`` while this is open, unless that trains.
 
         Args:
             model: one with an `encoder` that it looks through its attribute `cache`.
@@ -280,8 +280,8 @@ class Mask(Protocol):
     A class may declare, as constants of its body: `shows_prompt`, under it a word of the prompt depends on later ones,
     so that no stage can learn the prompt; `leaks`, it breaks the leak rule on purpose and nothing can be trained;
     `visual_alone`, a visual position sees itself alone, so that no weight of its query can learn; `rule`, what it
-    allows within one sample as an expression of plain torch (``vlmlab.published.sight``), by which it goes out with a
-    model.
+    allows within one sample as an expression of plain torch (``vlmlab.published.mask_code``), by which it is exported
+    with a model.
     """
 
     def __call__(self, layout: Layout, q: Tensor) -> Tensor:
@@ -351,7 +351,7 @@ class Fusion(nn.Module, ABC):
         Args:
             visual: what the encoder saw.
             batch: the batch.
-            text: (I, T, Dt) states of the text tower for ``batch.asked``; None unless `reads_text`.
+            text: (I, T, Dt) states of the text tower for ``batch.text_ids``; None unless `reads_text`.
         """
         return visual
 

@@ -21,13 +21,13 @@ class Turn:
     """One exchange: what is asked and what is to be answered.
 
     Attributes:
-        prompt: the user's words, possibly with ``IMAGE_TAG`` where an image stands; empty for plain text.
+        prompt: the user's words, possibly with ``IMAGE_TAG`` where an image is; empty for plain text.
         answer: the words to be learnt or compared with.
         kind: what sort of question this is ("count", "caption", ...); scores are reported per kind.
         references: all acceptable answers (captions have several); empty means ``(answer,)``.
         chance: accuracy in 0..1 of the best answer that never looks at the image; None where unknown.
         group: a part of the benchmark that is scored apart, across the kinds ("held_out_pair"); empty where there are
-            none. Left out of the repr, which stands for what is said (its hash fixes the embedded world's samples).
+            none. Left out of the repr, which covers the text alone (its hash fixes the embedded world's samples).
     """
 
     prompt: str

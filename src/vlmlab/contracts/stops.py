@@ -8,6 +8,6 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SI
 """SLURM sends SIGUSR1 or SIGUSR2 before the time is over (``--signal``), others SIGTERM; SIGHUP is a lost terminal."""
 
 
-def heeded() -> tuple[signal.Signals, ...]:
+def handled_signals() -> tuple[signal.Signals, ...]:
     """Those of them that count here: a SIGHUP that is ignored stays so, which is what ``nohup`` is for."""
     return tuple(n for n in STOPS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN)

@@ -270,7 +270,7 @@ class Batch:
         layout: what each position is.
         images: where every image belongs.
         sample_ids: the samples of every row (several when packed).
-        asked: (I, T) what the user says to each image in the tokens of the encoder's text tower, -1 after the last;
+        text_ids: (I, T) what the user says to each image in the tokens of the encoder's text tower, -1 after the last;
             None where nothing reads it.
         texts: (B) the words of every row of pairs of images and texts; empty in other batches.
     """
@@ -281,7 +281,7 @@ class Batch:
     layout: Layout
     images: Images
     sample_ids: list[list[str]]
-    asked: Tensor | None = None
+    text_ids: Tensor | None = None
     texts: tuple[str, ...] = ()
 
     @property
@@ -331,7 +331,7 @@ class Batch:
             labels=self.labels.to(device),
             layout=self.layout.to(device),
             images=self.images.to(device),
-            asked=None if self.asked is None else self.asked.to(device),
+            text_ids=None if self.text_ids is None else self.text_ids.to(device),
         )
 
 

@@ -1,7 +1,8 @@
 """What values a key may have: the types that annotations of constructors are made of, and what refuses a wrong one.
 
 A constructor's annotation is the schema of its YAML, as in ``depth: Depth = 2`` or ``norm: Literal["layer", "rms"]``;
-pydantic checks it, strictly: true is no number, 3 is no text, NaN and infinities are no numbers. Never imports torch.
+pydantic checks it, strictly: true is not a number, 3 is not a text, NaN and infinities are refused. Never imports
+torch.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from annotated_types import Ge, Gt, Interval, Le, Len, Lt, MinLen
 from vlmlab.contracts.errors import listed
 
 MOST = 10**9
-"""Largest count; a smaller limit is said in a refusal, this one only to anyone who goes beyond."""
+"""Largest count; a refusal names a smaller limit, and this one only beyond it."""
 
 Count = Annotated[int, Interval(ge=1, le=MOST)]
 Natural = Annotated[int, Interval(ge=0, le=MOST)]
@@ -84,7 +85,7 @@ CHOSEN = {
 
 
 class Part:
-    """Stands in an annotation for something that the configuration describes by ``_target_``.
+    """Marks in an annotation what the configuration describes by ``_target_``.
 
     Args:
         kind: its contract, as in ``Encoder``.
@@ -143,7 +144,7 @@ def refusal(annotation: Any, value: Any, key: str) -> str | None:
         if "_target_" in value and any(_part_of(member) for member in members):
             given = value["_target_"]
             named = isinstance(given, str) and given
-            return None if named else f"{key}._target_={shown(given)} is no class; give its dotted path"
+            return None if named else f"{key}._target_={shown(given)} is not a class; give its dotted path"
         found = (refusal(of, inner, f"{key}.{name}") for name, inner in value.items())
         return next((sentence for sentence in found if sentence is not None), None)
     return _plain_refusal(annotation, value, key)
@@ -158,10 +159,10 @@ def _plain_refusal(annotation: Any, value: Any, key: str) -> str | None:
         _adapter(reduce(or_, plain)).validate_python(tuple(value) if pair else value)
     except ValidationError:
         if isinstance(value, Mapping) and "_target_" in value and any(map(_part_of, _members(annotation))):
-            return f"{key}._target_={shown(value['_target_'])} is no class; give its dotted path"
+            return f"{key}._target_={shown(value['_target_'])} is not a class; give its dotted path"
         group = next((fact.group for member in _members(annotation) if (fact := _part_of(member))), None)
         if group is not None and isinstance(value, str):
-            return f"{key}={shown(value)} is no {group.replace('_', ' ')}; write {group}@{key}={shown(value)}"
+            return f"{key}={shown(value)} is not a {group.replace('_', ' ')}; write {group}@{key}={shown(value)}"
         known = _words(annotation)
         if known is not None:
             return f"{key}={shown(value)} is unknown; choose one of {', '.join(known)}"

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample
 from vlmlab.data.chat import ANSWER, ChatEncoder, Encoded
-from vlmlab.data.questions import asked_apart
+from vlmlab.data.questions import split_questions
 
 if TYPE_CHECKING:
     from vlmlab.data.collate import Collator
 
-APART = "a prompt for generation would become one token with the answer behind it: they are tokenised apart"
+APART = "a prompt for generation would become one token with the answer that follows: they are tokenised apart"
 
 
-def proved(collate: Collator, sample: Sample) -> list[str]:
+def check_prompt(collate: Collator, sample: Sample) -> list[str]:
     """Hold tokenizer and template to it that every prompt for generation is the beginning of what is learnt.
 
     It ends where the answer begins, whose first and last tokens are learnt; at the last one generation stops.
@@ -39,7 +39,7 @@ def proved(collate: Collator, sample: Sample) -> list[str]:
 
 def parts(collate: Collator, sample: Sample) -> list[Sample]:
     """The conversations as which a sample is read."""
-    return [sample] if collate.questions == "conversation" else asked_apart(sample)
+    return [sample] if collate.questions == "conversation" else split_questions(sample)
 
 
 def _proved(encoder: ChatEncoder, sample: Sample) -> Iterator[str]:

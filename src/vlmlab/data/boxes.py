@@ -65,7 +65,7 @@ class Corners:
         return self.template.format(*told)
 
     def read(self, text: str) -> Box | None:
-        """The first box in a text, whatever stands around it; None where there is none."""
+        """The first box in a text, whatever is around it; None where there is none."""
         found = re.search(self._pattern, text)
         if found is None:
             return None
@@ -153,7 +153,7 @@ def box_text(boxes: Boxes, bins: int | None = None) -> BoxText:
         UserError: an unknown convention, or a number of steps that it cannot write.
     """
     if boxes not in _CONVENTIONS:
-        raise UserError(f"boxes={boxes!r} is no convention; choose from {', '.join(BOXES)}.")
+        raise UserError(f"boxes={boxes!r} is not a convention; choose from {', '.join(BOXES)}.")
     convention = _CONVENTIONS[boxes]
     if bins is None:
         return convention

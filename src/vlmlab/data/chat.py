@@ -30,7 +30,7 @@ FIXED_DAY = (
     "| replace('%b', 'Jul') | replace('%B', 'July') -}}"
     "{%- endmacro -%}{{ '' }}"  # a newline after a tag would be dropped, after a value it is the template's
 )
-"""Stands before every template: one that prints the day (Llama 3.2's does) would make a run depend on when it ran. The
+"""Put before every template: one that prints the day (Llama 3.2's does) would make a run depend on when it ran. The
 day is Llama 3.1's own where it knows none."""
 
 SYSTEM, USER, ANSWER = 0, 1, 2
@@ -167,7 +167,7 @@ class ChatEncoder:
             raise DataError(f"Sample {sample.id} has nothing to continue: plain prompts are images; use prompt=chat.")
         return encoded
 
-    def forged(self, sample: Sample) -> str | None:
+    def control_token_problem(self, sample: Sample) -> str | None:
         """Why the words of a sample, with the control tokens in them, are refused; None: they are not."""
         try:
             guarded(sample, self.control, self.image_token, self.control_tokens)
@@ -350,11 +350,11 @@ class ChatEncoder:
         if found < 0 or text[start:found].strip():
             raise UserError(
                 f"The chat template of {self.name} does not print the answer {answer[:40]!r} as it "
-                "is behind the prompt for it; give another by lm.chat_template."
+                "comes after the prompt for it; give another by lm.chat_template."
             )
         if not text.endswith(tuple(self.specials), start, stop):
             raise UserError(
-                f"The chat template of {self.name} puts no end token behind an answer (but "
+                f"The chat template of {self.name} puts no end token after an answer (but "
                 f"{text[stop : stop + 20]!r}), so that generation would not stop; give another by lm.chat_template, "
                 f"one that prints {self.end} there."
             )
@@ -419,7 +419,7 @@ class ChatEncoder:
         return ids, offsets
 
     def _read(self, text: str, cuts: Sequence[int], plain: Sequence[Span]) -> tuple[list[int], list[Span]]:
-        """Ids and offsets of a text in pieces, cut at these places, and around and inside what is to be no token."""
+        """Ids and offsets of a text in pieces, cut at these places, and around and inside what must not be a token."""
         edges = sorted({0, len(text), *cuts, *(edge for i, j in plain for edge in (i, min(i + 1, j), j))})
         ids: list[int] = []
         offsets: list[Span] = []
@@ -510,7 +510,7 @@ def last_learnt(encoded: Encoded) -> list[int]:
     return [label for label, following in ends if label != IGNORE and following == IGNORE]
 
 
-def asked(sample: Sample) -> list[str]:
+def questions_of(sample: Sample) -> list[str]:
     """For every image what the user says in its turn, without tags."""
     return [
         " ".join(prompt.replace(IMAGE_TAG, " ").split())

@@ -1,4 +1,4 @@
-"""Samples -> Batch: the only place that knows where each image stands."""
+"""Samples -> Batch: the only place that knows where each image is."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Image, Sample
 from vlmlab.contracts.tensors import Batch, Images, Kind, Layout
-from vlmlab.data.chat import IGNORE, SYSTEM, ChatEncoder, Encoded, asked
-from vlmlab.data.questions import Questions, asked_apart, joined, of_same_images, within
+from vlmlab.data.chat import IGNORE, SYSTEM, ChatEncoder, Encoded, questions_of
+from vlmlab.data.questions import Questions, joined, of_same_images, split_questions, within
 
 Resize = Callable[[Image], Image]
 TRIED = 32
@@ -56,7 +56,7 @@ class Collator:
             DataError: it cannot be used; names the sample.
             UserError: the chat template allows no trees.
         """
-        apart = [sample] if self.questions == "conversation" else asked_apart(sample)
+        apart = [sample] if self.questions == "conversation" else split_questions(sample)
         parts = [_prompted(self.encoder.train(one), self.prompt_tokens) for one in apart]
         if self.questions != "tree" or len(parts) == 1:
             return parts
@@ -86,13 +86,13 @@ class Collator:
             layout=layout,
             images=_image_table(samples, encoded, rows, ids.shape[1], left) if shown else Images.none(),
             sample_ids=[[samples[i].id for i in row] for row in rows],
-            asked=self._asked(samples, rows) if shown else None,
+            text_ids=self._text_ids(samples, rows) if shown else None,
         )
 
-    def _asked(self, samples: Sequence[Sample], rows: list[list[int]]) -> Tensor | None:
+    def _text_ids(self, samples: Sequence[Sample], rows: list[list[int]]) -> Tensor | None:
         if self.text is None:
             return None
-        return self.text([text for row in rows for i in row for text in asked(samples[i])])
+        return self.text([text for row in rows for i in row for text in questions_of(samples[i])])
 
     def _pixels(self, images: list[tuple[str, Image]]) -> Tensor:
         if not images or self.resize is None:

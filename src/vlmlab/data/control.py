@@ -1,6 +1,6 @@
 """Control tokens of a tokenizer inside the words of a sample: written out there, they could begin or end a turn.
 
-A tokenizer reads such a word as its control token wherever it stands. So it is refused by row, or hidden while the
+A tokenizer reads such a word as its control token wherever it is. So it is refused by row, or hidden while the
 template is rendered and then read as ordinary characters.
 """
 

@@ -42,7 +42,7 @@ MOST_AT_ONCE = 2**29
 """Bytes of a file that is read as a whole before its size in pixels is known, as WebP is."""
 
 PAGED = ("GIF", "TIFF")
-"""Formats whose first page is read alone, wherever it stands, however large the file."""
+"""Formats whose first page is read alone, wherever it is, however large the file."""
 
 MOST_PLAIN = 2**23
 """Numbers of an image that is written in decimal digits, which Pillow reads one by one."""
@@ -110,7 +110,7 @@ class ImageFolder:
     def check(self, given: str) -> str | None:
         """Why the image cannot be used, in words that follow its name, or None; does not open the file."""
         if not given.strip() or "\0" in given:
-            return "is no file name"
+            return "is not a file name"
         if reason := embedded(given) or self._outside(given):
             return reason
         path = os.path.join(self.root, self.name(given))
@@ -204,7 +204,7 @@ def _folders(given: str | Sequence[str | Path]) -> list[Path]:
     found = [Path(folder).expanduser() for folder in ([given] if isinstance(given, str | Path) else given or ())]
     for folder in found:
         if not folder.is_dir():
-            raise DataError(f"data.image_roots names {folder}, which is no folder; give those that links lead to")
+            raise DataError(f"data.image_roots names {folder}, which is not a folder; give those that links lead to")
     return found
 
 
@@ -238,7 +238,7 @@ def named_image(given: str | Path, values: str | Sequence[float] = "auto") -> Im
     """
     path = Path(given).expanduser()
     if not path.is_file():
-        raise UserError(f"{path} is no file; give the path of an image, a Pillow image, or None for no image.")
+        raise UserError(f"{path} is not a file; give the path of an image, a Pillow image, or None for no image.")
     real = path.resolve()
     return load_image(real.name, real.parent, values)
 
@@ -258,7 +258,7 @@ def decode_image(file: IO[bytes], name: str, values: Range = None) -> Image:
         raise DataError(f"Image {name} claims {limit}; shrink it or remove its row") from None
     except UnidentifiedImageError:
         known = ", ".join(FORMATS)
-        raise DataError(f"Image {name} is no readable image ({known}); replace the file or remove its row") from None
+        raise DataError(f"Image {name} is not a readable image ({known}); replace the file or remove its row") from None
     except MemoryError:
         raise DataError(f"Image {name} does not fit the memory; shrink it or remove its row") from None
     except Exception as error:  # decoders of damaged files raise nearly anything

@@ -26,7 +26,7 @@ class Window:
         step: the optimizer step, from 0.
         batches: ``accumulate`` micro-batches.
         error: what is wrong with the data; raised by the trainer, on every rank (a worker cannot raise it whole).
-        skipped: the bad samples that others stand for.
+        skipped: the bad samples that others replace.
     """
 
     step: int
@@ -50,7 +50,7 @@ class Windows:
         rank: this process among `ranks`.
         ranks: processes that share every step.
         accumulate: micro-batches per step and rank.
-        replace: the next usable sample stands for one that cannot be loaded, is too long or has nothing to learn.
+        replace: the next usable sample replaces one that cannot be loaded, is too long or has nothing to learn.
     """
 
     def __init__(

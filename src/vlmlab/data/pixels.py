@@ -52,7 +52,7 @@ def value_range(given: Any) -> Range:
     plain = [n for n in numbers if isinstance(n, int | float) and not isinstance(n, bool) and np.isfinite(n)]
     if len(plain) != 2 or len(numbers) != 2 or not plain[0] < plain[1]:
         shown = str(given)[:60]
-        raise UserError(f"data.image_range={shown} is no range; give [low, high] with low below high, or {AUTO}")
+        raise UserError(f"data.image_range={shown} is not a range; give [low, high] with low below high, or {AUTO}")
     return float(plain[0]), float(plain[1])
 
 

@@ -20,15 +20,15 @@ from vlmlab.contracts.sample import IMAGE_TAG, Sample
 from vlmlab.data.chat import ANSWER, Encoded
 
 Questions: TypeAlias = Literal["conversation", "rows", "tree"]
-"""How a sample of several turns is read: as it stands, each turn by itself in a row, or all in one row as a tree."""
+"""How a sample of several turns is read: as it is, each turn by itself in a row, or all in one row as a tree."""
 
 FRONT = re.compile(rf"(?:\s*{re.escape(IMAGE_TAG)})+\s*")
 
 
-def front(sample: Sample) -> str | None:
+def leading_tags(sample: Sample) -> str | None:
     """The image tags that the first prompt begins with, with the blanks around them; empty where no tag is written.
 
-    None where the questions cannot be asked apart from each other: there is no image, or one stands elsewhere.
+    None where the questions cannot be asked apart from each other: there is no image, or one is elsewhere.
     """
     prompts = [turn.prompt for turn in sample.turns]
     if not sample.images:
@@ -41,13 +41,13 @@ def front(sample: Sample) -> str | None:
     return tags if tags.count(IMAGE_TAG) == everywhere == len(sample.images) else None
 
 
-def asked_apart(sample: Sample) -> list[Sample]:
+def split_questions(sample: Sample) -> list[Sample]:
     """Every turn as a sample of its own: the system line, the images, this question; as a benchmark asks it.
 
     A turn without an answer, from which nothing is learnt, is left out. A sample stays one conversation where it has a
     single turn, no image (its turns have only each other to be about), or an image elsewhere than at its beginning.
     """
-    tags = front(sample)
+    tags = leading_tags(sample)
     answered = [turn for turn in sample.turns if turn.answer]
     if tags is None or len(sample.turns) < 2 or not answered:
         return [sample]
@@ -70,8 +70,8 @@ def of_same_images(samples: Sequence[Sample]) -> Iterator[list[int]]:
 def _begins_as(sample: Sample, other: Sample) -> bool:
     """Whether two samples have the same system line and, at their beginning, the same images."""
     named = sample.image_ids == other.image_ids and sample.system == other.system
-    tags = front(sample)
-    if not named or tags is None or tags != front(other) or len(sample.images) != len(other.images):
+    tags = leading_tags(sample)
+    if not named or tags is None or tags != leading_tags(other) or len(sample.images) != len(other.images):
         return False
     return all(np.array_equal(a, b) for a, b in zip(sample.images, other.images, strict=True))
 

@@ -59,7 +59,7 @@ class MultiEncoder(Encoder):
         self.tower = nn.ModuleList(encoders)  # whole encoders, so that an adapter wraps every tower inside
         self.combine = combine
         if grid is not None and len(grid) != 2:
-            raise UserError(f"encoder.grid={list(grid)} is no grid; give rows and columns, as in [16,16], or null.")
+            raise UserError(f"encoder.grid={list(grid)} is not a grid; give rows and columns, as in [16,16], or null.")
         self.grid: Size | None = None if grid is None else (grid[0], grid[1])
         self.pooled = pooled
         self.preprocess = max((e.preprocess for e in encoders), key=lambda p: p.height * p.width)

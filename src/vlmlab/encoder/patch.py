@@ -48,7 +48,7 @@ class PatchEncoder(Encoder):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height % patch_size or width % patch_size:
             shown = f"encoder.image_size=[{height},{width}]"
-            raise UserError(f"{shown} is no multiple of encoder.patch_size={patch_size}; make both sides one.")
+            raise UserError(f"{shown} is not a multiple of encoder.patch_size={patch_size}; make both sides one.")
         self.source: str | None = None
         self.preprocess = Preprocess(height, width)
         self.patch = patch_size

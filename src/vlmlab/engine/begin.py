@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmlab.contracts.errors import CheckpointError
 from vlmlab.engine.stamp import check_whole
-from vlmlab.engine.weights import BASE, Trainee, check_sources, plain_key, read_facts, read_tensors, tensor_names
+from vlmlab.engine.weights import BASE, StagedModel, check_sources, plain_key, read_facts, read_tensors, tensor_names
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.config import leaves
 from vlmlab.runs.origin import KEY
@@ -23,9 +23,9 @@ OBJECTIVES = "objectives."
 """Before the names of weights that belong to objectives of one stage; the next stage has its own."""
 
 
-def fits_as_built(trainee: Trainee, path: Path) -> bool:
+def fits_as_built(staged: StagedModel, path: Path) -> bool:
     """Whether all tensors of a stage's file are in the model before any adapter of its first stage wraps it."""
-    named = trainee.named()
+    named = staged.named()
     return all(name in named or name.startswith(OBJECTIVES) for name in tensor_names(path))
 
 
@@ -34,11 +34,11 @@ def holds(path: Path, part: str) -> bool:
     return any(name.startswith(f"{part}.") for name in tensor_names(path))
 
 
-def begin_with(trainee: Trainee, path: Path, cfg: DictConfig) -> list[str]:
+def begin_with(staged: StagedModel, path: Path, cfg: DictConfig) -> list[str]:
     """Have the weights of an earlier run's stage; what that file does not hold stays as it was made.
 
     Args:
-        trainee: the model that begins.
+        staged: the model that begins.
         path: ``model.safetensors`` of the stage.
         cfg: the configuration, whose parts are compared with those the weights were trained in.
 
@@ -49,9 +49,9 @@ def begin_with(trainee: Trainee, path: Path, cfg: DictConfig) -> list[str]:
         CheckpointError: other towers, or a part that does not fit: missing, of another class or of other shapes; or
             the file is damaged.
     """
-    facts, named, found = read_facts(path), trainee.named(), read_tensors(path)
+    facts, named, found = read_facts(path), staged.named(), read_tensors(path)
     tensors = {n: t for n, t in found.items() if n in named or not n.startswith(OBJECTIVES)}
-    saved, now = dict(facts.get("sources", {})), trainee.sources()
+    saved, now = dict(facts.get("sources", {})), staged.sources()
     common = saved.keys() & now.keys()
     shown = f"{KEY}={OmegaConf.select(cfg, KEY)}"
     check_sources(shown, {p: saved[p] for p in common}, {p: now[p] for p in common}, f"choose that tower, or no {KEY}")
@@ -64,19 +64,19 @@ def begin_with(trainee: Trainee, path: Path, cfg: DictConfig) -> list[str]:
         if named[name].shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)}, here it is {tuple(named[name].shape)}"
             raise _misfit(name, f"has {name} of shape {shapes}", shown)
-    _check_parts(trainee, tensors, shown)
+    _check_parts(staged, tensors, shown)
     check_whole(path, facts, found)
     kinds = {name: torch.promote_types(tensor.dtype, named[name].dtype) for name, tensor in tensors.items()}
-    trainee.take({name: tensor.to(kinds[name]) for name, tensor in tensors.items()})  # what trains stays float32
-    trainee.begun_with(tensors)
+    staged.take({name: tensor.to(kinds[name]) for name, tensor in tensors.items()})  # what trains stays float32
+    staged.begun_with(tensors)
     return notes
 
 
-def take_encoder(trainee: Trainee, path: Path, stage: Stage) -> list[str]:
+def take_encoder(staged: StagedModel, path: Path, stage: Stage) -> list[str]:
     """Have the encoder of an earlier stage's two towers; what this model cut off its own (a pooling head) is left out.
 
     Args:
-        trainee: the model of the stage that begins, before any adapter of it wraps the encoder.
+        staged: the model of the stage that begins, before any adapter of it wraps the encoder.
         path: ``model.safetensors`` of the earlier stage.
         stage: the one that begins.
 
@@ -86,14 +86,14 @@ def take_encoder(trainee: Trainee, path: Path, stage: Stage) -> list[str]:
     Raises:
         CheckpointError: the encoder there is another one, or has an adapter; or the file is damaged.
     """
-    facts, named, found = read_facts(path), trainee.named(), read_tensors(path)
+    facts, named, found = read_facts(path), staged.named(), read_tensors(path)
     check_whole(path, facts, found)
-    saved, now = dict(facts.get("sources", {})), trainee.sources()
+    saved, now = dict(facts.get("sources", {})), staged.sources()
     key = stage.key("encoder_from")
     here, there = ({"encoder": s["encoder"]} if "encoder" in s else {} for s in (now, saved))
     check_sources(f"{key}={stage.encoder_from}", there, here, "both stages take the encoder of the configuration")
     tensors = {name: tensor for name, tensor in found.items() if name.startswith("encoder.")}
-    wanted = [name for name, _ in dict(trainee.model.parts()).get("encoder", [])]  # type: ignore[operator]
+    wanted = [name for name, _ in dict(staged.model.parts()).get("encoder", [])]  # type: ignore[operator]
     if not tensors:
         return []
     for name in wanted:
@@ -109,10 +109,10 @@ def take_encoder(trainee: Trainee, path: Path, stage: Stage) -> list[str]:
         raise CheckpointError(
             f"{key}={stage.encoder_from}: only an adapter of the encoder trained there; train it whole."
         )
-    trainee.take(
+    staged.take(
         {name: tensor.to(torch.promote_types(tensor.dtype, named[name].dtype)) for name, tensor in tensors.items()}
     )
-    trainee.begun_with(tensors)
+    staged.begun_with(tensors)
     return sorted(tensors)
 
 
@@ -135,11 +135,11 @@ def _word(target: Any) -> str:
     return str(target).rpartition(".")[2]
 
 
-def _check_parts(trainee: Trainee, tensors: Mapping[str, Tensor], shown: str) -> None:
-    """A part that no tower is the source of comes whole or not at all: half of a deeper connector is no connector."""
-    parts: Mapping[str, Any] = trainee.model.parts()  # type: ignore[operator]
+def _check_parts(staged: StagedModel, tensors: Mapping[str, Tensor], shown: str) -> None:
+    """A part without a source tower is loaded whole or not at all: half of a deeper connector is not a connector."""
+    parts: Mapping[str, Any] = staged.model.parts()  # type: ignore[operator]
     for part, owned in parts.items():
-        if part.removesuffix(BASE) in trainee.sources():
+        if part.removesuffix(BASE) in staged.sources():
             continue
         missing = [name for name, _ in owned if name not in tensors]
         if missing and len(missing) < len(owned):

@@ -78,7 +78,7 @@ def read(model: VLM, batch: Batch, flops: Callable[[], int]) -> Reading:
     marks = [flops()]
     if model.encoder is not None and len(batch.pixels):
         model.encoder(batch.pixels)
-        model.asked(batch)
+        model.text_states(batch)
     marks.append(flops())
     seen = model.see(batch)
     embeds, inside = model.embed(batch, seen), model.inside(batch, seen)

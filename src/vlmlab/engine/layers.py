@@ -61,7 +61,7 @@ def compiled(model: nn.Module) -> Iterator[None]:
 
 
 def places(part: nn.Module) -> Places:
-    """Where every parameter of a part stands, an adapter's in the layers too.
+    """Which layer every parameter of a part is in, an adapter's in the layers too.
 
     What a tower registers before its layers (embeddings) is at -1, what comes after them (last norm, head) is taken
     for the last layer; parameters outside a tower with layers are absent.

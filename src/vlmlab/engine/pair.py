@@ -130,7 +130,7 @@ class PairCollator:
             layout=Layout.of_text(asked >= 0),
             images=_one_a_row([image.shape[:2] for image in images], names),
             sample_ids=[[sample.id] for sample in samples for _ in sample.images],
-            asked=asked,
+            text_ids=asked,
             texts=texts,
         )
 

@@ -13,7 +13,7 @@ from vlmlab.contracts.errors import CheckpointError, UserError, reason
 from vlmlab.engine import rng
 from vlmlab.engine.stage import StageModule
 from vlmlab.engine.stamp import recorded
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.recipe.stage import Stage, parse
 from vlmlab.runs import folder as folder_module
 
@@ -35,20 +35,20 @@ def module_class(stage: Stage) -> type[StageModule]:
             f"{stage.key('module')}={stage.module} cannot be imported ({reason(error)}); {remedy}."
         ) from error
     if not issubclass(found, StageModule):
-        raise UserError(f"{stage.key('module')}={stage.module} is no StageModule; see {StageModule.__module__}.")
+        raise UserError(f"{stage.key('module')}={stage.module} is not a StageModule; see {StageModule.__module__}.")
     return found
 
 
-def new_trainee(cfg: DictConfig, build: Builder) -> Trainee:
+def new_staged_model(cfg: DictConfig, build: Builder) -> StagedModel:
     """A model before its first stage: the same weights for the same configuration."""
     rng.seed_all(cfg.seed)
-    return Trainee(build(cfg))
+    return StagedModel(build(cfg))
 
 
-def enter(trainee: Trainee, cfg: DictConfig, stage: Stage) -> None:
+def enter(staged: StagedModel, cfg: DictConfig, stage: Stage) -> None:
     """Let a stage begin: what it adds to the model starts with the same weights whatever was done before."""
     rng.seed_all(cfg.seed, stage.name, "enter")
-    trainee.enter(stage)
+    staged.enter(stage)
 
 
 def weights_file(folder: Path, stage: Stage) -> Path:
@@ -68,7 +68,7 @@ def evaluated_file(cfg: DictConfig, folder: Path, stage: Stage) -> Path:
     best = file.with_name(folder_module.BEST)
     if not best.is_file():
         raise CheckpointError(
-            f"evaluation.load_best=true: {best} is missing, since stage {stage.name} kept no best look; set it false, "
+            f"evaluation.load_best=true: {best} is missing, since stage {stage.name} has kept none; set it false, "
             "or train with evaluation.save_best=true."
         )
     return best
@@ -84,16 +84,16 @@ def load_trained(cfg: DictConfig, path: Path) -> nn.Module:
     Raises:
         CheckpointError: a stage's file is missing, damaged, of another run, or does not fit.
     """
-    trainees: dict[Builder, Trainee] = {}
+    staged_models: dict[Builder, StagedModel] = {}
     for stage in parse(cfg):
         build: Builder = module_class(stage).build
-        if build not in trainees:
-            trainees[build] = new_trainee(cfg, build)
-        trainee = trainees[build]
+        if build not in staged_models:
+            staged_models[build] = new_staged_model(cfg, build)
+        staged = staged_models[build]
         file = weights_file(path, stage)
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; finish the run first by starting it again.")
-        enter(trainee, cfg, stage)
-    trainee.load(evaluated_file(cfg, path, stage), recorded(folder_module.RunFolder(path), stage))
-    trainee.model.requires_grad_(False)
-    return trainee.model.eval()
+        enter(staged, cfg, stage)
+    staged.load(evaluated_file(cfg, path, stage), recorded(folder_module.RunFolder(path), stage))
+    staged.model.requires_grad_(False)
+    return staged.model.eval()

@@ -48,7 +48,7 @@ class Stamp:
     config: str
 
     def check(self, path: Path, facts: Mapping[str, Any]) -> None:
-        """Refuse a file of another run or stage; one made before files had stamps is let through, and that is said.
+        """Refuse a file of another run or stage; one made before files had stamps is accepted with a note.
 
         Raises:
             CheckpointError: naming what differs.

@@ -35,8 +35,8 @@ COMPOSITION = ("encoder", "connector", "fusion", "lm")
 BASE = ".base"
 
 
-class Trainee:
-    """A model on its way through the stages.
+class StagedModel:
+    """A model that goes through the stages of a recipe: what trains in each, and what has been trained so far.
 
     Args:
         model: a ``VLM`` or ``DualEncoder``.
@@ -452,11 +452,11 @@ def build_objectives(stage: Stage) -> dict[str, Objective]:
             continue
         key = where if config is not stage.objective else f"{where}.{name}"
         if not isinstance(value, Mapping) or not isinstance(value.get("_target_"), str):
-            raise UserError(f"{key}={value} is no objective; give it _target_, as the files of conf/objective do.")
+            raise UserError(f"{key}={value} is not an objective; give it _target_, as the files of conf/objective do.")
         built = instantiate(value)
         if not callable(built) or not all(hasattr(built, needed) for needed in ("weight", "per_micro_batch")):
             raise UserError(
-                f"{key}._target_={value['_target_']} is no objective; it has to be callable and to have weight and "
+                f"{key}._target_={value['_target_']} is not an objective; it has to be callable and to have weight and "
                 "per_micro_batch, see vlmlab.contracts.parts.Objective."
             )
         objectives[str(name)] = built

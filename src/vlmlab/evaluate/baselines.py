@@ -37,7 +37,7 @@ class Shuffled:
 
     Args:
         source: the data set; samples that share an image get the same wrong one. Where the first samples of a data set
-            all show the same image, the wrong one comes from behind them.
+            all show the same image, the wrong one comes from the rows after them.
         seed: of the derangement.
 
     Raises:

@@ -138,8 +138,8 @@ def curate_run(folder: Path, cfg: DictConfig) -> None:
     Raises:
         UserError: the run is not finished, or the source is none of captions.
     """
+    from vlmlab.engine.device import device_of
     from vlmlab.engine.restore import load_trained
-    from vlmlab.evaluate.run import device_of
     from vlmlab.runs.trust import building, saved_config
 
     config = saved_config(folder, bool(cfg.trust))

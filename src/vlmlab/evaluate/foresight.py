@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, SampleSource
 from vlmlab.data.collate import Collator
-from vlmlab.data.questions import asked_apart
+from vlmlab.data.questions import split_questions
 from vlmlab.data.skipped import label
 from vlmlab.evaluate.baselines import Limited, image_names
 from vlmlab.evaluate.run import held_out_limit, held_out_names
@@ -94,7 +94,7 @@ class _Look:
 
     def _learnt(self, sample: Sample) -> int:
         """Tokens of its longest row, answers and all."""
-        apart = [sample] if self.collator.questions == "conversation" else asked_apart(sample)
+        apart = [sample] if self.collator.questions == "conversation" else split_questions(sample)
         return max(len(self.encoder.train(one).ids) for one in apart)
 
     def _refuse_rows(self, key: str, source: Limited, tokens: Callable[[Sample], int]) -> None:
@@ -119,7 +119,7 @@ class _Look:
         for index in range(len(source) if whole else min(len(source), READ)):
             try:
                 told = _told(source.source, index)
-                if (problem := self.encoder.forged(told)) is not None:
+                if (problem := self.encoder.control_token_problem(told)) is not None:
                     forged.append(problem)
                     continue
                 frame = tokens(told) if frame is None else frame
@@ -137,7 +137,7 @@ class _Look:
     # -- images --------------------------------------------------------------------------------------------------
 
     def _refuse_one_image(self, key: str, source: Limited, fraction: str) -> None:
-        """The shuffled baseline shows every sample the images of another, from behind the limit if need be."""
+        """The shuffled baseline shows every sample the images of another, from beyond the limit if need be."""
         others = [name for name in self.cfg.evaluation.baselines if name != SHUFFLED]
         if len(others) == len(self.cfg.evaluation.baselines):
             return

@@ -35,7 +35,7 @@ RIDGE = 1e-5
 """Share of the features' mean square that is added to the diagonal, so that features without variance do no harm."""
 
 
-class Told(Protocol):
+class PatchLabels(Protocol):
     """Images whose patches can be put into words, in each of some forms."""
 
     forms: Sequence[str]
@@ -61,8 +61,8 @@ def probes(cfg: DictConfig, trained: VLM) -> list[VLM]:
         return []
     device = next(trained.parameters()).device
     encoder, lm = instantiate(cfg.encoder).to(device).eval(), instantiate(cfg.lm).to(device).eval()
-    told: Told = instantiate(cfg.data.probe)
-    maps = [fitted(encoder, lm, told, form) for form in told.forms]
+    labels: PatchLabels = instantiate(cfg.data.probe)
+    maps = [fitted(encoder, lm, labels, form) for form in labels.forms]
     return [VLM(encoder, linear, ConcatFusion(), lm, instantiate(cfg.mask)).eval() for linear in maps]
 
 
@@ -85,22 +85,22 @@ def shipped() -> Mapping[str, Mapping[str, str]]:
 
 
 @torch.no_grad()
-def fitted(encoder: Encoder, lm: CausalLanguageModel, told: Told, form: str) -> LinearConnector:
+def fitted(encoder: Encoder, lm: CausalLanguageModel, labels: PatchLabels, form: str) -> LinearConnector:
     """A linear connector that turns a patch's feature into the sum of the word embeddings of what is there.
 
     Args:
         encoder: the vision tower; all tapped layers side by side are the feature.
         lm: whose input embeddings are meant.
-        told: images and the words of their patches.
-        form: one of ``told.forms``.
+        labels: images and the words of their patches.
+        form: one of ``labels.forms``.
     """
     rows, columns = encoder.hw
     device = next(lm.parameters()).device
     features, targets = [], []
-    for index in range(len(told)):
-        pixels = torch.from_numpy(encoder.preprocess(told[index].images[0]))[None].to(device)
+    for index in range(len(labels)):
+        pixels = torch.from_numpy(encoder.preprocess(labels[index].images[0]))[None].to(device)
         features.append(torch.cat(encoder(pixels).grids, -1)[0])  # (N, Dv)
-        targets.append(_embedded(lm, told.words(index, rows, columns, form)))  # (N, D)
+        targets.append(_embedded(lm, labels.words(index, rows, columns, form)))  # (N, D)
     x, y = torch.cat(features).double(), torch.cat(targets).double()
     x = torch.cat([x, x.new_ones(len(x), 1)], 1)  # the bias
     square = x.T @ x

@@ -54,7 +54,7 @@ def _metric(name: str, trust: bool) -> Callable[[], Metric]:
         found: Any = get_class(name)
         made = found()
     except Exception as error:
-        raise UserError(f"metrics has {name}, which is no metric that needs no argument ({reason(error)}).") from error
+        raise UserError(f"metrics has {name}, which is not a metric without arguments ({reason(error)}).") from error
     if not isinstance(made, Metric):
-        raise UserError(f"metrics has {name}, which is no metric; one is vlmlab.evaluate.metrics.vqa.VqaAccuracy.")
+        raise UserError(f"metrics has {name}, which is not a metric; one is vlmlab.evaluate.metrics.vqa.VqaAccuracy.")
     return found  # type: ignore[no-any-return]

@@ -62,7 +62,7 @@ class Retrieval:
 
 
 def placed(queries: Tensor, candidates: Tensor, right: Tensor) -> tuple[list[tuple[int, int, int]], list[int]]:
-    """Where the best right candidate of every query stands, and the most similar candidate.
+    """The rank of the best right candidate of every query, and the most similar candidate.
 
     Args:
         queries: (Q, E).

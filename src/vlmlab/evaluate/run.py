@@ -25,7 +25,7 @@ from vlmlab.contracts.faults import machine_error, no_memory
 from vlmlab.contracts.sample import Sample, SampleSource, references
 from vlmlab.contracts.tensors import Batch
 from vlmlab.contracts.terminal import tell
-from vlmlab.data.questions import asked_apart
+from vlmlab.data.questions import split_questions
 from vlmlab.data.skipped import Replaced, note
 from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled, image_names
 from vlmlab.evaluate.lookup import Lookup, training_turns
@@ -56,7 +56,7 @@ def evaluate_model(
         cfg: the run's configuration: ``data.benchmarks``, ``data.val``, ``evaluation``, ``budget``.
         folder: the run's folder.
         say: takes one line of progress at a time.
-        before: a ``result.json`` in which some of them ``failed``: only these are tried, the other scores stand.
+        before: a ``result.json`` in which some of them ``failed``: only these are tried, the other scores are kept.
 
     Returns:
         "<benchmark>/<metric>", and the same with "/shuffled", "/no_image" and "/lookup"; "val/<data>/loss" in nats per
@@ -107,7 +107,7 @@ def score_each(
             scores.update(found)
         except Exception as error:
             if not isinstance(error, UserError | InstantiationException) and machine_error(error) is None:
-                tell(traceback.format_exc().rstrip(), sys.stderr)  # nobody's mistake but the code's
+                tell(traceback.format_exc().rstrip(), sys.stderr)  # a mistake in the code
             failed[name] = _sentence(error)
             say(f"{name} could not be scored: {failed[name]}")
     if failed:
@@ -116,7 +116,7 @@ def score_each(
 
 
 def check_finite(scores: Mapping[str, float]) -> None:
-    """Refuse scores that are no numbers.
+    """Refuse scores that are not finite numbers.
 
     Raises:
         UserError: naming the first.
@@ -263,7 +263,7 @@ def _shown(source: SampleSource, baseline: str, apart: bool) -> SampleSource:
         return source
     kind = BASELINES[baseline]
     if apart and kind is NoImage:
-        return kind([one for k in range(len(source)) for one in asked_apart(source[k])])
+        return kind([one for k in range(len(source)) for one in split_questions(source[k])])
     return kind(source)
 
 
@@ -325,6 +325,7 @@ def evaluate(folder: Path, cfg: DictConfig) -> dict[str, Any]:
         Unscored: some benchmarks could not be scored.
     """
     from vlmlab.analyse.table import final_table
+    from vlmlab.engine.device import device_of
     from vlmlab.engine.restore import load_trained
     from vlmlab.runs.config import plain
     from vlmlab.runs.files import refuse_links, write_json
@@ -376,13 +377,6 @@ def overridden(run: DictConfig, cfg: DictConfig) -> DictConfig:
     if cfg.get("share_images") is not None:
         config.evaluation.share_images = cfg.share_images
     return config
-
-
-def device_of(name: str) -> str:
-    """The device of a command's ``device`` key; auto: a GPU where there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _compared(before: Mapping[str, float], now: Mapping[str, float]) -> str:

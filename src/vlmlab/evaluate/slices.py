@@ -1,6 +1,6 @@
 """A slice of a benchmark, as it is asked while a model trains: its first questions, with their images and with others'.
 
-Its scores go by ``slice/<benchmark>/<score>``, so that nobody takes them for those of the whole benchmark.
+Its scores go by ``slice/<benchmark>/<score>``, so that they are not taken for those of the whole benchmark.
 """
 
 from __future__ import annotations

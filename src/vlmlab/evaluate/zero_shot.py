@@ -28,7 +28,7 @@ class ZeroShot:
 
     Args:
         source: samples of one image, whose last answer (or any of its references) is the name of its class.
-        templates: sentences with ``{}`` where the name stands.
+        templates: sentences with ``{}`` in the place of the name.
         classes: names of all classes; null: those that the source says it has (``classes``), or all its answers.
 
     Raises:

@@ -140,7 +140,7 @@ class InSequence(Fusion):
         if model.token_width != model.lm.width:
             raise UserError(
                 f"connector: its tokens are {model.token_width} wide and the LM is {model.lm.width} wide, so that they "
-                "cannot stand in its sequence; use connector=linear or mlp, or a fusion that reads them elsewhere."
+                "cannot be put into its sequence; use connector=linear or mlp, or a fusion that reads them elsewhere."
             )
 
     def embed(self, seen: Seen, embeds: Tensor, batch: Batch) -> Tensor:

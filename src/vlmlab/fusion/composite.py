@@ -35,5 +35,5 @@ class CompositeAttention(InSequence):
             ports.skip_queries(self.key)
 
     def memory(self, seen: Seen, batch: Batch) -> Memory:
-        """Whose queries are skipped: those of visual tokens, and of padding, whose states are used by nobody."""
+        """Whose queries are skipped: those of visual tokens, and of padding, whose states are never used."""
         return beside(batch, batch.layout.visual | ~batch.layout.valid)

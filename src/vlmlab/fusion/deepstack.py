@@ -73,7 +73,7 @@ class DeepStack(InSequence):
             )
         if max(chosen) >= depth - 1 or any(not -depth <= layer < depth for layer in self.layers or ()):
             raise UserError(
-                f"{told} adds {taps} of encoder.layers behind the last of the LM's {depth} layers or further, where no "
+                f"{told} adds {taps} of encoder.layers after the last of the LM's {depth} layers or further, where no "
                 f"word looks any more; name layers from 0 to {depth - 2}."
             )
         return chosen

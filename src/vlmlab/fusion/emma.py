@@ -62,11 +62,11 @@ class InstructionMixing(Fusion):
         Raises:
             UserError: the encoder gives another number of features than its grid has cells.
         """
-        assert text is not None and batch.asked is not None
+        assert text is not None and batch.text_ids is not None
         x, widths = side_by_side(visual, self.tokens, self.width)  # (I, N, Dv)
         words = F.gelu(self.project(text))  # (I, T, Dv)
         if self.mask_padding:
-            words = words * (batch.asked >= 0)[..., None]
+            words = words * (batch.text_ids >= 0)[..., None]
         mixed = self.mix(torch.cat([x, words], 1).mT).mT  # (I, N, Dv)
         return Visual(list(mixed.split(widths, -1)), visual.pooled, visual.hw)
 

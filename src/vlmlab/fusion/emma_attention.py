@@ -67,11 +67,11 @@ class InstructionAttention(Fusion):
         Raises:
             UserError: the encoder gives another number of features than its grid has cells.
         """
-        assert text is not None and batch.asked is not None
+        assert text is not None and batch.text_ids is not None
         x, widths = side_by_side(visual, self.tokens, self.width)  # (I, N, Dv)
         normed = self.norm(x)
         together = torch.cat([normed, F.gelu(self.project(text))], 1)  # (I, N + T, Dv)
-        seen = F.pad(batch.asked >= 0, (self.tokens, 0), value=True)  # (I, N + T)
+        seen = F.pad(batch.text_ids >= 0, (self.tokens, 0), value=True)  # (I, N + T)
         read = self.q(normed), self.k(together), self.v(together)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in read)  # (I, H, N or N + T, c / H)
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])  # (I, H, N, c / H)

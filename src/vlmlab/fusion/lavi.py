@@ -225,7 +225,7 @@ class MixerConditioner(SummaryConditioner):
 class ConvConditioner(SummaryConditioner):
     """Two ConvMixer blocks (arXiv 2201.09792, section 2) on the grid; then the mean.
 
-    A norm over channels stands where ConvMixer has a batch norm, whose statistics would depend on other samples.
+    A norm over channels replaces ConvMixer's batch norm, whose statistics would depend on other samples.
     """
 
     def __init__(

@@ -133,7 +133,7 @@ class PerceptualWeights(Fusion):
         """A copy of the LM with the weights of one image put into its own, for many questions about that image.
 
         Its maps are W + (alpha / r) B A^T; beside a feed-forward network, whose two layers no single matrix goes
-        into, stands the branch as one matrix. Every position has the weights, as under ``sees=sample``.
+        into, the branch is given as one matrix. Every position has the weights, as under ``sees=sample``.
 
         Args:
             lm: the LM that this fusion is attached to (``model.lm.model``).

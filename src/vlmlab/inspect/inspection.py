@@ -21,17 +21,17 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.analyse.report import SHOWN_SIDE, png_base64
-from vlmlab.contracts.errors import DataError, UserError, brief, mistake_within
+from vlmlab.contracts.errors import DataError, UserError, brief, user_error_in
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, SampleSource
 from vlmlab.contracts.tensors import Batch, Kind, Role
 from vlmlab.contracts.terminal import visible
-from vlmlab.data.asking import parts, proved, sent
+from vlmlab.data.asking import check_prompt, parts, sent
 from vlmlab.data.chat import PICTURE, Encoded
 from vlmlab.data.collate import Collator, resized
 from vlmlab.data.overlap import reads, same_bytes, sentence, spread, stored_images
 from vlmlab.data.skipped import Replaced, Skipped, grouped
 from vlmlab.engine.restore import module_class
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.model.build import build_collator
 from vlmlab.model.questions import questions_line
 from vlmlab.model.vlm import VLM
@@ -167,7 +167,7 @@ def _opened(cfg: DictConfig, stage: Stage) -> tuple[SampleSource | None, UserErr
         try:
             return instantiate(described), refused
         except (UserError, InstantiationException) as error:
-            mistake = error if isinstance(error, UserError) else mistake_within(error)
+            mistake = error if isinstance(error, UserError) else user_error_in(error)
             if mistake is None:
                 raise
             refused = refused or mistake
@@ -199,7 +199,7 @@ def _shared(
             few = (Replaced(other)[k] for k in spread(range(len(other)), check))
             seen = [(pixels[key_], name) for key_, name in _by_pixels(few).items() if key_ in pixels]
         except (UserError, InstantiationException) as error:
-            mistake = error if isinstance(error, UserError) else mistake_within(error) or error
+            mistake = error if isinstance(error, UserError) else user_error_in(error) or error
             yield brief(f"{key} cannot be read: {mistake}")
             continue
         if bytes_:
@@ -223,13 +223,13 @@ def _collator(cfg: DictConfig, stage: Stage) -> tuple[Collator, list[str], Any]:
     kind = module_class(stage)
     with torch.device("meta"):
         model: Any = kind.build(cfg)
-        Trainee(model).enter(stage)  # its adapter may put soft prompts before every sample
+        StagedModel(model).enter(stage)  # its adapter may put soft prompts before every sample
     notes = []
     if not getattr(model.lm, "own_tokenizer", True):
         notes.append(f"lm.path={cfg.lm.path} has no tokenizer here: the tokens shown are those of the embedded one")
     path = OmegaConf.select(cfg, "encoder.path")
     if isinstance(path, str) and model.encoder is not None and not Path(path).expanduser().is_dir():
-        notes.append(f"encoder.path={path} is no folder here: images are squeezed to the size of its architecture")
+        notes.append(f"encoder.path={path} is not a folder here: images are squeezed to the size of its architecture")
     collate = kind.collator(cfg, model, stage.prompt or kind.prompt)
     if not isinstance(collate, Collator):
         raise UserError(f"{stage.key('module')}={stage.module} reads no prompts: there are none to show.")
@@ -266,7 +266,7 @@ def _asking(found: Inspection, collate: Collator, model: VLM, samples: Sequence[
             if index == samples[0][0]:
                 found.facts.append(("generation stops at", model.lm.stops_line()))
                 found.facts.append(("generation is sent", sent(collate.encoder, parts(collate, sample)[0])))
-            notes = proved(collate, sample)
+            notes = check_prompt(collate, sample)
         except DataError as error:
             notes = [f"as a question: {error}"]
         except UserError as error:
@@ -451,7 +451,7 @@ def _standing(batch: Batch, r: int, segment: int) -> list[tuple[int, Piece]]:
     own = ((table.row == r) & (table.segment == segment)).nonzero()[:, 0].tolist()
     found = [(int(table.place[i]), k) for k, i in enumerate(own) if not int(table.tokens[i])]
     return [
-        (place, Piece("image", f"image {k + 1} stands here", False, f"image {k + 1}: no position in the sequence"))
+        (place, Piece("image", f"image {k + 1} is here", False, f"image {k + 1}: no position in the sequence"))
         for place, k in sorted(found)
     ]
 
@@ -465,7 +465,7 @@ def _piece_maker(collate: Collator) -> Callable[[int, str, bool], Piece]:
         if "\N{REPLACEMENT CHARACTER}" in text:  # a part of a character
             text = written
         elif written.startswith("\N{LOWER ONE EIGHTH BLOCK}") and not text.startswith(" "):
-            text = " " + text  # SentencePiece drops the blank of a token that stands alone
+            text = " " + text  # SentencePiece drops the blank of a single token
         return Piece(role, visible(text), supervised, f"{token}")
 
     return make
@@ -505,7 +505,7 @@ def _named(found: Inspection) -> Iterator[tuple[str, str]]:
 STYLES = {"system": "dim", "user": "blue", "answer": "green", "image": "magenta", "pad": "dim"}
 
 
-def say(found: Inspection) -> None:
+def print_report(found: Inspection) -> None:
     """The same for a terminal: colours where it has them, and the roles in words."""
     from rich.console import Console
     from rich.text import Text
@@ -532,7 +532,7 @@ def say(found: Inspection) -> None:
 
 
 def _line(pieces: Sequence[Piece], line: Any) -> Any:
-    """The tokens one after the other; where the role changes, its name stands, starred where it is supervised."""
+    """The tokens one after the other; where the role changes, its name is written, starred where it is supervised."""
     before: tuple[str, bool] | None = None
     for piece in pieces:
         if (piece.role, piece.supervised) != before:

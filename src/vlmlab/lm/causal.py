@@ -122,7 +122,7 @@ class CausalLanguageModel(nn.Module):
         ).last_hidden_state
 
     def prefill(self, embeds: Tensor, layout: Layout, mask: Mask, inside: Inside | None = None) -> DynamicCache:
-        """What ``generate`` goes on from behind these positions, as its option `past_key_values`.
+        """What ``generate`` continues from after these positions, as its option `past_key_values`.
 
         It is whole in every layer: a window is cut by position, and a cache cut by places would count padding.
         """
@@ -154,7 +154,9 @@ class CausalLanguageModel(nn.Module):
         """The stop tokens in words, and what the checkpoint's settings name that is none."""
         words = ", ".join(f"{self.tokenizer.decode([token])} ({token})" for token in self.stop_ids)
         left = [str(token) for token in self._named_stops() if token not in self.stop_ids]
-        return words + (f"; not at {', '.join(left)} of the checkpoint's settings, which is no end" if left else "")
+        return words + (
+            f"; not at {', '.join(left)} of the checkpoint's settings, which is not an end token" if left else ""
+        )
 
     def _named_stops(self) -> list[int]:
         named = getattr(self.model.generation_config, "eos_token_id", None)

@@ -64,7 +64,7 @@ class Inside:
         return Inside(layout.at(positions), memories, self.with_image[:, known], start, before)
 
     def repeated(self, times: int) -> Inside:
-        """Every row `times` times in a row, as beams and several answers to one prompt stand."""
+        """Every row `times` times in a row, in the order of beams and of several answers to one prompt."""
         return self.of(torch.arange(len(self.with_image), device=self.with_image.device).repeat_interleave(times))
 
     def of(self, rows: Tensor) -> Inside:
@@ -162,7 +162,7 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def exchange(model: PreTrainedModel, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Let other modules stand at the ports in the place of those that fusions have put there, as around them.
+    """Let other modules be at the ports in the place of those that fusions have put there, as around them.
 
     Args:
         model: the LM; nothing is done where it has no ports.
@@ -218,7 +218,7 @@ def _subclass(kind: type, ported: type) -> type:
 
 
 @dataclass(frozen=True)
-class Lent:
+class LayerContext:
     """What a layer lends to what is in it, while it computes.
 
     Attributes:
@@ -252,7 +252,7 @@ class LayerPorts:
         self.layer = layer
         self.paths = paths
         self.sites = {where: Site(self, where) for where in ("before", "after")}
-        self.now: Lent | None = None
+        self.now: LayerContext | None = None
 
     def put(self, where: str, block: Block, key: str, instead: bool = False) -> None:
         """Let a block act at a port, after those that are there; or at `mlp` instead of the network.
@@ -267,7 +267,7 @@ class LayerPorts:
             attention        what gives (B, Q, H, dh) of the four tensors that follow, which are queries (B, H, Q, dh),
                              keys and values (B, G, K, dh) of all positions so far, and who sees whom, (B, 1, Q, K) bool
                              or None: causal; with the keywords `scale` of the scores and `keys`, the layout of all
-                             positions so far, and gives (B, Q, H, dh). A later block stands around an earlier one.
+                             positions so far, and gives (B, Q, H, dh). A later block wraps an earlier one.
 
         Args:
             where: name of the port.
@@ -276,7 +276,7 @@ class LayerPorts:
             instead: where the block has a memory, the network is not computed and the block gets None for its output.
 
         Raises:
-            UserError: the family has no such port, or another fusion stands instead of the network.
+            UserError: the family has no such port, or another fusion already replaces the network.
         """
         if where == "attention":
             where = self._attention().where
@@ -287,7 +287,7 @@ class LayerPorts:
             raise UserError(f"lm: this family has no port {where}; choose from {names}.")
         site = self.sites[where]
         if instead and site.instead:
-            raise UserError(f"fusion: two of several fusions stand instead of the {where}; leave one of them out.")
+            raise UserError(f"fusion: two of several fusions replace the {where}; leave one of them out.")
         site.instead = site.instead or instead
         place = 0 if instead else len(site.blocks)
         site.blocks.insert(place, block)
@@ -350,7 +350,7 @@ class LayerPorts:
         site = self._attention()
         if site.taken_by is not None:
             raise UserError(
-                "adapter: keys of its own cannot stand before a layer's where the fusion leaves out visual queries; "
+                "adapter: keys of its own cannot be put before a layer's where the fusion leaves out visual queries; "
                 "use adapter=lora, or another fusion."
             )
         site.adapter = around
@@ -385,7 +385,7 @@ class LayerPorts:
             if site.map is not None:
                 yield site.map
 
-    def lent(self, inside: Inside | None) -> Lent | None:
+    def context(self, inside: Inside | None) -> LayerContext | None:
         """What of this call is for this layer's blocks.
 
         Every layer finds its memories by other keys. So this is done before what is compiled, which gets them by place
@@ -399,7 +399,7 @@ class LayerPorts:
             taken = None if site.taken_by is None else inside.memories.get(site.taken_by)
             splits[where] = None if taken is None else taken.split
         before = inside.layout if inside.before is None else inside.before
-        return Lent(inside.layout, inside.with_image, memories, splits, inside.start, before)
+        return LayerContext(inside.layout, inside.with_image, memories, splits, inside.start, before)
 
 
 class Site:
@@ -415,7 +415,7 @@ class Site:
         self.where = where
         self.blocks: list[Block] = []
         self.keys: list[str] = []  # of what each block reads
-        self.instead = False  # whether the first block stands instead of the module
+        self.instead = False  # whether the first block replaces the module
         self.taken_by: str | None = None  # the key of the memory whose split is taken over
         self.map: Change | None = None  # what computes those positions; the attention has none
         self.adapter: Callable[[Attend, float], Attend] | None = None  # around the attention
@@ -477,12 +477,12 @@ class PortedLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, inside: Inside | None = None, **kwargs: Any) -> Any:
         """The layer's own, with its blocks."""
-        return self.compute(hidden_states, *args, lent=self.ports.lent(inside), **kwargs)
+        return self.compute(hidden_states, *args, context=self.ports.context(inside), **kwargs)
 
-    def compute(self, hidden_states: Tensor, *args: Any, lent: Lent | None, **kwargs: Any) -> Any:
+    def compute(self, hidden_states: Tensor, *args: Any, context: LayerContext | None, **kwargs: Any) -> Any:
         """The same for what it lends; what ``torch.compile`` is to be given."""
         ports = self.ports
-        ports.now = lent
+        ports.now = context
         try:  # recomputation leaves by an exception as soon as it has what it needs
             hidden_states = ports.sites["before"].change(hidden_states)
             out = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
@@ -698,7 +698,7 @@ def look(q: Tensor, keys: Tensor, values: Tensor, memory: Memory, scale: float |
 def seen_in_row(memory: Memory) -> tuple[Tensor, Tensor]:
     """For each position the images of its own row: which it sees (B, Q, J) bool, and their indices (B, J).
 
-    A slot after a row's last image has index 0 and is seen by nobody.
+    A slot after a row's last image has index 0 and is seen by no position.
     """
     index = memory.slots.clamp(min=0)
     sees = memory.sees.gather(2, index[:, None].expand(-1, memory.sees.shape[1], -1))

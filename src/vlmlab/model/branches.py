@@ -24,7 +24,7 @@ class Unfolded:
 
     Attributes:
         tree: (K,) the row of the tree.
-        index: (K, L) which position of that row stands here, -1 for padding.
+        index: (K, L) which position of that row is here, -1 for padding.
         trunk: so many of the L positions are shared with the other questions of the tree.
         first: (B,) the first question of every tree.
     """

@@ -130,9 +130,9 @@ class PairedTowers(Parts):
         """
         assert self.encoder is not None
         visual = self.cache(self.encoder, batch.pixels)
-        if batch.asked is None:
+        if batch.text_ids is None:
             raise UserError("PairModule needs a text beside every image; give recipe.stages.<name>.data captions.")
-        textual = self.lm(batch.asked)
+        textual = self.lm(batch.text_ids)
         pairing = self.pair.compared(self.pair.of_image(visual), self.pair.of_text(textual))
         none = batch.input_ids.new_zeros(0)
         logits = textual.pooled.new_zeros(0, 1)

@@ -1,4 +1,4 @@
-"""How a composition reads several questions about the same images, and what is said of that before a stage."""
+"""How a composition reads several questions about the same images, and what is reported about that before a stage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample, SampleSource
-from vlmlab.data.questions import Questions, front
+from vlmlab.data.questions import Questions, leading_tags
 from vlmlab.mask.trees import equal_in_trees, images_equal_in_trees
 from vlmlab.model.vlm import VLM
 
@@ -54,14 +54,14 @@ def unequal_in_trees(model: VLM) -> str | None:
     if (reader := reads_question(model)) is not None:
         return reader
     if not equal_in_trees(model.mask):
-        return f"{type(model.mask).__name__} shows what stands before the question some of it"
+        return f"{type(model.mask).__name__} lets what comes before the question see some of it"
     sees = [sees for part in model.fusion.modules() if (sees := getattr(part, "sees", None)) is not None]
     wrong = next((mask for mask in sees if not images_equal_in_trees(mask)), None)
     return None if wrong is None else f"{type(wrong).__name__} shows other images where questions share them"
 
 
 def questions_line(cfg: DictConfig, model: VLM, prompt: Prompt, source: SampleSource) -> str | None:
-    """How questions about one image are read, where ``collate.questions`` asks for another way than as they stand.
+    """How questions about one image are read, where ``collate.questions`` asks for another way than as they are.
 
     Args:
         cfg: the configuration.
@@ -76,7 +76,7 @@ def questions_line(cfg: DictConfig, model: VLM, prompt: Prompt, source: SampleSo
         return f"note: collate.questions={wanted}: {WORDS[found]} here, since {why}{otherwise}"
     if found == "conversation":
         return None
-    several = [front(sample) is not None for sample in _first(source) if len(sample.turns) > 1]
+    several = [leading_tags(sample) is not None for sample in _first(source) if len(sample.turns) > 1]
     looked, apart = min(LOOKED_AT, len(source)), sum(several)
     line = f"collate.questions={found}: {WORDS[found]}, as {apart} of the first {looked} samples"
     kept = len(several) - apart

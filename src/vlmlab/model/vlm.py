@@ -69,13 +69,13 @@ class VLM(Parts):
         if self.encoder is None or self.connector is None or batch.pixels.shape[0] == 0:
             return Seen()
         visual = self.cache(self.encoder, batch.pixels)
-        visual = self.fusion.features(visual, batch, self.asked(batch))
+        visual = self.fusion.features(visual, batch, self.text_states(batch))
         read = replace(visual, grids=visual.grids[-self.fusion.read_by_connector(len(visual.grids)) :])
         return Seen(visual, self.connector(read, batch.instructions() if self.connector.reads_instruction else None))
 
-    def asked(self, batch: Batch) -> Tensor | None:
+    def text_states(self, batch: Batch) -> Tensor | None:
         """(I, T, Dt) what the user says to each image, as the encoder's text tower reads it."""
-        return None if self.text is None or batch.asked is None else self.text(batch.asked)
+        return None if self.text is None or batch.text_ids is None else self.text(batch.text_ids)
 
     def embed(self, batch: Batch, seen: Seen | None = None) -> Tensor:
         """(B, S, D) embeddings with vision fused in; without `seen` the model looks first."""
@@ -142,14 +142,14 @@ class VLM(Parts):
     # -- ranks that share weights --------------------------------------------------------------------------------
 
     def _with_blank(self, batch: Batch) -> Batch:
-        """The batch with a blank image that belongs to no row, so that nobody sees it."""
+        """The batch with a blank image that belongs to no row, so that no position sees it."""
         if self.encoder is None:
             return batch
         size, device = (self.encoder.preprocess.height, self.encoder.preprocess.width), batch.input_ids.device
         zero = torch.zeros(1, dtype=torch.long, device=device)
         table = Images(zero - 1, zero - 1, zero, zero, zero, zero, torch.tensor([size], device=device), zero, ["blank"])
         asked = None if self.text is None else self.text.tokenise([""]).to(device)
-        return replace(batch, pixels=zero.to(torch.uint8).expand(1, 3, *size), images=table, asked=asked)
+        return replace(batch, pixels=zero.to(torch.uint8).expand(1, 3, *size), images=table, text_ids=asked)
 
     def _in_step(self, embeds: Tensor, seen: Seen) -> Tensor:
         """(B, S, D) as they are, by the way of ranks whose images take part.

@@ -1,7 +1,7 @@
 """What contrastive objectives share: rows of all ranks, and the symmetric cross-entropy over them.
 
 Backward needs no communication, so a rank whose micro-batch shows no image, and which therefore has no backward pass,
-keeps nobody waiting: every rank takes the whole loss for the gradient of its own rows, the others' being constants.
+keeps no rank waiting: every rank takes the whole loss for the gradient of its own rows, the others' being constants.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 def gathered(rows: Tensor) -> tuple[Tensor, slice]:
-    """The rows (n, ...) of all ranks, without gradient but for this rank's own, and where those stand.
+    """The rows (n, ...) of all ranks, without gradient but for this rank's own, and the place of those.
 
     The number of rows may differ from rank to rank.
     """

@@ -82,7 +82,7 @@ class DualStreams(nn.Module):
             raise UserError("objective=medslip needs a stage of PairModule, with a text beside every image.")
         patches = self.features(torch.cat(outputs.seen.visual.grids, -1))  # (B, N, W)
         states = {kind: stream(patches) for kind, stream in self.streams.items()}  # (B, P, W) and (B, A, W)
-        told = self.told(batch.texts).to(patches.device)  # (B, P, A) bool
+        told = self.mentioned(batch.texts).to(patches.device)  # (B, P, A) bool
         there = {"findings": self.named(batch.texts, "findings"), "places": self.named(batch.texts, "places")}
         none = 0.0 * (outputs.pairing.bias + outputs.pairing.log_scale)
         terms: dict[str, list[tuple[Tensor, int]]] = {"presence": [], "prototypes": []}
@@ -96,7 +96,7 @@ class DualStreams(nn.Module):
         found["pairs"] = (pairs + none, told.numel())
         return {name: (self.factors[name] * t, t.new_tensor(float(n))) for name, (t, n) in found.items()}
 
-    def told(self, texts: tuple[str, ...]) -> Tensor:
+    def mentioned(self, texts: tuple[str, ...]) -> Tensor:
         """(B, P, A) bool: a phrase of the text names both."""
         phrases = [re.split(r"[,.:;]", text.lower()) for text in texts]
         rows = [

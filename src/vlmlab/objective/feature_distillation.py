@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmlab.contracts.tensors import Batch, Outputs
 from vlmlab.contracts.values import NotNegative
-from vlmlab.objective.teacher import Taught, Teacher, check_widths, no_gradient_of, student_of
+from vlmlab.objective.teacher import FrozenTeacher, Teacher, check_widths, no_gradient_of, student_of
 
 
 class FeatureDistillation:
@@ -37,7 +37,7 @@ class FeatureDistillation:
         text: NotNegative = 1.0,
         weight: NotNegative = 1.0,
     ) -> None:
-        self.taught = Taught(teacher)
+        self.teacher = FrozenTeacher(teacher)
         self.distance, self.image, self.text, self.weight = distance, image, text, weight
 
     def __call__(self, outputs: Outputs, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
@@ -47,7 +47,7 @@ class FeatureDistillation:
             UserError: no pairs, or embeddings of another width than the teacher's.
         """
         mine = student_of(outputs, batch, "dc_clip")
-        theirs = self.taught.of(batch.pixels, batch.texts)
+        theirs = self.teacher.of(batch.pixels, batch.texts)
         check_widths(mine.image, theirs.image, "dc_clip")
         count = torch.tensor(float(len(mine.image)), device=mine.image.device)
         image = self.image * self._distance(mine.image, theirs.image) + no_gradient_of(mine)

@@ -12,7 +12,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch, Outputs
 from vlmlab.contracts.values import Count, Names, NotNegative, Positive, Text
 from vlmlab.objective.base import gathered, symmetric
-from vlmlab.objective.teacher import Taught, Teacher, check_widths, no_gradient_of, softened, student_of
+from vlmlab.objective.teacher import FrozenTeacher, Teacher, check_widths, no_gradient_of, softened, student_of
 
 
 class OpenVocabularyDistillation:
@@ -55,7 +55,7 @@ class OpenVocabularyDistillation:
         softness: Positive = 1.0,
         weight: NotNegative = 1.0,
     ) -> None:
-        self.taught = Taught(teacher)
+        self.teacher = FrozenTeacher(teacher)
         self.classes = list(classes)
         told = dict(prompts or {})
         if wrong := [name for name in told if name not in self.classes]:
@@ -71,7 +71,7 @@ class OpenVocabularyDistillation:
             UserError: no pairs, a row of no class, or embeddings of another width than the teacher's.
         """
         mine = student_of(outputs, batch, "ood_vlm_distill")
-        theirs = self.taught.of(batch.pixels, self.prompts)
+        theirs = self.teacher.of(batch.pixels, self.prompts)
         check_widths(mine.image, theirs.image, "ood_vlm_distill")
         right = self._classes_of(batch).to(mine.image.device)
         student = mine.log_scale.exp() * mine.image @ theirs.text.T  # (B, C)

@@ -20,7 +20,7 @@ class Teacher(Protocol):
         ...
 
 
-class Taught:
+class FrozenTeacher:
     """Holds a teacher where no stage finds it: it has no learning rate, no file and no gradient.
 
     Args:

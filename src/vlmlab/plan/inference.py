@@ -14,10 +14,10 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.data.collate import Collator
 from vlmlab.engine.inference import Reading, read
 from vlmlab.engine.restore import module_class
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.model.vlm import VLM
 from vlmlab.plan.plan import Shape, half_precision, shaped_batch
-from vlmlab.plan.simulation import Meter, shapes_only, told_of_values
+from vlmlab.plan.simulation import Meter, shapes_only, value_errors
 from vlmlab.recipe.stage import parse
 
 LONGEST = 32_768
@@ -53,10 +53,10 @@ def inference_costs(cfg: DictConfig, prompts: Sequence[tuple[int, int]]) -> list
         prompts: images and text tokens of each.
 
     Raises:
-        UserError: it is no model that answers, or decides on values that are not there.
+        UserError: the model does not answer, or decides on values that are not there.
     """
-    trainee, collate = _asked(cfg)
-    model = cast(VLM, trainee.model.eval())
+    staged, collate = _asked(cfg)
+    model = cast(VLM, staged.model.eval())
     half = half_precision(cfg)
     model.to(torch.bfloat16 if half else torch.float32)  # no step follows that would want the 32 bits
     return [_counted(model, replace(collate, pack_length=None), images, tokens, half) for images, tokens in prompts]
@@ -70,7 +70,7 @@ def _counted(model: VLM, collate: Collator, images: int, tokens: int, half: bool
     batch = shaped_batch(collate, [Shape(images, tokens, 0)])
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     half_on = torch.autocast("cpu", torch.bfloat16, enabled=half)
-    with shapes_only(model, fake, []) as known, Meter(fake, known) as meter, told_of_values(), half_on:
+    with shapes_only(model, fake, []) as known, Meter(fake, known) as meter, value_errors(), half_on:
         reading = read(model, batch, lambda: meter.flops)
     params = sum(p.numel() for p in model.parameters())
     return InferenceCost(
@@ -83,7 +83,7 @@ def _counted(model: VLM, collate: Collator, images: int, tokens: int, half: bool
     )
 
 
-def _asked(cfg: DictConfig) -> tuple[Trainee, Collator]:
+def _asked(cfg: DictConfig) -> tuple[StagedModel, Collator]:
     """The composition as its last stage has it, and the collator of that stage.
 
     Raises:
@@ -92,16 +92,16 @@ def _asked(cfg: DictConfig) -> tuple[Trainee, Collator]:
     stages = parse(cfg)
     kind = module_class(stages[-1])
     with torch.device("meta"):
-        trainee = Trainee(kind.build(cfg))
+        staged = StagedModel(kind.build(cfg))
         for stage in stages:
             if module_class(stage).build == kind.build:
-                trainee.enter(stage)
-    if not isinstance(trainee.model, VLM):
+                staged.enter(stage)
+    if not isinstance(staged.model, VLM):
         raise UserError(
             f"{stages[-1].key('module')}={stages[-1].module} trains no model that answers; nothing is read."
         )
-    collate: Any = kind.collator(cfg, trainee.model, stages[-1].prompt or kind.prompt)
-    return trainee, collate
+    collate: Any = kind.collator(cfg, staged.model, stages[-1].prompt or kind.prompt)
+    return staged, collate
 
 
 def as_json(cost: InferenceCost, answer: int) -> dict[str, Any]:

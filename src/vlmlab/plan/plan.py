@@ -35,12 +35,12 @@ from vlmlab.encoder.tower import TowerEncoder
 from vlmlab.engine.optim import hidden_matrices
 from vlmlab.engine.restore import module_class
 from vlmlab.engine.shards import replicated, units
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.lm.causal import CausalLanguageModel
 from vlmlab.lm.scratch import ScratchLanguageModel
 from vlmlab.model.questions import read_questions
 from vlmlab.plan.devices import Device
-from vlmlab.plan.recall import Recall
+from vlmlab.plan.op_cache import OpCache
 from vlmlab.plan.simulation import Pass, Simulator
 from vlmlab.recipe.stage import Stage, parse
 
@@ -55,16 +55,16 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Known:
+class PlanCache:
     """What earlier stages of a plan have found out.
 
     Attributes:
         passes: stages that train the same on samples of the same shape go through the model once.
-        recall: what operations give.
+        op_cache: what operations give.
     """
 
     passes: dict[Any, Pass] = field(default_factory=dict)
-    recall: Recall = field(default_factory=lambda: Recall(FakeTensorMode(allow_non_fake_inputs=True)))
+    op_cache: OpCache = field(default_factory=lambda: OpCache(FakeTensorMode(allow_non_fake_inputs=True)))
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ def plan(
     Raises:
         UserError: the composition cannot be built, its data cannot be read, or it decides on values that are not there.
     """
-    trainees: dict[Any, Trainee] = {}
-    known = Known()
+    staged_models: dict[Any, StagedModel] = {}
+    known = PlanCache()
     found = []
     stages = list(parse(cfg))
     for place, stage in enumerate(stages, 1):
@@ -158,11 +158,11 @@ def plan(
         if len(stages) > 1:
             told(f"stage {place} of {len(stages)}: {stage.name}")
         with torch.device("meta"):
-            if kind.build not in trainees:
-                trainees[kind.build] = Trainee(_as_if_loaded(kind.build(cfg)))
-            trainees[kind.build].enter(stage)
-        if trainees[kind.build].trained() and stage.steps and (only is None or stage.name in only):
-            found.append(_stage(cfg, stage, trainees[kind.build], settings, known))
+            if kind.build not in staged_models:
+                staged_models[kind.build] = StagedModel(_as_if_loaded(kind.build(cfg)))
+            staged_models[kind.build].enter(stage)
+        if staged_models[kind.build].trained() and stage.steps and (only is None or stage.name in only):
+            found.append(_stage(cfg, stage, staged_models[kind.build], settings, known))
     return found
 
 
@@ -176,18 +176,18 @@ def _as_if_loaded(model: nn.Module) -> nn.Module:
     return model
 
 
-def _stage(cfg: DictConfig, stage: Stage, trainee: Trainee, settings: Settings, known: Known) -> StagePlan:
-    kind, model = module_class(stage), cast(Any, trainee.model)
+def _stage(cfg: DictConfig, stage: Stage, staged: StagedModel, settings: Settings, known: PlanCache) -> StagePlan:
+    kind, model = module_class(stage), cast(Any, staged.model)
     collate = kind.collator(cfg, model, stage.prompt or kind.prompt)
     if not isinstance(collate, Collator):
         raise UserError(f"{stage.key('module')}={stage.module} reads no prompts: there is no length to plan by.")
     shapes, each, measured = _shapes(cfg, stage, collate, settings)
     half = half_precision(cfg, settings.device)
-    static = _static(trainee, stage, settings, half)
-    cost = _cost(stage, trainee, collate, shapes, half, known).times(each)
+    static = _static(staged, stage, settings, half)
+    cost = _cost(stage, staged, collate, shapes, half, known).times(each)
     micro = max(1, stage.batch_size // (stage.accumulate * settings.devices))
     if settings.sharded and half:
-        cost = replace(cost, base=max(0.0, cost.base - _copies(trainee)))
+        cost = replace(cost, base=max(0.0, cost.base - _copies(staged)))
     held = sum(static[name] for name in ("weights", "gradients", "optimizer", "buckets"))
     activations = int(cost.base + cost.slope * micro)
     room = settings.device.memory * (1 - settings.headroom) - held
@@ -201,7 +201,7 @@ def _stage(cfg: DictConfig, stage: Stage, trainee: Trainee, settings: Settings, 
     return StagePlan(
         name=stage.name,
         apart=_apart(cfg, model, stage.prompt or kind.prompt),
-        parameters=_parameters(trainee),
+        parameters=_parameters(staged),
         visual_tokens=model.tokens_per_image,
         length=fmean(lengths),
         longest=max(lengths),
@@ -221,8 +221,8 @@ def _stage(cfg: DictConfig, stage: Stage, trainee: Trainee, settings: Settings, 
         samples=samples,
         steps=steps,
         hours=samples * cost.training / speed / 3600,
-        file=_bytes(trainee.kept().values()),
-        checkpoint=static["optimizer"] + _bytes(trainee.live().values()),
+        file=_bytes(staged.kept().values()),
+        checkpoint=static["optimizer"] + _bytes(staged.live().values()),
     )
 
 
@@ -240,13 +240,15 @@ class Cost:
         return replace(self, forward=each * self.forward, training=each * self.training, slope=each * self.slope)
 
 
-def _cost(stage: Stage, trainee: Trainee, collate: Collator, shapes: Sequence[Shape], half: bool, known: Known) -> Cost:
+def _cost(
+    stage: Stage, staged: StagedModel, collate: Collator, shapes: Sequence[Shape], half: bool, known: PlanCache
+) -> Cost:
     """Passes of a row of mean samples, and of one row and of three rows of longest ones; a packed row is about full."""
-    what = str((sorted(trainee.trained()), stage.mask, stage.objective, stage.adapter, collate.prompt_tokens))
-    simulate = Simulator(trainee, half, known.recall)
+    what = str((sorted(staged.trained()), stage.mask, stage.objective, stage.adapter, collate.prompt_tokens))
+    simulate = Simulator(staged, half, known.op_cache)
 
     def run(shape: Shape, count: int) -> Pass:
-        key = (trainee, what, shape, count)
+        key = (staged, what, shape, count)
         if key not in known.passes:
             known.passes[key] = simulate(shaped_batch(collate, [shape] * count))
         return known.passes[key]
@@ -269,10 +271,10 @@ def _apart(cfg: DictConfig, model: Any, prompt: Any) -> str:
     return why if questions == "rows" else ""
 
 
-def _parameters(trainee: Trainee) -> dict[str, tuple[int, int]]:
+def _parameters(staged: StagedModel) -> dict[str, tuple[int, int]]:
     """Part -> all weights, and those that train."""
-    parts: Mapping[str, list[tuple[str, nn.Parameter]]] = trainee.model.parts()  # type: ignore[operator]
-    trained = trainee.trained()
+    parts: Mapping[str, list[tuple[str, nn.Parameter]]] = staged.model.parts()  # type: ignore[operator]
+    trained = staged.trained()
     return {
         part: (sum(p.numel() for _, p in named), sum(p.numel() for name, p in named if name in trained))
         for part, named in parts.items()
@@ -295,11 +297,11 @@ def half_precision(cfg: DictConfig, device: Device | None = None) -> bool:
     return (device is None or device.half) if name == "auto" else name != "fp32"
 
 
-def _static(trainee: Trainee, stage: Stage, settings: Settings, half: bool) -> dict[str, int]:
+def _static(staged: StagedModel, stage: Stage, settings: Settings, half: bool) -> dict[str, int]:
     """Bytes that are there all the time: weights and buffers, gradients, optimizer state, DDP's buckets."""
-    model = trainee.model
+    model = staged.model
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    trained = list(trainee.trained().values())
+    trained = list(staged.trained().values())
     hidden = hidden_matrices(model) if stage.optimizer == "muon" else set()
     if settings.sharded:
         moments = {id(p): 4 if id(p) in hidden else 8 for p in trained}
@@ -345,10 +347,10 @@ def _shared(model: Any, tensors: list[Tensor], moments: dict[int, int], ranks: i
     }
 
 
-def _copies(trainee: Trainee) -> int:
+def _copies(staged: StagedModel) -> int:
     """Bytes of the 16-bit copies of matrices in layers and blocks, which autocast keeps and fsdp2 does not make."""
-    alone, trained = {id(p) for p in replicated(trainee.model)}, trainee.trained().values()
-    inside = {id(p) for unit in units(trainee.model) for p in unit.parameters()} - alone
+    alone, trained = {id(p) for p in replicated(staged.model)}, staged.trained().values()
+    inside = {id(p) for unit in units(staged.model) for p in unit.parameters()} - alone
     return sum(2 * p.numel() for p in trained if p.ndim > 1 and id(p) in inside)
 
 
@@ -358,7 +360,7 @@ def _copies(trainee: Trainee) -> int:
 def _shapes(cfg: DictConfig, stage: Stage, collate: Collator, settings: Settings) -> tuple[list[Shape], float, str]:
     """Shapes of the stage's samples: as stated, or measured on some of them spread over the data.
 
-    A sample may be several, one a question; how many it is on average stands beside them.
+    A sample may be several, one a question; how many it is on average is given beside them.
     """
     if settings.lengths and stage.name in settings.lengths:
         asked, answered = settings.lengths[stage.name]
@@ -392,8 +394,8 @@ def _length(shape: Shape, collate: Collator) -> int:
     return visual + shape.asked + shape.answered + collate.prompt_tokens
 
 
-class _Stated:
-    """Stands where a ``ChatEncoder`` does and gives samples of stated shapes: images, user, answer."""
+class _StatedShapes:
+    """Used in the place of a ``ChatEncoder``: gives samples of stated shapes: images, user, answer."""
 
     def __init__(self, encoder: ChatEncoder, shapes: Sequence[Shape]) -> None:
         self.encoder, self.shapes = encoder, shapes
@@ -416,7 +418,7 @@ class _Stated:
 
 def shaped_batch(collate: Collator, shapes: Sequence[Shape]) -> Batch:
     """A micro-batch of these shapes, from the collator itself."""
-    stated: Any = _Stated(collate.encoder, shapes)
+    stated: Any = _StatedShapes(collate.encoder, shapes)
     grey = np.zeros((8, 8, 3), np.uint8)
     samples = [Sample(str(k), (grey,) * shape.images, (Turn("", ""),)) for k, shape in enumerate(shapes)]
     return replace(collate, encoder=stated)(samples)

@@ -33,8 +33,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Batch
 from vlmlab.engine.cost import FLOPS
-from vlmlab.engine.weights import Trainee
-from vlmlab.plan.recall import Recall
+from vlmlab.engine.weights import StagedModel
+from vlmlab.plan.op_cache import OpCache
 
 aten = torch.ops.aten
 
@@ -60,14 +60,14 @@ class Simulator:
     """Sends micro-batches through a model of the meta device as a stage trains it.
 
     Args:
-        trainee: the model with the stage entered.
+        staged: the model with the stage entered.
         half: bfloat16 autocast.
-        recall: what operations give, of other passes; None: nothing yet.
+        op_cache: what operations give, of other passes; None: nothing yet.
     """
 
-    def __init__(self, trainee: Trainee, half: bool, recall: Recall | None = None) -> None:
-        self.trainee, self.half = trainee, half
-        self.recall = recall or Recall(FakeTensorMode(allow_non_fake_inputs=True))
+    def __init__(self, staged: StagedModel, half: bool, op_cache: OpCache | None = None) -> None:
+        self.staged, self.half = staged, half
+        self.op_cache = op_cache or OpCache(FakeTensorMode(allow_non_fake_inputs=True))
 
     def __call__(self, batch: Batch) -> Pass:
         """Forward and backward of one micro-batch, gradients of earlier ones being there.
@@ -75,10 +75,10 @@ class Simulator:
         Raises:
             UserError: the composition decides on the values of its features, which a plan does not have.
         """
-        model = self.trainee.model
-        fake, trained = self.recall.fake, self.trainee.trained().values()
-        with shapes_only(model, fake, trained) as known, Meter(fake, known, self.recall) as meter:
-            with told_of_values(), torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+        model = self.staged.model
+        fake, trained = self.op_cache.fake, self.staged.trained().values()
+        with shapes_only(model, fake, trained) as known, Meter(fake, known, self.op_cache) as meter:
+            with value_errors(), torch.autocast("cpu", torch.bfloat16, enabled=self.half):
                 loss = self._loss(model, batch)
                 forward = meter.flops
                 with torch.autocast("cpu", enabled=False):
@@ -89,14 +89,14 @@ class Simulator:
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         outputs = model(batch)
         total: Any = 0.0
-        for objective in self.trainee.objectives.values():
+        for objective in self.staged.objectives.values():
             for value, _ in objective(outputs, batch).values():
                 total = total + objective.weight * value / float(batch.supervised or 1)
         return total
 
 
 @contextlib.contextmanager
-def told_of_values() -> Iterator[None]:
+def value_errors() -> Iterator[None]:
     """While this is open, a decision on values that tensors of shapes alone do not have is one sentence.
 
     Raises:
@@ -144,7 +144,7 @@ def _is_flag(tensor: Tensor) -> bool:
 
 
 def _flag() -> Tensor:
-    """Set, since what is done once is no part of a micro-batch."""
+    """Set, since what is done once is not part of a micro-batch."""
     return torch.ones((), dtype=torch.bool, device="cpu")
 
 
@@ -163,17 +163,17 @@ class Meter(TorchDispatchMode):
     Args:
         fake: the mode of the tensors without values.
         known: tensors that are there already and are not counted.
-        recall: what operations in this mode give, of other passes; None: nothing yet.
+        op_cache: what operations in this mode give, of other passes; None: nothing yet.
 
     Attributes:
         flops: so far.
         peak: most live bytes so far.
     """
 
-    def __init__(self, fake: FakeTensorMode, known: Sequence[Tensor], recall: Recall | None = None) -> None:
+    def __init__(self, fake: FakeTensorMode, known: Sequence[Tensor], op_cache: OpCache | None = None) -> None:
         super().__init__()
         self.fake = fake
-        self._recall = recall or Recall(fake)
+        self._op_cache = op_cache or OpCache(fake)
         self.flops = self.live = self.peak = 0
         self._seen: Any = WeakIdKeyDictionary()
         self._watched: dict[int, Any] = {}
@@ -188,7 +188,7 @@ class Meter(TorchDispatchMode):
             if func is aten.masked_select.default and not self._is_empty(args[1]):
                 out = args[0].new_empty(int(torch.broadcast_to(args[1], args[0].shape).sum()))
                 return self._watch(out)
-            out = self._recall(func, args, kwargs)
+            out = self._op_cache(func, args, kwargs)
         else:
             out = tree_map(self._without_values, func(*args, **kwargs))
         formula = FLOPS.get(func._overloadpacket)

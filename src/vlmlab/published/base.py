@@ -50,8 +50,8 @@ class Published(ABC):
         """The connector's weights by the names of ours."""
 
 
-class Written(Published):
-    """One class of transformers that compositions are written as, too.
+class Exportable(Published):
+    """One class of transformers that compositions can also be exported as.
 
     Attributes:
         goes_on: its ``generate`` goes on from a prompt whose keys and values are given.
@@ -88,7 +88,7 @@ def causal_lm(base: PreTrainedModel, head: nn.Linear) -> PreTrainedModel:
 
     Args:
         base: the layers.
-        head: the linear layer behind them; it is the table again where the two are equal.
+        head: the linear layer after them; it is the table again where the two are equal.
 
     Raises:
         UserError: they are of different numbers of words.

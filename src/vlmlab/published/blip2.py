@@ -18,13 +18,13 @@ from vlmlab.connector.qformer import QFormerConnector
 from vlmlab.contracts.errors import UserError
 from vlmlab.encoder.tower import TowerEncoder
 from vlmlab.model.vlm import VLM
-from vlmlab.published.base import Keys, Written, only
+from vlmlab.published.base import Exportable, Keys, only
 
 
-class Blip2(Written):
+class Blip2(Exportable):
     """``Blip2ForConditionalGeneration`` with a causal language model (OPT, LLaMA).
 
-    The norm behind the tower is the connector's here, where it trains with the Q-Former, as in the paper's code.
+    The norm after the tower is the connector's here, where it trains with the Q-Former, as in the paper's code.
     """
 
     model = Blip2ForConditionalGeneration
@@ -63,7 +63,7 @@ class Blip2(Written):
         return model.language_model
 
     def connector(self, model: Any) -> Mapping[str, Tensor]:
-        """The tower's norm, the queries, the Q-Former and the linear layer behind it."""
+        """The tower's norm, the queries, the Q-Former and the linear layer after it."""
         parts = {
             "norm": model.vision_model.post_layernorm,
             "qformer": model.qformer,
@@ -73,7 +73,7 @@ class Blip2(Written):
         return {"queries": model.query_tokens, **weights}
 
     def lacks(self, model: VLM) -> str | None:
-        """Other towers than its own, read behind its last layer with the class token; other connectors."""
+        """Other towers than its own, read after its last layer with the class token; other connectors."""
         encoder, connector = model.encoder, model.connector
         if type(connector) is not QFormerConnector or connector.reads_text:
             return "has a Q-Former of queries alone"
@@ -98,7 +98,7 @@ class Blip2(Written):
         )
 
     def place(self, whole: Any, model: VLM, tower: PreTrainedModel) -> None:
-        """Tower with the connector's norm, Q-Former, the layer behind it, and the language model."""
+        """Tower with the connector's norm, Q-Former, the layer after it, and the language model."""
         connector: Any = model.connector
         whole.vision_model = tower
         whole.vision_model.post_layernorm = connector.norm

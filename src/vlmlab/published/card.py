@@ -17,7 +17,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.encoder.embedded import EmbeddedEncoder
 from vlmlab.encoder.embedded_text import EmbeddedPairText
 from vlmlab.lm.embedded import EmbeddedLanguageModel
-from vlmlab.published.given import Proof, Way
+from vlmlab.published.export import ExportCheck, ExportRoute
 from vlmlab.recipe.stage import Stage, parse
 from vlmlab.runs.config import plain
 from vlmlab.runs.files import write_atomic
@@ -91,7 +91,7 @@ print(ask([{"role": "user", "content": question}], max_new_tokens=64))
 
 
 def write_card(
-    folder: Path, run: Path | None, cfg: DictConfig, way: Way | None, proof: Proof | None, why: str = ""
+    folder: Path, run: Path | None, cfg: DictConfig, route: ExportRoute | None, proof: ExportCheck | None, why: str = ""
 ) -> Path:
     """Write ``README.md``.
 
@@ -99,7 +99,7 @@ def write_card(
         folder: where the model is.
         run: the run, for its scores and cost; None: it has none.
         cfg: its configuration.
-        way: how it went out; None: as a run.
+        route: how it was exported; None: as a run.
         proof: how equal it is.
         why: the reason why it is a run.
     """
@@ -112,7 +112,7 @@ def write_card(
         lstrip_blocks=False, trim_blocks=False,
     ).get_template(TEMPLATE)  # fmt: skip
     text = page.render(
-        way=way,
+        route=route,
         proof=proof,
         turns=proof is None or proof.turns,
         halves=proof is not None and proof.halves,
@@ -120,7 +120,7 @@ def write_card(
         why=why,
         name=config.get("name") or (folder if run is None else run).resolve().name,
         mask=_choice(_of_last(config)),
-        snippet=None if way is None else snippet(way),
+        snippet=None if route is None else snippet(route),
         versions=_versions(),
         licence=next(iter(known)) if len(known) == 1 and known != {UNKNOWN} else UNKNOWN,
         parts=list(_parts(config)),
@@ -136,13 +136,13 @@ def write_card(
     return folder / "README.md"
 
 
-def snippet(way: Way) -> str:
+def snippet(route: ExportRoute) -> str:
     """The code that asks the model."""
-    if way.sees is None:
+    if route.sees is None:
         return (HEAD.format(cache="") + PLAIN + TAIL).rstrip()
-    known = "answers(conversation, ids)" if way.many else "torch.zeros_like(ids, dtype=torch.bool)"
+    known = "answers(conversation, ids)" if route.many else "torch.zeros_like(ids, dtype=torch.bool)"
     head = "import torch\n" + HEAD.format(cache=", DynamicCache")
-    return (head + (ANSWERS if way.many else "") + way.sees + MASKED.format(answers=known) + TAIL).rstrip()
+    return (head + (ANSWERS if route.many else "") + route.sees + MASKED.format(answers=known) + TAIL).rstrip()
 
 
 def _of_last(config: Mapping[str, Any]) -> Any:

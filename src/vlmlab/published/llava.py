@@ -15,13 +15,13 @@ from vlmlab.connector.linear import LinearConnector
 from vlmlab.connector.mlp import MlpConnector
 from vlmlab.contracts.errors import UserError
 from vlmlab.model.vlm import VLM
-from vlmlab.published.base import Keys, Written, auto_tower, before_patches, causal_lm, plain_lm
+from vlmlab.published.base import Exportable, Keys, auto_tower, before_patches, causal_lm, plain_lm
 
 NOTHING = "linear"
-"""transformers' word for an activation that changes nothing: one linear layer, with the identity behind it."""
+"""transformers' name for an activation that changes nothing: one linear layer, followed by the identity."""
 
 
-class Llava(Written):
+class Llava(Exportable):
     """``LlavaForConditionalGeneration``."""
 
     model: type[PreTrainedModel] = LlavaForConditionalGeneration
@@ -69,11 +69,11 @@ class Llava(Written):
         return None
 
     def config_of(self, model: VLM, tower: PreTrainedModel) -> PreTrainedConfig:
-        """LLaVA's; one linear layer has the identity behind it."""
+        """LLaVA's; one linear layer is followed by the identity."""
         encoder: Any = model.encoder
         vision, text, layers = copy.deepcopy(tower.config), copy.deepcopy(model.lm.model.config), encoder.layers
         if layers is None:
-            vision.tie_last_hidden_states = True  # type: ignore[attr-defined]  # the last one is behind the norm
+            vision.tie_last_hidden_states = True  # type: ignore[attr-defined]  # the last one is after the norm
         connector: Any = model.connector
         activation = NOTHING if type(connector) is LinearConnector else connector.activation
         return LlavaConfig(

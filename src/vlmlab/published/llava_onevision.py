@@ -20,7 +20,7 @@ class LlavaOnevision(Llava):
     tiled = True
 
     def keys(self, config: Any) -> Keys:
-        """LLaVA's, and the learned vector behind every image."""
+        """LLaVA's, and the learned vector after every image."""
         only(config, "its projector", projector_hidden_act="gelu")
         return {**super().keys(config), "connector.end": True}
 

@@ -51,7 +51,7 @@ KNOWN: Mapping[type[PreTrainedConfig], Published] = {
 """What can be taken apart, by the class of its config."""
 
 REFUSED: Mapping[type[PreTrainedConfig], str] = {
-    LlavaNextConfig: "it cuts images into tiles with a learned word behind every row, which no connector here does",
+    LlavaNextConfig: "it cuts images into tiles with a learned token after every row, which no connector here does",
     InstructBlipConfig: "its Q-Former reads the instruction in BERT's words, and connectors here in the LM's",
     Qwen2VLConfig: "it reads images at their own sizes and has positions in three dimensions",
     Qwen2_5_VLConfig: "it reads images at their own sizes and has positions in three dimensions",
@@ -62,7 +62,7 @@ TILES = ("do_image_splitting", "crop_to_patches", "image_grid_pinpoints")
 """Keys of processors that cut images into tiles."""
 
 NEW_TOKEN = "<|image|>"
-"""The placeholder of a model that has none of its own; it is added behind the vocabulary."""
+"""The placeholder of a model that has none of its own; it is added at the end of the vocabulary."""
 
 
 @dataclass(frozen=True)

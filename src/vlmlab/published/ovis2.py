@@ -29,7 +29,7 @@ class Ovis2(Published):
     tiled = True
 
     def keys(self, config: Any) -> Keys:
-        """The tower's final output and ``ovis`` with one word before an image's tokens and two behind them."""
+        """The tower's final output and ``ovis`` with one token before an image's tokens and two after them."""
         vision = config.vision_config
         only(vision, "its tower", num_visual_indicator_tokens=5)
         if vision.tokenize_function == "gumbel_argmax":

@@ -31,7 +31,7 @@ class PaliGemma(Published):
         return model.model.vision_tower
 
     def lm(self, model: Any) -> PreTrainedModel:
-        """Layers and head; who sees whom is said by the mask, and no longer by the config."""
+        """Layers and head; attention is decided by the mask, and no longer by the config."""
         model.model.language_model.config.use_bidirectional_attention = None
         return causal_lm(model.model.language_model, model.lm_head)
 

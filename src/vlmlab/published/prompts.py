@@ -27,11 +27,11 @@ FLAT = """\
     {%- set flat.messages = flat.messages + [dict(message, content=flat.text)] -%}
 {%- endfor -%}
 {%- set messages = flat.messages -%}{{ '' }}"""
-"""Stands before a template of plain texts, and makes texts of its messages' lists; the last value keeps a newline."""
+"""Put before a template of plain texts; makes texts of its messages' lists; the last value keeps a newline."""
 
 
 def with_parts(tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
-    """The tokenizer's chat template for messages of texts and of lists; an image is one placeholder where it stands.
+    """The tokenizer's chat template for messages of texts and of lists; an image is one placeholder at its place.
 
     Words are those of training: nothing is put between an image and what follows, and the day is the fixed one.
     """

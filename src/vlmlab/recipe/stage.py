@@ -190,7 +190,7 @@ def parse(cfg: DictConfig, parts: Collection[str] = PARTS) -> list[Stage]:
     for stage in stages:
         if stage.encoder_from is not None and stage.encoder_from not in names[: stage.index]:
             before = listed(names[: stage.index]) if stage.index else "there is none"
-            raise UserError(f"{stage.key('encoder_from')}={stage.encoder_from} is no stage before it ({before}).")
+            raise UserError(f"{stage.key('encoder_from')}={stage.encoder_from} is not a stage before it ({before}).")
     if not any(stage.steps for stage in stages):
         raise UserError(
             f"{stages[0].key('steps')} is 0, which leaves a stage out, and so is that of all others: nothing is "
@@ -211,7 +211,7 @@ def _stage(cfg: DictConfig, index: int, name: str, parts: Collection[str]) -> St
     keys = {str(key): value for key, value in raw.items()}
     for key in sorted(set(keys) - KEYS):
         near = nearest(key, KEYS) or f"; choose from {', '.join(sorted(KEYS))}"
-        raise UserError(f"{where}.{key} is no key of a stage{near}.")
+        raise UserError(f"{where}.{key} is not a key of a stage{near}.")
     for key in REQUIRED:
         if keys.get(key) is None:
             raise UserError(f"{where}.{key} is missing; every stage needs {', '.join(REQUIRED)}.")
@@ -260,7 +260,7 @@ def _module(value: Any, where: str) -> str:
     path = value.get("_target_") if isinstance(value, Mapping) else value
     if not isinstance(path, str) or "." not in path:
         raise UserError(
-            f"{where}.module={shown(path)} is no class; give its dotted path, as in "
+            f"{where}.module={shown(path)} is not a class; give its dotted path, as in "
             "vlmlab.engine.alignment.AlignmentModule."
         )
     return path
@@ -273,7 +273,7 @@ def _rates(value: Any, where: str, parts: Collection[str]) -> dict[str, float | 
     for path, rate in paths_in(value):
         part, *within = path.split(".")
         if part not in parts:
-            raise UserError(f"{where}.train.{part} is no part of the model; choose from {', '.join(parts)}.")
+            raise UserError(f"{where}.train.{part} is not a part of the model; choose from {', '.join(parts)}.")
         if not all(within):
             raise UserError(f"{where}.train.{path} has an empty name in it; write names with one dot between them.")
         if rate is None and not within:  # frozen, written out
@@ -286,19 +286,19 @@ def _rates(value: Any, where: str, parts: Collection[str]) -> dict[str, float | 
 
 def _ranges(value: Any, where: str, train: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     if not isinstance(value, Mapping):
-        raise UserError(f"{where}.layers={value} is no mapping; give ranges as in {{lm: [-2, -1]}}, or null.")
+        raise UserError(f"{where}.layers={value} is not a mapping; give ranges as in {{lm: [-2, -1]}}, or null.")
     ranges = {}
     for part, ends in value.items():
         key = f"{where}.layers.{part}"
         if part not in LAYERED:
-            raise UserError(f"{key} is no part made of layers; choose from {', '.join(LAYERED)}.")
+            raise UserError(f"{key} is not a part made of layers; choose from {', '.join(LAYERED)}.")
         if ends is None:  # the whole part, written out
             continue
         if part not in parts_in(train):
             raise UserError(f"{key} chooses layers of a part that is frozen; add {where}.train.{part}.")
         pair = list(ends) if isinstance(ends, (list, tuple)) else []
         if len(pair) != 2 or not all(isinstance(end, int) and not isinstance(end, bool) for end in pair):
-            raise UserError(f"{key}={ends} is no range; give the first and the last layer, as in [-2,-1].")
+            raise UserError(f"{key}={ends} is not a range; give the first and the last layer, as in [-2,-1].")
         if (pair[0] < 0) == (pair[1] < 0) and pair[0] > pair[1]:
             raise UserError(f"{key}={pair} is empty; give the lower layer first, as in [-2,-1].")
         ranges[str(part)] = (pair[0], pair[1])
@@ -310,7 +310,7 @@ def _mix(value: Any, where: str, name: str) -> dict[str, Any]:
         raise UserError(f"{where}.mix={value} names no run; give {{run: <its folder>, share: 0.5}}, or null.")
     for key in value:
         if key not in ("run", "share", "stage"):
-            raise UserError(f"{where}.mix.{key} is no key of mix; choose from run, share, stage.")
+            raise UserError(f"{where}.mix.{key} is not a key of mix; choose from run, share, stage.")
     share = value.get("share", 0.5)
     if (sentence := refusal(Share, share, f"{where}.mix.share")) is not None:
         raise UserError(sentence)

@@ -50,7 +50,8 @@ def read_cells(path: Path) -> list[Row]:
         missing = [name for name in IDENTITY if name not in (reader.fieldnames or ())]
         if missing:
             raise UserError(
-                f"{path} is no record of cells: it has no column {missing[0]}; give hydra.launcher.record= another file"
+                f"{path} is not a record of cells: it has no column {missing[0]}; give "
+                "hydra.launcher.record= another file"
             )
         rows = []
         for number, row in enumerate(reader, 2):

@@ -39,7 +39,7 @@ BEFORE: Mapping[str, Any] = {
 LOOKS = tuple(
     f"evaluation.{key}" for key in ("slices", "slice_samples", "max_share", "monitor", "mode", "save_best", "min_delta")
 )
-"""Keys of what is looked at while a stage trains; they count where looks decide (`looks_decide`)."""
+"""Keys of the validation during a stage; they count where it decides what is kept (`looks_decide`)."""
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: naming the key that is missing, refers to nothing or names a class by a name it had before.
     """
-    own = [str(key) for key in cfg if key != "hydra"]  # Hydra's node has missing values and is nobody's business
+    own = [str(key) for key in cfg if key != "hydra"]  # Hydra's node has missing values and is not ours
     job = OmegaConf.masked_copy(cfg, own)
     OmegaConf.copy_cache(cfg, job)
     try:

@@ -71,7 +71,7 @@ def placing(path: Path, durable: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
-    """A file to write what stands in the place of `path` at once when this ends; all else as ``placing``."""
+    """A file to write that replaces `path` at once when this ends; all else as ``placing``."""
     with placing(path, durable) as new:
         handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         with open(handle, "wb") as file:
@@ -124,7 +124,7 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse to write into a run folder whose own places are links: whoever made it chose where they lead.
+    """Refuse to write into a run folder whose own places are links: its author chose where they lead.
 
     Raises:
         UserError: naming the link.
@@ -143,7 +143,7 @@ def refuse_no_file(path: Path) -> None:
     """
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise UserError(f"{path} is a link or no file, and is not written into; remove it")
+            raise UserError(f"{path} is a link or not a file, and is not written into; remove it")
 
 
 def sync_folder(folder: Path) -> None:
@@ -156,7 +156,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def share(*paths: Path) -> None:
-    """Let whoever may read the folder read these files in it: safetensors leaves them to their owner alone."""
+    """Make these files as readable as the folder: safetensors makes them readable to their owner alone."""
     for path in paths:
         with suppress(PermissionError):  # some mounted file systems give all files the rights of the mount
             path.chmod(path.parent.stat().st_mode & 0o666)
@@ -193,7 +193,7 @@ def read_yaml(path: Path) -> Any:
     """What a YAML file of plain values says.
 
     Raises:
-        yaml.YAMLError, UnicodeDecodeError, RecursionError: it is no such file.
+        yaml.YAMLError, UnicodeDecodeError, RecursionError: it is not such a file.
         OSError: it cannot be read.
     """
     if not path.is_file():

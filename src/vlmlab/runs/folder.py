@@ -58,7 +58,7 @@ StateName = Literal["running", "done", "failed", "interrupted"]
 class RunFolder:
     """The files of one run. Making one touches nothing; ``open`` decides and locks, the other methods read or write.
 
-    Any number of them may stand for the same folder: one opens it, and whoever is given its path reads and writes.
+    Any number of objects may refer to the same folder: one opens it, the others read and write in it.
 
     Attributes:
         path: the folder.
@@ -125,7 +125,7 @@ class RunFolder:
             raise
 
     def refuses(self, config: Mapping[str, Any]) -> str | None:
-        """Why `open` would refuse this configuration, whoever holds the folder; None where it would not.
+        """Why `open` would refuse this configuration, whichever process holds the folder; None where it would not.
 
         Raises:
             UserError: the folder's own configuration or result cannot be read.
@@ -280,7 +280,7 @@ class RunFolder:
         """The configuration this folder belongs to, by present names, or None where no run has begun.
 
         Raises:
-            CheckpointError: the file is there and cannot be read, or is no configuration of plain values with names
+            CheckpointError: the file is there and cannot be read, or is not a configuration of plain values with names
                 that stay in the folder.
         """
         file = self.path / "config.yaml"
@@ -288,7 +288,7 @@ class RunFolder:
             return None
         try:
             value = read_yaml(file)
-            why = None if isinstance(value, dict) else "it is no configuration"
+            why = None if isinstance(value, dict) else "it is not a configuration"
             why = why or next(_wrong(value), None)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
@@ -333,7 +333,7 @@ class RunFolder:
         """Whether a whole result of this configuration is there, on whatever machine it was made."""
         try:
             there = self.config()
-        except CheckpointError:  # whoever opens the folder says so
+        except CheckpointError:  # opening the folder says so
             return False
         if there is None or not is_whole(self.result()):
             return False
@@ -344,13 +344,13 @@ class RunFolder:
         """The configuration of a finished run.
 
         Raises:
-            UserError: this is no folder of a run.
+            UserError: this is not a folder of a run.
             CheckpointError: the run is not finished.
         """
         config = self.config()
         if config is None:
             raise UserError(
-                f"{self.path} is no run folder (it has no config.yaml); give the folder that training printed"
+                f"{self.path} is not a run folder (it has no config.yaml); give the folder that training printed"
             )
         if self.result() is None:
             there = "its result.json is damaged" if (self.path / "result.json").exists() else "no result.json"
@@ -472,7 +472,7 @@ class RunFolder:
             cost: what the run took.
             failed: benchmarks that could not be scored, and why; the same command tries these again.
             recorded: the record of cells that this result was taken from, where it was not made here.
-            notes: what whoever reads the scores should know, a sentence each.
+            notes: what a reader of the scores should know, a sentence each.
 
         Raises:
             UserError: the folder has no configuration, or a number is none.
@@ -516,7 +516,7 @@ def _wrong(node: Any, where: str = "") -> Iterator[str]:
         elif value == "???":
             yield f"{here} has no value"
         elif where in FOLDERS and not is_plain_name(str(key)):
-            yield f"{here} is no name of a {FOLDERS[where]}"
+            yield f"{here} is not a name of a {FOLDERS[where]}"
         yield from _wrong(value, here)
     if where in ("recipe", "recipe.stages", "data", "data.benchmarks") and not isinstance(node, dict | None):
         yield f"{where} is a {type(node).__name__}"

@@ -20,7 +20,7 @@ DATA = "data"
 EVALUATION = ("evaluation", "budget.eval_limit", DATA, "recipe.finish")
 """Keys that only say how a trained model is scored, but for those of `TRAINING`.
 
-The keys right below ``data`` are written out where they are used: whatever of them training reads stands in
+The keys right below ``data`` are written out where they are used: whatever of them training reads is in
 ``data.train`` too.
 """
 
@@ -99,7 +99,7 @@ def training_leaves(config: Mapping[str, Any]) -> dict[str, Any]:
 def stage_leaves(config: Mapping[str, Any], data: str) -> dict[str, Any]:
     """Of what a configuration tells the training, what one stage reads beside its own keys.
 
-    A key that nobody thought of counts: stages that are the same are then taken for two, which is the safe side.
+    A key that is not listed counts: stages that are the same are then taken for two, which is the safe side.
 
     Args:
         config: the plain configuration.
@@ -126,7 +126,7 @@ def weights_hash(config: Mapping[str, Any]) -> str:
 
 
 def ends_early(config: Mapping[str, Any]) -> bool:
-    """Whether stages end when looks have brought nothing better for a while, so that these say what is learnt."""
+    """Whether stages end when validation has not improved for a while, so that its keys decide what is learnt."""
     keys = config.get("evaluation")
     return isinstance(keys, Mapping) and keys.get("patience") is not None
 

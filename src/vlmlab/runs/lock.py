@@ -20,7 +20,7 @@ PAUSE_S = 0.1
 class FolderLock:
     """An exclusive ``flock`` on the file ``lock`` of a folder, which says who holds it.
 
-    The kernel releases it when the holder ends, so a lock left by a killed process is no obstacle. Forked children
+    The kernel releases it when the holder ends, so a lock left by a killed process is not in the way. Forked children
     (data loading workers, ranks) give up their copy at once: they must not keep the folder locked after the holder.
     """
 
@@ -37,7 +37,7 @@ class FolderLock:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise UserError(f"{self.path} is no file; remove it, and the same command goes on")
+            raise UserError(f"{self.path} is not a file; remove it, and the same command goes on")
         for attempt in range(ATTEMPTS):  # somebody who only looks holds it for an instant
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
 """What finished cells saw at held-out samples while they trained, beside the record of their results: ``looks.csv``.
 
 With ``evaluation.every`` a run writes losses between its steps into ``metrics.jsonl``; here those rows of all cells of
-a record are kept, so that curves and steps to a threshold can be had where no run folder is.
+a record are kept, so that curves and steps to a threshold can be computed without the run folders.
 """
 
 from __future__ import annotations

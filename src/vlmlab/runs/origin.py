@@ -35,7 +35,9 @@ def find_origin(value: str) -> Path:
     given = Path(str(value)).expanduser()
     run, stage = (given, None) if (given / "config.yaml").is_file() else (given.parent, given.name)
     if not (run / "config.yaml").is_file():
-        raise UserError(f"{KEY}={value} is no run folder and no stage of one; give the folder that training printed.")
+        raise UserError(
+            f"{KEY}={value} is neither a run folder nor a stage of one; give the folder that training printed."
+        )
     files = {file.parent.name.partition("_")[2]: file for file in _weights_of(run)}
     there = listed(files, 80)
     name = _last_stage(run) if stage is None else stage

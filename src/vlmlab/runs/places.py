@@ -1,4 +1,4 @@
-"""Where a run or a sweep lies when nobody names it: the folder of what its command says of the training.
+"""Where a run or a sweep is written when it has no name: the folder of what its command says of the training.
 
 What only concerns the evaluation or the machine names no folder, so that the same training asked for with other such
 keys is found and scored again. Importing this module registers the resolvers that ``conf/train.yaml`` uses.

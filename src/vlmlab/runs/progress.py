@@ -12,7 +12,7 @@ JOB = "job.json"
 
 
 def losses(folder: Path) -> str:
-    """The last training loss of a run, and behind a stroke the last held-out one where there is one."""
+    """The last training loss of a run, and after a slash the last held-out one where there is one."""
     last: dict[str, float] = {}
     for line in _tail(folder / "metrics.jsonl"):
         try:

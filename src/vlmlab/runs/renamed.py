@@ -1,6 +1,6 @@
 """Classes that have moved: a run made before the move is read as if its configuration had the present names.
 
-Only what a saved configuration can name stands here. In a configuration that is written now an old name is refused.
+Only what a saved configuration can name is listed here. In a configuration that is written now an old name is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOVED = {
     "vlmlab.data.parquet": "vlmlab.data.readers.parquet",
     "vlmlab.data.tar": "vlmlab.data.readers.tar",
 }
-"""Old module -> present module; what stands in it has kept its name."""
+"""Old module -> present module; what is in it has kept its name."""
 
 
 def present_name(name: str) -> str:

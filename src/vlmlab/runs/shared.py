@@ -80,7 +80,7 @@ def shelf_of(value: Any, folder: Path) -> Path | None:
 
 
 def unshared(config: Mapping[str, Any]) -> str:
-    """Why a run's stages are no other run's, or the two cannot agree upon them; empty: they may be shared.
+    """Why a run's stages are not another run's, or the two cannot agree upon them; empty: they may be shared.
 
     Args:
         config: the plain configuration.

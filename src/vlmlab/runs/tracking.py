@@ -42,7 +42,7 @@ def mode_of(asked: str) -> str:
 
 
 def begun(settings: Mapping[str, Any], asked: str) -> Any:
-    """A W&B run; offline where the server cannot be reached, which is said.
+    """A W&B run; offline where the server cannot be reached, with a note.
 
     Args:
         settings: keywords of ``wandb.init``; ``dir`` is the folder of the run.

@@ -1,4 +1,4 @@
-"""Somebody's run folder as data: its configuration makes classes of this package, and others only where that is said.
+"""Somebody's run folder as data: its configuration makes classes of this package, and others only with permission.
 
 Free of torch: what a name stands for is read from the package's source, and nothing is imported for it.
 """
@@ -76,7 +76,7 @@ def saved_config(folder: Path, trust: bool = False) -> DictConfig:
     run = RunFolder(folder)
     config = run.config()
     if config is None:
-        raise UserError(f"{folder} is no run folder (it has no config.yaml); give the folder that training printed")
+        raise UserError(f"{folder} is not a run folder (it has no config.yaml); give the folder that training printed")
     file = folder / "config.yaml"
     _check_whole(file, config)
     built = {key: value for key, value in config.items() if key not in NOT_BUILT}
@@ -156,7 +156,7 @@ def _opened(node: Any, known: Mapping[str, Any], trust: bool, where: str, kept: 
 
 
 def _keep_features_inside(cfg: DictConfig, folder: Path) -> None:
-    """Keep features in the run folder where the folder that is named for them is no cache of this machine."""
+    """Keep features in the run folder where the folder that is named for them is not a cache of this machine."""
     named_folder = OmegaConf.select(cfg, "cache.folder")
     if named_folder is None:
         return
@@ -164,14 +164,14 @@ def _keep_features_inside(cfg: DictConfig, folder: Path) -> None:
 
     there = Path(str(named_folder)).expanduser()
     if there.is_dir() and any(path.name.endswith(SUFFIX) for path in there.iterdir()):
-        OmegaConf.update(cfg, "cache.max_gb", None)  # nobody's features go for somebody's limit
+        OmegaConf.update(cfg, "cache.max_gb", None)  # a limit from elsewhere removes no features here
     else:
         OmegaConf.update(cfg, "cache.folder", str(folder / CACHE))
 
 
 @contextmanager
 def building(folder: Path) -> Iterator[None]:
-    """What cannot be built from a saved configuration is said in one sentence; only building stands in here.
+    """What cannot be built from a saved configuration is refused in one sentence; only building belongs in here.
 
     Raises:
         CheckpointError: for whatever hydra, omegaconf or a value of another type say.

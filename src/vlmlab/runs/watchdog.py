@@ -35,7 +35,7 @@ def die_with_parent(poll_s: float = POLL_S, grace_s: float = GRACE_S) -> threadi
     """Watch the parent in a thread: once it is gone, SIGTERM to oneself (which saves), `grace_s` later SIGKILL.
 
     Returns:
-        The thread, or None where nobody launched this process.
+        The thread, or None where no launcher started this process.
     """
     parent = expected_parent()
     if parent is None:

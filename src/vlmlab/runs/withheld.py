@@ -93,7 +93,7 @@ def filled(written: Any, given: Any, known: Mapping[str, Any], where: str = "") 
         written: the file's configuration.
         given: another one, with all its values.
         known: the marks.
-        where: dotted key of both, with a dot behind it.
+        where: dotted key of both, with a dot at its end.
     """
     there = dict(_items(given))
     if isinstance(written, Mapping):

@@ -21,7 +21,7 @@ from vlmlab.runs.files import read_json
 from vlmlab.towers.source import embedded, resolve
 
 OWN_CODE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-"""Said to transformers whenever it reads a folder: it runs nothing that lies there, asks nobody, and loads nothing."""
+"""Passed to transformers whenever it reads a folder: it runs no code from there, asks no hub, and loads nothing."""
 
 SAFE: dict[str, Any] = {**OWN_CODE, "use_safetensors": True}
 """The same for weights, which are never a pickle."""
@@ -75,7 +75,7 @@ def open_tokenizer(folder: Path, path: str, key: str) -> PreTrainedTokenizerBase
 
 @contextmanager
 def readable(what: str, folder: Path, path: str, key: str) -> Iterator[None]:
-    """What transformers says of a folder that it cannot read is said in one sentence; arguments as ``open_config``'s.
+    """What transformers raises for a folder that it cannot read becomes one sentence; arguments as ``open_config``'s.
 
     Raises:
         UserError: naming the config key.

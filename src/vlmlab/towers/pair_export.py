@@ -96,7 +96,7 @@ class ExportPair:
         for name, pairs in self.pairs.items():
             found = retrieval(encoder, text, pairs, self.batch_size)
             scores |= {f"towers/{name}/{key}": value for key, value in found.items()}
-        scores["towers/contrast"] = told_apart(encoder, text, self.contrasts)
+        scores["towers/contrast"] = contrast_accuracy(encoder, text, self.contrasts)
         card = CARD.format(
             **facts(cfg, costs, {**metrics, **scores}),
             vision=sum(p.numel() for p in model.encoder.parameters()),
@@ -118,7 +118,7 @@ def _save_vision(encoder: Encoder, folder: Path) -> None:
 
 
 @torch.no_grad()
-def told_apart(encoder: Encoder, folder: Path, contrasts: SampleSource) -> float:
+def contrast_accuracy(encoder: Encoder, folder: Path, contrasts: SampleSource) -> float:
     """Share of captions whose own image is the most similar of the images of their sample.
 
     Args:

@@ -90,7 +90,7 @@ def _unsafe(folder: Path) -> str | None:
     listed = (read_json(folder / INDEX) or {}).get("weight_map")
     for name in listed.values() if isinstance(listed, dict) and listed else [None]:
         if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
-            return f"has {brief(repr(name), 40)} among its weights, which is no safetensors file of that folder"
+            return f"has {brief(repr(name), 40)} among its weights, which is not a safetensors file of that folder"
         if not (folder / name).is_file():
             return f"lacks {brief(name, 60)} of its weights"
     return None

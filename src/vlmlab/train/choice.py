@@ -1,4 +1,4 @@
-"""Which look at a stage was the best, and when a stage has gone on long enough without a better one.
+"""Which validation of a stage was the best, and when a stage has gone on long enough without a better one.
 
 Both are functions of the rows in ``metrics.jsonl``, so that a run which was killed and goes on decides as one which
 was not.
@@ -24,14 +24,14 @@ Look = tuple[int, float]
 
 @dataclass(frozen=True)
 class Choice:
-    """What the best look is known by.
+    """By what the best validation is chosen.
 
     Attributes:
-        monitor: a number of a look, as ``held_out/loss``; also ``held_out/gap``, shuffled less right.
+        monitor: a validation score, as ``held_out/loss``; also ``held_out/gap``, shuffled less right.
         mode: whether a smaller ("min") or a larger one ("max") is better.
-        patience: a stage ends after so many looks in a row that bring nothing better; None: it never ends early.
+        patience: a stage ends after so many validations in a row without a better one; None: it never ends early.
         min_delta: least difference that counts as better there.
-        save: whether the weights of the best look are kept.
+        save: whether the weights of the best validation are kept.
     """
 
     monitor: str
@@ -60,7 +60,7 @@ class Choice:
         return new < old - by if self.mode == "min" else new > old + by
 
     def best(self, looks: Iterable[Look]) -> Look | None:
-        """The best look, of equal ones the first."""
+        """The best validation, of equal ones the first."""
         found: Look | None = None
         for look in looks:
             if found is None or self.better(look[1], found[1]):
@@ -81,7 +81,7 @@ class Choice:
 
 
 def looks_of(rows: Iterable[Mapping[str, Any]], choice: Choice, stage: str, done: int) -> list[Look]:
-    """The looks at a stage up to a step, in order."""
+    """The validations of a stage up to a step, in order."""
     of_stage = [row for row in rows if row.get("stage") == stage and not row.get("finished")]
     found = [(int(row["step"]), value) for row in of_stage if (value := choice.value(row)) is not None]
     return [look for look in found if look[0] <= done]

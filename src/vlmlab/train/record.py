@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from vlmlab.contracts.terminal import tell
 from vlmlab.engine.precision import Precision
 from vlmlab.engine.stage import StageModule
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.mask.base import causal_on_text
 from vlmlab.mask.causal import Causal
 from vlmlab.recipe.stage import Stage
@@ -170,21 +170,21 @@ class Progress(L.Callback):
             self._bar = None
 
 
-def stage_table(stage: Stage, trainee: Trainee, precision: Precision, prompt: str, samples: int) -> str:
+def stage_table(stage: Stage, staged: StagedModel, precision: Precision, prompt: str, samples: int) -> str:
     """What is printed before a stage's first step: part, parameters, trainable, learning rate; the rest in words."""
     rows = [("part", "parameters", "trainable", "learning rate")]
-    for part, size, trained, rate in trainee.table(stage):
+    for part, size, trained, rate in staged.table(stage):
         rows.append((part, f"{size:,}", f"{trained:,}" if trained else "-", "frozen" if rate is None else f"{rate:g}"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [f"{r[0]:<{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]:>{widths[3]}}" for r in rows]
-    adapter = target(stage.adapter) if trainee.adapted else "none"
+    adapter = target(stage.adapter) if staged.adapted else "none"
     facts = [
         f"mask {target(stage.mask)}, objective {target(stage.objective)}, adapter {adapter}, prompt {prompt}",
         f"data {stage.data} ({samples:,} samples), {stage.steps} steps of {stage.batch_size} samples"
         + (f" in {stage.accumulate} micro-batches" if stage.accumulate > 1 else ""),
         f"precision {precision.shown} ({precision.why})",
     ]
-    fusion, mask = (getattr(trainee.model, name, None) for name in ("fusion", "mask"))
+    fusion, mask = (getattr(staged.model, name, None) for name in ("fusion", "mask"))
     no_place = getattr(fusion, "in_sequence", True) is False
     if no_place and mask is not None and not isinstance(mask, Causal) and causal_on_text(mask):
         facts.append(

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from vlmlab.contracts.errors import CheckpointError, reason
 from vlmlab.engine.shards import gathered
 from vlmlab.engine.stamp import RUN, Stamp, check_archive
-from vlmlab.engine.weights import Trainee, check_names, put
+from vlmlab.engine.weights import StagedModel, check_names, put
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.files import replacing
 
@@ -34,7 +34,7 @@ def save_last(path: Path, content: dict[str, Any]) -> None:
 def content_of(
     stage: Stage,
     step: int,
-    trainee: Trainee,
+    staged: StagedModel,
     optimizer: Optimizer,
     scaler: dict[str, Any],
     rng: list[dict[str, Any]],
@@ -52,8 +52,8 @@ def content_of(
         "format": FORMAT,
         "stage": stage.name,
         "step": step,
-        "weights": gathered({name: tensor.detach() for name, tensor in trainee.live().items()}, keep),
-        "names": list(trainee.trained()),
+        "weights": gathered({name: tensor.detach() for name, tensor in staged.live().items()}, keep),
+        "names": list(staged.trained()),
         "optimizer": gathered(optimizer.state_dict(), keep),
         "scaler": scaler,
         "rng": rng,
@@ -63,13 +63,13 @@ def content_of(
     } | ({} if stamp is None else {RUN: asdict(stamp)})
 
 
-def load_last(path: Path, stage: Stage, trainee: Trainee, stamp: Stamp | None = None) -> dict[str, Any] | None:
+def load_last(path: Path, stage: Stage, staged: StagedModel, stamp: Stamp | None = None) -> dict[str, Any] | None:
     """Read a checkpoint, put its weights into the model and return it; None where there is none.
 
     Args:
         path: of the file.
         stage: the stage it is of.
-        trainee: the model.
+        staged: the model.
         stamp: of the run and stage that it must belong to; None: any.
 
     Raises:
@@ -94,19 +94,19 @@ def load_last(path: Path, stage: Stage, trainee: Trainee, stamp: Stamp | None = 
         raise CheckpointError(
             f"{path} is of step {step} and stage {stage.name} has {stage.steps}; delete it to train that stage again."
         )
-    if (wrong := _wrong_key(saved, trainee)) is not None:
+    if (wrong := _wrong_key(saved, staged)) is not None:
         raise CheckpointError(f"{path} is damaged (its {wrong} is none); delete it to train that stage again.")
-    live = trainee.live()
+    live = staged.live()
     check_names(path, live, saved["weights"])
     for name, tensor in saved["weights"].items():
         if not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(f"{path} is damaged ({name} is no tensor); delete it to train that stage again.")
+            raise CheckpointError(f"{path} is damaged ({name} is not a tensor); delete it to train that stage again.")
         if tensor.shape != live[name].shape:
             raise CheckpointError(
                 f"{path}: {name} is {tuple(tensor.shape)} and the model's is {tuple(live[name].shape)}; "
                 "delete it to train that stage again."
             )
-    put(trainee.model, saved["weights"])
+    put(staged.model, saved["weights"])
     return saved
 
 
@@ -123,12 +123,12 @@ KINDS: Mapping[str, type | tuple[type, ...]] = {
 """Keys of ``last.ckpt`` beside those that say what it is of, and what they hold."""
 
 
-def _wrong_key(saved: Mapping[str, Any], trainee: Trainee) -> str | None:
+def _wrong_key(saved: Mapping[str, Any], staged: StagedModel) -> str | None:
     """The first key that is missing or holds something else."""
     for key, kind in KINDS.items():
         if not isinstance(saved.get(key), kind):
             return key
-    live = trainee.live()
-    if saved["before"].keys() != {*live, *trainee.frozen()}:
+    live = staged.live()
+    if saved["before"].keys() != {*live, *staged.frozen()}:
         return "before"
     return None if all(isinstance(name, str) and name in live for name in saved["pending"]) else "pending"

@@ -36,12 +36,12 @@ from vlmlab.engine.finite import nonfinite
 from vlmlab.engine.inference import answer_cost
 from vlmlab.engine.layers import check_layers, compiled
 from vlmlab.engine.precision import Precision, choose, on_gpu
-from vlmlab.engine.restore import Builder, enter, module_class, new_trainee, weights_file
+from vlmlab.engine.restore import Builder, enter, module_class, new_staged_model, weights_file
 from vlmlab.engine.shards import FSDP2, gathered
 from vlmlab.engine.stage import NonFinite, StageModule
 from vlmlab.engine.stamp import Stamp, stamps
 from vlmlab.engine.weights import (
-    Trainee,
+    StagedModel,
     build_mask,
     build_objectives,
     check_adapter,
@@ -59,18 +59,18 @@ from vlmlab.recipe.stage import Stage, check_divides, drawn_from, parse
 from vlmlab.runs.files import write_atomic, write_json
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.origin import KEY, drop_origin, kept_origin, take_origin
-from vlmlab.train.guests import callbacks_of, fenced
-from vlmlab.train.keeper import Keeper
-from vlmlab.train.looks import Looks, prompts_proved
-from vlmlab.train.mirrors import Mirrors
+from vlmlab.train.checkpoint import StageCheckpoint
+from vlmlab.train.loggers import ExtraLoggers
 from vlmlab.train.ranks import Ranks
 from vlmlab.train.record import LOG_EVERY, Progress, Recorder, RunLogger, stage_table
 from vlmlab.train.resume import load_last
 from vlmlab.train.sharing import Sharing
 from vlmlab.train.signals import Interrupted, Signals
 from vlmlab.train.skips import Skips
-from vlmlab.train.watch import Watch
-from vlmlab.train.watching import check_best, load_best, watch_of
+from vlmlab.train.start_checks import TokenVariance, check_prompts
+from vlmlab.train.user_callbacks import callbacks_of, guarded
+from vlmlab.train.validation import Validation
+from vlmlab.train.validation_setup import check_best, load_best, validation_of
 
 Evaluate = Callable[[nn.Module, DictConfig, Path], dict[str, Any]]
 
@@ -117,7 +117,7 @@ class Run:
         folder: the run folder.
         evaluate: what scores the trained model.
         signals: whether one came that ends runs.
-        trainees: the model of every builder, made when its first stage comes.
+        staged_models: the model of every builder, made when its first stage comes.
         finished: the last finished stage of a model, whose file is still to be loaded.
         stage: the present stage.
         step: optimizer steps done in it.
@@ -128,7 +128,7 @@ class Run:
     folder: RunFolder
     evaluate: Evaluate
     signals: Signals = field(default_factory=Signals)
-    trainees: dict[Builder, Trainee] = field(default_factory=dict)
+    staged_models: dict[Builder, StagedModel] = field(default_factory=dict)
     finished: dict[Builder, Stage] = field(default_factory=dict)
     stage: Stage | None = None
     step: int = 0
@@ -141,7 +141,7 @@ class Run:
 
     @cached_property
     def cache(self) -> FeatureCache:
-        """What stands before an encoder that is frozen."""
+        """The cache in front of an encoder that is frozen."""
         return build_cache(self.cfg)
 
     @cached_property
@@ -170,15 +170,15 @@ class Run:
             tell(text)
 
     def note_state(self) -> None:
-        """Note how far the run is, if the disk takes it; whoever opened the folder adds how it ended."""
+        """Note how far the run is, if the disk takes it; the code that opened the folder adds how it ended."""
         if self.writes and self.stage is not None:
             with contextlib.suppress(OSError):
                 self.folder.write_state("running", self.stage.name, self.step, self.stage.steps)
 
     @cached_property
-    def mirrors(self) -> Mirrors:
+    def loggers(self) -> ExtraLoggers:
         """The loggers beside the run folder."""
-        return Mirrors(self.cfg, self.folder, self.writes)
+        return ExtraLoggers(self.cfg, self.folder, self.writes)
 
     @cached_property
     def logger(self) -> RunLogger:
@@ -188,12 +188,12 @@ class Run:
     def record(self, row: Mapping[str, Any]) -> None:
         """Add a row to ``metrics.jsonl``, and tell it to the loggers beside."""
         self.folder.log(row)
-        self.mirrors.tell([row])
+        self.loggers.log([row])
 
     def close_loggers(self) -> None:
         """Finish the loggers, with what is on its way out as the reason."""
-        if "mirrors" in self.__dict__:
-            self.mirrors.close(_exit_code(sys.exception()))
+        if "loggers" in self.__dict__:
+            self.loggers.close(_exit_code(sys.exception()))
 
     @cached_property
     def stamps(self) -> dict[str, Stamp]:
@@ -203,7 +203,7 @@ class Run:
     def load(self, build: Builder) -> None:
         """Load the weights of the stages before, all of which the last finished one has."""
         stage = self.finished.pop(build)
-        self.trainees[build].load(self.weights(stage), self.stamps[stage.name])
+        self.staged_models[build].load(self.weights(stage), self.stamps[stage.name])
 
     def weights(self, stage: Stage) -> Path:
         """Where a finished stage's weights are."""
@@ -250,7 +250,7 @@ def _train(run: Run) -> dict[str, Any] | None:
         return None
     for build in list(run.finished):
         run.load(build)
-    if not any(trainee.ever_trained() for trainee in run.trainees.values()):
+    if not any(staged.ever_trained() for staged in run.staged_models.values()):
         raise UserError("recipe.stages trains nothing: no part named in train has weights in this composition.")
     if OmegaConf.select(cfg, "debug.steps") is not None:
         run.folder.write_state("done", stages[-1].name, stages[-1].steps, stages[-1].steps)
@@ -260,7 +260,7 @@ def _train(run: Run) -> dict[str, Any] | None:
 
 
 def _prepare(run: Run, stages: Sequence[Stage], kinds: Mapping[int, type[StageModule]]) -> None:
-    """What can be wrong without a model, the loggers, and what is said before the first stage."""
+    """What can be wrong without a model, the loggers, and the lines printed before the first stage."""
     cfg = run.cfg
     for stage in stages:
         build_objectives(stage)  # all mistakes come before the first step
@@ -272,33 +272,33 @@ def _prepare(run: Run, stages: Sequence[Stage], kinds: Mapping[int, type[StageMo
     if run.writes:
         device = torch.cuda.get_device_name() if on_gpu(cfg) else "cpu"
         run.folder.update_env(device=device, threads=torch.get_num_threads(), precision=run.precision.name)
-    run.mirrors.tell(run.folder.metrics())  # what a process that was killed could not
+    run.loggers.log(run.folder.metrics())  # what a process that was killed could not
     for text in deviations(cfg):
         run.say(f"note: {text}")
     if not any(run.folder.path.glob("stages/*/*")):
-        _foresee(run, kinds[stages[-1].index].build)
+        _check_evaluation_first(run, kinds[stages[-1].index].build)
 
 
 def _check_model(run: Run, build: Builder, stage: Stage, same: Sequence[Stage], origin: Path | None) -> None:
     """What can be wrong with a stage's model, for it and for all later stages (of `same`) that train the same one."""
     # debug.steps leaves out later stages, in which something may learn
-    new = build not in run.trainees and OmegaConf.select(run.cfg, "debug.steps") is None
+    new = build not in run.staged_models and OmegaConf.select(run.cfg, "debug.steps") is None
     if new and (OmegaConf.select(run.cfg, KEY) is None or (origin is not None and not holds(origin, "fusion"))):
-        check_fusion_learns(_trainee(run, build).model, same)
+        check_fusion_learns(_staged_model(run, build).model, same)
     for later in (other for other in same if other.index >= stage.index):
-        check_layers(_trainee(run, build).model, later)
-        check_adapter(_trainee(run, build).model, later)
-        check_paths(_trainee(run, build).model, later)
+        check_layers(_staged_model(run, build).model, later)
+        check_adapter(_staged_model(run, build).model, later)
+        check_paths(_staged_model(run, build).model, later)
 
 
-def _foresee(run: Run, build: Builder) -> None:
-    """Before the first step: what would end the evaluation behind the last one."""
+def _check_evaluation_first(run: Run, build: Builder) -> None:
+    """Before the first step: what would end the evaluation after the last one."""
     if not run.writes or run.evaluate is not _benchmarks or OmegaConf.select(run.cfg, "debug.steps") is not None:
         return
     from vlmlab.evaluate.foresight import check_evaluation
     from vlmlab.evaluate.pairs import check_pairs
 
-    model = _trainee(run, build).model
+    model = _staged_model(run, build).model
     if isinstance(model, VLM):
         check_evaluation(run.cfg, model)
     elif isinstance(model, PairedTowers):
@@ -320,33 +320,33 @@ def _origin(run: Run, first: Stage) -> Path | None:
 def _take_encoder(run: Run, build: Builder, stage: Stage, stages: Sequence[Stage]) -> None:
     """Hand the encoder of an earlier stage's two towers on to the model of this one."""
     source = next(other for other in stages if other.name == stage.encoder_from)
-    taken = take_encoder(_trainee(run, build), run.weights(source), stage)
+    taken = take_encoder(_staged_model(run, build), run.weights(source), stage)
     what = f"{len(taken)} weights of the encoder" if taken else "the encoder did not train there, nothing"
     run.say(f"{stage.name} begins with the encoder of {source.name}: {what} taken over")
 
 
 def _enter(run: Run, build: Builder, stage: Stage, origin: Path | None) -> None:
-    """Enter a stage, the first one with the weights of an earlier run, before or behind its adapter's wrapping."""
-    trainee = _trainee(run, build)
-    as_built = origin is not None and fits_as_built(trainee, origin)
+    """Enter a stage, the first one with the weights of an earlier run, before or after its adapter's wrapping."""
+    staged = _staged_model(run, build)
+    as_built = origin is not None and fits_as_built(staged, origin)
     if not as_built:
-        enter(trainee, run.cfg, stage)
-    for note in begin_with(trainee, origin, run.cfg) if origin is not None else ():
+        enter(staged, run.cfg, stage)
+    for note in begin_with(staged, origin, run.cfg) if origin is not None else ():
         run.say(f"note: {note}")
     if as_built:
-        enter(trainee, run.cfg, stage)
+        enter(staged, run.cfg, stage)
 
 
-def _trainee(run: Run, build: Builder) -> Trainee:
-    if build not in run.trainees:
-        run.trainees[build] = new_trainee(run.cfg, build)
-    return run.trainees[build]
+def _staged_model(run: Run, build: Builder) -> StagedModel:
+    if build not in run.staged_models:
+        run.staged_models[build] = new_staged_model(run.cfg, build)
+    return run.staged_models[build]
 
 
 def _have_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
     """Train a stage, or take it from another run that has trained the very same."""
     source: SampleSource = instantiate(run.cfg.data.train[stage.data])
-    with run.sharing.place(stage, run.trainees[kind.build], source) as common:
+    with run.sharing.place(stage, run.staged_models[kind.build], source) as common:
         rows = None if common is None else common.take()
         if rows is None:
             _run_stage(run, stage, kind, source)
@@ -356,59 +356,59 @@ def _have_stage(run: Run, stage: Stage, kind: type[StageModule]) -> None:
     run.step = stage.steps
     run.finished[kind.build] = stage
     drop_origin(run.folder.path)
-    run.mirrors.tell(rows)
+    run.loggers.log(rows)
 
 
 def _run_stage(run: Run, stage: Stage, kind: type[StageModule], source: SampleSource) -> None:
     """One stage from its table to its file."""
-    cfg, home, trainee = run.cfg, run.weights(stage).parent, run.trainees[kind.build]
+    cfg, home, staged = run.cfg, run.weights(stage).parent, run.staged_models[kind.build]
     if run.writes:
         home.mkdir(parents=True, exist_ok=True)
     prompt = stage.prompt or kind.prompt
-    run.say(stage_table(stage, trainee, run.precision, prompt, len(source)))
+    run.say(stage_table(stage, staged, run.precision, prompt, len(source)))
     facts: dict[str, Any] = {"steps": 0, "seconds": 0.0, "unmoved": []}
-    if not trainee.trained() or not stage.steps:
+    if not staged.trained() or not stage.steps:
         run.say("nothing to train here: skipped" if stage.steps else f"{stage.key('steps')}=0: left out")
     else:
-        module = kind(trainee.model, stage, trainee.objectives, trainee.rates)
-        _say_questions(run, trainee, prompt, source)
+        module = kind(staged.model, stage, staged.objectives, staged.rates)
+        _report_questions(run, staged, prompt, source)
         if run.shards:
-            module.shard = partial(trainee.shard, run.precision.half)
-        start = _start(stage, trainee)
+            module.shard = partial(staged.shard, run.precision.half)
+        start = _start(stage, staged)
         skips = Skips(cfg, stage, source, run.folder.path, run.writes)
-        data = StageData(cfg, stage, trainee.model, source, prompt, module, skips.replaces)
-        keeper = _keeper(run, stage, module, trainee, home / "last.ckpt")
+        data = StageData(cfg, stage, staged.model, source, prompt, module, skips.replaces)
+        checkpoint = _checkpoint(run, stage, module, staged, home / "last.ckpt")
         if not module.done:
             skips.look(data.collate)
-            for line in prompts_proved(cfg, trainee.model, data.collate, source, data.order()):
+            for line in check_prompts(cfg, staged.model, data.collate, source, data.order()):
                 run.say(line)
         try:
-            with run.cache.serving(trainee.model, run.say) as used:
-                looked = _fit(run, module, data, keeper, skips)
+            with run.cache.serving(staged.model, run.say) as used:
+                looked = _fit(run, module, data, checkpoint, skips)
         finally:
             run.step = module.done
         _check_early_end(run, module)
-        unmoved = _prove(stage, module, trainee, keeper.before)
+        unmoved = _prove(stage, module, staged, checkpoint.before)
         if run.shards:
-            trainee = _assembled(run, stage, kind)
-        facts = {"steps": module.done, "seconds": keeper.seconds, "unmoved": unmoved, **looked}
-        _say_end(run, stage, facts)
+            staged = _assembled(run, stage, kind)
+        facts = {"steps": module.done, "seconds": checkpoint.seconds, "unmoved": unmoved, **looked}
+        _report_end(run, stage, facts)
         facts |= used
         if start is not None and stage.mix:
-            trainee.mix_with(start, stage.mix["share"])
+            staged.mix_with(start, stage.mix["share"])
             run.say(f"mixed with the weights it began with (share of the trained ones {stage.mix['share']:g})")
     if (other := mixed_in(stage, cfg)) is not None and stage.mix:
-        trainee.mix(other, stage.mix["share"])
+        staged.mix(other, stage.mix["share"])
         run.say(f"mixed with {other} (share of this run {stage.mix['share']:g})")
     if run.writes:
         facts["peak_bytes"] = cost.peak_bytes()
         write_json(home / "stage.json", facts, durable=True)
-        trainee.save(run.weights(stage), stage, cfg, run.stamps[stage.name])
+        staged.save(run.weights(stage), stage, cfg, run.stamps[stage.name])
         _drop_begun(run, stage)
 
 
 def _check_early_end(run: Run, module: StageModule) -> None:
-    """Of a stage that ended early: say so; its weights are numbers (a whole stage looks after its last step).
+    """Of a stage that ended early: say so; its weights are numbers (a whole stage checks that after its last step).
 
     Raises:
         UserError: they are not.
@@ -417,21 +417,21 @@ def _check_early_end(run: Run, module: StageModule) -> None:
     if module.done >= stage.steps:
         return
     if wrong := nonfinite((name, parameter) for name, _, parameter in module.trained()):
-        raise UserError(f"{where} {stage.steps}, and {listed(wrong)} are no numbers; lower {stage.key('train')}.")
+        raise UserError(f"{where} {stage.steps}, and {listed(wrong)} are not numbers; lower {stage.key('train')}.")
     run.say(f"{where} {stage.steps} (evaluation.patience={run.cfg.evaluation.patience})")
 
 
-def _start(stage: Stage, trainee: Trainee) -> dict[str, Tensor] | None:
+def _start(stage: Stage, staged: StagedModel) -> dict[str, Tensor] | None:
     """The weights that a stage begins with, where it is mixed with them when it ends."""
     if stage.mix is None or stage.mix["run"] is not None:
         return None
-    return {name: tensor.detach().clone() for name, tensor in trainee.live().items()}
+    return {name: tensor.detach().clone() for name, tensor in staged.live().items()}
 
 
-def _say_questions(run: Run, trainee: Trainee, prompt: Any, source: SampleSource) -> None:
-    if not run.writes or not isinstance(trainee.model, VLM):
+def _report_questions(run: Run, staged: StagedModel, prompt: Any, source: SampleSource) -> None:
+    if not run.writes or not isinstance(staged.model, VLM):
         return
-    if (line := questions_line(run.cfg, trainee.model, prompt, source)) is not None:
+    if (line := questions_line(run.cfg, staged.model, prompt, source)) is not None:
         run.say(line)
 
 
@@ -442,24 +442,24 @@ def _drop_begun(run: Run, stage: Stage) -> None:
         drop_origin(run.folder.path)
 
 
-def _assembled(run: Run, stage: Stage, kind: type[StageModule]) -> Trainee:
+def _assembled(run: Run, stage: Stage, kind: type[StageModule]) -> StagedModel:
     """On every rank a whole model in place of the one whose weights are shards, made as after a restart."""
-    begun = run.trainees[kind.build].begun()
-    tensors = gathered(run.trainees.pop(kind.build).kept())
+    begun = run.staged_models[kind.build].begun()
+    tensors = gathered(run.staged_models.pop(kind.build).kept())
     for past in parse(run.cfg)[: stage.index + 1]:
         if module_class(past).build is kind.build:
-            trainee = _trainee(run, kind.build)
-            enter(trainee, run.cfg, past)
-    trainee.begun_with(begun)
-    trainee.take(tensors)
-    return trainee
+            staged = _staged_model(run, kind.build)
+            enter(staged, run.cfg, past)
+    staged.begun_with(begun)
+    staged.take(tensors)
+    return staged
 
 
-def _keeper(run: Run, stage: Stage, module: StageModule, trainee: Trainee, path: Path) -> Keeper:
+def _checkpoint(run: Run, stage: Stage, module: StageModule, staged: StagedModel, path: Path) -> StageCheckpoint:
     """Go on from ``last.ckpt`` where there is one; what keeps the next ones."""
     stamp = run.stamps[stage.name]
-    saved = load_last(path, stage, trainee, stamp)
-    before = _fingerprints(trainee, saved, path)
+    saved = load_last(path, stage, staged, stamp)
+    before = _fingerprints(staged, saved, path)
     if saved:
         module.done = int(saved["step"])
         module.pending = set(saved["pending"])
@@ -467,14 +467,14 @@ def _keeper(run: Run, stage: Stage, module: StageModule, trainee: Trainee, path:
     if run.writes:
         run.folder.cut_back(stage.name, module.done)
     every_s, seed = float(run.cfg.trainer.save_every_s), int(run.cfg.seed)
-    return Keeper(path, trainee, run.signals, before, every_s, seed, saved, stamp)
+    return StageCheckpoint(path, staged, run.signals, before, every_s, seed, saved, stamp)
 
 
-def _fingerprints(trainee: Trainee, saved: dict[str, Any] | None, path: Path) -> dict[str, str]:
+def _fingerprints(staged: StagedModel, saved: dict[str, Any] | None, path: Path) -> dict[str, str]:
     """Fingerprints from the beginning of the stage; frozen weights must still be those."""
-    frozen = proof.fingerprints(trainee.frozen().items())
+    frozen = proof.fingerprints(staged.frozen().items())
     if saved is None:
-        return frozen | proof.fingerprints(trainee.live().items())
+        return frozen | proof.fingerprints(staged.live().items())
     before: dict[str, str] = saved["before"]
     if other := proof.changed(before, frozen):
         raise CheckpointError(
@@ -483,13 +483,14 @@ def _fingerprints(trainee: Trainee, saved: dict[str, Any] | None, path: Path) ->
     return before
 
 
-def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: Skips) -> dict[str, Any]:
-    """Let Lightning run the optimizer steps that are left; what the looks took."""
+def _fit(run: Run, module: StageModule, data: StageData, checkpoint: StageCheckpoint, skips: Skips) -> dict[str, Any]:
+    """Let Lightning run the optimizer steps that are left; the seconds that validation took."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device list, no tips
-    looks = [] if run.shards else [Looks(data.source, data.order(), data.collate, run.say)]  # shards look together
-    watch, stage = _watching(run, module, data), module.stage
-    guests, run.logger.module = fenced(callbacks_of(run.cfg)), module
-    trainer = _trainer(run, [skips, *looks, *([] if watch is None else [watch]), *guests], keeper)
+    one_rank = not run.shards  # with shards all ranks would have to take part
+    variance = [TokenVariance(data.source, data.order(), data.collate, run.say)] if one_rank else []
+    validation, stage = _validation(run, module, data), module.stage
+    callbacks, run.logger.module = guarded(callbacks_of(run.cfg)), module
+    trainer = _trainer(run, [skips, *variance, *([] if validation is None else [validation]), *callbacks], checkpoint)
     check_divides(stage.batch_size, stage.accumulate, trainer.world_size, f"recipe.stages.{stage.name}")
     try:
         with _profiled(run), _compiled(run, module), warnings.catch_warnings():
@@ -505,22 +506,22 @@ def _fit(run: Run, module: StageModule, data: StageData, keeper: Keeper, skips: 
         if no_memory(error):  # for the model, or for a batch on its way to the device
             raise OutOfMemory(stage.name, module.done + 1) from error
         raise
-    if watch is None:
+    if validation is None:
         return {}
     if run.writes:
-        check_best(run.weights(stage).parent, watch.keep, run.say)
-    return {"look_seconds": round(watch.seconds, 1)}
+        check_best(run.weights(stage).parent, validation.keep, run.say)
+    return {"look_seconds": round(validation.seconds, 1)}
 
 
-def _watching(run: Run, module: StageModule, data: StageData) -> Watch | None:
-    """With ``evaluation.every``, what looks at the stage while it trains."""
+def _validation(run: Run, module: StageModule, data: StageData) -> Validation | None:
+    """With ``evaluation.every``, the validation of the stage while it trains."""
     stage, home = module.stage, run.weights(module.stage).parent
-    trainee = run.trainees[type(module).build]
+    staged = run.staged_models[type(module).build]
     stamp = run.stamps[stage.name]
-    return watch_of(run.cfg, run.folder, module, trainee, stamp, data.collate, home, run.record, run.say)
+    return validation_of(run.cfg, run.folder, module, staged, stamp, data.collate, home, run.record, run.say)
 
 
-def _trainer(run: Run, before: Sequence[L.Callback], keeper: Keeper) -> L.Trainer:
+def _trainer(run: Run, before: Sequence[L.Callback], checkpoint: StageCheckpoint) -> L.Trainer:
     settings = run.cfg.trainer
     devices: Any = plain_key(settings, "devices")
     every = int(settings.get("log_every") or LOG_EVERY)
@@ -533,13 +534,13 @@ def _trainer(run: Run, before: Sequence[L.Callback], keeper: Keeper) -> L.Traine
             strategy=_strategy(run, devices),
             precision=run.precision.name,
             max_epochs=1,
-            logger=[run.logger, *run.mirrors.loggers],
+            logger=[run.logger, *run.loggers.loggers],
             callbacks=[
                 run.ranks,
                 *before,
                 Recorder(run.folder, every, run.record),
                 Progress(settings.get("progress", "auto")),
-                keeper,
+                checkpoint,
             ],
             default_root_dir=str(run.folder.path),
             enable_checkpointing=False,
@@ -582,7 +583,7 @@ class StageData(L.LightningDataModule):
         source: the samples.
         prompt: "plain" or "chat".
         module: says how many steps are done.
-        replace: whether the next usable row stands for one that is not.
+        replace: whether the next usable row replaces one that is not.
     """
 
     def __init__(
@@ -617,13 +618,13 @@ class StageData(L.LightningDataModule):
         return step_loader(windows, self.module.done, int(self.cfg.trainer.workers))
 
 
-def _prove(stage: Stage, module: StageModule, trainee: Trainee, before: Mapping[str, str]) -> list[str]:
+def _prove(stage: Stage, module: StageModule, staged: StagedModel, before: Mapping[str, str]) -> list[str]:
     """Hold the stage to its word; return the trained tensors that had a gradient and did not move.
 
     Raises:
         UserError: a frozen tensor changed, or a tensor that should train never had a gradient.
     """
-    if touched := proof.changed(before, proof.fingerprints(trainee.frozen().items())):
+    if touched := proof.changed(before, proof.fingerprints(staged.frozen().items())):
         raise UserError(
             f"stage {stage.name}: frozen weights changed ({listed(touched)}); whatever writes to them outside the "
             "optimizer must stop."
@@ -633,11 +634,11 @@ def _prove(stage: Stage, module: StageModule, trainee: Trainee, before: Mapping[
             f"stage {stage.name}: {listed(sorted(module.pending), 120)} should train and never had a gradient; take "
             f"the part out of {stage.key('train')} or the unused layer out of the model."
         )
-    moved = set(proof.changed(before, proof.fingerprints(trainee.live().items())))
-    return [name for name in trainee.trained() if name not in moved]
+    moved = set(proof.changed(before, proof.fingerprints(staged.live().items())))
+    return [name for name in staged.trained() if name not in moved]
 
 
-def _say_end(run: Run, stage: Stage, facts: Mapping[str, Any]) -> None:
+def _report_end(run: Run, stage: Stage, facts: Mapping[str, Any]) -> None:
     if facts["unmoved"]:
         run.say(f"note: {listed(facts['unmoved'])} had gradients and did not move")
     if run.writes:
@@ -648,12 +649,12 @@ def _say_end(run: Run, stage: Stage, facts: Mapping[str, Any]) -> None:
 def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]]) -> dict[str, Any]:
     """Cost, evaluation, ``result.json``."""
     cfg, stage = run.cfg, stages[-1]
-    last = run.trainees[kinds[stage.index].build]
+    last = run.staged_models[kinds[stage.index].build]
     best = load_best(cfg, run.folder.path, stage, last, run.stamps[stage.name])
     device = torch.device("cuda" if on_gpu(cfg) else "cpu")
     last.model.to(device).requires_grad_(False)
     if wrong := nonfinite(last.model.named_parameters()):
-        raise UserError(f"{listed(wrong)} are no numbers after the last stage; train again with fresh=true.")
+        raise UserError(f"{listed(wrong)} are not numbers after the last stage; train again with fresh=true.")
     kind = kinds[stage.index]
     source: SampleSource = instantiate(cfg.data.train[stage.data])
     if OmegaConf.select(cfg, "data.max_bad_fraction") is not None:
@@ -683,12 +684,12 @@ def _finish(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]
     costs["peak_bytes"] = max(cost.peak_bytes(), *(int(facts.get("peak_bytes", 0)) for facts in done))
     write_json(run.folder.path / "cost.json", costs | cost.cached([*done, used]))
     if unscored is None and OmegaConf.select(cfg, "recipe.finish"):
-        models = {s.name: run.trainees[kinds[s.index].build].model for s in stages}
+        models = {s.name: run.staged_models[kinds[s.index].build].model for s in stages}
         metrics |= instantiate(cfg.recipe.finish)(models, cfg, run.folder.path, costs, metrics)
     failed = None if unscored is None else unscored.failed
     notes = _notes(run, stages, kinds) + ([] if best is None else [best])
     result = run.folder.finish(metrics, costs, failed, notes=notes)
-    run.mirrors.finish(cfg, run.folder.path, metrics, costs)
+    run.loggers.finish(cfg, run.folder.path, metrics, costs)
     if unscored is not None:
         raise unscored
     return result
@@ -699,7 +700,7 @@ def _notes(run: Run, stages: list[Stage], kinds: Mapping[int, type[StageModule]]
     found = deviations(run.cfg)
     for stage in stages:
         kind = kinds[stage.index]
-        model, prompt = run.trainees[kind.build].model, cast(Any, stage.prompt or kind.prompt)
+        model, prompt = run.staged_models[kind.build].model, cast(Any, stage.prompt or kind.prompt)
         if isinstance(model, VLM) and stage.steps:
             questions, why = read_questions(run.cfg, model, prompt)
             if questions == "rows" and why:

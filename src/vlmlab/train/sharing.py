@@ -26,7 +26,7 @@ from vlmlab.data.skipped import Skipped, note, noted
 from vlmlab.engine import proof
 from vlmlab.engine.precision import on_gpu
 from vlmlab.engine.restore import weights_file
-from vlmlab.engine.weights import Trainee, plain_key
+from vlmlab.engine.weights import StagedModel, plain_key
 from vlmlab.recipe.stage import Stage
 from vlmlab.runs.config import leaves, plain
 from vlmlab.runs.environment import code_fingerprint
@@ -62,12 +62,12 @@ class Sharing:
             self.shelf = None
 
     @contextmanager
-    def place(self, stage: Stage, trainee: Trainee, source: SampleSource) -> Iterator[CommonStage | None]:
+    def place(self, stage: Stage, staged: StagedModel, source: SampleSource) -> Iterator[CommonStage | None]:
         """The stage's place on the shelf, this run's alone while it is open; None where the stage is not shared."""
-        if self.shelf is None or stage.mix is not None or not (trainee.trained() and stage.steps):
+        if self.shelf is None or stage.mix is not None or not (staged.trained() and stage.steps):
             yield None
             return
-        about = describe(self.cfg, stage, trainee, source, self.folder)
+        about = describe(self.cfg, stage, staged, source, self.folder)
         with ExitStack() as stack:
             common = None
             try:
@@ -130,14 +130,14 @@ class CommonStage:
 
 
 def describe(
-    cfg: DictConfig, stage: Stage, trainee: Trainee, source: SampleSource, folder: RunFolder
+    cfg: DictConfig, stage: Stage, staged: StagedModel, source: SampleSource, folder: RunFolder
 ) -> dict[str, Any]:
     """All that the result of a stage depends on, as plain values.
 
     Args:
         cfg: the configuration.
         stage: the stage.
-        trainee: the model, which has entered it.
+        staged: the model, which has entered it.
         source: its samples.
         folder: the run's, whose ``env.json`` has the versions.
     """
@@ -151,20 +151,20 @@ def describe(
         "data": source_fingerprint(source),
         "watched": _watched(cfg, stage),
         "log_every": OmegaConf.select(cfg, "trainer.log_every"),
-        "weights": _weights(trainee),
-        "kept": sorted(trainee.kept()),
-        "begun": trainee.begun(),
-        "towers": trainee.sources(),
+        "weights": _weights(staged),
+        "kept": sorted(staged.kept()),
+        "begun": staged.begun(),
+        "towers": staged.sources(),
         "code": code_fingerprint(),
         "versions": {"python": env.get("python"), "platform": env.get("platform"), **env.get("packages", {})},
         "device": torch.cuda.get_device_name() if on_gpu(cfg) else torch.backends.cpu.get_cpu_capability(),
     }
     about = json.loads(json.dumps(about, default=str))
-    return about | {"classes": _digest(code_of([*map(type, trainee.model.modules()), *_named(about)]))}
+    return about | {"classes": _digest(code_of([*map(type, staged.model.modules()), *_named(about)]))}
 
 
 def _watched(cfg: DictConfig, stage: Stage) -> Any:
-    """What the rows of held-out looks depend on, with ``evaluation.every``; None without."""
+    """What the rows of validation depend on, with ``evaluation.every``; None without."""
     names = dict.fromkeys([stage.data, *(OmegaConf.select(cfg, "evaluation.watched") or ())])
     held_out = [node for name in names if (node := plain_key(cfg, f"data.val.{name}")) is not None]
     asked = OmegaConf.select(cfg, "evaluation.slices") or ()
@@ -179,8 +179,8 @@ def address(about: Mapping[str, Any]) -> str:
     return _digest(about)
 
 
-def _weights(trainee: Trainee) -> str:
-    tensors = {**trainee.frozen(), **trainee.live()}
+def _weights(staged: StagedModel) -> str:
+    tensors = {**staged.frozen(), **staged.live()}
     bits = proof.fingerprints(tensors.items())
     return _digest(sorted((name, list(t.shape), str(t.dtype), bits[name]) for name, t in tensors.items()))
 

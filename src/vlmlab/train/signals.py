@@ -7,7 +7,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from vlmlab.contracts.stops import STOPS, heeded
+from vlmlab.contracts.stops import STOPS, handled_signals
 
 
 class Interrupted(SystemExit):
@@ -29,7 +29,7 @@ class Signals:
 
     Attributes:
         caught: number of the signal that came, or None.
-        deferred: while True a signal is only noted; whoever set it asks `caught` and raises.
+        deferred: while True a signal is only noted; the code that set it asks `caught` and raises.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Signals:
     def install(self) -> None:
         """Take the signals (back from Lightning, whose handler talks to other ranks inside a signal and can hang)."""
         if threading.current_thread() is threading.main_thread():
-            for number in heeded():
+            for number in handled_signals():
                 signal.signal(number, self._note)
 
     def check(self) -> None:

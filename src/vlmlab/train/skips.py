@@ -21,7 +21,7 @@ class Skips(L.Callback):
     """Bad rows of one stage's data.
 
     In generated data, or without ``data.max_bad_fraction``, the first bad row ends the run. Otherwise the next usable
-    row stands for a bad one, ``skipped.jsonl`` says so, and more than that share of the data set ends the run.
+    row replaces a bad one, ``skipped.jsonl`` says so, and more than that share of the data set ends the run.
 
     Args:
         cfg: the configuration; read are ``data.max_bad_fraction`` and ``data.screen``.
@@ -44,7 +44,7 @@ class Skips(L.Callback):
 
     @property
     def replaces(self) -> bool:
-        """Whether other rows may stand for bad ones."""
+        """Whether other rows may replace bad ones."""
         return self.limit is not None
 
     def look(self, collate: Collate) -> None:

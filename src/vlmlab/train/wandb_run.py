@@ -25,7 +25,7 @@ from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.tracking import Counted, begun, group_of, name_of
 from vlmlab.runs.withheld import stored
 from vlmlab.train.record import wandb_id
-from vlmlab.train.summed import Summed
+from vlmlab.train.summary_logger import SummaryLogger
 
 STOPPED = 128
 """Exit codes above are of signals."""
@@ -33,7 +33,7 @@ STOPPED = 128
 COLUMNS = ("image", "kind", "question", "references", "answer", "score", "wrong image", "answer to it")
 
 
-class WandbRun(WandbLogger, Summed):
+class WandbRun(WandbLogger, SummaryLogger):
     """Lightning's logger with one axis of steps over all stages; offline without a key, and never a prompt.
 
     Args:
@@ -93,7 +93,7 @@ class WandbRun(WandbLogger, Summed):
             self.experiment.log({f"samples/{name}": table}, step=self.rows.next())
 
     def end(self, code: int) -> None:
-        """Finish W&B's run; one that a signal has stopped is said to go on."""
+        """Finish W&B's run; one that a signal has stopped is marked as resumable."""
         if self._experiment is not None:
             if code > STOPPED:
                 self._experiment.mark_preempting()
@@ -126,5 +126,5 @@ def samples_of(cfg: DictConfig, folder: Path, name: str) -> Iterator[tuple[Any, 
 
 
 def _score(row: Row) -> float | None:
-    """VQA accuracy of one answer; None where nothing is said that it could be held against."""
+    """VQA accuracy of one answer; None where it has no reference."""
     return VqaAccuracy().score(row) if row.references else None

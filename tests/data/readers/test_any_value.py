@@ -32,7 +32,7 @@ from vlmlab.runs.config import leaves
 
 Path_ = tuple[str | int, ...]
 GOOD, WRONG = 2, 12
-"""Rows of a file as they should be, and behind them those in which something else stands somewhere."""
+"""Rows of a file as they should be, followed by those with another value somewhere."""
 
 
 def png(number: int) -> bytes:
@@ -164,7 +164,7 @@ def test_every_reader_of_conf_is_here() -> None:
     assert used == {f"{kind.__module__}.{kind.__name__}" for kind, *_ in KINDS.values()}
 
 
-# -- what stands there instead ---------------------------------------------------------------------------------------
+# -- what is there instead -------------------------------------------------------------------------------------------
 
 WORDS = ["", " ", "a", "<image>", "\0", "\ud800", "\x1b[31m", "\u2028", "../x", "/etc/passwd", "nan", "x" * 5000]
 KEYS = ["a", "value", "path", "bytes", "url", "text", "type", "answer", "raw", ""]

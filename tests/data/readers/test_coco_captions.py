@@ -82,13 +82,13 @@ BAD: list[tuple[object, str]] = [
     ({**GOOD, "annotations": [7]}, "row of 'annotations' 1: is a number"),
     (changed("images", 1, file_name="no.png"), "row of 'images' 2: image 'no.png' is not in"),
     (changed("images", 1, file_name="/a.png"), "row of 'images' 2: image '/a.png' is an absolute path"),
-    (changed("images", 1, id=1), "row of 'images' 2: image id 1 stands there twice"),
+    (changed("images", 1, id=1), "row of 'images' 2: image id 1 occurs twice"),
     (changed("images", 1, id=None), "row of 'images' 2: 'id' is null"),
-    (changed("annotations", 2, image_id=77), "row of 'annotations' 3: image_id 77 is no image"),
+    (changed("annotations", 2, image_id=77), "row of 'annotations' 3: image_id 77 is not an image"),
     (changed("annotations", 2, caption="\n"), "row of 'annotations' 3: 'caption' is empty"),
     (changed("annotations", 2, caption=["a"]), "row of 'annotations' 3: 'caption' is a list"),
     (changed("annotations", 2, caption="an <image>"), "row of 'annotations' 3: 'caption' holds the tag"),
-    (changed("annotations", 2, id=10), "row of 'annotations' 3: annotation id 10 stands there twice"),
+    (changed("annotations", 2, id=10), "row of 'annotations' 3: annotation id 10 occurs twice"),
 ]
 
 

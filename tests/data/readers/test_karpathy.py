@@ -78,7 +78,7 @@ def test_flickr_as_json_and_as_tables(folder: Path) -> None:
         ({"filename": "gone.png"}, "is not in"),
         ({"sentences": []}, "is not a list of captions"),
         ({"sentences": [{"raw": " "}]}, "'raw of sentence 1' is empty"),
-        ({"sentences": ["x"]}, "sentence 1 is no object"),
+        ({"sentences": ["x"]}, "sentence 1 is not an object"),
     ],
     ids=str,
 )

@@ -255,7 +255,7 @@ def test_links_lead_only_where_a_key_says(folder: Path) -> None:
     assert named.check("out.png") == "leads out of the folders that data.image_roots names" == named.check("gone.png")
     assert "leaves" in str(named.check("../0.png")) and "absolute" in str(named.check(str(other / "a.png")))
     assert named.same(["coco/a.png", "b.png"]) == {"coco/a.png": "b.png", "b.png": "b.png"}
-    with pytest.raises(DataError, match=r"data\.image_roots names .*nothing, which is no folder"):
+    with pytest.raises(DataError, match=r"data\.image_roots names .*nothing, which is not a folder"):
         ImageFolder(root, str(folder / "nothing"))
     path = listed(llava, "l.json", root, [("coco/a.png", "yes", "1")], "")
     assert LlavaJson(path, image_roots=[str(folder / "disk")])[0].images[0].shape == (1, 3, 3)

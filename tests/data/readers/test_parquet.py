@@ -138,14 +138,14 @@ def test_held_out_rows_share_no_id(tmp_path: Path) -> None:
 
 def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(DataError, match=r"a.parquet is no readable parquet file"):
+    with pytest.raises(DataError, match=r"a.parquet is not a readable parquet file"):
         LlavaParquet(str(tmp_path / "a.parquet"))
     path = write(tmp_path / "b.parquet", [{"image": None, "question": "?", "answer": "!"}], VQA)
     with pytest.raises(DataError, match=r"no column 'conversations' \(columns: image, question, answer\)"):
         LlavaParquet(path)
     with pytest.raises(DataError, match=r"no column 'question'"):
         VqaParquet(write(tmp_path / "c.parquet", [recap(0)]))
-    with pytest.raises(DataError, match=r"a.parquet is no readable parquet file"):
+    with pytest.raises(DataError, match=r"a.parquet is not a readable parquet file"):
         LlavaParquet(str(tmp_path))
     (tmp_path / "nothing").mkdir()
     with pytest.raises(DataError, match="holds no file that ends in"):

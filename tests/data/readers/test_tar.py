@@ -98,11 +98,11 @@ def test_links_tricks_and_damage_are_refused(tmp_path: Path) -> None:
         facts = tarfile.TarInfo("6.json")
         facts.size = len(record("<image>"))
         tar.addfile(facts, io.BytesIO(record("<image>")))
-    with pytest.raises(DataError, match=r"member 6.png is no plain file"):
+    with pytest.raises(DataError, match=r"member 6.png is not a plain file"):
         TarShards(str(shard))
     source = TarShards(str(shard), max_bad_fraction=0.9)
     assert source[0].images[0].shape == (3, 1, 3) and [s.id for s in source.skipped] == ["a/6.png"]
-    reasons = {1: "'/etc/hostname' is no member", 2: "2.json is not valid JSON", 3: "is an empty file",
+    reasons = {1: "'/etc/hostname' is not a member", 2: "2.json is not valid JSON", 3: "is an empty file",
                4: "is not UTF-8", 5: "has 2 images", 6: "1 image tags (<image>) for 0 images"}  # fmt: skip
     for index, reason in reasons.items():
         with pytest.raises(DataError) as caught:
@@ -110,7 +110,7 @@ def test_links_tricks_and_damage_are_refused(tmp_path: Path) -> None:
         assert reason in str(caught.value) and "a.tar" in str(caught.value)
     assert len(TarShards(str(shard), max_bad_fraction=0.9, verify=True)) == 1
     (tmp_path / "b.tar").write_bytes(b"no tar at all")
-    with pytest.raises(DataError, match=r"b\.tar is cut off or no plain tar file"):
+    with pytest.raises(DataError, match=r"b\.tar is cut off or not a plain tar file"):
         TarShards(str(tmp_path / "b.tar"))
 
 
@@ -159,7 +159,7 @@ def test_names_with_dots_and_folders(tmp_path: Path) -> None:
         ("s/./z", "five", [5]),
     ]  # fmt: skip
     with pytest.raises(
-        DataError, match=r"members i\.1\.txt and i\.2\.txt are of one sample; what stands before the first"
+        DataError, match=r"members i\.1\.txt and i\.2\.txt are of one sample; what comes before the first"
     ):
         captions(tmp_path, ("i.1.jpg", png(1)), ("i.1.txt", b"one"), ("i.2.jpg", png(1)), ("i.2.txt", b"two"))
 
@@ -180,7 +180,11 @@ def test_folders_are_no_members_and_names_have_one_form(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("image", "reason"),
-    [("data:image/png;base64," + "A" * 9000, "is a data URI"), ("http://x/a.jpg", "is a URL"), ("no.png", "no member")],
+    [
+        ("data:image/png;base64," + "A" * 9000, "is a data URI"),
+        ("http://x/a.jpg", "is a URL"),
+        ("no.png", "not a member"),
+    ],
 )
 def test_images_that_are_no_members(image: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:

@@ -159,7 +159,7 @@ def test_a_bad_row_names_file_row_key_and_remedy(folder: Path, bad: object, mess
         ("{bad", "not valid JSON"),
         ("3", "holds a number"),
         ('{"rows": []}', r"one object \(keys: rows\).*'questions' or 'data'"),
-        ('[{"a": 1, "a": 2}]', "key 'a' stands twice"),
+        ('[{"a": 1, "a": 2}]', "key 'a' occurs twice"),
         ("[" * 100000, "not valid JSON"),
     ],
     ids=lambda value: str(value)[:20],

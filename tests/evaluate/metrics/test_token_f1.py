@@ -7,7 +7,7 @@ from vlmlab.evaluate.metrics.rows import Row
 from vlmlab.evaluate.metrics.token_f1 import TokenF1, token_f1
 
 BY_HAND = [
-    ("the left lung", "left lung", 1.0),  # articles are nobody's words
+    ("the left lung", "left lung", 1.0),  # articles do not count
     ("left lung", "right lung", 0.5),
     ("lung lung lung", "the lung", 0.5),  # a word counts as often as both have it: 2 * 1 / (3 + 1)
     ("in the left lower lobe of lung", "lower lobe", 2 * 2 / (6 + 2)),

@@ -146,7 +146,7 @@ def _from_class(target: str) -> Constructor:
     except Exception as error:  # whatever its module does when it is imported
         raise ImportError(str(error.__cause__ or error)) from error
     if not callable(found):
-        raise ImportError(f"it is no class but a {type(found).__name__}")
+        raise ImportError(f"it is a {type(found).__name__}, not a class")
     try:
         parameters = list(inspect.signature(found).parameters.values())
     except (TypeError, ValueError):  # written in C

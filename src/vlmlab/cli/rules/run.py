@@ -27,10 +27,10 @@ PATH_KEYS = ("path", "path_558k", "path_118k", "test_path", "file", "folder", "i
 
 
 def watched(cfg: Config, choices: Choices) -> str | None:
-    """Looks between the steps are one rank's own, with shards no rank has a model to look with; what they look at."""
+    """Validation between the steps runs on one rank, and with shards no rank has a whole model; and what it reads."""
     every, names = value_at(cfg, "evaluation.every"), value_at(cfg, "evaluation.watched")
     if every is not None and value_at(cfg, "trainer.strategy") == "fsdp2":
-        return "evaluation.every cannot look while trainer.strategy=fsdp2 has cut the model; set evaluation.every=null"
+        return "evaluation.every cannot be used with trainer.strategy=fsdp2 (sharded model); set evaluation.every=null"
     known = value_at(cfg, "data.val")
     for name in names if isinstance(names, list) else ():
         if not isinstance(known, Mapping) or name not in known:
@@ -42,7 +42,7 @@ def watched(cfg: Config, choices: Choices) -> str | None:
 
 
 def slices(cfg: Config, choices: Choices) -> str | None:
-    """Slices are of benchmarks, and asked at looks."""
+    """Slices are of benchmarks, and part of validation."""
     names, known = value_at(cfg, "evaluation.slices"), value_at(cfg, "data.benchmarks")
     for name in names if isinstance(names, list) else ():
         if not isinstance(known, Mapping) or name not in known:
@@ -65,10 +65,11 @@ def best_look(cfg: Config, choices: Choices) -> str | None:
         given = ((key, value_at(cfg, f"evaluation.{key}"), usual) for key, usual in BEST)
         idle = next((f"{key}={shown(value)}" for key, value, usual in given if value not in (None, usual)), None)
         return (
-            idle and f"evaluation.{idle} is about the best look and none is kept; set save_best=true or patience"
+            idle
+            and f"evaluation.{idle} says which validation is the best, and none is kept; set save_best=true or patience"
         )
     if value_at(cfg, "evaluation.every") is None:
-        return f"evaluation.{chosen} chooses among looks and there are none; set evaluation.every=<steps>"
+        return f"evaluation.{chosen} needs validation during training; set evaluation.every=<steps>"
     if keys["load_best"] and not keys["save_best"]:
         return "evaluation.load_best=true scores what save_best keeps; set evaluation.save_best=true, too"
     monitor = str(value_at(cfg, "evaluation.monitor"))
@@ -82,7 +83,7 @@ def best_look(cfg: Config, choices: Choices) -> str | None:
         return f"evaluation.monitor={shown(monitor)} is not asked; set evaluation.slices=[{name.partition('/')[0]}]"
     if not held_out and not of_slice:
         return (
-            f"evaluation.monitor={shown(monitor)} is no number of a look; give held_out/loss, held_out/gap, "
+            f"evaluation.monitor={shown(monitor)} is not a validation score; give held_out/loss, held_out/gap, "
             "held_out/<watched>/loss or slice/<benchmark>/<score>"
         )
     return None
@@ -97,7 +98,7 @@ def logger_to_make(cfg: Config, choices: Choices) -> str | None:
 
 
 def features_to_keep(cfg: Config, choices: Choices) -> str | None:
-    """A cache stands before a tower, and every rank asks that tower alone for the images it lacks."""
+    """A cache is in front of a tower, and every rank asks that tower alone for the images it lacks."""
     cache, strategy = f"cache={choices.get('cache')}", value_at(cfg, "trainer.strategy")
     if not keeps_features(cfg):
         return None
@@ -122,7 +123,7 @@ def possible_name(cfg: Config, choices: Choices) -> str | None:
     if name is None or all(re.fullmatch(r"[\w.+-]{1,150}", word) and word.strip(".") for word in words):
         return None
     return (
-        f"name={shown(str(name))} is no folder below outputs; use letters, digits, - and _ "
+        f"name={shown(str(name))} is not a folder below outputs; use letters, digits, - and _ "
         "(hydra.run.dir=... puts it elsewhere)"
     )
 

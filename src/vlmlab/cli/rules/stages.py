@@ -198,7 +198,7 @@ def nothing_to_adapt(cfg: Config, choices: Choices) -> str | None:
 
 
 def layers_hold_the_adapter(cfg: Config, choices: Choices) -> str | None:
-    """A range of layers trains what is in them; the words of a soft prompt stand before the first."""
+    """A range of layers trains what is in them; the words of a soft prompt come before the first."""
     for name, stage in each_stage(cfg):
         kind = class_of(stage.get("adapter", cfg.get("adapter")))
         if declared(kind, "in_layers") is False and (stage.get("layers") or {}).get("lm") is not None:
@@ -220,7 +220,7 @@ def contrastive_towers(cfg: Config, choices: Choices) -> str | None:
     if declared(class_of(cfg.get("encoder")), "one_tower") is False:
         return f"{where} one tower that pools; use encoder=scratch, embedded or hf with encoder.layers=null"
     if value_at(cfg, "encoder.layers") is not None:
-        return f"{where} the pooled output behind the last layer; set encoder.layers=null"
+        return f"{where} the pooled output after the last layer; set encoder.layers=null"
     return None
 
 

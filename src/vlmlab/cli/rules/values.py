@@ -65,7 +65,7 @@ def wrong_values(cfg: DictConfig, config: Config, choices: Choices, own: Any = N
             yield f"recipe.stages.{name}.data={source} is left out by data.train.{source}=null; name another source"
     for key, value in leaves(config, deep=True):
         if isinstance(value, float) and not math.isfinite(value):
-            yield f"{key}={value} is no finite number; give one"
+            yield f"{key}={value} is not a finite number; give one"
 
 
 def missing_sections(cfg: DictConfig) -> Iterator[str]:
@@ -81,12 +81,12 @@ def _nothing_there(config: Config) -> Iterator[str]:
     """Parts, sections and sources that null has taken the place of."""
     for key, value in leaves(config, deep=True):
         if key.rpartition(".")[2] == "_target_" and not isinstance(value, str):
-            yield f"{key}={shown(value)} is no class; give its dotted path"
+            yield f"{key}={shown(value)} is not a class; give its dotted path"
     for group in ("val", "benchmarks"):
         sources = value_at(config, f"data.{group}")
         for name, node in sources.items() if isinstance(sources, Mapping) else ():
             if node is None:
-                yield f"data.{group}.{name}=null is no source of data; leave it out by ~data.{group}.{name}"
+                yield f"data.{group}.{name}=null is not a source of data; leave it out by ~data.{group}.{name}"
 
 
 def wrong_keys(section: Any, config: Config) -> Iterator[str]:
@@ -165,7 +165,7 @@ def _sections(annotation: Any, value: Any, name: str) -> Iterator[tuple[Any, tup
 
 
 def _described(node: Any, raw: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
-    """Every part with its key and as it is written; what is a reference is looked at where it stands."""
+    """Every part with its key and as it is written; a reference is looked at where it is used."""
     if isinstance(raw, str):
         return
     items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
@@ -190,7 +190,7 @@ def _of_part(where: str, node: Mapping[str, Any], raw: Mapping[str, Any], choice
     if (ours and where in GROUPS and target.split(".")[1] != group) or (
         not takes.open and any(key not in takes.types for key in given)
     ):
-        yield f"{where}._target_={shown(target)} is no {group}; choose a file of conf/{group}, as {group}=..."
+        yield f"{where}._target_={shown(target)} does not fit here; choose a file of conf/{group}, as {group}=..."
         return
     for key in node:
         if key not in takes.types and key not in HYDRA and key != "_target_" and not takes.open:
@@ -226,15 +226,15 @@ def _unknown(where: str, key: str, target: str, known: Collection[str], choices:
     choice = choice_of(group, target)
     if where in GROUPS and choice != target and choices.get(setter) and f"{where}._target_" not in typed:
         return (
-            f"{name} is no key of {group}={choice} and {setter}={choices[setter]} sets it; "
+            f"{name} is not a key of {group}={choice} and {setter}={choices[setter]} sets it; "
             f"add ~{name} to the command, or leave {group} to the {setter}"
         )
     near = closest(name, takes)
-    return f"{name} is no key of {shown(target)}{near}; correct it in its file, or add ~{name} to the command"
+    return f"{name} is not a key of {shown(target)}{near}; correct it in its file, or add ~{name} to the command"
 
 
 def _of_stage(where: str, stage: Mapping[str, Any]) -> Iterator[str]:
-    """Keys that no stage has, and a module of ours that is no stage's; one from elsewhere is asked when it is made."""
+    """Keys that no stage has, and a module of ours that is not a stage's; others are checked when they are built."""
     for key in stage:
         if key not in KEYS:
             yield unread(f"{where}.{key}", [f"{where}.{other}" for other in KEYS])
@@ -248,7 +248,7 @@ def _of_stage(where: str, stage: Mapping[str, Any]) -> Iterator[str]:
     where, remedy = f"{key}={shown(target)}", "give a StageModule, as vlmlab.engine.alignment.AlignmentModule"
     if target.startswith(f"{package_folder().name}."):
         if source_of(target) is None or not inherits(target, STAGE_MODULE):
-            yield f"{where} is no StageModule; {remedy}"
+            yield f"{where} is not a StageModule; {remedy}"
         return
     try:
         constructor(target)

@@ -120,7 +120,7 @@ def read_captions(file: Path, folder: ImageFolder, row_filter: RowFilter | None 
             known.add(str(row.data["id"]))
         id_, name = parse_image(row, folder)
         if id_ in names:
-            raise row.error(f"image id {id_} stands there twice", "make the ids unique")
+            raise row.error(f"image id {id_} occurs twice", "make the ids unique")
         names[id_] = name
 
     row_filter.keep(row_filter.rows(each_row(file, content["images"], "'images'", "row of 'images'")), image)
@@ -130,9 +130,9 @@ def read_captions(file: Path, folder: ImageFolder, row_filter: RowFilter | None 
     def caption(row: Row) -> None:
         id_, image_id, text = parse_caption(row)
         if image_id not in known:
-            raise row.error(f"image_id {image_id} is no image of the file", "add the image or remove the caption")
+            raise row.error(f"image_id {image_id} is not an image of the file", "add the image or remove the caption")
         if id_ in seen:
-            raise row.error(f"annotation id {id_} stands there twice", "make the ids unique")
+            raise row.error(f"annotation id {id_} occurs twice", "make the ids unique")
         seen.add(id_)
         if image_id in names:  # that of an image which is left out goes with it
             captions[image_id].append((id_, text))

@@ -103,7 +103,7 @@ def parse_captioned(row: Row, folder: ImageFolder) -> Captioned:
     captions = []
     for number, sentence in enumerate(sentences):
         if not isinstance(sentence, dict):
-            raise row.error(f"sentence {number + 1} is no object", "repair or remove the row")
+            raise row.error(f"sentence {number + 1} is not an object", "repair or remove the row")
         id_ = _id(row, sentence.get("sentid"), f"sentid of sentence {number + 1}")
         text = row.untagged(sentence.get("raw"), f"raw of sentence {number + 1}")
         captions.append((id_ or f"{name}#{number}", text))
@@ -171,7 +171,7 @@ def _tabled(file: Path) -> Iterator[Row | DataError]:
         cells = list(enumerate(table, 1))
     except csv.Error as error:
         raise DataError(
-            f"Data file {file} is no table of comma-separated values ({reason(error)}); repair it"
+            f"Data file {file} is not a table of comma-separated values ({reason(error)}); repair it"
         ) from None
     if {"raw", "filename"} <= set(header):
         return (_annotated(Row(file, number, dict(line))) for number, line in cells)
@@ -187,9 +187,9 @@ def _annotated(row: Row) -> Row | DataError:
     try:
         raw, ids = parse_json(row.data["raw"]), parse_json(row.data.get("sentids") or "[]")
     except (TypeError, ValueError, RecursionError):
-        return row.error("'raw' or 'sentids' is no JSON list", "repair or remove the row")
+        return row.error("'raw' or 'sentids' is not a JSON list", "repair or remove the row")
     if not isinstance(raw, list) or not isinstance(ids, list):
-        return row.error("'raw' or 'sentids' is no JSON list", "repair or remove the row")
+        return row.error("'raw' or 'sentids' is not a JSON list", "repair or remove the row")
     sentences = [{"raw": text, "sentid": ids[n] if n < len(ids) else None} for n, text in enumerate(raw)]
     return Row(row.file, row.number, {**row.data, "sentences": sentences})
 

@@ -140,7 +140,7 @@ def _message(row: Row, number: int, value: object, form: LlavaFormat) -> _Messag
 
 
 def _content(row: Row, number: int, parts: list[Any], form: LlavaFormat) -> tuple[str, list[str]]:
-    """Words and images of a message given in parts; an image part stands where it is unless the words have tags."""
+    """Words and images of a message given in parts; an image part keeps its place unless the words have tags."""
     words: list[str] = []
     images: list[str] = []
     for part in parts:

@@ -87,7 +87,7 @@ class ParquetRows:
             groups = [facts.metadata.row_group(g).num_rows for g in range(facts.metadata.num_row_groups)]
         except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
             raise DataError(
-                f"Data file {file} is no readable parquet file ({reason(error)}); download it again"
+                f"Data file {file} is not a readable parquet file ({reason(error)}); download it again"
             ) from None
         columns = list(facts.schema_arrow.names)
         self.columns = self.columns or columns
@@ -505,7 +505,7 @@ class VqaParquet:
                 raise DataError(f"{path} has no column '{key}' (columns: {columns}); set its name, or another data=...")
 
     def _texts(self) -> list[Row]:
-        """Every row without its pixels; under the image's key stands what tells its image from others."""
+        """Every row without its pixels; under the image's key is what tells its image from others."""
         others = [name for name in self._rows.columns if name != self._key]
         rows = []
         for place, (data, name) in enumerate(zip(self._rows.read(others), self._image_names(), strict=True)):

@@ -46,7 +46,7 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[Path]:
             raise DataError(f"Folder {path} holds no file that ends in {kinds}; set data.path to where they are")
         return found
     if place.exists() and not place.is_file():
-        raise DataError(f"data.path={path} is no file but a pipe or a device; give the file itself")
+        raise DataError(f"data.path={path} is a pipe or a device, not a file; give the file itself")
     if place.exists() or not (glob.has_magic(path) or is_id(path)):
         return [place]  # anyone who opens it says what is wrong with it
     if glob.has_magic(path):

@@ -23,7 +23,7 @@ LONGEST_LINE = 2**26
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One JSON object and where it stands; rows and lines are counted from 1."""
+    """One JSON object and where it is; rows and lines are counted from 1."""
 
     file: Path
     number: int
@@ -50,10 +50,10 @@ class Row:
         return text
 
     def untagged(self, value: object, key: str) -> str:
-        """Like `text`, for words in which no image may stand."""
+        """Like `text`, for words that may have no image."""
         text = self.text(value, key)
         if IMAGE_TAG in text:
-            raise self.error(f"'{key}' holds the tag {IMAGE_TAG}", "remove the tag: an image cannot stand there")
+            raise self.error(f"'{key}' holds the tag {IMAGE_TAG}", "remove the tag: an image cannot be there")
         return text
 
     def get(self, key: str) -> Any:
@@ -134,12 +134,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key '{twice}' stands twice in one object")
+        raise ValueError(f"key '{twice}' occurs twice in one object")
     return made
 
 
 def _number(text: str) -> float | None:
-    """A JSON number; null where it is too large for one, as for NaN and Infinity, which are no JSON."""
+    """A JSON number; null where it is too large for one, as for NaN and Infinity, which are not JSON."""
     number = float(text)
     return number if isfinite(number) else None
 
@@ -191,7 +191,7 @@ def _text_lines(path: Path) -> Iterator[str]:
                     line = file.readline(LONGEST_LINE + 1)
         except UnicodeDecodeError:
             remedy = "convert it, e.g. with iconv -t utf-8"
-            raise DataError(f"Data file {path} is not UTF-8 (behind line {number}); {remedy}") from None
+            raise DataError(f"Data file {path} is not UTF-8 (after line {number}); {remedy}") from None
 
 
 def each_row(path: Path, values: object, key: str, unit: str = "row") -> Iterator[Row | DataError]:
@@ -236,7 +236,7 @@ def read_rows(path: Path, keys: Sequence[str] = ()) -> list[Row]:
 
 
 def read_each(path: Path, keys: Sequence[str] = (), by_id: str | None = None) -> Iterator[Row | DataError]:
-    """Like `read_rows`, with the error in place of a row that is no object; raises where the whole file is at fault.
+    """Like `read_rows`, with an error in place of a row that is not an object; raises where the whole file is at fault.
 
     With `by_id`, a file may also be one object of rows by their ids (as GQA's), which they then have under that key.
     """

@@ -25,7 +25,7 @@ class RowFilter:
 
     def __init__(self, max_bad_fraction: float) -> None:
         if not 0 <= max_bad_fraction <= 1:
-            raise DataError(f"data.max_bad_fraction={max_bad_fraction} is no share; give a number from 0 to 1")
+            raise DataError(f"data.max_bad_fraction={max_bad_fraction} is not a share; give a number from 0 to 1")
         self.limit = max_bad_fraction
         self.skipped: list[Skipped] = []
         self.seen = 0

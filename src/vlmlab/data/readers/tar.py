@@ -38,7 +38,7 @@ from vlmlab.data.skipped import Skipped
 
 SUFFIXES = (".tar",)
 INDEX = ".index.json"
-"""Behind the shard's name: ``{format, bytes, members: [[name, offset, size], ...]}``."""
+"""After the shard's name: ``{format, bytes, members: [[name, offset, size], ...]}``."""
 FORMAT = 1
 _END = bytes(1024)
 """How every tar file ends; without it the walk through a file that was cut would stop early and say nothing."""
@@ -87,7 +87,7 @@ def _scan(shard: Path) -> tuple[dict[str, Place], list[str]]:
         with shard.open("rb") as file:
             file.seek(max(size - len(_END), 0))
             if file.read() != _END:
-                raise DataError(f"Data file {shard} is cut off or no plain tar file; write it again, uncompressed")
+                raise DataError(f"Data file {shard} is cut off or not a plain tar file; write it again, uncompressed")
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 plain = member.isreg() and not member.issparse() and member.offset_data + member.size <= size
@@ -97,7 +97,7 @@ def _scan(shard: Path) -> tuple[dict[str, Place], list[str]]:
                     refused.append(member.name)
     except (tarfile.TarError, OSError, ValueError) as error:
         raise DataError(
-            f"Data file {shard} is no plain tar file ({reason(error)}); write it again, uncompressed"
+            f"Data file {shard} is not a plain tar file ({reason(error)}); write it again, uncompressed"
         ) from None
     return members, refused
 
@@ -192,7 +192,7 @@ class TarShards:
             self._members.append(members)
             for name in refused:
                 row_filter.skip(
-                    f"{shard.stem}/{name}", DataError(f"{shard}, member {name} is no plain file; remove it")
+                    f"{shard.stem}/{name}", DataError(f"{shard}, member {name} is not a plain file; remove it")
                 )
             groups += _grouped(number, members)
         row_filter.seen = len(groups) + len(row_filter.skipped)
@@ -249,7 +249,7 @@ class TarShards:
         row = self._row(group, {})
         for texts in (group.records, group.captions):
             if len(texts) > 1:
-                remedy = "what stands before the first dot names a sample: give each its own, as in a-b.txt"
+                remedy = "what comes before the first dot names a sample: give each its own, as in a-b.txt"
                 raise row.error(f"members {' and '.join(texts[:2])} are of one sample", remedy)
         if group.records:
             said = self._said(group, group.records[0])
@@ -280,7 +280,7 @@ class TarShards:
         member = next((m for m in (name, plain, f"./{plain}") if m in known), None)
         if member is None:
             reason, remedy = embedded(name), "name a member, or leave the image key out"
-            raise row.error(f"image '{brief(name, 120)}' {reason or 'is no member of the shard'}", remedy)
+            raise row.error(f"image '{brief(name, 120)}' {reason or 'is not a member of the shard'}", remedy)
         if self._alone and group.pictures and _key(member) != group.key:
             remedy = "name its own, or name the shards after splits (train-0.tar, val-0.tar)"
             raise row.error(f"has pictures and names '{member}', which is another sample's", remedy)
@@ -335,7 +335,7 @@ def _key(name: str) -> str:
 
 
 def _grouped(shard: int, members: Mapping[str, Place]) -> list[_Group]:
-    """Members by key; keys with pictures alone are no samples (records may name them)."""
+    """Members by key; keys with pictures alone are not samples (records may name them)."""
     groups: dict[str, _Group] = {}
     about: dict[str, _Group] = {}
     for number, name in enumerate(members, 1):

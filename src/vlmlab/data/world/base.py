@@ -128,14 +128,14 @@ class WorldSource(ABC):
                 return [scenes[best], *scenes[:best], *scenes[best + 1 :]], phrase(self.domain, mask, term, plural=True)
 
 
-class Addressed(TypedDict, total=False):
+class SceneKeys(TypedDict, total=False):
     """Keys that say which scenes a source has."""
 
     seed: Seed
     domain: Domain
 
 
-class Drawn(Addressed, total=False):
+class ScaledSceneKeys(SceneKeys, total=False):
     """The same, with their scale."""
 
     grid: Grid
@@ -160,7 +160,7 @@ class ScaledSource(WorldSource):
         size: Count,
         grid: Grid = STANDARD.grid,
         objects: Objects = (STANDARD.fewest, STANDARD.most),
-        **address: Unpack[Addressed],
+        **address: Unpack[SceneKeys],
     ) -> None:
         super().__init__(split, size, **address)
         self.grid = grid
@@ -168,7 +168,7 @@ class ScaledSource(WorldSource):
         self._drawn = scale_of(grid, self.objects)
 
     @property
-    def drawn(self) -> Drawn:
+    def drawn(self) -> ScaledSceneKeys:
         """The keys of these scenes, for another source of the same."""
         return {"seed": self.seed, "domain": self.domain, "grid": self.grid, "objects": self.objects}
 

@@ -15,11 +15,11 @@ from annotated_types import Interval, MinLen
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, Turn
 from vlmlab.contracts.values import Count, Share
-from vlmlab.data.world.base import STRIDE, Addressed, Unrendered, WorldSource, check_share
+from vlmlab.data.world.base import STRIDE, SceneKeys, Unrendered, WorldSource, check_share
 from vlmlab.data.world.contrasts import with_value
 from vlmlab.data.world.language import coined
 from vlmlab.data.world.scene import COLORS, HELD_OUT, SHAPES, Scene, Split
-from vlmlab.data.world.sources import Instruct, WorldInstruct
+from vlmlab.data.world.sources import InstructKeys, WorldInstruct
 from vlmlab.data.world.stream import Stream
 
 Labels = Literal["right", "shuffled"]
@@ -39,7 +39,7 @@ class WorldBinding(WorldSource):
         split, size, seed, domain: as for every source of the world.
         ways: names a sample, each for another value of one attribute.
         shots: pictures of each name before the question.
-        by: what names may stand for, color or shape; null: either, drawn for each sample.
+        by: what names may refer to, color or shape; null: either, drawn for each sample.
         labels: ``right``, or ``shuffled``: the examples' names drawn at random, so that there is nothing to learn from
             them.
 
@@ -55,7 +55,7 @@ class WorldBinding(WorldSource):
         shots: Shots = 1,
         by: Annotated[Sequence[Bound], MinLen(1)] | None = None,
         labels: Labels = "right",
-        **address: Unpack[Addressed],
+        **address: Unpack[SceneKeys],
     ) -> None:
         super().__init__(split, size, **address)
         if not 2 <= ways <= min(_VALUES.values()) or not 1 <= shots <= 8:
@@ -129,7 +129,7 @@ class WorldBindingInstruct(WorldInstruct):
         ways: Ways = 2,
         shots: Shots = 1,
         by: Annotated[Sequence[Bound], MinLen(1)] | None = None,
-        **others: Unpack[Instruct],
+        **others: Unpack[InstructKeys],
     ) -> None:
         super().__init__(split, size, **others)
         check_share("binding_fraction", binding_fraction)

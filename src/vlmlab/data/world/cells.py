@@ -57,7 +57,7 @@ class WorldCells:
         """The words of each patch in raster order, each word after a blank."""
         scene = self._scene(index)
         patches = [divmod(place, columns) for place in range(rows * columns)]
-        return [_told(scene, form, row, col, rows, columns) for row, col in patches]
+        return [_described(scene, form, row, col, rows, columns) for row, col in patches]
 
     def _scene(self, index: int) -> Scene:
         if not 0 <= index < self.size:
@@ -65,7 +65,7 @@ class WorldCells:
         return sample_scene(self.split, index, self.seed, scale=self._scale)
 
 
-def _told(scene: Scene, form: str, row: int, col: int, rows: int, columns: int) -> str:
+def _described(scene: Scene, form: str, row: int, col: int, rows: int, columns: int) -> str:
     """What covers most of a patch, with the name of its own cell; an empty patch has that of the cell it is in."""
     grid, side = scene.scale.grid, scene.scale.side
     box = (col * side / columns, row * side / rows, (col + 1) * side / columns, (row + 1) * side / rows)

@@ -14,9 +14,9 @@ from typing import Literal, Unpack, get_args
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Turn
 from vlmlab.contracts.values import Count, Share
-from vlmlab.data.world.base import Drawn, Unrendered, check_share
+from vlmlab.data.world.base import ScaledSceneKeys, Unrendered, check_share
 from vlmlab.data.world.scene import Split
-from vlmlab.data.world.sources import Asked, Instruct, Style, WorldCaptions, WorldInstruct, WorldQuestions
+from vlmlab.data.world.sources import InstructKeys, QuestionKeys, Style, WorldCaptions, WorldInstruct, WorldQuestions
 from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.words import DOMAINS, lexicon
 
@@ -119,7 +119,7 @@ class BilingualCaptions(WorldCaptions):
         split: Split,
         size: Count,
         second_fraction: Share = 0.5,
-        **scenes: Unpack[Drawn],
+        **scenes: Unpack[ScaledSceneKeys],
     ) -> None:
         super().__init__(style, split, size, **scenes)
         _check_shares(second_fraction, 0.0)
@@ -147,7 +147,7 @@ class BilingualInstruct(WorldInstruct):
         size: Count,
         second_fraction: Share = 0.5,
         mixed_fraction: Share = 0.0,
-        **others: Unpack[Instruct],
+        **others: Unpack[InstructKeys],
     ) -> None:
         super().__init__(split, size, **others)
         _check_shares(second_fraction, mixed_fraction)
@@ -174,7 +174,7 @@ class BilingualQuestions(WorldQuestions):
         split: Split,
         size: Count,
         language: Language = "second",
-        **others: Unpack[Asked],
+        **others: Unpack[QuestionKeys],
     ) -> None:
         super().__init__(split, size, **others)
         if language not in LANGUAGES:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Unpack
 
 from vlmlab.contracts.values import Count, Share
-from vlmlab.data.world.base import STRIDE, Drawn, Unrendered, check_share
+from vlmlab.data.world.base import STRIDE, ScaledSceneKeys, Unrendered, check_share
 from vlmlab.data.world.scene import Split
-from vlmlab.data.world.sources import Instruct, Style, WorldCaptions, WorldInstruct
+from vlmlab.data.world.sources import InstructKeys, Style, WorldCaptions, WorldInstruct
 
 
 class NoisyCaptions(WorldCaptions):
@@ -28,21 +29,18 @@ class NoisyCaptions(WorldCaptions):
         split: Split,
         size: Count,
         noise: Share = 0.4,
-        **scenes: Unpack[Drawn],
+        **scenes: Unpack[ScaledSceneKeys],
     ) -> None:
         super().__init__(style, split, size, **scenes)
         check_share("noise", noise)
         self.noise = noise
 
     def matched(self, index: int) -> bool:
-        """Whether a sample's caption is its own picture's: what a filter has to find out, and no training is told."""
+        """Whether a sample's turns are about its own picture: what a filter has to find out, and no training reads."""
         return not self._stream(index, "noise").chance(self.noise)
 
     def _unrendered(self, index: int) -> Unrendered:
-        sample = super()._unrendered(index)
-        if self.matched(index):
-            return sample
-        return replace(sample, turns=super()._unrendered(_elsewhere(index, self.size)).turns)
+        return _mismatched(super()._unrendered, index, self.size, self.matched(index))
 
 
 class NoisyInstruct(WorldInstruct):
@@ -61,23 +59,21 @@ class NoisyInstruct(WorldInstruct):
         split: Split,
         size: Count,
         noise: Share = 0.4,
-        **others: Unpack[Instruct],
+        **others: Unpack[InstructKeys],
     ) -> None:
         super().__init__(split, size, **others)
         check_share("noise", noise)
         self.noise = noise
 
     def matched(self, index: int) -> bool:
-        """Whether a sample's turns are about its own picture."""
+        """Whether a sample's turns are about its own picture: what a filter has to find out, and no training reads."""
         return not self._stream(index, "noise").chance(self.noise)
 
     def _unrendered(self, index: int) -> Unrendered:
-        sample = super()._unrendered(index)
-        if self.matched(index):
-            return sample
-        return replace(sample, turns=super()._unrendered(_elsewhere(index, self.size)).turns)
+        return _mismatched(super()._unrendered, index, self.size, self.matched(index))
 
 
-def _elsewhere(index: int, size: int) -> int:
-    """A scene's number beyond those that are any sample's own."""
-    return size + STRIDE * (index + 1)
+def _mismatched(unrendered: Callable[[int], Unrendered], index: int, size: int, matched: bool) -> Unrendered:
+    """A sample, with the turns of a scene beyond those that are any sample's own unless it is matched."""
+    sample = unrendered(index)
+    return sample if matched else replace(sample, turns=unrendered(size + STRIDE * (index + 1)).turns)

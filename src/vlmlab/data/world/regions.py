@@ -12,11 +12,11 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Turn
 from vlmlab.contracts.values import Count, Share
 from vlmlab.data.boxes import Boxes, BoxText, box_text, of_pixels
-from vlmlab.data.world.base import STRIDE, Drawn, ScaledSource, Unrendered, check_share
+from vlmlab.data.world.base import STRIDE, ScaledSceneKeys, ScaledSource, Unrendered, check_share
 from vlmlab.data.world.captions import cell_words, full_phrase, short_captions
 from vlmlab.data.world.questions import View
 from vlmlab.data.world.scene import Split
-from vlmlab.data.world.sources import Instruct, WorldInstruct, with_task_words
+from vlmlab.data.world.sources import InstructKeys, WorldInstruct, with_task_words
 from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.words import with_article
 
@@ -123,7 +123,7 @@ class WorldRegions(ScaledSource):
         bins: Count | None = None,
         multi_turn: bool = False,
         identifiers: bool = False,
-        **scenes: Unpack[Drawn],
+        **scenes: Unpack[ScaledSceneKeys],
     ) -> None:
         super().__init__(split, size, **scenes)
         self.tasks = check_tasks(tasks, identifiers)
@@ -192,7 +192,7 @@ class WorldRegionInstruct(WorldInstruct):
         boxes: Boxes = "qwen_vl",
         bins: Count | None = None,
         identifiers: bool = False,
-        **others: Unpack[Instruct],
+        **others: Unpack[InstructKeys],
     ) -> None:
         super().__init__(split, size, **others)
         check_share("region_fraction", region_fraction)

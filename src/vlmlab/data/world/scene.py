@@ -1,4 +1,4 @@
-"""Scenes: which objects stand where, drawn at random by split, index and seed."""
+"""Scenes: which objects are where, drawn at random by split, index and seed."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def scale_of(grid: int, objects: Sequence[int]) -> Scale:
     room = min(grid * grid, CROWD)
     if len(objects) != 2 or not 1 <= objects[0] <= objects[1] <= room or objects[1] < 2:
         raise UserError(
-            f"objects={[*objects]} is no range of numbers of objects; give [fewest, most] with 1 <= fewest <= most and "
-            f"2 <= most <= {room}, what a grid of {grid} rows holds."
+            f"objects={[*objects]} is not a range of numbers of objects; give [fewest, most] with 1 <= fewest <= most "
+            f"and 2 <= most <= {room}, what a grid of {grid} rows holds."
         )
     return Scale(grid, objects[0], objects[1])
 

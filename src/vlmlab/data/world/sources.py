@@ -11,9 +11,9 @@ from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.contracts.values import Count, Seed, Share
 from vlmlab.data.world.base import (
     STRIDE,
-    Addressed,
-    Drawn,
+    ScaledSceneKeys,
     ScaledSource,
+    SceneKeys,
     Unrendered,
     WorldSource,
     check_share,
@@ -74,7 +74,7 @@ class WorldCaptions(ScaledSource):
         style: Style,
         split: Split,
         size: Count,
-        **scenes: Unpack[Drawn],
+        **scenes: Unpack[ScaledSceneKeys],
     ) -> None:
         super().__init__(split, size, **scenes)
         if style not in STYLES:
@@ -108,11 +108,11 @@ class LooseCaptions:
 
     def __getitem__(self, index: int) -> Sample:
         scene = self._scene(index)
-        return Sample(scene.id, (render_loose(scene),), _told(scene), image_ids=(scene.id,))
+        return Sample(scene.id, (render_loose(scene),), _described(scene), image_ids=(scene.id,))
 
     def turns(self, index: int) -> tuple[Turn, ...]:
         """The turns of a sample, without its images."""
-        return _told(self._scene(index))
+        return _described(self._scene(index))
 
     def _scene(self, index: int) -> LooseScene:
         if not 0 <= index < self.size:
@@ -120,11 +120,11 @@ class LooseCaptions:
         return sample_loose(self.split, index, self.seed)
 
 
-def _told(scene: LooseScene) -> tuple[Turn, ...]:
+def _described(scene: LooseScene) -> tuple[Turn, ...]:
     return (Turn(PLACED_CELLS_PROMPT, loose_caption(scene), "cells_caption"),)
 
 
-class Asked(Drawn, total=False):
+class QuestionKeys(ScaledSceneKeys, total=False):
     """Keys of `WorldQuestions` that those built on it share."""
 
     multi_turn: bool
@@ -153,7 +153,7 @@ class WorldQuestions(ScaledSource):
         size: Count,
         multi_turn: bool = False,
         kinds: Kinds | None = None,
-        **scenes: Unpack[Drawn],
+        **scenes: Unpack[ScaledSceneKeys],
     ) -> None:
         super().__init__(split, size, **scenes)
         self.multi_turn = multi_turn
@@ -177,7 +177,7 @@ class WorldQuestions(ScaledSource):
         )
 
 
-class Instruct(Drawn, total=False):
+class InstructKeys(ScaledSceneKeys, total=False):
     """Keys of `WorldInstruct` that those built on it share."""
 
     caption_fraction: Share
@@ -204,7 +204,7 @@ class WorldInstruct(ScaledSource):
         size: Count,
         caption_fraction: Share = 0.15,
         kinds: Kinds | None = None,
-        **scenes: Unpack[Drawn],
+        **scenes: Unpack[ScaledSceneKeys],
     ) -> None:
         super().__init__(split, size, **scenes)
         check_share("caption_fraction", caption_fraction)
@@ -253,7 +253,7 @@ class WorldInterleavedInstruct(WorldInstruct):
         split: Split,
         size: Count,
         interleaved_fraction: Share = 0.5,
-        **others: Unpack[Instruct],
+        **others: Unpack[InstructKeys],
     ) -> None:
         super().__init__(split, size, **others)
         check_share("interleaved_fraction", interleaved_fraction)
@@ -318,7 +318,7 @@ class WorldText(WorldSource):
         forms: Sequence[Form] | None = None,
         focus: Kinds | None = None,
         caption_fraction: Share = CAPTION_REQUEST,
-        **address: Unpack[Addressed],
+        **address: Unpack[SceneKeys],
     ) -> None:
         super().__init__(split, size, **address)
         check_share("caption_fraction", caption_fraction)
@@ -357,7 +357,7 @@ class WorldTextInstruct(WorldInstruct):
         split: Split,
         size: Count,
         text_fraction: Share = 0.25,
-        **others: Unpack[Instruct],
+        **others: Unpack[InstructKeys],
     ) -> None:
         super().__init__(split, size, **others)
         check_share("text_fraction", text_fraction)
@@ -389,7 +389,7 @@ class WorldStatements(WorldSource):
         split: Split,
         size: Count,
         forms: Sequence[Statement] | None = None,
-        **address: Unpack[Addressed],
+        **address: Unpack[SceneKeys],
     ) -> None:
         super().__init__(split, size, **address)
         chosen = STATEMENTS if forms is None else tuple(forms)
@@ -428,7 +428,7 @@ class WorldContrasts(WorldSource):
         size: Count,
         scenes: Count = 4,
         forms: Sequence[Contrast] = CONTRASTS,
-        **address: Unpack[Addressed],
+        **address: Unpack[SceneKeys],
     ) -> None:
         super().__init__(split, size, **address)
         unknown = [form for form in forms if form not in CONTRASTS]

@@ -66,7 +66,7 @@ def _coordinates(scene: Scene, stream: Stream) -> str:
     return " ".join(f"{cell_words(thing)}: {full_phrase(scene, thing)}." for thing in things)
 
 
-def _told_one(scene: Scene, thing: Object, stream: Stream) -> str:
+def _describe_object(scene: Scene, thing: Object, stream: Stream) -> str:
     words = lexicon(scene.domain)
     size = stream.choice((words.sizes, words.synonyms))[thing.size]
     named = f"{size} {phrase(scene.domain, COLOR | SHAPE | TEXTURE, attributes(thing))}"
@@ -82,16 +82,16 @@ def _told_one(scene: Scene, thing: Object, stream: Stream) -> str:
     )
 
 
-def _told(scene: Scene, stream: Stream) -> str:
+def _described(scene: Scene, stream: Stream) -> str:
     """Sentences as people would say them, in random order, with synonyms, nothing left out."""
-    return " ".join(_told_one(scene, thing, stream) for thing in stream.shuffled(scene.objects))
+    return " ".join(_describe_object(scene, thing, stream) for thing in stream.shuffled(scene.objects))
 
 
 _FORMS: dict[str, Callable[[Scene, Stream], str]] = {
     "dense": _dense,
     "cells": _cells,
     "coordinates": _coordinates,
-    "told": _told,
+    "told": _described,
     "compound": _compound,
     "placed": _placed,
     "fused": _fused,

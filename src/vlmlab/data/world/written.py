@@ -14,12 +14,12 @@ from annotated_types import MinLen
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.sample import Turn
 from vlmlab.contracts.values import Count, NotNegative, Share
-from vlmlab.data.world.base import Drawn, ScaledSource, Unrendered, check_share
+from vlmlab.data.world.base import ScaledSceneKeys, ScaledSource, Unrendered, check_share
 from vlmlab.data.world.captions import cell_words, full_phrase, joined
 from vlmlab.data.world.fitting import weights_of
 from vlmlab.data.world.questions import Question, View, dialogue
 from vlmlab.data.world.scene import Object, Scene, Split
-from vlmlab.data.world.sources import Instruct, WorldInstruct
+from vlmlab.data.world.sources import InstructKeys, WorldInstruct
 from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.words import DIRECTIONS, NUMBERS, SHAPE, phrase, with_article
 
@@ -77,7 +77,7 @@ def _conversation(scene: Scene, stream: Stream) -> list[Pair]:
 
 
 def detail(scene: Scene) -> str:
-    """Everything in a scene, a sentence an object in raster order, and how each stands to the one before it."""
+    """Everything in a scene, a sentence an object in raster order, and its relation to the one before it."""
     words, count = View(scene).words, len(scene.objects)
     told = [f"The {words.picture} shows {NUMBERS[count]} {words.noun if count == 1 else words.nouns}."]
     for before, thing in zip((None, *scene.objects), scene.objects, strict=False):
@@ -191,7 +191,7 @@ class WorldWritten(ScaledSource):
         types: Annotated[Sequence[Written], MinLen(1)] | None = None,
         shares: Sequence[NotNegative] | None = None,
         multi_turn: bool = True,
-        **scenes: Unpack[Drawn],
+        **scenes: Unpack[ScaledSceneKeys],
     ) -> None:
         super().__init__(split, size, **scenes)
         chosen = WRITTEN if types is None else tuple(types)
@@ -237,7 +237,7 @@ class WorldWrittenInstruct(WorldInstruct):
         written_fraction: Share = 0.5,
         types: Annotated[Sequence[Written], MinLen(1)] | None = None,
         shares: Sequence[NotNegative] | None = None,
-        **others: Unpack[Instruct],
+        **others: Unpack[InstructKeys],
     ) -> None:
         super().__init__(split, size, **others)
         check_share("written_fraction", written_fraction)

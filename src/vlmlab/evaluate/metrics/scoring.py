@@ -29,7 +29,9 @@ def predictions_file(folder: Path, benchmark: str, baseline: str = "") -> Path:
         UserError: its name would lie elsewhere.
     """
     if not is_plain_name(benchmark):
-        raise UserError(f"{brief(benchmark, 60)!r} is no name of a benchmark, since it is no file's; rename it.")
+        raise UserError(
+            f"{brief(benchmark, 60)!r} cannot name a benchmark, since no file can have that name; rename it."
+        )
     return folder / "predictions" / (f"{benchmark}.{baseline}.jsonl" if baseline else f"{benchmark}.jsonl")
 
 

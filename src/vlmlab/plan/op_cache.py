@@ -15,7 +15,7 @@ FRESH = -1
 BY_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 
 
-class Recall:
+class OpCache:
     """Calls an operation once for each kind of arguments, and from then on makes what it gave.
 
     A kind is the operation, shapes, strides and types of its tensors, and its other arguments. What depends on values,

@@ -1,7 +1,7 @@
-"""Loggers beside ``metrics.jsonl``: each is told every row once, whatever becomes of the run in between.
+"""Loggers beside ``metrics.jsonl``: each gets every row once, also where the run is killed and resumed.
 
 A run that is killed does some steps again and writes their rows again. ``logged.json`` in the run folder says how far
-each logger has been told, so that these rows are passed over.
+each logger has got, so that these rows are skipped.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from vlmlab.contracts.errors import UserError, reason
 from vlmlab.recipe.stage import Stage, parse
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import RunFolder
-from vlmlab.train.summed import Summed
+from vlmlab.train.summary_logger import SummaryLogger
 
 LOGGED = "logged.json"
 LOOKS = ("held_out/", "slice/")
-"""Beginnings of the names of what a look brings."""
+"""How the names of validation numbers begin."""
 
 
-class Mirrors:
+class ExtraLoggers:
     """The loggers of a run beside its folder.
 
     Args:
@@ -46,8 +46,8 @@ class Mirrors:
         self.loggers: list[Logger] = loggers_of(cfg, folder) if writes else []
         self._told: dict[str, dict[str, list[int]]] = (read_json(self.file) or {}) if self.loggers else {}
 
-    def tell(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Hand on those rows of ``metrics.jsonl`` that a logger has not had: of training steps and of looks."""
+    def log(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Hand on those rows of ``metrics.jsonl`` that a logger has not had: of training steps and of validations."""
         for row in rows if self.loggers else ():
             kind = kind_of(row)
             stage = next((stage for stage in self.stages if stage.name == row.get("stage")), None)
@@ -70,7 +70,7 @@ class Mirrors:
         scores = {key: float(value) for key, value in metrics.items() if _is_number(value)}
         costs = {f"cost/{key}": float(value) for key, value in cost.items() if _is_number(value)}
         for logger in self.loggers:
-            if isinstance(logger, Summed):
+            if isinstance(logger, SummaryLogger):
                 logger.summarise(cfg, folder, scores, costs)
             else:
                 logger.log_metrics(scores | costs, last)
@@ -82,7 +82,7 @@ class Mirrors:
             code: the exit code of the run.
         """
         for logger in self.loggers:
-            if isinstance(logger, Summed):
+            if isinstance(logger, SummaryLogger):
                 logger.end(code)
             else:
                 logger.finalize("success" if code == 0 else "failed")
@@ -116,12 +116,12 @@ def loggers_of(cfg: DictConfig, folder: RunFolder) -> list[Logger]:
         remedy = "install it, or choose another logger" if missing else "correct its keys"
         raise UserError(f"logger.make._target_={target}: {why} ({reason(cause, 120)}); {remedy}.") from error
     if not isinstance(made, Logger):
-        raise UserError(f"logger.make._target_={target} is no Lightning logger; give one.")
+        raise UserError(f"logger.make._target_={target} is not a Lightning logger; give one.")
     return [made]
 
 
 def kind_of(row: Mapping[str, Any]) -> str | None:
-    """``train`` or ``look``; None of rows that no logger is told."""
+    """``train`` or ``look``; None of rows that no logger gets."""
     if "loss" in row:
         return "train"
     return "look" if any(key.startswith(LOOKS) for key in row) else None

@@ -1,4 +1,4 @@
-"""A composition becomes a model of transformers, in a folder that opens without vlmlab; and is proved to be the same.
+"""Export of a composition as a transformers model, which opens without vlmlab and is checked to be the same.
 
 <folder>/config.json, model.safetensors, generation_config.json
 <folder>/processor_config.json, tokenizer.json, chat_template.jinja
@@ -38,15 +38,15 @@ from vlmlab.encoder.tower import TowerEncoder
 from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.model.build import build_collator
 from vlmlab.model.vlm import VLM
-from vlmlab.published.base import Written
+from vlmlab.published.base import Exportable
 from vlmlab.published.blip2 import Blip2
 from vlmlab.published.llava import Llava
+from vlmlab.published.mask_code import code, is_causal, needs_answers
 from vlmlab.published.prompts import conversation, with_parts
-from vlmlab.published.sight import code, is_causal, needs_answers
 from vlmlab.towers.source import quiet, save_tower
 
-CLASSES: tuple[Written, ...] = (Llava(), Blip2())
-"""What is written, the first that is the same model."""
+CLASSES: tuple[Exportable, ...] = (Llava(), Blip2())
+"""Classes a composition is exported as: the first that is the same model."""
 
 CLOSE = 1e-5
 """How far logits may be from ours, for every unit of the largest."""
@@ -56,23 +56,23 @@ PICTURE = (50, 70)
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a composition goes out.
+class ExportRoute:
+    """How a composition is exported.
 
     Attributes:
-        plan: the class of transformers that it is.
-        sees: the card's function of who sees whom in a prompt; None: plain causal attention.
+        plan: the transformers class that it becomes.
+        sees: the card's function that builds the attention mask of a prompt; None: plain causal attention.
         many: whether that function has to know where earlier answers are.
     """
 
-    plan: Written
+    plan: Exportable
     sees: str | None
     many: bool
 
 
 @dataclass(frozen=True)
-class Proof:
-    """What came of opening the folder by transformers alone.
+class ExportCheck:
+    """The result of opening the folder by transformers alone.
 
     Attributes:
         worst: largest difference of a logit.
@@ -89,32 +89,32 @@ class Proof:
     halves: bool
 
 
-def way_out(model: VLM) -> Way:
+def export_route(model: VLM) -> ExportRoute:
     """Which class of transformers a composition with merged adapters is.
 
     Raises:
         UserError: it is none, with what each lacks; or its mask cannot be had outside.
     """
     if (why := _inexpressible(model)) is not None:
-        raise UserError(f"this composition is no model of transformers: {why}.")
+        raise UserError(f"this composition is not a model of transformers: {why}.")
     lacking = {plan: why for plan in CLASSES if (why := plan.lacks(model)) is not None}
     plan = next((each for each in CLASSES if each not in lacking), None)
     if plan is None:
         said = ", ".join(f"{each.model.__name__} {why}" for each, why in lacking.items())
-        raise UserError(f"this composition is no model of transformers: {said}.")
+        raise UserError(f"this composition is not a model of transformers: {said}.")
     if is_causal(model.mask):
-        return Way(plan, None, False)
+        return ExportRoute(plan, None, False)
     if not plan.goes_on:
         raise UserError(
-            f"this composition is no model of transformers: `generate` of {plan.model.__name__} takes no prompt that "
-            "was read before, by which a mask could be followed; mask=causal needs none."
+            f"this composition is not a model of transformers: `generate` of {plan.model.__name__} takes no "
+            "prompt that was read before, by which a mask could be followed; mask=causal needs none."
         )
     if getattr(model.lm.model.config, "sliding_window", None) is not None:
         raise UserError(
-            "this composition is no model of transformers: its language model has layers that see a window, which a "
+            "this composition is not a model of transformers: its language model has layers that see a window, which a "
             "mask that is handed on would lift."
         )
-    return Way(plan, code(model.mask, model.lm.image_id, model.tokens_per_image), needs_answers(model.mask))
+    return ExportRoute(plan, code(model.mask, model.lm.image_id, model.tokens_per_image), needs_answers(model.mask))
 
 
 def _inexpressible(model: VLM) -> str | None:
@@ -133,7 +133,7 @@ def _inexpressible(model: VLM) -> str | None:
     return None
 
 
-def write(model: VLM, cfg: DictConfig, folder: Path, way: Way) -> Proof:
+def write(model: VLM, cfg: DictConfig, folder: Path, route: ExportRoute) -> ExportCheck:
     """Write the model and its processor, and open them again to prove that they are the same.
 
     Args:
@@ -141,7 +141,7 @@ def write(model: VLM, cfg: DictConfig, folder: Path, way: Way) -> Proof:
             widest dtype, and is of no further use.
         cfg: the configuration it was built from.
         folder: a new or empty one.
-        way: as ``way_out`` found it.
+        route: as ``export_route`` found it.
 
     Raises:
         UserError: what was written is not the same; nothing of it is left.
@@ -149,27 +149,27 @@ def write(model: VLM, cfg: DictConfig, folder: Path, way: Way) -> Proof:
     probe = _Probe(model, cfg)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        _write_model(model, cfg, folder, way)
+        _write_model(model, cfg, folder, route)
         _write_processor(model, folder)
-        return probe.proved(folder, way)
+        return probe.verify(folder, route)
     except BaseException:
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
 
 
-def _write_model(model: VLM, cfg: DictConfig, folder: Path, way: Way) -> None:
+def _write_model(model: VLM, cfg: DictConfig, folder: Path, route: ExportRoute) -> None:
     encoder: Any = model.encoder
     dtype = widest(model)
     tower = whole_tower(encoder, cfg.encoder)
     model.lm.model.set_attn_implementation("sdpa")
-    config: Any = way.plan.config_of(model, tower)
+    config: Any = route.plan.config_of(model, tower)
     mask = type(model.mask).__module__.rpartition(".")[2]  # a choice is called as its file
     config.vlmlab = {"mask": mask}
     config.dtype = dtype
     with torch.device("meta"):
-        whole: Any = way.plan.model(config)
-    way.plan.place(whole, model, tower)
+        whole: Any = route.plan.model(config)
+    route.plan.place(whole, model, tower)
     assert not any(tensor.is_meta for tensor in whole.state_dict().values())
     whole.to(dtype)
     tokenizer = model.lm.plain_tokenizer
@@ -186,7 +186,7 @@ def widest(model: VLM) -> torch.dtype:
 
 
 def whole_tower(encoder: TowerEncoder, cfg: DictConfig) -> PreTrainedModel:
-    """The tower as it was loaded, layers behind the tapped one and the pooling head included, with what was trained."""
+    """The tower as it was loaded, layers above the tapped one and the pooling head included, with what was trained."""
     tower: Any = instantiate(cfg, layers=None, pooled=True).tower
     trained = encoder.tower.state_dict()
     tower.to(max((t.dtype for t in trained.values() if t.is_floating_point()), key=lambda dtype: dtype.itemsize))
@@ -240,7 +240,7 @@ class _Probe:
         return Sample("probe", (self.picture,), turns)
 
     @torch.no_grad()
-    def proved(self, folder: Path, way: Way) -> Proof:
+    def verify(self, folder: Path, route: ExportRoute) -> ExportCheck:
         """Open the folder by transformers' own classes.
 
         Raises:
@@ -250,12 +250,12 @@ class _Probe:
             opened: Any = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
         model, info = opened
         left = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-        if left or type(model) is not way.plan.model:
+        if left or type(model) is not route.plan.model:
             raise UserError(f"the model that was written does not open as it is ({listed(left, 80)}); report this.")
         processor = AutoProcessor.from_pretrained(folder, backend="pil")
         first, turns = self._asked(processor)
         batch = self.batch
-        shown = {} if way.sees is None else {"attention_mask": _sees(way.sees, batch)[:, None]}
+        shown = {} if route.sees is None else {"attention_mask": _sees(route.sees, batch)[:, None]}
         got = model.eval()(input_ids=batch.input_ids, pixel_values=first["pixel_values"].to(model.dtype), **shown)
         logits = got.logits[:, :-1][batch.labels[:, 1:] != -100].float()
         worst, largest = float((logits - self.logits).abs().max()), float(self.logits.abs().max())
@@ -263,7 +263,7 @@ class _Probe:
             raise UserError(
                 f"the model that was written is another: its logits are {worst:.1e} from the run's; export by form=run."
             )
-        return Proof(worst, largest, turns, str(self.dtype).rpartition(".")[2], self.halves)
+        return ExportCheck(worst, largest, turns, str(self.dtype).rpartition(".")[2], self.halves)
 
     def _asked(self, processor: Any) -> tuple[Any, bool]:
         """What the processor makes of the first question, and whether it reads the second as the lab does, too."""

@@ -1,4 +1,4 @@
-"""A mask outside the lab: as a few lines of torch that a model's card has, where those are proved to be the mask.
+"""A mask as code outside the lab: a few lines of torch in a model's card, which are proved to be the mask.
 
 A mask that is causal needs nothing. One that changes only what the prompt's positions see can be had by anybody: the
 prompt goes through the model once under a mask that is handed on, its keys and values are kept, and ``generate`` goes
@@ -48,16 +48,16 @@ def is_causal(mask: Mask) -> bool:
 def is_of_prompts(mask: Mask) -> bool:
     """Whether a token that is generated sees all before it, and changes nothing of what the prompt sees.
 
-    The last token of the prompt is read again behind the others, so that it sees all of them, too.
+    The last token of the prompt is read again after the others, so that it sees all of them, too.
     """
     for prompt in PROMPTS:
         size = len(prompt)
         layout, alone = _layout(prompt + "aaa"), _layout(prompt)
         q = _q(layout)
         allowed = mask(layout, q)
-        behind = torch.equal(allowed[:, size - 1 :], not_later(layout, q)[:, size - 1 :])
+        after = torch.equal(allowed[:, size - 1 :], not_later(layout, q)[:, size - 1 :])
         unchanged = torch.equal(allowed[:, : size - 1, :size], mask(alone, _q(alone))[:, : size - 1])
-        if not (behind and unchanged and not allowed[:, :size, size:].any()):
+        if not (after and unchanged and not allowed[:, :size, size:].any()):
             return False
     return True
 

@@ -1,4 +1,4 @@
-"""A run that can be carried: what ``vlmlab.load`` needs of it, and the towers that it was made of beside that.
+"""A run as a portable folder: what ``vlmlab.load`` needs of it, and the towers it was built from.
 
 <folder>/config.yaml, result.json, env.json, stages/   the run's, without the state of its optimizers
 <folder>/towers/<part>                                 towers that its configuration names by path
@@ -27,7 +27,7 @@ TOWERS = ("encoder", "lm", "text_tower")
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*")
 
 
-def carry(run: Path, cfg: DictConfig, folder: Path) -> None:
+def bundle(run: Path, cfg: DictConfig, folder: Path) -> None:
     """Copy a finished run.
 
     Args:

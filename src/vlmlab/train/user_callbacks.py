@@ -1,7 +1,7 @@
 """The user's Lightning callbacks: they see everything and change nothing.
 
-A run's identity does not depend on them, so that what they do is held to that: random states are put back after every
-moment in which they act, and weights, gradients and the trainer's wish to go on have to be as they were.
+A run's identity does not depend on them, so they must not change its result: random states are restored after every
+hook in which they act, and weights, gradients and ``trainer.should_stop`` have to be as they were.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def callbacks_of(cfg: DictConfig) -> dict[str, L.Callback]:
     """The callbacks of the group, each made anew, by name.
 
     Raises:
-        UserError: one is no Lightning callback, or writes checkpoints of its own.
+        UserError: one is not a Lightning callback, or writes checkpoints of its own.
     """
     made: dict[str, L.Callback] = {}
     for name, node in (cfg.get("callbacks") or {}).items():
@@ -34,7 +34,7 @@ def callbacks_of(cfg: DictConfig) -> dict[str, L.Callback]:
             continue
         found = instantiate(node)
         if not isinstance(found, L.Callback):
-            raise UserError(f"callbacks.{name}._target_={node._target_} is no Lightning callback; give one.")
+            raise UserError(f"callbacks.{name}._target_={node._target_} is not a Lightning callback; give one.")
         if isinstance(found, Checkpoint):
             raise UserError(
                 f"callbacks.{name}._target_={node._target_} writes checkpoints, which a run does by itself "
@@ -44,23 +44,23 @@ def callbacks_of(cfg: DictConfig) -> dict[str, L.Callback]:
     return made
 
 
-def fenced(guests: dict[str, L.Callback]) -> list[L.Callback]:
-    """The callbacks between two that hold them to their word; nothing where there are none."""
-    if not guests:
+def guarded(callbacks: dict[str, L.Callback]) -> list[L.Callback]:
+    """The callbacks between two others that check them; nothing where there are none."""
+    if not callbacks:
         return []
-    before = Fence(guests)
-    return [before, *guests.values(), Behind(before)]
+    before = CallbackGuard(callbacks)
+    return [before, *callbacks.values(), CallbackGuardEnd(before)]
 
 
-class Fence(L.Callback):
-    """Notes before every moment what the callbacks after it must leave alone.
+class CallbackGuard(L.Callback):
+    """Records before every hook what the callbacks after it must leave alone.
 
     Args:
-        guests: those callbacks, by name.
+        callbacks: those callbacks, by name.
     """
 
-    def __init__(self, guests: dict[str, L.Callback]) -> None:
-        self.guests = guests
+    def __init__(self, callbacks: dict[str, L.Callback]) -> None:
+        self.callbacks = callbacks
         self._noted: tuple[dict[str, Any], list[Tensor], bool] | None = None
 
     def note(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **named: Any) -> None:
@@ -78,7 +78,7 @@ class Fence(L.Callback):
         states, sums, stops = self._noted
         self._noted = None
         rng.restore(states)
-        names = ", ".join(f"callbacks.{name}" for name in self.guests)
+        names = ", ".join(f"callbacks.{name}" for name in self.callbacks)
         now = list(_sums(pl_module))
         if len(now) != len(sums) or not all(torch.equal(a, b) for a, b in zip(now, sums, strict=True)):
             raise UserError(f"{names}: weights or gradients were changed, and callbacks may only look; leave it out.")
@@ -97,19 +97,19 @@ class Fence(L.Callback):
     on_train_end = note
 
 
-class Behind(L.Callback):
-    """The other side of a fence: it comes after the callbacks.
+class CallbackGuardEnd(L.Callback):
+    """The end of a guard: it comes after the callbacks.
 
     Args:
-        fence: the first side.
+        guard: its beginning.
     """
 
-    def __init__(self, fence: Fence) -> None:
-        self.fence = fence
+    def __init__(self, guard: CallbackGuard) -> None:
+        self.guard = guard
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **named: Any) -> None:
-        """See `Fence.check`."""
-        self.fence.check(trainer, pl_module)
+        """See `CallbackGuard.check`."""
+        self.guard.check(trainer, pl_module)
 
     on_train_start = check
     on_train_epoch_start = check

@@ -1,4 +1,4 @@
-"""What a logger is that has more than rows."""
+"""The interface of a logger that also takes a summary of a run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 
-class Summed(Logger):
-    """A logger that has a summary of a run beside its rows, and is told how the run ended."""
+class SummaryLogger(Logger):
+    """A logger that takes a summary of a run beside its rows, and the exit code of the run."""
 
     @abstractmethod
     def summarise(self, cfg: DictConfig, folder: Path, scores: Mapping[str, float], cost: Mapping[str, float]) -> None:

@@ -17,7 +17,7 @@ from tests.test_conf import CONF
 from vlmlab.contracts.errors import UserError
 from vlmlab.recipe.stage import parse
 from vlmlab.runs.folder import RunFolder
-from vlmlab.train.mirrors import Mirrors, position
+from vlmlab.train.loggers import ExtraLoggers, position
 
 STEPS = 11  # of both stages of fake_lab.config
 
@@ -68,13 +68,13 @@ def test_a_logger_that_comes_late_is_told_what_was_before_and_looks_too(tmp_path
         {"stage": "tune", "step": 2, "loss": 0.5},
         {"stage": "tune", "step": 2, "held_out/loss": 1.0},
     ]
-    Mirrors(cfg, folder, True).tell(rows)
+    ExtraLoggers(cfg, folder, True).log(rows)
     assert [step for _, step in Told.rows] == [0, 6, 6, 8, 8]
     assert Told.rows[0][0] == {"held_out/loss": 2.0, "slice/a/vqa_accuracy": 0.5, "samples": 0.0}
     assert Told.rows[3][0] == {"train/loss": 0.5, "samples": 8.0 * 8}
-    Mirrors(cfg, folder, True).tell(rows)
+    ExtraLoggers(cfg, folder, True).log(rows)
     assert len(Told.rows) == 5
-    assert Mirrors(cfg, folder, False).loggers == []
+    assert ExtraLoggers(cfg, folder, False).loggers == []
 
 
 def test_steps_and_samples_go_on_over_stages() -> None:
@@ -98,7 +98,7 @@ def test_tensorboard_has_the_curves(tmp_path: Path) -> None:
     [
         (f"{__name__}.absent", "its package is not installed .*choose another logger"),
         ("lightning.pytorch.loggers.CSVLogger", "save_dir.*correct its keys"),
-        ("builtins.dict", "is no Lightning logger"),
+        ("builtins.dict", "is not a Lightning logger"),
     ],
 )
 def test_a_logger_that_cannot_be_made_is_refused_before_the_first_step(tmp_path: Path, target: str, said: str) -> None:

@@ -1,4 +1,4 @@
-"""A published model becomes a run: towers as transformers folders, the connector as the weights of its one stage.
+"""Import of a published model as a run: towers as transformers folders, the connector as the weights of its one stage.
 
 <run>/encoder, lm      ordinary transformers folders
 <run>/...              what any finished run has; its one stage ``published`` has learnt nothing
@@ -18,9 +18,9 @@ from transformers import GenerationConfig
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.encoder.preprocess import processor_of
-from vlmlab.engine.restore import enter, module_class, new_trainee, weights_file
+from vlmlab.engine.restore import enter, module_class, new_staged_model, weights_file
 from vlmlab.engine.stamp import stamps
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.published.model import Found
 from vlmlab.recipe.stage import Stage, parse
 from vlmlab.runs.config import plain
@@ -30,10 +30,10 @@ from vlmlab.runs.withheld import stored
 from vlmlab.towers.source import save_tower
 
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""What of the published generation settings goes with the language model; how to sample is said when it is asked."""
+"""What of the published generation settings goes with the language model; how to sample is chosen when it generates."""
 
 
-def take_apart(found: Found, cfg: DictConfig, to: Path, words: Sequence[str] = ()) -> dict[str, Any]:
+def split_model(found: Found, cfg: DictConfig, to: Path, words: Sequence[str] = ()) -> dict[str, Any]:
     """Write the run folder of a published model.
 
     Args:
@@ -54,13 +54,13 @@ def take_apart(found: Found, cfg: DictConfig, to: Path, words: Sequence[str] = (
         with RunFolder(to) as run:
             run.open(plain(cfg), list(words), written=stored(cfg))
             connector = _write_towers(found, to)
-            trainee, stage = _composed(cfg)
-            _give(trainee, connector, found)
+            staged, stage = _composed(cfg)
+            _give(staged, connector, found)
             file = weights_file(to, stage)
             file.parent.mkdir(parents=True)
-            trainee.save(file, stage, cfg, stamps(cfg, [stage], run, writes=True)[stage.name])
+            staged.save(file, stage, cfg, stamps(cfg, [stage], run, writes=True)[stage.name])
             run.update_env(published={"path": found.path, "class": found.plan.model.__name__})
-            params = sum(parameter.numel() for parameter in trainee.model.parameters())
+            params = sum(parameter.numel() for parameter in staged.model.parameters())
             return run.finish({}, {"params": params, "trainable": 0, "seconds": 0.0})
     except BaseException:
         for path in to.glob("*"):
@@ -81,22 +81,22 @@ def _write_towers(found: Found, to: Path) -> dict[str, Tensor]:
     return {name: weight.detach().float().clone() for name, weight in found.plan.connector(model).items()}
 
 
-def _composed(cfg: DictConfig) -> tuple[Trainee, Stage]:
+def _composed(cfg: DictConfig) -> tuple[StagedModel, Stage]:
     """The lab's model from the towers that were written, in the one stage of the recipe."""
     stage = parse(cfg)[0]
-    trainee = new_trainee(cfg, module_class(stage).build)
-    enter(trainee, cfg, stage)
-    return trainee, stage
+    staged = new_staged_model(cfg, module_class(stage).build)
+    enter(staged, cfg, stage)
+    return staged, stage
 
 
 @torch.no_grad()
-def _give(trainee: Trainee, weights: Mapping[str, Tensor], found: Found) -> None:
+def _give(staged: StagedModel, weights: Mapping[str, Tensor], found: Found) -> None:
     """The connector's weights, all of them.
 
     Raises:
         UserError: it has others.
     """
-    model: Any = trainee.model
+    model: Any = staged.model
     own = model.connector.state_dict()
     wrong = own.keys() ^ weights.keys() or {name for name in own if own[name].shape != weights[name].shape}
     if wrong:

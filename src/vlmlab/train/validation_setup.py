@@ -1,4 +1,4 @@
-"""What looks at a stage while it trains, made from the keys of ``evaluation``; and the best weights beside the last."""
+"""The validation of a stage, built from the keys of ``evaluation``; and the best weights beside the last."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlmlab.contracts.sample import SampleSource
 from vlmlab.engine.restore import evaluated_file
 from vlmlab.engine.stage import StageModule
 from vlmlab.engine.stamp import Stamp
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.evaluate.baselines import Limited
 from vlmlab.evaluate.run import held_out, mean_loss
 from vlmlab.evaluate.slices import Slice
@@ -23,30 +23,30 @@ from vlmlab.recipe.stage import Stage
 from vlmlab.runs.files import read_json, write_json
 from vlmlab.runs.folder import BEST, BEST_FACTS, RunFolder
 from vlmlab.train.choice import Choice, kept_since, looks_of
-from vlmlab.train.watch import KeepBest, Say, Watch, Write
+from vlmlab.train.validation import KeepBest, Say, Validation, Write
 
 OWN = ("held_out/loss", "held_out/shuffled_loss", "held_out/gap")
 """Numbers that only a stage has whose own data have held-out samples."""
 
 
-def watch_of(
+def validation_of(
     cfg: DictConfig,
     folder: RunFolder,
     module: StageModule,
-    trainee: Trainee,
+    staged: StagedModel,
     stamp: Stamp | None,
     collate: Callable[..., Any],
     home: Path,
     write: Write,
     say: Say,
-) -> Watch | None:
-    """With ``evaluation.every``, what looks at a stage; None where there is nothing to look at.
+) -> Validation | None:
+    """With ``evaluation.every``, the validation of a stage; None where there is nothing to validate on.
 
     Args:
         cfg: the configuration: ``evaluation``, ``data.val``, ``data.benchmarks``.
         folder: of the run.
         module: of the stage; says how far it is.
-        trainee: the model.
+        staged: the model.
         stamp: of the run and the stage, for the weights that are kept.
         collate: of the stage's own prompt.
         home: the stage's folder.
@@ -62,11 +62,11 @@ def watch_of(
     sources = _held_out(cfg, stage, collate)
     slices = [Slice(cfg, str(name)) for name in keys.get("slices") or ()]
     if not (sources or slices) or not isinstance(module.model, VLM):
-        say(f"note: stage {stage.name} is not looked at: it has no held-out samples, or its model answers nothing")
+        say(f"note: stage {stage.name} is not validated: it has no held-out samples, or its model does not generate")
         return None
-    keep = _keep(cfg, folder, module, "" in sources, partial(_save, stage, trainee, stamp, home, cfg), home, say)
+    keep = _keep(cfg, folder, module, "" in sources, partial(_save, stage, staged, stamp, home, cfg), home, say)
     decides = keep is not None and not keep.choice.monitor.startswith("held_out/")
-    return Watch(
+    return Validation(
         sources,
         partial(mean_loss, collate, size=int(keys.batch_size)),
         int(keys.every),
@@ -110,14 +110,14 @@ def _keep(
     if since is None:  # its best look so far was not kept
         since = module.done + 1
         if choice.save:
-            say(f"note: of stage {stage.name} only looks after step {module.done} can be the best that is kept")
+            say(f"note: of stage {stage.name} only validations after step {module.done} can be kept as the best")
     return KeepBest(choice, looks, partial(save, choice, since), since)
 
 
-def _save(stage: Stage, trainee: Trainee, stamp: Stamp | None, home: Path, cfg: DictConfig, *found: Any) -> None:
-    """Keep the weights as they are beside the last ones: the file first, then what is said of it."""
+def _save(stage: Stage, staged: StagedModel, stamp: Stamp | None, home: Path, cfg: DictConfig, *found: Any) -> None:
+    """Keep the weights as they are beside the last ones: the file first, then its facts."""
     choice, since, step, value = found
-    trainee.save(home / BEST, stage, cfg, stamp)
+    staged.save(home / BEST, stage, cfg, stamp)
     facts = {"monitor": choice.monitor, "mode": choice.mode, "since": since, "step": step, "value": value}
     write_json(home / BEST_FACTS, facts, durable=True)
 
@@ -132,10 +132,10 @@ def check_best(home: Path, keep: KeepBest | None, say: Say) -> None:
         return
     for name in (BEST_FACTS, BEST):
         (home / name).unlink(missing_ok=True)
-    say(f"note: {home / BEST} was not of the best look and is removed")
+    say(f"note: {home / BEST} was not of the best validation and is removed")
 
 
-def load_best(cfg: DictConfig, folder: Path, stage: Stage, trainee: Trainee, stamp: Stamp | None) -> str | None:
+def load_best(cfg: DictConfig, folder: Path, stage: Stage, staged: StagedModel, stamp: Stamp | None) -> str | None:
     """With ``evaluation.load_best``, give the last stage's model its best weights; a sentence that says so.
 
     Raises:
@@ -150,7 +150,7 @@ def load_best(cfg: DictConfig, folder: Path, stage: Stage, trainee: Trainee, sta
             f"{file} is the best by {facts.get('monitor')} ({facts.get('mode')}) and evaluation.monitor is "
             f"{cfg.evaluation.monitor} ({cfg.evaluation.mode}); give that one, or evaluation.load_best=false."
         )
-    trainee.load(file, stamp)
+    staged.load(file, stamp)
     return (
         f"scores are of the weights after step {facts.get('step')} of stage {stage.name}, the best by "
         f"{facts.get('monitor')} (evaluation.load_best)"

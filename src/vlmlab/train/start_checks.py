@@ -1,6 +1,6 @@
-"""What is looked at before a stage's first step: what generation is asked, and what visual tokens say of the image.
+"""Checks before a stage's first step: the prompts of generation, and how much visual tokens depend on the image.
 
-A prompt that is not the beginning of what is learnt is seen here, and a connector that starts blind.
+They show a prompt that is not the beginning of what is learnt, and a connector that starts blind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vlmlab.cache.none import NoCache
 from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import Sample, SampleSource
 from vlmlab.contracts.tensors import Batch
-from vlmlab.data.asking import proved
+from vlmlab.data.asking import check_prompt
 from vlmlab.data.collate import Collator
 from vlmlab.data.sampler import Order
 from vlmlab.engine.finite import as_evaluated
@@ -30,7 +30,7 @@ PROVED = 8
 """Rows whose prompts are held against what is learnt."""
 
 
-def prompts_proved(cfg: DictConfig, model: nn.Module, collate: object, source: SampleSource, order: Order) -> list[str]:
+def check_prompts(cfg: DictConfig, model: nn.Module, collate: object, source: SampleSource, order: Order) -> list[str]:
     """Lines that say where generation stops, and notes, after its prompts were held against what a stage learns.
 
     Where benchmarks are asked, theirs is the chat template, whatever prompt the stage has.
@@ -39,7 +39,7 @@ def prompts_proved(cfg: DictConfig, model: nn.Module, collate: object, source: S
         cfg: the configuration.
         model: the stage's.
         collate: of the stage; others than of prompts are passed over.
-        source: its samples; rows that cannot be used are for whoever loads the windows.
+        source: its samples; rows that cannot be used are left to the loader of the windows.
         order: the samples of its first steps are looked at.
 
     Raises:
@@ -55,7 +55,7 @@ def prompts_proved(cfg: DictConfig, model: nn.Module, collate: object, source: S
     left = PROVED
     for index in order.window(0):
         try:
-            lines += [f"note: {note}" for reader in readers for note in proved(reader, source[index])]
+            lines += [f"note: {note}" for reader in readers for note in check_prompt(reader, source[index])]
         except DataError:
             continue
         left -= 1
@@ -76,8 +76,8 @@ def differing_share(tokens: Tensor) -> float:
     return float(between / total) if float(total) > 0 else 0.0
 
 
-class Looks(L.Callback):
-    """Says before a stage's first step how much its visual tokens differ between images.
+class TokenVariance(L.Callback):
+    """Reports before a stage's first step how much its visual tokens differ between images.
 
     Args:
         source: the stage's samples.
@@ -96,7 +96,7 @@ class Looks(L.Callback):
         self.source, self.order, self.collate, self.say = source, order, collate, say
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Look, on rank 0, unless the stage goes on from a checkpoint, or a cache counts who reads it."""
+        """Report, on rank 0, unless the stage is resumed or the features come from a cache."""
         model = module.model
         if trainer.global_rank or getattr(module, "done", 0) or not isinstance(model, VLM):
             return
@@ -113,7 +113,7 @@ class Looks(L.Callback):
             self.say(f"visual tokens: {share:.3f} of their variance differs between images ({sum(map(len, seen))})")
 
     def _batches(self) -> Iterator[Batch]:
-        """The first usable rows, one by one; others are for whoever loads the windows to write down."""
+        """The first usable rows, one by one; others are written down by the loader of the windows."""
         images = 0
         for index in self.order.window(0):
             try:

@@ -14,7 +14,7 @@ from vlmlab.data.sampler import Order
 from vlmlab.engine.finite import as_evaluated
 from vlmlab.lm.hf import HfLanguageModel
 from vlmlab.model.build import build_collator
-from vlmlab.train.looks import IMAGES, Looks, differing_share, prompts_proved
+from vlmlab.train.start_checks import IMAGES, TokenVariance, check_prompts, differing_share
 
 
 def test_shares_by_hand() -> None:
@@ -44,7 +44,7 @@ def test_bad_rows_and_rows_without_images_are_passed_over() -> None:
     model = tiny.vlm()
     cfg = OmegaConf.create({"collate": {"max_length": 512, "pack_length": None}})
     collate = build_collator(cfg, model, "chat")
-    looks = Looks(tiny.SAMPLES, Order(len(tiny.SAMPLES), 8, 0, "s"), collate, print)
+    looks = TokenVariance(tiny.SAMPLES, Order(len(tiny.SAMPLES), 8, 0, "s"), collate, print)
     counts = [len(batch.pixels) for batch in looks._batches()]
     assert sum(counts) >= 1 and sum(counts[:-1]) < IMAGES
 
@@ -72,7 +72,7 @@ def proved_lines(
     if benchmarks:
         cfg.data.benchmarks = {"some": {}}
     collate = build_collator(cfg, model, prompt)
-    return prompts_proved(cfg, model, collate, source or tiny.SAMPLES, Order(4, 4, 0, "s"))
+    return check_prompts(cfg, model, collate, source or tiny.SAMPLES, Order(4, 4, 0, "s"))
 
 
 BLANK = "{% for m in messages %}{{ m['content'] + (eos_token if m['role'] == 'assistant' else ' A: ') }}{% endfor %}"
@@ -86,7 +86,7 @@ def test_where_generation_stops_is_said_and_what_is_worth_a_note() -> None:
 
 def test_a_stage_of_plain_prompts_is_held_to_what_benchmarks_ask() -> None:
     never_ends = BLANK.replace("eos_token", "'.'")
-    with pytest.raises(UserError, match="puts no end token behind an answer"):
+    with pytest.raises(UserError, match="puts no end token after an answer"):
         proved_lines(never_ends, prompt="plain")
     assert proved_lines(never_ends, prompt="plain", benchmarks=False) == []
     assert proved_lines(BLANK, prompt="plain") == ["generation stops at <|im_end|> (2)", f"note: {APART}"]

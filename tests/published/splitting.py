@@ -8,7 +8,7 @@ from typing import Any
 from tests.test_conf import composed
 
 from vlmlab.published.model import find
-from vlmlab.published.taken import take_apart
+from vlmlab.published.split import split_model
 
 
 def imported(folder: Path, to: Path, *words: str, **options: Any) -> Path:
@@ -22,5 +22,5 @@ def imported(folder: Path, to: Path, *words: str, **options: Any) -> Path:
     """
     found = find(str(folder), **options)
     every = [*found.words(to), *words]
-    take_apart(found, composed(*every), to, every)
+    split_model(found, composed(*every), to, every)
     return to

@@ -68,7 +68,9 @@ def test_one_that_changes_something_is_refused(tmp_path: Path, what: str, said: 
         run(config(callbacks={"mine": {"_target_": f"{__name__}.Meddling", "what": what}}), tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "said"), [(ModelCheckpoint, "writes checkpoints"), (dict, "no Lightning callback")])
+@pytest.mark.parametrize(
+    ("kind", "said"), [(ModelCheckpoint, "writes checkpoints"), (dict, "not a Lightning callback")]
+)
 def test_what_is_none_is_refused_before_the_first_step(tmp_path: Path, kind: type, said: str) -> None:
     with pytest.raises(UserError, match=said):
         run(config(callbacks={"mine": {"_target_": f"{kind.__module__}.{kind.__qualname__}"}}), tmp_path)

@@ -1,4 +1,4 @@
-"""Watches a stage learn: losses on held-out samples and slices of benchmarks, with right images and with wrong ones."""
+"""Validation during a stage: losses on held-out samples and slices of benchmarks, with right and with wrong images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Write = Callable[[Mapping[str, object]], None]
 Say = Callable[[str], None]
 
 
-class Asked(Protocol):
+class BenchmarkSlice(Protocol):
     """A slice of a benchmark."""
 
     def scores(self, model: VLM) -> Mapping[str, float]:
@@ -34,26 +34,26 @@ class Asked(Protocol):
         ...
 
 
-class Watch(L.Callback):
+class Validation(L.Callback):
     """Before a stage's first step, every so many steps, and after the last: a row of numbers in ``metrics.jsonl``.
 
     ``held_out/loss`` is that of the stage's own samples, ``held_out/shuffled_loss`` of the same with another sample's
     images: what lies between them is what the model takes from the images. Of further samples they are
     ``held_out/<name>/loss`` and ``held_out/<name>/shuffled_loss``, of slices ``slice/<benchmark>/<score>``. Training is
-    not disturbed by a bit: modes, random states and gradients are afterwards what they were, and one rank looks.
+    not changed by a bit: modes, random states and gradients are restored, and it runs on one rank.
 
     Args:
         sources: held-out samples by name; the stage's own have an empty one.
         loss: (model, samples) -> nats per supervised token.
-        every: optimizer steps between two looks.
+        every: optimizer steps between two validations.
         write: takes a row.
         slices: of benchmarks.
-        max_share: most of the time since the stage began that slices take: where one would take more, that look is
-            without; the first look has them. None: every look has them.
-        keep: knows the best look, keeps it, and says when the stage is over; None: nothing is chosen.
+        max_share: most of the time since the stage began that slices take: where one would take more, that validation
+            is without; the first has them. None: every one has them.
+        keep: keeps the best weights so far, and decides when the stage is over; None: nothing is chosen.
         say: takes a line.
-        compiled: whether the layers are compiled; looks go without, since their own graphs would count against the
-            limit that training's have.
+        compiled: whether the layers are compiled; validation runs eagerly, since its graphs would count against
+            training's limit.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Watch(L.Callback):
         loss: Loss,
         every: int,
         write: Write,
-        slices: Sequence[Asked] = (),
+        slices: Sequence[BenchmarkSlice] = (),
         max_share: float | None = None,
         keep: KeepBest | None = None,
         say: Say = lambda text: None,
@@ -79,34 +79,34 @@ class Watch(L.Callback):
         self.seconds = self._of_slices = self._last_slices = 0.0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Look before the first step; a stage that goes on has looked."""
+        """Validate before the first step, unless the stage is resumed."""
         assert isinstance(module, StageModule)
         self._began = time.perf_counter()
         if not module.done:
-            self._look(trainer, module)
+            self._validate(trainer, module)
         self._end_early(trainer, module)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
         """After every optimizer step."""
         assert isinstance(module, StageModule)
         if module.done % self.every == 0 or module.done == module.stage.steps:
-            self._look(trainer, module)
+            self._validate(trainer, module)
             self._end_early(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Say what part of the stage's time the looks took."""
+        """Report what part of the stage's time validation took."""
         if not self._looks:
             return
         share = self.seconds / max(time.perf_counter() - self._began, 1e-9)
         asked = f", {self._asked} of them with slices" if self.slices else ""
-        self.say(f"looks: {self._looks}{asked}; {self.seconds:.1f} s, {share:.0%} of this stage's time")
+        self.say(f"validation: {self._looks} times{asked}; {self.seconds:.1f} s, {share:.0%} of this stage's time")
 
-    def _look(self, trainer: L.Trainer, module: StageModule) -> None:
+    def _validate(self, trainer: L.Trainer, module: StageModule) -> None:
         model, began = module.model, time.perf_counter()
         if not trainer.is_global_zero or not isinstance(model, VLM):
             return
         self._looks += 1
-        with self._undisturbed(trainer, module, model):
+        with self._evaluation_mode(trainer, module, model):
             numbers = {name: self.loss(model, samples) for name, samples in self.sets.items()}
             numbers |= self._slices(model)
         self.write({"stage": module.stage.name, "step": module.done, **numbers})
@@ -127,8 +127,8 @@ class Watch(L.Callback):
         return scores
 
     @contextmanager
-    def _undisturbed(self, trainer: L.Trainer, module: StageModule, model: VLM) -> Iterator[None]:
-        """Look as at an evaluation.
+    def _evaluation_mode(self, trainer: L.Trainer, module: StageModule, model: VLM) -> Iterator[None]:
+        """Run as an evaluation does, and restore the training state.
 
         Raises:
             UserError: there is no memory for it.
@@ -143,30 +143,30 @@ class Watch(L.Callback):
                 raise
             where = f"stage {module.stage.name}, after step {module.done}"
             raise UserError(
-                f"{where}: a look found no memory; lower evaluation.batch_size, or set evaluation.every=null."
+                f"{where}: validation ran out of memory; lower evaluation.batch_size, or set evaluation.every=null."
             ) from error
         finally:
             rng.restore(states)
 
     def _end_early(self, trainer: L.Trainer, module: StageModule) -> None:
-        """Have all ranks end the stage, where rank 0 has waited long enough."""
+        """End the stage on all ranks, where rank 0 has waited long enough."""
         if self.keep is None or self.keep.choice.patience is None or module.done >= module.stage.steps:
             return
         over = trainer.is_global_zero and self.keep.over()
         if trainer.world_size > 1:
-            told = torch.tensor(int(over), device=module.device)
-            dist.all_reduce(told, op=dist.ReduceOp.MAX)
-            over = bool(told)
+            flag = torch.tensor(int(over), device=module.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            over = bool(flag)
         if over:
             trainer.should_stop = True
 
 
 class KeepBest:
-    """The best of a stage's looks so far.
+    """The best validation of a stage so far.
 
     Args:
-        choice: what it is known by.
-        looks: those of the same stage before this process.
+        choice: the number that decides.
+        looks: validations of the same stage before this process.
         save: keeps the weights as they are after a step that has this number.
         since: of `looks`, those from this step on count for what is kept.
     """
@@ -177,7 +177,7 @@ class KeepBest:
         self.choice, self.looks, self.save, self.since = choice, list(looks), save, since
 
     def see(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Take a look's numbers, and keep the weights where it is the best.
+        """Take a validation's numbers, and keep the weights where it is the best.
 
         Raises:
             UserError: the number that decides is not among them.
@@ -185,7 +185,7 @@ class KeepBest:
         value = self.choice.value(numbers)
         if value is None:
             raise UserError(
-                f"evaluation.monitor={self.choice.monitor} is no number of a look; choose one of "
+                f"evaluation.monitor={self.choice.monitor} is not a validation score; choose one of "
                 f"{listed([*numbers], 200)}, or held_out/gap."
             )
         best = self.best()
@@ -194,7 +194,7 @@ class KeepBest:
             self.save(step, value)
 
     def best(self) -> Look | None:
-        """The best look of those that were kept."""
+        """The best validation of those that were kept."""
         return self.choice.best(look for look in self.looks if look[0] >= self.since)
 
     def over(self) -> bool:

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tests import tiny
 from tests.published import models
-from tests.published.taking import imported
+from tests.published.splitting import imported
 from tests.test_conf import composed
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
@@ -29,9 +29,9 @@ from vlmlab.mask.bidir import Bidirectional
 from vlmlab.model.build import build_model
 from vlmlab.model.vlm import VLM
 from vlmlab.published.card import write_card
-from vlmlab.published.given import Proof, way_out, write
+from vlmlab.published.export import ExportCheck, export_route, write
+from vlmlab.published.mask_code import code, is_causal, is_of_prompts, needs_answers
 from vlmlab.published.prompts import conversation
-from vlmlab.published.sight import code, is_causal, is_of_prompts, needs_answers
 
 SQUARE, WIDE = tiny.picture(1), tiny.picture(2, (40, 90))
 TURNS = (("what colour is it", "two green squares"), ("how many", "red blue"))
@@ -53,11 +53,11 @@ def made(
     return model, cfg
 
 
-def given(model: VLM, cfg: DictConfig, folder: Path) -> Proof:
+def given(model: VLM, cfg: DictConfig, folder: Path) -> ExportCheck:
     model.merge()
-    way = way_out(model)
-    proof = write(model, cfg, folder, way)
-    write_card(folder, None, cfg, way, proof)
+    route = export_route(model)
+    proof = write(model, cfg, folder, route)
+    write_card(folder, None, cfg, route, proof)
     return proof
 
 
@@ -68,7 +68,7 @@ def logits_of(model: VLM, picture: Pixels) -> tuple[Tensor, Any]:
 
 
 def asker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The ``ask`` of the card's own snippet, which is run as it stands there."""
+    """The ``ask`` of the card's own snippet, which is run as it is printed."""
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
     assert len(blocks) == 1 and "vlmlab" not in blocks[0]
     Image.fromarray(SQUARE).save(folder / "picture.png")
@@ -157,7 +157,7 @@ def test_blip2_goes_out_as_it_came_in(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [ask(conversation(p, "what colour"), max_new_tokens=6).strip() for p in pictures] == said
     loaded.model.set_mask(Bidirectional())
     with pytest.raises(UserError, match="`generate` of Blip2ForConditionalGeneration takes no prompt"):
-        way_out(loaded.model)
+        export_route(loaded.model)
 
 
 NOT: dict[str, tuple[tuple[str, ...], str]] = {
@@ -175,14 +175,14 @@ def test_what_no_class_is(case: str) -> None:
     places = () if case == "encoder" else ("encoder=hf", f"encoder.path={tiny.siglip()}")
     model = build_model(composed(*places, "lm=hf", f"lm.path={tiny.qwen2()}", *words))
     with pytest.raises(UserError, match=why) as raised:
-        way_out(model)
+        export_route(model)
     assert len(str(raised.value)) < 300
 
 
 def test_a_window_under_a_mask(tmp_path: Path) -> None:
     model, _ = made("mask=bidir", lm=tiny.sliding_qwen2())
     with pytest.raises(UserError, match="layers that see a window"):
-        way_out(model)
+        export_route(model)
 
 
 def test_what_is_not_the_same_is_not_left_there(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Looks between the steps of a stage: that they change nothing, and what is chosen by them."""
+"""TokenVariance between the steps of a stage: that they change nothing, and what is chosen by them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vlmlab.runs.config import plain
 from vlmlab.runs.folder import RunFolder
 from vlmlab.train.choice import Choice
 from vlmlab.train.run import train
-from vlmlab.train.watch import Watch
+from vlmlab.train.validation import Validation
 
 MONITOR = "held_out/loss"
 STEPS = 3
@@ -130,7 +130,7 @@ def test_the_best_is_kept_beside_the_last_and_scored_if_a_key_says_so(tmp_path: 
     with pytest.raises(UserError, match=r"is the best by held_out/loss .max. and evaluation.monitor is"):
         trained(tmp_path, cfg)
     next(tmp_path.glob("stages/*/best.safetensors")).unlink()
-    with pytest.raises(UserError, match="kept no best look"):
+    with pytest.raises(UserError, match="has kept none"):
         load_trained(cfg, tmp_path)
 
 
@@ -153,7 +153,7 @@ def test_a_stage_ends_after_looks_that_bring_nothing_better_also_when_it_was_kil
 
 
 def test_a_score_that_no_slice_has_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluation\.monitor=slice/words/f1 is no number of a look"):
+    with pytest.raises(UserError, match=r"evaluation\.monitor=slice/words/f1 is not a validation score"):
         trained(tmp_path, config(2, slices=["words"], save_best=True, monitor="slice/words/f1"))
     assert not any(row.get("loss") for row in RunFolder(tmp_path).metrics())
 
@@ -171,8 +171,8 @@ def test_slices_take_their_share_of_the_time_and_no_more(
             clock[0] += 10
             return {"slice/a/vqa_accuracy": 1.0}
 
-    monkeypatch.setattr("vlmlab.train.watch.time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    watch = Watch({}, lambda *args: 0.0, 1, lambda row: None, [Slow()], share)
+    monkeypatch.setattr("vlmlab.train.validation.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    watch = Validation({}, lambda *args: 0.0, 1, lambda row: None, [Slow()], share)
     for clock[0] in (0, 20, 90):
         watch._slices(None)  # type: ignore[arg-type]
     assert found == asked
@@ -210,7 +210,7 @@ def test_what_cannot_be_asked_or_chosen_is_refused() -> None:
         cfg.evaluation.monitor = monitor
         assert best_look(plain(cfg), {}) is None
     for monitor, said in {
-        "loss": "is no number of a look",
+        "loss": "is not a validation score",
         "held_out/dense/loss": "set evaluation.watched=[dense]",
         "slice/pope/f1": "set evaluation.slices=[pope]",
     }.items():
@@ -219,9 +219,9 @@ def test_what_cannot_be_asked_or_chosen_is_refused() -> None:
     cfg.evaluation.load_best = True
     assert "evaluation.save_best=true" in str(best_look(plain(cfg), {}))
     cfg.evaluation.every = None
-    assert "there are none" in str(best_look(plain(cfg), {})) and "between steps" in str(slices(plain(cfg), {}))
+    assert "needs validation" in str(best_look(plain(cfg), {})) and "between steps" in str(slices(plain(cfg), {}))
     cfg.evaluation.load_best, cfg.evaluation.patience = False, None
-    assert "evaluation.monitor=slice/pope/f1 is about the best look" in str(best_look(plain(cfg), {}))
+    assert "evaluation.monitor=slice/pope/f1 says which validation is the best" in str(best_look(plain(cfg), {}))
     cfg.evaluation.slices = ["world_tset"]
     assert "evaluation.slices=world_tset is not in data.benchmarks" in str(slices(plain(cfg), {}))
 

@@ -18,7 +18,7 @@ from vlmlab.engine import rng
 from vlmlab.engine.shards import scattered
 from vlmlab.engine.stage import StageModule
 from vlmlab.engine.stamp import Stamp
-from vlmlab.engine.weights import Trainee
+from vlmlab.engine.weights import StagedModel
 from vlmlab.train.resume import content_of, save_last
 from vlmlab.train.signals import Interrupted, Signals
 
@@ -26,12 +26,12 @@ LEAST_SHARE = 10
 """Saving never takes more than about one part in this many of the time."""
 
 
-class Keeper(L.Callback):
+class StageCheckpoint(L.Callback):
     """Writes ``last.ckpt`` every `every_s` seconds and on signals; restores optimizer and random states.
 
     Args:
         path: of ``last.ckpt``.
-        trainee: the model.
+        staged: the model.
         signals: whether one came.
         before: fingerprints from the beginning of the stage.
         every_s: seconds between checkpoints; 0: after every step.
@@ -43,7 +43,7 @@ class Keeper(L.Callback):
     def __init__(
         self,
         path: Path,
-        trainee: Trainee,
+        staged: StagedModel,
         signals: Signals,
         before: dict[str, str],
         every_s: float,
@@ -51,7 +51,7 @@ class Keeper(L.Callback):
         saved: dict[str, Any] | None,
         stamp: Stamp | None = None,
     ) -> None:
-        self.path, self.trainee, self.signals, self.before = path, trainee, signals, before
+        self.path, self.staged, self.signals, self.before = path, staged, signals, before
         self.every_s, self.seed, self.saved, self.stamp = every_s, seed, saved, stamp
         self._earlier = float(saved["seconds"]) if saved else 0.0
         self._began = self._last_save = time.perf_counter()
@@ -123,7 +123,7 @@ class Keeper(L.Callback):
         assert isinstance(pl_module, StageModule)
         if not isinstance(exception, OutOfMemory) or exception.moved or not pl_module.done or self._states is None:
             return
-        if trainer.world_size == 1 and len(self.trainee.live()) == len(self.trainee.trained()):
+        if trainer.world_size == 1 and len(self.staged.live()) == len(self.staged.trained()):
             self._save(trainer, pl_module, [self._states])
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -146,7 +146,7 @@ class Keeper(L.Callback):
         content = content_of(
             module.stage,
             module.done,
-            self.trainee,
+            self.staged,
             _optimizer(trainer),
             trainer.precision_plugin.state_dict(),
             states,

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.published import models
-from tests.published.taking import imported
+from tests.published.splitting import imported
 from tests.test_conf import composed
 from tests.test_loading import SHORT, finished
 
@@ -21,7 +21,7 @@ from vlmlab.engine.weights import read_facts
 from vlmlab.export import export
 from vlmlab.mask.bidir import Bidirectional
 from vlmlab.published.model import find
-from vlmlab.published.taken import take_apart
+from vlmlab.published.split import split_model
 from vlmlab.runs.folder import RunFolder
 
 FILE = "stages/0_published/model.safetensors"
@@ -64,7 +64,7 @@ def test_it_is_tuned(run: Path, tmp_path: Path) -> None:
 def test_another_mask_on_the_same_weights(run: Path, tmp_path: Path) -> None:
     found = find(str(models.llava()))
     words = [word for word in found.words(tmp_path / "open") if not word.startswith("mask=")] + ["mask=bidir", *SHORT]
-    take_apart(found, composed(*words), tmp_path / "open", words)
+    split_model(found, composed(*words), tmp_path / "open", words)
     assert isinstance(vlmlab.load(tmp_path / "open", device="cpu").model.mask, Bidirectional)
     one, other = load_file(run / FILE), load_file(tmp_path / "open" / FILE)
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
@@ -85,7 +85,7 @@ def test_a_place_that_is_taken_or_weights_that_lack_leave_nothing(run: Path, tmp
     found = find(str(models.llava()))
     before = sorted(run.rglob("*"))
     with pytest.raises(UserError, match="has files in it; give a new or empty folder"):
-        take_apart(found, composed(*found.words(run)), run)
+        split_model(found, composed(*found.words(run)), run)
     assert sorted(run.rglob("*")) == before
     folder = tmp_path / "broken"
     folder.mkdir()
