@@ -78,7 +78,8 @@ class SampleSource(Protocol):
 class Metric(Protocol):
     """What a metric is: rows of predictions in, named scores of the whole set out, over all ranks.
 
-    One that is not defined over a single row says how many it needs by ``least_rows``.
+    One that is not defined over a single row says how many it needs by ``least_rows``. One whose comparison loses some
+    answers altogether has ``loses(answer)``, so that a set with such answers is noted.
     """
 
     def update(self, prediction: Any) -> None:

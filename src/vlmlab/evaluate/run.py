@@ -31,7 +31,7 @@ from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled, image_names
 from vlmlab.evaluate.lookup import Lookup, training_turns
 from vlmlab.evaluate.metrics.options import chosen
 from vlmlab.evaluate.metrics.rows import Row, read_rows, write_rows
-from vlmlab.evaluate.metrics.scoring import LOOKUP, PROBE, predictions_file, score_predictions
+from vlmlab.evaluate.metrics.scoring import LOOKUP, PROBE, lost_answers, predictions_file, score_predictions
 from vlmlab.evaluate.pairs import pair_parts
 from vlmlab.evaluate.probe import address, probes, shipped
 from vlmlab.model.build import build_cache, build_collator
@@ -164,6 +164,8 @@ def _benchmark(
         say(f"{name} {PROBE}: {len(probed)} answers")
         floors.append(PROBE)
     metrics = [instantiate(metric, _partial_=True) for metric in benchmark.metrics]
+    for note_ in lost_answers(folder, name, metrics):
+        say(f"note: {note_}")
     return score_predictions(folder, name, metrics, floors)
 
 
