@@ -72,7 +72,7 @@ def test_requests_are_answered_as_the_lab_answers(harness: Any, monkeypatch: pyt
 
 
 def test_options_by_the_older_interface(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As lmms-eval 0.7 sends them: one request an option, and the lowest number wins; of a called target it does not."""
+    """As lmms-eval 0.7 sends them: one request an option, and the lowest number wins; a called target is no option."""
     collate = {"max_length": 512, "pack_length": None, "questions": "whole"}
     loaded = LoadedModel(tiny.vlm(), OmegaConf.create({"collate": collate}))
     monkeypatch.setattr(harness, "load", lambda run, **options: loaded)
