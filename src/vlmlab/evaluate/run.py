@@ -164,8 +164,8 @@ def _benchmark(
         say(f"{name} {PROBE}: {len(probed)} answers")
         floors.append(PROBE)
     metrics = [instantiate(metric, _partial_=True) for metric in benchmark.metrics]
-    for note_ in lost_answers(folder, name, metrics):
-        say(f"note: {note_}")
+    for lost in lost_answers(folder, name, metrics):
+        say(f"note: {lost}")
     return score_predictions(folder, name, metrics, floors)
 
 
@@ -229,7 +229,7 @@ def _probed(model: VLM, cfg: DictConfig, name: str, source: SampleSource) -> lis
     several maps the one under which the right answers are likeliest.
     """
     asked, benchmark = cfg.evaluation.get("probe", "auto"), cfg.data.benchmarks[name]
-    if asked is False or (asked != True and scores_options(cfg, name)):  # noqa: E712  # what ships are answers in words
+    if asked is False or (asked is not True and scores_options(cfg, name)):  # what ships are answers in words
         return []
     if asked is True:
         probed = probes(cfg, model)

@@ -101,17 +101,12 @@ def parse_question(row: Row, form: VqaFormat, folder: ImageFolder | None) -> Que
     if folder is not None:
         image = checked_image(row, image, folder)
     question = row.untagged(row.get(form.question_key), form.question_key)
-    listed_, options = "", tuple[str, ...]()
-    if form.choices_key is None:
-        answer, references = _answers(row, form)
-    else:
-        answer, options, listed_ = _choice(row, form, form.choices_key)
-        references = ()
+    answer, references, options, shown = _answered(row, form)
     id_ = f"{row.file.stem}-{row.number}"
     if form.id_key is not None:
         key = first_key(row, form.id_key)
         id_ = _word(row, row.get(key), key)
-    prompt = "\n".join(words for words in (question, listed_, form.suffix) if words)
+    prompt = "\n".join(words for words in (question, shown, form.suffix) if words)
     return Question(id_, image, prompt, answer, references, _kind(row, form, answer), options)
 
 
@@ -123,6 +118,14 @@ def _numbered(row: Row, key: str, name: str) -> str:
     if not isinstance(value, int) or isinstance(value, bool):
         raise row.error(f"'{key}' is {describe(value)}, and no whole number", "set image_name=null if it is a name")
     return name.format(value)
+
+
+def _answered(row: Row, form: VqaFormat) -> tuple[str, tuple[str, ...], tuple[str, ...], str]:
+    """The answer to learn, what people answered, the options, and how they are listed behind the question."""
+    if form.choices_key is None:
+        return *_answers(row, form), (), ""
+    answer, options, shown = _choice(row, form, form.choices_key)
+    return answer, (), options, shown
 
 
 def _choice(row: Row, form: VqaFormat, key: str) -> tuple[str, tuple[str, ...], str]:
