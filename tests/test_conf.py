@@ -19,7 +19,7 @@ from vlmlab.runs.config import config_hash, plain
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("hydra",))
-MANDATORY = {"path": "x", "images": "y"}
+MANDATORY = {"path": "x", "images": "y", "annotations": "z"}
 ADDED = ("memory_mask", "experiment", "text_tower", "pair_head", "benchmark")
 """Groups that no run has unless they are added: another choice's file takes one into its keys
 (``/memory_mask@sees: before``), or the command line does (``+experiment=...``)."""
@@ -51,9 +51,10 @@ def test_every_choice_composes_and_is_commented(group: str, choice: str) -> None
     at = elsewhere.get(group, group)  # these set other groups
     node = OmegaConf.select(cfg, at)
     assert node is not None
-    for key, value in MANDATORY.items():
-        if OmegaConf.is_config(node) and OmegaConf.is_missing(node, key):
-            OmegaConf.update(cfg, f"{at}.{key}", value)
+    for (key, value), within in itertools.product(MANDATORY.items(), ("", ".source", ".source.source")):
+        place = OmegaConf.select(cfg, at + within)
+        if OmegaConf.is_config(place) and OmegaConf.is_missing(place, key):
+            OmegaConf.update(cfg, f"{at}{within}.{key}", value)
     resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     assert resolved or choice in ("none",)
 

@@ -292,6 +292,25 @@ def test_earlier_turns_are_read(model: LoadedModel) -> None:
 
 
 @torch.no_grad()
+def test_likelihoods_of_answers(model: LoadedModel) -> None:
+    """Those of their tokens' probabilities, with what was said before; the answer of generation is greedy."""
+    image, options = tiny.picture(1), ["red", "a large blue circle", "no"]
+    found = model.likelihood(image, "What color is the circle?", options)
+    for answer, log in zip(options, found, strict=True):
+        tokens = model.probabilities(image, "What color is the circle?", answer)
+        assert log == pytest.approx(float(np.log([p for _, p in tokens]).sum()), abs=1e-4)
+    with_history = model.likelihood(image, "Is there a circle?", ["yes", "no"], history=[("How many?", "3")])
+    assert with_history != model.likelihood(image, "Is there a circle?", ["yes", "no"])
+    said = model.generate(image, "How many objects are there?", max_new_tokens=20)
+    assert [one.greedy for one in model.likelihoods(image, "How many objects are there?", [said, "ring"])] == [
+        True,
+        False,
+    ]
+    for wrong in ([], "yes", ["yes", " "], [1]):
+        with pytest.raises(UserError, match="has no answers to choose from; give a list of texts, none empty"):
+            model.likelihood(image, "hm", wrong)  # type: ignore[arg-type]
+
+
 def test_probabilities_are_those_of_generation(model: LoadedModel) -> None:
     """Greedy, each token is the most probable one; and by hand from the logits."""
     image, question = tiny.picture(2), "How many objects are there?"

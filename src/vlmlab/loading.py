@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +28,8 @@ from vlmlab.engine import rng
 from vlmlab.engine.device import device_of
 from vlmlab.engine.restore import load_trained
 from vlmlab.model.build import build_collator
+from vlmlab.model.likelihood import Likelihood, option_likelihoods
+from vlmlab.model.questions import unequal_in_options
 from vlmlab.model.vlm import VLM
 from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.trust import building, saved_config
@@ -200,6 +203,52 @@ class LoadedModel:
         chosen = outputs.logits.float().log_softmax(-1).gather(1, outputs.targets[:, None])[:, 0].exp()
         pieces = [str(self.model.lm.tokenizer.decode([token])) for token in outputs.targets.tolist()]
         return list(zip(pieces, chosen.tolist(), strict=True))
+
+    def likelihood(
+        self,
+        image: Picture | Sequence[Picture] | None,
+        question: str,
+        options: Sequence[str],
+        *,
+        system: str = "",
+        history: Sequence[tuple[str, str]] = (),
+    ) -> list[float]:
+        """The log-likelihood of each of some answers, in nats, its end included; the prompt is read once.
+
+        Where the mask does not let answers share their prompt, each has a row of its own; the numbers are the same.
+
+        Args:
+            image: as for ``generate``.
+            question: likewise.
+            options: the answers, as in ``["yes", "no"]``.
+            system: as for ``generate``.
+            history: likewise.
+
+        Returns:
+            One number an option, in their order: the sum over its tokens.
+
+        Raises:
+            UserError: as ``generate`` of its image and question; no options, or an empty one.
+        """
+        return [found.log for found in self.likelihoods(image, question, options, system=system, history=history)]
+
+    def likelihoods(
+        self,
+        image: Picture | Sequence[Picture] | None,
+        question: str,
+        options: Sequence[str],
+        *,
+        system: str = "",
+        history: Sequence[tuple[str, str]] = (),
+    ) -> list[Likelihood]:
+        """As ``likelihood``, each with whether it is what greedy decoding would say."""
+        if isinstance(options, str) or not options or not all(isinstance(o, str) and o.strip() for o in options):
+            raise UserError(f"options={options!r} has no answers to choose from; give a list of texts, none empty.")
+        sample = self._sample(image, [*history, (question, "")], system)
+        turns = (*sample.turns[:-1], replace(sample.turns[-1], options=tuple(options)))
+        shared = unequal_in_options(self.model) is None
+        asked = [replace(sample, turns=turns)]
+        return option_likelihoods(self.model, self._collator, asked, len(options), shared)[0]
 
     def _sample(
         self, image: Picture | Sequence[Picture] | None, turns: Sequence[tuple[str, str]], system: str

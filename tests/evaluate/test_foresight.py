@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.evaluate.foresight import check_evaluation
 from vlmlab.model.vlm import VLM
 
+OPTIONS = "vlmlab.evaluate.metrics.options.OptionAccuracy"
 CAPTIONS = "vlmlab.evaluate.metrics.captions.CaptionScores"
 
 
@@ -134,3 +136,27 @@ def test_a_metric_that_cannot_be_built_is_found(model: VLM) -> None:
     with pytest.raises(Exception, match="references_by=birds") as caught:
         check_evaluation(cfg, model)
     assert isinstance(caught.value, UserError) or isinstance(caught.value.__cause__, UserError)
+
+
+class Lettered(Records):
+    """Questions with letters to choose from."""
+
+    def turns(self, index: int) -> Sequence[Turn]:
+        return tuple(replace(turn, answer="B", options=("A", "B")) for turn in Records.turns(self, index))
+
+
+def test_options_are_asked_for_before_training(model: VLM) -> None:
+    cfg = config({}, {}, OPTIONS)
+    cfg.data.benchmarks.toy.scoring = "likelihood"
+    with pytest.raises(UserError, match=r"toy\.scoring=likelihood chooses from options, and sample q0 has none"):
+        check_evaluation(cfg, model)
+    cfg.data.benchmarks.toy.source = {"_target_": f"{__name__}.Lettered"}
+    check_evaluation(cfg, model)
+
+
+@pytest.mark.parametrize("metric", [VQA, "vlmlab.evaluate.metrics.token_f1.TokenF1"])
+def test_letters_are_no_answers_for_the_vqa_evaluator(model: VLM, metric: str) -> None:
+    cfg = config({}, {}, metric)
+    cfg.data.benchmarks.toy.source = {"_target_": f"{__name__}.Lettered"}
+    with pytest.raises(UserError, match=r"toy\.metrics has \w+, which leaves nothing of the option 'A' \(it drops"):
+        check_evaluation(cfg, model)

@@ -20,8 +20,11 @@ from vlmlab.evaluate.gallery import side_by_side, write_gallery
 from vlmlab.evaluate.lookup import Lookup
 from vlmlab.evaluate.metrics.rows import read_rows
 from vlmlab.evaluate.metrics.vqa import VqaAccuracy
+from vlmlab.evaluate.rescore import rescored
 from vlmlab.evaluate.run import evaluate_model, held_out_losses, mean_loss
+from vlmlab.evaluate.slices import Slice
 from vlmlab.mask.prefix_lm import PrefixLM
+from vlmlab.mask.visual_rows_open import VisualRowsOpen
 from vlmlab.model.build import build_collator
 from vlmlab.model.vlm import VLM
 
@@ -270,3 +273,64 @@ def test_several_images_stand_side_by_side() -> None:
     joined = side_by_side((tiny.picture(1, (8, 6)), tiny.picture(2, (4, 5))))
     assert joined.shape == (8, 6 + 4 + 5, 3)
     assert (joined[:8, :6] == tiny.picture(1, (8, 6))).all() and (joined[:4, 10:] == tiny.picture(2, (4, 5))).all()
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+class Choosing(list):  # type: ignore[type-arg]
+    """Questions with options, one with two images and one without an image."""
+
+    def __init__(self) -> None:
+        options = ("two green squares", "no red", "green", "two red things are there", "big blue")
+        kept = [s for s in tiny.SAMPLES if s.turns[-1].answer in options]
+        super().__init__(replace(s, turns=(*s.turns[:-1], replace(s.turns[-1], options=options))) for s in kept)
+
+
+def by_likelihood() -> DictConfig:
+    cfg = toy_config({"_target_": f"{__name__}.Choosing"}, {}, "vlmlab.evaluate.metrics.options.OptionAccuracy")
+    cfg.data.val, cfg.data.benchmarks.toy.scoring = {}, "likelihood"
+    return cfg
+
+
+def test_options_are_chosen_alike_at_every_batch_size_and_as_rows(model: VLM, tmp_path: Path) -> None:
+    """Also with wrong images and with none; what is kept is enough to score again."""
+    cfg, found = by_likelihood(), {}
+    for way in (1, 2, 8, "rows"):
+        said: list[str] = []
+        cfg.evaluation.batch_size = 3 if way == "rows" else way
+        asked = tiny.vlm(mask=VisualRowsOpen()) if way == "rows" else model
+        scores = evaluate_model(asked, cfg, tmp_path / str(way), said.append)
+        files = [tmp_path / str(way) / "predictions" / f"toy{name}.jsonl" for name in ("", ".shuffled", ".no_image")]
+        found[way] = scores, [read_rows(file) for file in files]
+        assert said[0].startswith("note: scoring=likelihood: each option has a row of its own") is (way == "rows")
+    scores, sets = found[8]
+    for way in (1, 2):
+        assert found[way][0] == scores
+        for rows, others in zip(sets, found[way][1], strict=True):
+            assert [row.prediction for row in rows] == [row.prediction for row in others]
+            for row, other in zip(rows, others, strict=True):
+                assert row.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-4)
+    assert all(row.prediction == row.options[max(range(5), key=lambda k: row.log_likelihoods[k])] for row in sets[0])
+    right, wrong, blind = ([row.log_likelihoods for row in rows] for rows in sets)
+    assert right[0] != wrong[0] and right[0] != blind[0]
+    assert {"toy/option_accuracy/shuffled", "toy/option_accuracy_norm/no_image", "toy/chance"} <= {*scores}
+    assert rescored(tmp_path / "8", cfg, None, None, trust=False) == scores
+
+
+def test_slices_and_the_lookup_choose_too(model: VLM, tmp_path: Path) -> None:
+    cfg = with_lookup(by_likelihood(), _target_=f"{__name__}.Choosing")
+    cfg.evaluation.slice_samples = 3
+    taken = Slice(cfg, "toy").scores(model)
+    assert {"slice/toy/option_accuracy", "slice/toy/option_accuracy_norm/shuffled"} <= {*taken}
+    scores = evaluate_model(model, cfg, tmp_path, print)
+    looked = read_rows(tmp_path / "predictions" / "toy.lookup.jsonl")
+    assert {row.log_likelihoods for row in looked} == {()} and scores["toy/option_accuracy/lookup"] > 0
+
+
+def test_without_options_nothing_is_chosen(model: VLM, tmp_path: Path) -> None:
+    cfg = config()
+    cfg.data.val, cfg.data.benchmarks.toy.scoring = {}, "likelihood"
+    with pytest.raises(Unscored) as caught:
+        evaluate_model(model, cfg, tmp_path, print)
+    assert "has no options, and scoring=likelihood chooses from some" in caught.value.failed["toy"]

@@ -19,7 +19,7 @@ from vlmlab.runs.folder import RunFolder
 from vlmlab.runs.lock import is_locked
 from vlmlab.runs.names import override_key
 
-FIRST = ("vqa_accuracy", "cider_d", "iou_accuracy", "answer_form")
+FIRST = ("vqa_accuracy", "option_accuracy", "cider_d", "iou_accuracy", "answer_form")
 """Scores that come first in tables and that figures show."""
 FLOOR = "floor"
 """Before the name of the highest floor, the one that ``normalised`` is over."""

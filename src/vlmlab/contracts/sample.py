@@ -28,6 +28,8 @@ class Turn:
         chance: accuracy in 0..1 of the best answer that never looks at the image; None where unknown.
         group: a part of the benchmark that is scored apart, across the kinds ("held_out_pair"); empty where there are
             none. Left out of the repr, which covers the text alone (its hash fixes the embedded world's samples).
+        options: the answers to choose from, the right one among them; empty where the answer is free. Left out of the
+            repr, likewise.
     """
 
     prompt: str
@@ -36,6 +38,7 @@ class Turn:
     references: tuple[str, ...] = ()
     chance: float | None = None
     group: str = field(default="", repr=False)
+    options: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class SampleSource(Protocol):
 class Metric(Protocol):
     """What a metric is: rows of predictions in, named scores of the whole set out, over all ranks.
 
-    One that is not defined over a single row says how many it needs by ``least_rows``.
+    One that is not defined over a single row says how many it needs by ``least_rows``. One whose comparison loses some
+    answers altogether has ``loses(answer)``, so that a set with such answers is noted.
     """
 
     def update(self, prediction: Any) -> None:

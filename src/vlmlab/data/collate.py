@@ -14,6 +14,7 @@ from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Image, Sample
 from vlmlab.contracts.tensors import Batch, Images, Kind, Layout
 from vlmlab.data.chat import IGNORE, SYSTEM, ChatEncoder, Encoded, questions_of
+from vlmlab.data.options import answered, prompt_length
 from vlmlab.data.questions import Questions, joined, of_same_images, split_questions, within
 
 Resize = Callable[[Image], Image]
@@ -71,6 +72,24 @@ class Collator:
         groups = of_same_images(samples) if self.questions == "tree" else ([i] for i in range(len(samples)))
         trees = [(samples[some[0]], joined([encoded[i] for i in some], samples[some[0]].id)) for some in groups]
         return self._batch([s for s, _ in trees], [e for _, e in trees], [[i] for i in range(len(trees))], left=True)
+
+    def choose(self, samples: Sequence[Sample]) -> Batch:
+        """Each option of every sample's last turn as its answer, supervised, in the order of samples and options.
+
+        A sample is a tree whose branches are the options, behind one prompt (several where they would be longer than
+        ``max_length``), and with a single option a row; padded on the right.
+
+        Raises:
+            DataError: a sample has no options, or cannot be used.
+            UserError: the chat template has another prompt before another answer.
+        """
+        read: list[tuple[Sample, Encoded]] = []
+        for sample in samples:
+            parts = [_prompted(part, self.prompt_tokens) for part in answered(self.encoder, sample)]
+            trunk = prompt_length(parts, sample.id)
+            groups = within(parts, self.encoder.max_length, trunk)
+            read += [(sample, joined(some, sample.id, trunk)) for some in groups]
+        return self._batch([s for s, _ in read], [e for _, e in read], [[i] for i in range(len(read))], left=False)
 
     def _batch(self, samples: Sequence[Sample], encoded: list[Encoded], rows: list[list[int]], left: bool) -> Batch:
         if not samples:

@@ -76,9 +76,15 @@ def _begins_as(sample: Sample, other: Sample) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(sample.images, other.images, strict=True))
 
 
-def within(parts: Sequence[Encoded], limit: int) -> Iterator[Sequence[Encoded]]:
-    """The questions of one sample, in order, for trees of at most `limit` tokens; a single one may be longer."""
-    trunk = shared(parts)
+def within(parts: Sequence[Encoded], limit: int, trunk: int | None = None) -> Iterator[Sequence[Encoded]]:
+    """The questions of one sample, in order, for trees of at most `limit` tokens; a single one may be longer.
+
+    Args:
+        parts: each question with all that is before it.
+        limit: most tokens of a tree.
+        trunk: with how many tokens they begin; None: `shared`.
+    """
+    trunk = shared(parts) if trunk is None else trunk
     start, room = 0, limit - trunk
     for k, part in enumerate(parts):
         own = len(part.ids) - trunk
@@ -104,12 +110,13 @@ def _token(encoded: Encoded, index: int) -> tuple[int, int, int]:
     return encoded.ids[index], encoded.roles[index], encoded.image[index]
 
 
-def joined(parts: Sequence[Encoded], name: str) -> Encoded:
+def joined(parts: Sequence[Encoded], name: str, trunk: int | None = None) -> Encoded:
     """The questions of one sample as a tree; a single one as it is.
 
     Args:
         parts: each question with all that is before it.
         name: of the sample, for the sentence.
+        trunk: with how many tokens they begin; None: `shared`.
 
     Raises:
         UserError: an image is after something that differs between the questions.
@@ -117,7 +124,7 @@ def joined(parts: Sequence[Encoded], name: str) -> Encoded:
     first = parts[0]
     if len(parts) == 1:
         return first
-    trunk = shared(parts)
+    trunk = shared(parts) if trunk is None else trunk
     last = max((i + 1 for i, image in enumerate(first.image) if image >= 0), default=0)
     if any(e.places != first.places for e in parts) or max([last, *first.places]) > trunk:
         raise UserError(

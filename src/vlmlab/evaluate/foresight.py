@@ -13,7 +13,7 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from vlmlab.contracts.errors import DataError
+from vlmlab.contracts.errors import DataError, UserError
 from vlmlab.contracts.sample import IMAGE_TAG, Sample, SampleSource
 from vlmlab.data.collate import Collator
 from vlmlab.data.questions import split_questions
@@ -42,6 +42,7 @@ def check_evaluation(cfg: DictConfig, model: VLM) -> None:
 
     Raises:
         DataError: a benchmark or held-out set cannot be scored; names its key, and the row.
+        UserError: options are to be scored and there are none, or a metric takes one for nothing.
     """
     longer = OmegaConf.merge(cfg, {"collate": {"max_length": UNLIMITED}})
     assert isinstance(longer, DictConfig)
@@ -74,6 +75,9 @@ class _Look:
                     f"{key} has {len(source)} samples and {type(metric).__name__} needs {least}; give it more, or "
                     "raise budget.eval_limit."
                 )
+            self._refuse_lost(key, metric, source)
+        if benchmark.get("scoring") == "likelihood":
+            self._refuse_without_options(key, source)
         self._refuse_rows(key, source, self._asked)
         self._refuse_one_image(key, source, "data.test_fraction")
 
@@ -133,6 +137,31 @@ class _Look:
             if length > self.longest:
                 found.append((told.id, length))
         return forged, found
+
+    def _refuse_lost(self, key: str, metric: object, source: Limited) -> None:
+        """Refuse a metric that takes options for nothing, as the letter A for an article; the first question tells."""
+        loses = getattr(metric, "loses", None)
+        if loses is None:
+            return
+        with suppress(DataError):
+            lost = next((option for option in _told(source.source, 0).turns[-1].options if loses(option)), None)
+            if lost is not None:
+                raise UserError(
+                    f"{key}.metrics has {type(metric).__name__}, which leaves nothing of the option {lost!r} (it drops "
+                    "articles and marks); take vlmlab.evaluate.metrics.options.OptionAccuracy in its place."
+                )
+
+    def _refuse_without_options(self, key: str, source: Limited) -> None:
+        whole = getattr(source.source, "turns_in_memory", False)
+        for index in range(len(source) if whole else min(len(source), READ)):
+            with suppress(DataError):
+                told = _told(source.source, index)
+                if told.turns[-1].options:
+                    continue
+                raise UserError(
+                    f"{key}.scoring=likelihood chooses from options, and sample {told.id} has none; set "
+                    "scoring=generate, or give them by vlmlab.data.options.ClosedAnswers."
+                )
 
     # -- images --------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 
 from vlmlab.contracts.errors import UserError, listed, reason
 from vlmlab.contracts.sample import Metric
-from vlmlab.evaluate.metrics.scoring import score_predictions
+from vlmlab.contracts.terminal import tell
+from vlmlab.evaluate.metrics.scoring import lost_answers, score_predictions
 from vlmlab.runs.trust import building, is_ours
 
 
@@ -43,7 +44,10 @@ def rescored(
     for name in benchmarks or known:
         with building(folder):
             own = [partial(instantiate, metric) for metric in config.data.benchmarks[name].metrics]
-        scores |= score_predictions(folder, name, own if others is None else others)
+        chosen = own if others is None else others
+        for note in lost_answers(folder, name, chosen):
+            tell(f"note: {note}")
+        scores |= score_predictions(folder, name, chosen)
     return scores
 
 

@@ -29,13 +29,15 @@ from vlmlab.data.questions import split_questions
 from vlmlab.data.skipped import Replaced, note
 from vlmlab.evaluate.baselines import Limited, NoImage, Shuffled, image_names
 from vlmlab.evaluate.lookup import Lookup, training_turns
+from vlmlab.evaluate.metrics.options import chosen
 from vlmlab.evaluate.metrics.rows import Row, read_rows, write_rows
-from vlmlab.evaluate.metrics.scoring import LOOKUP, PROBE, predictions_file, score_predictions
+from vlmlab.evaluate.metrics.scoring import LOOKUP, PROBE, lost_answers, predictions_file, score_predictions
 from vlmlab.evaluate.pairs import pair_parts
 from vlmlab.evaluate.probe import address, probes, shipped
 from vlmlab.model.build import build_cache, build_collator
+from vlmlab.model.likelihood import option_likelihoods
 from vlmlab.model.pair import PairedTowers
-from vlmlab.model.questions import unequal_in_trees
+from vlmlab.model.questions import unequal_in_options, unequal_in_trees
 from vlmlab.model.vlm import VLM
 
 BASELINES: dict[str, Callable[[SampleSource], SampleSource]] = {"shuffled": Shuffled, "no_image": NoImage}
@@ -77,6 +79,9 @@ def _parts(model: VLM, cfg: DictConfig, folder: Path, say: Progress) -> dict[str
     """What gives the scores of every benchmark and held-out set, by its name."""
     if cfg.evaluation.get("share_images") and (why := unequal_in_trees(model)) is not None:
         say(f"note: evaluation.share_images=true: each question reads its images itself, since {why}")
+    scored = any(scores_options(cfg, str(name)) for name in cfg.data.benchmarks)
+    if scored and (why := unequal_in_options(model)) is not None:
+        say(f"note: scoring=likelihood: each option has a row of its own with its question and images, since {why}")
     lookup = _lookup(cfg, say) if cfg.data.benchmarks else None
     parts: dict[str, Callable[[], Mapping[str, float]]] = {
         str(name): partial(_benchmark, model, cfg, folder, str(name), lookup, say) for name in cfg.data.benchmarks
@@ -159,6 +164,8 @@ def _benchmark(
         say(f"{name} {PROBE}: {len(probed)} answers")
         floors.append(PROBE)
     metrics = [instantiate(metric, _partial_=True) for metric in benchmark.metrics]
+    for lost in lost_answers(folder, name, metrics):
+        say(f"note: {lost}")
     return score_predictions(folder, name, metrics, floors)
 
 
@@ -179,11 +186,14 @@ def _lookup(cfg: DictConfig, say: Progress) -> Lookup | None:
 def looked_up(lookup: Lookup, folder: Path, name: str) -> list[Row]:
     """The questions of a benchmark, which its predictions hold, with the lookup's answers."""
     rows = read_rows(predictions_file(folder, name))
-    return [replace(row, prediction=lookup.answer(row.prompt, row.kind), image_ids=()) for row in rows]
+    words = ((row, lookup.answer(row.prompt, row.kind)) for row in rows)
+    return [replace(row, prediction=text, image_ids=(), log_likelihoods=()) for row, text in words]
 
 
 def answer(model: VLM, cfg: DictConfig, name: str, source: SampleSource, max_new_tokens: int) -> list[Row]:
-    """Greedy cached answers to the last turn of every sample."""
+    """Greedy cached answers to the last turn of every sample, or the likeliest option where the benchmark says so."""
+    if scores_options(cfg, name):
+        return _chosen(model, cfg, name, source)
     shares = cfg.evaluation.get("share_images") and unequal_in_trees(model) is None
     collator = replace(build_collator(cfg, model, "chat"), questions="tree" if shares else "rows")
     device = next(model.parameters()).device
@@ -194,6 +204,24 @@ def answer(model: VLM, cfg: DictConfig, name: str, source: SampleSource, max_new
     return rows
 
 
+def scores_options(cfg: DictConfig, name: str) -> bool:
+    """Whether the answers of a benchmark are chosen from options by their likelihood."""
+    return str(cfg.data.benchmarks[name].get("scoring") or "generate") == "likelihood"
+
+
+def _chosen(model: VLM, cfg: DictConfig, name: str, source: SampleSource) -> list[Row]:
+    """The likeliest option of every sample's last turn, with the likelihoods of all."""
+    collate, shared = build_collator(cfg, model, "chat"), unequal_in_options(model) is None
+    rows: list[Row] = []
+    for samples in _chunks(source, cfg.evaluation.batch_size):
+        each = option_likelihoods(model, collate, samples, cfg.evaluation.batch_size, shared)
+        for sample, found in zip(samples, each, strict=True):
+            logs = tuple(one.log for one in found)
+            row = replace(_row(name, sample, ""), log_likelihoods=logs)
+            rows.append(replace(row, prediction=chosen(row)))
+    return rows
+
+
 def _probed(model: VLM, cfg: DictConfig, name: str, source: SampleSource) -> list[Row]:
     """What the towers answer through a map that was fitted and not trained, see ``evaluate.probe``.
 
@@ -201,7 +229,7 @@ def _probed(model: VLM, cfg: DictConfig, name: str, source: SampleSource) -> lis
     several maps the one under which the right answers are likeliest.
     """
     asked, benchmark = cfg.evaluation.get("probe", "auto"), cfg.data.benchmarks[name]
-    if asked is False:
+    if asked is False or (asked is not True and scores_options(cfg, name)):  # what ships are answers in words
         return []
     if asked is True:
         probed = probes(cfg, model)
@@ -307,6 +335,7 @@ def _row(benchmark: str, sample: Sample, text: str) -> Row:
         chance=turn.chance,
         image_ids=image_names(sample),
         group=turn.group,
+        options=turn.options,
     )
 
 

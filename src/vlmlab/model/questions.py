@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample, SampleSource
 from vlmlab.data.questions import Questions, leading_tags
-from vlmlab.mask.trees import equal_in_trees, images_equal_in_trees
+from vlmlab.mask.leak import TREES
+from vlmlab.mask.trees import OPTIONS, equal_in_trees, images_equal_in_trees
 from vlmlab.model.vlm import VLM
 
 if TYPE_CHECKING:
@@ -55,9 +56,26 @@ def unequal_in_trees(model: VLM) -> str | None:
         return reader
     if not equal_in_trees(model.mask):
         return f"{type(model.mask).__name__} lets what comes before the question see some of it"
+    wrong = _shows_others(model, TREES)
+    return None if wrong is None else f"{wrong} shows other images where questions share them"
+
+
+def unequal_in_options(model: VLM) -> str | None:
+    """Why answers to choose from cannot share their question and still be what they are alone; None: they can.
+
+    What they share is the whole prompt, so that it does not matter who reads the question.
+    """
+    if not equal_in_trees(model.mask, OPTIONS):
+        return f"{type(model.mask).__name__} lets what comes before the answer see some of it"
+    wrong = _shows_others(model, OPTIONS)
+    return None if wrong is None else f"{wrong} shows other images where answers share them"
+
+
+def _shows_others(model: VLM, trees: Sequence[str]) -> str | None:
+    """The class of a memory mask that shows other images in these trees than in rows."""
     sees = [sees for part in model.fusion.modules() if (sees := getattr(part, "sees", None)) is not None]
-    wrong = next((mask for mask in sees if not images_equal_in_trees(mask)), None)
-    return None if wrong is None else f"{type(wrong).__name__} shows other images where questions share them"
+    wrong = next((mask for mask in sees if not images_equal_in_trees(mask, trees)), None)
+    return None if wrong is None else type(wrong).__name__
 
 
 def questions_line(cfg: DictConfig, model: VLM, prompt: Prompt, source: SampleSource) -> str | None:

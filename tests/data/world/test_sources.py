@@ -20,6 +20,7 @@ from vlmlab.data.world.sources import (
     WorldInstruct,
     WorldInterleaved,
     WorldInterleavedInstruct,
+    WorldPhrasings,
     WorldQuestions,
     WorldStatements,
     WorldTaskCaptions,
@@ -339,3 +340,22 @@ def test_the_world_does_not_import_torch():
 
     code = "import sys, vlmlab.data.world.sources; sys.exit('torch' in sys.modules or 'PIL' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_both_phrasings_of_the_same_questions():
+    kinds = [kind for kind in KINDS if kind != "two_hop"]
+    drawn, both = WorldQuestions("test", 70, kinds=kinds), WorldPhrasings("test", 70)
+    assert len(both) == 140
+    for index in range(70):
+        one, other = (both.turns(2 * index + k)[0] for k in (0, 1))
+        (asked,) = drawn.turns(index)
+        assert one.prompt != other.prompt and asked.prompt in (one.prompt, other.prompt)
+        assert one.answer == other.answer == asked.answer and one.kind == other.kind == asked.kind
+        assert (one.group, other.group) == ("phrasing_1", "phrasing_2")
+    assert both[5].image_ids == drawn[2].image_ids and both[5].id == f"{drawn[2].id}/phrasing_2"
+    with pytest.raises(IndexError):
+        both[140]
+    with pytest.raises(UserError, match="single questions; leave multi_turn out"):
+        WorldPhrasings("test", 1, multi_turn=True)
+    with pytest.raises(UserError, match="of kind two_hop have one phrasing; leave it out"):
+        WorldPhrasings("test", 1, kinds=["count", "two_hop"])

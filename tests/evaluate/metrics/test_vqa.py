@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import pytest
 
 from vlmlab.contracts.errors import UserError
-from vlmlab.evaluate.metrics.rows import Row
-from vlmlab.evaluate.metrics.vqa import VqaAccuracy, exact_match, normalise, soft_accuracy
+from vlmlab.evaluate.metrics.pope import Pope
+from vlmlab.evaluate.metrics.rows import Row, write_rows
+from vlmlab.evaluate.metrics.scoring import lost_answers, predictions_file
+from vlmlab.evaluate.metrics.token_f1 import TokenF1
+from vlmlab.evaluate.metrics.vqa import VqaAccuracy, emptied, exact_match, normalise, soft_accuracy
 
 
 def _row(prediction: str, *references: str, kind: str = "count", chance: float | None = None, group: str = "") -> Row:
@@ -195,3 +199,33 @@ def test_user_errors() -> None:
         VqaAccuracy().update(_row("x"))
     with pytest.raises(UserError, match="no question to score"):
         VqaAccuracy().compute()
+
+
+# -- answers that the normalisation empties ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "lost"),
+    [("A", True), ("the", True), ("an", True), ("?", True), ("a.", True), ("B", False), ("none", False), ("", False)],
+)
+def test_what_is_left_of_an_answer(answer: str, lost: bool) -> None:
+    assert emptied(answer) is lost
+
+
+@pytest.mark.parametrize("metric", [VqaAccuracy, TokenF1])
+def test_letters_as_options_are_refused(metric: type[VqaAccuracy | TokenF1]) -> None:
+    """The trap: with "A" right, an empty answer and "the" are right, too."""
+    free = Row("b", "7", 0, "", "?", "the", ("A",))
+    assert metric().score(free) == 1
+    with pytest.raises(
+        UserError, match=r"Question 7 of b has the option 'A', of which the VQA evaluator's normalisation"
+    ):
+        metric().score(replace(free, options=("A", "B")))
+
+
+def test_right_answers_that_are_lost_are_noted(tmp_path: Path) -> None:
+    rows = [Row("b", str(k), 0, "", "?", "", (answer,)) for k, answer in enumerate(("a", "red", "The"))]
+    write_rows(predictions_file(tmp_path, "b"), rows)
+    assert lost_answers(tmp_path, "b", [Pope]) == []
+    (note,) = lost_answers(tmp_path, "b", [VqaAccuracy])
+    assert note.startswith("b: VqaAccuracy leaves nothing of the right answer of 2 of 3 questions (as of 'a': it drops")

@@ -149,6 +149,7 @@ class Benchmark(TypedDict):
     source: SampleSource
     metrics: Annotated[Sequence[Metric], MinLen(1)]
     max_new_tokens: Count
+    scoring: NotRequired[Literal["generate", "likelihood"]]
 
 
 PairBenchmark = Annotated[Mapping[str, Any], Part("PairBenchmark")]

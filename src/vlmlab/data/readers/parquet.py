@@ -483,7 +483,7 @@ class VqaParquet:
         row_filter = RowFilter(max_bad_fraction)
         rows = self._texts()
         rows = [row for row in rows if all(row.data.get(k, v[0]) in v for k, v in (where or {}).items())]
-        named, names = split if shares is not None else None, image_words(rows, image_key)
+        named, names = split if shares is not None else None, image_words(rows, form)
         rows = choose_rows(rows, names, named, (), shares or (0.0, 0.0), split_seed, row_filter)
         asked = unique_questions(rows, form, None, row_filter)
         row_filter.finish(path)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
-from vlmlab.contracts.errors import DataError, listed
+from vlmlab.contracts.errors import DataError, UserError, listed
 from vlmlab.contracts.sample import Sample, Turn
 from vlmlab.contracts.values import Count, Levels, Seed, Share, Text, Texts, Width
 from vlmlab.data.fingerprint import Facts, files_fingerprint
 from vlmlab.data.images import ImageFolder
 from vlmlab.data.overlap import Stored
 from vlmlab.data.readers.place import find_files, split_files
-from vlmlab.data.readers.records import Row, checked_image, read_each
+from vlmlab.data.readers.records import Row, checked_image, describe, read_each, read_rows
 from vlmlab.data.readers.row_filter import RowFilter, verified
 from vlmlab.data.readers.split import Split, check_split, named_split, split_of, subset, unit_hash
 
@@ -32,10 +35,11 @@ class Question:
     answer: str
     references: tuple[str, ...]
     kind: str
+    options: tuple[str, ...] = ()
 
     def turn(self) -> Turn:
         """The question as a turn of a sample."""
-        return Turn(self.prompt, self.answer, self.kind, self.references)
+        return Turn(self.prompt, self.answer, self.kind, self.references, options=self.options)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,13 @@ class VqaFormat:
         kind_keys: the first of these that a row has names the kind of question under which it is scored; where it has
             none the answer decides: yes_no, number or other.
         suffix: words after every question, such as "Answer the question using a single word or phrase.".
+        image_name: how a file is called after the number under `image_key`, such as COCO_val2014_{:012d}.jpg; null: the
+            key has its name.
+        answer_text: key of the words of an answer that is an object.
+        choices_key: key of a list of choices, one of which is the answer; null: the answer is free.
+        right_key: key of the number of the right choice, from 0.
+        letters: choices are listed behind the question, and the answer is a letter; false: the answer is the choice
+            itself, which the question does not show.
     """
 
     image_key: str | Sequence[str] = "image"
@@ -61,6 +72,23 @@ class VqaFormat:
     answers_key: str = "answers"
     kind_keys: tuple[str, ...] = ("answer_type", "question_type")
     suffix: str = ""
+    image_name: str | None = None
+    answer_text: str = "answer"
+    choices_key: str | None = None
+    right_key: str = "correct_choice_idx"
+    letters: bool = False
+
+    def __post_init__(self) -> None:
+        if self.image_name is None:
+            return
+        try:
+            named = {self.image_name.format(number) for number in (1, 2)}
+        except (ValueError, IndexError, KeyError):
+            named = set()
+        if len(named) < 2:
+            raise UserError(
+                f"image_name={self.image_name!r} makes no names of numbers; write it as in COCO_val2014_{{:012d}}.jpg."
+            )
 
 
 def parse_question(row: Row, form: VqaFormat, folder: ImageFolder | None) -> Question:
@@ -69,17 +97,50 @@ def parse_question(row: Row, form: VqaFormat, folder: ImageFolder | None) -> Que
     Without a folder the image comes with the row, and what is under its key only tells it from others.
     """
     key = first_key(row, form.image_key)
-    image = row.text(row.get(key), key)
+    image = row.text(row.get(key), key) if form.image_name is None else _numbered(row, key, form.image_name)
     if folder is not None:
         image = checked_image(row, image, folder)
     question = row.untagged(row.get(form.question_key), form.question_key)
-    answer, references = _answers(row, form)
+    answer, references, options, shown = _answered(row, form)
     id_ = f"{row.file.stem}-{row.number}"
     if form.id_key is not None:
         key = first_key(row, form.id_key)
         id_ = _word(row, row.get(key), key)
-    prompt = f"{question}\n{form.suffix}" if form.suffix else question
-    return Question(id_, image, prompt, answer, references, _kind(row, form, answer))
+    prompt = "\n".join(words for words in (question, shown, form.suffix) if words)
+    return Question(id_, image, prompt, answer, references, _kind(row, form, answer), options)
+
+
+def _numbered(row: Row, key: str, name: str) -> str:
+    """The name of an image's file, after its number."""
+    value = row.get(key)
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise row.error(f"'{key}' is {describe(value)}, and no whole number", "set image_name=null if it is a name")
+    return name.format(value)
+
+
+def _answered(row: Row, form: VqaFormat) -> tuple[str, tuple[str, ...], tuple[str, ...], str]:
+    """The answer to learn, what people answered, the options, and how they are listed behind the question."""
+    if form.choices_key is None:
+        return *_answers(row, form), (), ""
+    answer, options, shown = _choice(row, form, form.choices_key)
+    return answer, (), options, shown
+
+
+def _choice(row: Row, form: VqaFormat, key: str) -> tuple[str, tuple[str, ...], str]:
+    """The right answer, the options, and how they are listed behind the question."""
+    many, right = row.get(key), row.get(form.right_key)
+    if not isinstance(many, list) or not 2 <= len(many) <= len(ascii_uppercase):
+        raise row.error(f"'{key}' is no list of 2 to {len(ascii_uppercase)} choices", "correct or remove the row")
+    choices = tuple(_word(row, entry, key) for entry in many)
+    if not isinstance(right, int) or isinstance(right, bool) or not 0 <= right < len(choices):
+        raise row.error(f"'{form.right_key}' is no number of a choice, from 0", "correct or remove the row")
+    if not form.letters:
+        return choices[right], choices, ""
+    letters = tuple(ascii_uppercase[: len(choices)])
+    told = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
+    return letters[right], letters, told
 
 
 def first_key(row: Row, keys: str | Sequence[str]) -> str:
@@ -104,7 +165,7 @@ def _answers(row: Row, form: VqaFormat) -> tuple[str, tuple[str, ...]]:
     if not isinstance(many, list) or not many:
         problem = f"'{form.answers_key}' is not a list of answers"
         raise row.error(problem, f"use '{form.answer_key}' for a single answer")
-    plain = (entry.get("answer") if isinstance(entry, dict) else entry for entry in many)
+    plain = (entry.get(form.answer_text) if isinstance(entry, dict) else entry for entry in many)
     texts = tuple(_word(row, entry, form.answers_key) for entry in plain)
     learnt = Counter(texts).most_common(1)[0][0] if one is None else _word(row, one, form.answer_key)
     return learnt, texts
@@ -192,9 +253,33 @@ def _named(row: Row, key: str, words: Mapping[str, str], row_filter: RowFilter) 
         return None
 
 
-def image_words(rows: Sequence[Row], image_key: str | Sequence[str]) -> list[str]:
-    """What is in each row for its image's name, right or wrong."""
-    return [str(row.data.get(first_key(row, image_key))) for row in rows]
+def image_words(rows: Sequence[Row], form: VqaFormat) -> list[str]:
+    """What is in each row for its image's name, right or wrong; of numbers the names made of them."""
+    names = []
+    for row in rows:
+        key = first_key(row, form.image_key)
+        names.append(str(row.data.get(key)))
+        if form.image_name is not None:
+            with suppress(DataError):
+                names[-1] = _numbered(row, key, form.image_name)
+    return names
+
+
+def annotated(rows: Iterable[Row], file: Path, id_key: str, row_filter: RowFilter) -> Iterator[Row]:
+    """Each question with its annotation, which is the row of another file with the same id (VQA v2, OK-VQA).
+
+    Raises:
+        DataError: the annotations cannot be read, or a question has none and the filter lets none through.
+    """
+    notes = {str(note.data.get(id_key)): note.data for note in read_rows(file, ("annotations",))}
+    for row in rows:
+        note = notes.get(str(row.data.get(id_key)))
+        if note is None:
+            row_filter.refuse(
+                row, row.error(f"its '{id_key}' is not in {file}", "give the annotations of these questions")
+            )
+            continue
+        yield Row(row.file, row.number, {**note, **row.data}, row.unit)
 
 
 class VqaJson:
@@ -221,6 +306,9 @@ class VqaJson:
         split_words: a file's own words for a split, such as {test: [test_freeform, test_para]}.
         where: keep only rows whose key has one of these values, such as {q_lang: [en]}; rows without the key stay.
         image_key, question_key, id_key, answer_key, answers_key, kind_keys, suffix: see `VqaFormat`.
+        image_name, answer_text, choices_key, right_key, letters: likewise.
+        annotations: a file whose rows (a list, or one under `annotations`) have the answers to those of `path`, by
+            their id; null: they have their answers.
         max_bad_fraction: share of the rows that may be unusable and are left out; 0: the first is an error.
         verify: decode all images at once, to leave out questions about broken ones (for sets that are scored).
         image_roots, image_range: see `vlmlab.data.images.ImageFolder`.
@@ -257,29 +345,40 @@ class VqaJson:
         answers_key: Text = "answers",
         kind_keys: Texts = ("answer_type", "question_type"),
         suffix: str = "",
+        image_name: Text | None = None,
+        answer_text: Text = "answer",
+        choices_key: Text | None = None,
+        right_key: Text = "correct_choice_idx",
+        letters: bool = False,
+        annotations: Text | None = None,
         max_bad_fraction: Share = 0.0,
         verify: bool = False,
         image_roots: Texts = (),
         image_range: Levels = "auto",
     ) -> None:
         check_split(split, val_fraction, test_fraction)
-        form = VqaFormat(image_key, question_key, id_key, answer_key, answers_key, tuple(kind_keys), suffix)
+        form = VqaFormat(
+            image_key, question_key, id_key, answer_key, answers_key, tuple(kind_keys), suffix,
+            image_name, answer_text, choices_key, right_key, letters,
+        )  # fmt: skip
         separate = test_path is not None and split == "test"
         source = test_path if test_path is not None and separate else path
         found = find_files(source, SUFFIXES)
         test = 0.0 if test_path is not None else test_fraction
         files, shares = split_files(found, None if separate else split, val_fraction, test)
         self._folder = ImageFolder(images if images is not None else found[0].parent, image_roots, image_range)
-        self._files = files
+        self._files = files if annotations is None else [*files, Path(annotations).expanduser()]
         row_filter = RowFilter(max_bad_fraction)
         by_id = id_key if isinstance(id_key, str) else next(iter(id_key or ()), "id")
         rows = [row for file in files for row in row_filter.rows(read_each(file, ("questions", "data"), by_id))]
+        if annotations is not None:
+            rows = list(annotated(rows, self._files[-1], by_id, row_filter))
         if not rows:
             row_filter.finish(source)
         rows = [row for row in rows if all(row.data.get(k, v[0]) in v for k, v in (where or {}).items())]
         named = split if shares is not None else None
         keys = tuple(split_keys)
-        names = image_words(rows, image_key)
+        names = image_words(rows, form)
         if named is not None:
             same = self._folder.same(names)
             names = [same[name] for name in names]

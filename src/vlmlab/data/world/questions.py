@@ -86,12 +86,14 @@ class View:
 
     Attributes:
         scene, words: the scene and its domain's lexicon.
+        phrasing: which of its phrasings every question has; None: drawn for each.
         attributes: (color, shape, size, texture) per object.
         focus: the objects that questions should concern, where the split asks for some; else empty.
         differences: per object, the sorted masks of attributes in which each other object differs from it.
     """
 
     scene: Scene
+    phrasing: int | None = None
     words: Lexicon = field(init=False)
     attributes: list[Attributes] = field(init=False)
     focus: list[int] = field(init=False)
@@ -340,7 +342,9 @@ def _compared(view: View, position: int, first: int, second: int) -> tuple[str, 
 
 
 def _text(view: View, stream: Stream, name: str, **slots: str) -> str:
-    return stream.choice(view.words.templates[name]).format(**slots)
+    texts = view.words.templates[name]
+    drawn = stream.choice(texts)  # in any case, so that what is drawn after it stays the same
+    return (drawn if view.phrasing is None else texts[view.phrasing % len(texts)]).format(**slots)
 
 
 def _render(view: View, stream: Stream, kind: str, key: Key, payload: Payload) -> Question:
@@ -493,7 +497,9 @@ def dialogue(scene: Scene, stream: Stream, kinds: Sequence[str] = KINDS, weights
     return stream.shuffled(out)
 
 
-def single(scene: Scene, stream: Stream, kind: str, key: Key, insist: bool) -> Question | None:
+def single(
+    scene: Scene, stream: Stream, kind: str, key: Key, insist: bool, phrasing: int | None = None
+) -> Question | None:
     """A question of one class about a scene, or None where the scene has none.
 
     Args:
@@ -502,8 +508,9 @@ def single(scene: Scene, stream: Stream, kind: str, key: Key, insist: bool) -> Q
         kind: the kind of question.
         key: (template, key) of the class.
         insist: on the compositional split, accept only questions that concern a held-out pair.
+        phrasing: which of its phrasings it has; None: drawn.
     """
-    view = View(scene)
+    view = View(scene, phrasing)
     payloads = _PROPOSERS[kind](view, stream).get(key)
     if not payloads:
         return None

@@ -22,7 +22,7 @@ from vlmlab.data.world.base import (
 from vlmlab.data.world.captions import dense_caption, loose_caption, short_captions
 from vlmlab.data.world.contrasts import contrasts
 from vlmlab.data.world.loose import LooseScene, render_loose, sample_loose
-from vlmlab.data.world.questions import Kinds, check_kinds, dialogue, draw_class, single
+from vlmlab.data.world.questions import KINDS, Kinds, check_kinds, dialogue, draw_class, single
 from vlmlab.data.world.scene import Scene, Split, check_split, scene_id
 from vlmlab.data.world.stream import Stream
 from vlmlab.data.world.text import (
@@ -42,6 +42,9 @@ Style = Literal["short", "dense", "mixed", "cells", "placed_cells"]
 CONTRASTS: tuple[Contrast, ...] = get_args(Contrast)
 STATEMENTS: tuple[Statement, ...] = get_args(Statement)
 STYLES: tuple[Style, ...] = get_args(Style)
+PHRASINGS = 2
+"""Phrasings of every question, but for one kind."""
+ONE_PHRASING = "two_hop"
 _INSIST = 64
 """Compositional scenes tried for a question about a held-out pair before any question will do."""
 _MOST_CONTRASTS = 8
@@ -162,19 +165,56 @@ class WorldQuestions(ScaledSource):
     def _unrendered(self, index: int) -> Unrendered:
         return self._dialogue(index, self.kinds) if self.multi_turn else self._single(index)
 
-    def _single(self, index: int) -> Unrendered:
+    def _single(self, index: int, phrasing: int | None = None) -> Unrendered:
         kind = self.kinds[index % len(self.kinds)]
         stream = self._stream(index, f"single/{kind}")
         key = draw_class(stream, kind, self._scale)
         for attempt in range(STRIDE):
             scene = self._scene(index * STRIDE + attempt)
-            question = single(scene, stream, kind, key, insist=attempt < _INSIST)
+            question = single(scene, stream, kind, key, insist=attempt < _INSIST, phrasing=phrasing)
             if question:
                 return Unrendered(f"{scene.id}/{index}", (scene,), (question.turn(),))
         raise UserError(
             f"No scene with grid={self.grid} and objects={[*self.objects]} has a question of kind {kind} "
             f"({key[0]}: {key[1]}); leave the kind out of kinds, or give another range of objects."
         )
+
+
+class WorldPhrasings(WorldQuestions):
+    """``WorldQuestions``, each single question in both of its phrasings, one after the other.
+
+    As in "What color is the ring?" and "Which color does the ring have?", which training has both of. The phrasing is
+    the question's group, for ``vlmlab.evaluate.metrics.sensitivity.Sensitivity``. `size` counts questions, so that
+    there are twice as many samples.
+
+    Args:
+        split, size, seed, domain, grid, objects: as for `WorldQuestions`.
+        kinds: likewise; all but two_hop, which has one phrasing, for None.
+
+    Raises:
+        UserError: as for `WorldQuestions`, or for ``multi_turn`` or two_hop.
+    """
+
+    def __init__(self, split: Split, size: Count, **asked: Unpack[QuestionKeys]) -> None:
+        super().__init__(split, size, **asked)
+        if self.multi_turn:
+            raise UserError("WorldPhrasings asks single questions; leave multi_turn out.")
+        if asked.get("kinds") is None:
+            self.kinds = tuple(kind for kind in KINDS if kind != ONE_PHRASING)
+        elif ONE_PHRASING in self.kinds:
+            raise UserError(f"Questions of kind {ONE_PHRASING} have one phrasing; leave it out of kinds.")
+
+    def __len__(self) -> int:
+        return self.size * PHRASINGS
+
+    def _within(self, index: int) -> Unrendered:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        question, phrasing = divmod(index, PHRASINGS)
+        asked = self._single(question, phrasing)
+        name = f"phrasing_{phrasing + 1}"
+        (turn,) = asked.turns
+        return replace(asked, id=f"{asked.id}/{name}", turns=(replace(turn, group=name),))
 
 
 class InstructKeys(ScaledSceneKeys, total=False):
@@ -484,6 +524,7 @@ __all__ = [
     "WorldInstruct",
     "WorldInterleaved",
     "WorldInterleavedInstruct",
+    "WorldPhrasings",
     "WorldQuestions",
     "WorldStatements",
     "WorldTaskCaptions",

@@ -12,6 +12,9 @@ from typing import Any
 from vlmlab.contracts.errors import DataError
 from vlmlab.runs.files import replacing
 
+CHOOSING = ("options", "log_likelihoods")
+"""Keys of rows whose answers were chosen from options."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -28,6 +31,8 @@ class Row:
         chance: accuracy in 0..1 of the best answer that never looks; None where unknown.
         image_ids: the images the model was shown (another sample's in a shuffled evaluation, none in ``no_image``).
         group: a part of the benchmark that is scored apart, across the kinds; empty where there is none.
+        options: the answers to choose from; empty where the answer is free.
+        log_likelihoods: of every option as the answer, in nats, where it was chosen by them; else empty.
     """
 
     benchmark: str
@@ -40,12 +45,23 @@ class Row:
     chance: float | None = None
     image_ids: tuple[str, ...] = ()
     group: str = ""
+    options: tuple[str, ...] = ()
+    log_likelihoods: tuple[float, ...] = ()
 
     def to_json(self) -> str:
-        """The row as one line of JSON (no line end); DataError for a chance that is not a number."""
+        """The row as one line of JSON (no line end), options only where there are some.
+
+        Raises:
+            DataError: a chance or a likelihood that is not a number.
+        """
         if self.chance is not None and not math.isfinite(self.chance):
             raise DataError(f"{self.benchmark} {self.id}: its chance is {self.chance}; give a number from 0 to 1.")
-        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
+        if not all(map(math.isfinite, self.log_likelihoods)):
+            raise DataError(f"{self.benchmark} {self.id}: an option's likelihood is no number; look at the weights.")
+        raw = asdict(self)
+        for key in [key for key in CHOOSING if not raw[key]]:
+            del raw[key]
+        return json.dumps(raw, ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str, where: str = "this line") -> Row:
@@ -67,6 +83,7 @@ class Row:
             chance=None if raw.get("chance") is None else float(_number(raw, "chance", where)),
             image_ids=_texts(raw, "image_ids", where) if "image_ids" in raw else (),
             group=_text(raw, "group", where) if "group" in raw else "",
+            **_choosing(raw, where),
         )
 
 
@@ -106,3 +123,13 @@ def _texts(raw: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise DataError(f"{where}: key '{key}' must be a list of texts but is {value!r}; evaluate the run again.")
     return tuple(value)
+
+
+def _choosing(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """Options and their likelihoods, as many of these as of those, or none."""
+    options = _texts(raw, "options", where) if "options" in raw else ()
+    given = raw.get("log_likelihoods", [])
+    numbers = isinstance(given, list) and all(isinstance(n, int | float) and not isinstance(n, bool) for n in given)
+    if not numbers or len(given) not in (0, len(options)):
+        raise DataError(f"{where}: key 'log_likelihoods' must have a number for each option; evaluate the run again.")
+    return {"options": options, "log_likelihoods": tuple(float(number) for number in given)}

@@ -79,6 +79,31 @@ def score_predictions(
     return scores
 
 
+def lost_answers(folder: Path, benchmark: str, metrics: Sequence[Callable[[], Metric]]) -> list[str]:
+    """A sentence for each metric that reads right answers of a benchmark as empty, and scores an empty answer as right.
+
+    Args:
+        folder: the run's folder.
+        benchmark: the benchmark's name.
+        metrics: makers of fresh metrics.
+
+    Raises:
+        DataError: the benchmark's own predictions are missing, or a line of a file cannot be used.
+    """
+    rows = read_rows(predictions_file(folder, benchmark))
+    notes = []
+    for metric in (make() for make in metrics):
+        loses = getattr(metric, "loses", None)
+        lost = [text for row in rows for text in row.references[:1] if loses is not None and loses(text)]
+        if lost:
+            notes.append(
+                f"{benchmark}: {type(metric).__name__} leaves nothing of the right answer of {len(lost)} of "
+                f"{len(rows)} questions (as of {brief(lost[0], 20)!r}: it drops articles and marks), so that an empty "
+                "answer is right"
+            )
+    return notes
+
+
 def _updated(rows: Iterable[Row], metrics: Sequence[Callable[[], Metric]]) -> list[Metric]:
     """Fresh metrics that have seen the rows."""
     made = [make() for make in metrics]

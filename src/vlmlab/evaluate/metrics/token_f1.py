@@ -12,7 +12,7 @@ from statistics import fmean
 
 from vlmlab.contracts.errors import UserError
 from vlmlab.evaluate.metrics.rows import Row
-from vlmlab.evaluate.metrics.vqa import normalise
+from vlmlab.evaluate.metrics.vqa import emptied, normalise, refuse_emptied
 
 F1 = "token_f1"
 
@@ -37,12 +37,14 @@ class TokenF1:
     """
 
     of_answers = F1
+    loses = staticmethod(emptied)
 
     def __init__(self) -> None:
         self._scores: dict[str, list[float]] = {"": []}
 
     def score(self, prediction: Row) -> float:
-        """F1 of one answer, 0..1; UserError if the question has no reference."""
+        """F1 of one answer, 0..1; UserError if the question has no reference, or an option that is an article."""
+        refuse_emptied(prediction)
         if not prediction.references:
             raise UserError(f"Question {prediction.id} of {prediction.benchmark} has no answer; give it one.")
         return token_f1(prediction.prediction, prediction.references)

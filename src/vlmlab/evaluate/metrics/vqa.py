@@ -54,6 +54,25 @@ def normalise(answer: str) -> str:
     return _words(_without_punctuation(_one_line(answer)))
 
 
+def emptied(answer: str) -> bool:
+    """Whether the normalisation leaves nothing of an answer that has words: an article, as the letter A, or marks."""
+    return bool(answer.strip()) and not normalise(answer)
+
+
+def refuse_emptied(row: Row) -> None:
+    """Refuse options that the normalisation empties: "A" would be right where nothing was said.
+
+    Raises:
+        UserError: naming the first.
+    """
+    if lost := next((option for option in row.options if emptied(option)), None):
+        raise UserError(
+            f"Question {row.id} of {row.benchmark} has the option {lost!r}, of which the VQA evaluator's normalisation "
+            "leaves nothing (it drops articles and marks); score options by "
+            "vlmlab.evaluate.metrics.options.OptionAccuracy."
+        )
+
+
 def exact_match(prediction: str, references: Iterable[str]) -> float:
     """1.0 if the normalised prediction equals any normalised reference, else 0.0."""
     answer = normalise(prediction)
@@ -92,6 +111,7 @@ class VqaAccuracy:
     """
 
     of_answers = ACCURACY
+    loses = staticmethod(emptied)
 
     def __init__(self, annotators: Count = 10) -> None:
         if annotators < 2:
@@ -102,7 +122,8 @@ class VqaAccuracy:
         self._groups: set[str] = set()
 
     def score(self, prediction: Row) -> float:
-        """Accuracy of one answer, 0..1; UserError if the question has no reference."""
+        """Accuracy of one answer, 0..1; UserError if the question has no reference, or an option that is an article."""
+        refuse_emptied(prediction)
         if not prediction.references:
             raise UserError(
                 f"Question {prediction.id} turn {prediction.turn} of {prediction.benchmark} has no answer to compare "
