@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -114,6 +115,21 @@ def test_a_hub_that_is_out_of_reach_is_said_at_once(datasets: Any, cache: str, m
         DataError, match=r"hub cannot be reached \(ConnectionError\) and its cache has no such data set"
     ):
         HubRecords("owner/name", cache=cache)
+
+
+def test_what_was_read_of_the_hub_before_is_used_without_it(
+    datasets: Any, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    HubRecords(table(tmp_path / "name", [asked(n) for n in range(3)]), columns=COLUMNS, cache=cache)
+    (made,) = (tmp_path / "cache" / "name").glob("default/*/*/dataset_info.json")
+    kept = tmp_path / "cache" / "owner___name" / "default" / "0.0.0" / COMMIT
+    shutil.copytree(made.parent, kept)
+    for place in ("datasets.config.HF_HUB_OFFLINE", "huggingface_hub.constants.HF_HUB_OFFLINE"):
+        monkeypatch.setattr(place, True)
+    source = HubRecords("owner/name", columns=COLUMNS, cache=cache)
+    assert widths(source) == [1, 2, 3] and source_fingerprint(source)["commit"] == COMMIT
+    with pytest.raises(DataError, match=f"the cache has the commit {COMMIT} and not"):
+        HubRecords("owner/name", columns=COLUMNS, cache=cache, revision=COMMIT[::-1])
 
 
 def test_questions_by_mapped_columns(datasets: Any, tmp_path: Path, cache: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import importlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,11 +23,16 @@ from vlmlab.data.readers.split import named_split
 FORMATS = ("parquet", "arrow", "json", "csv", "imagefolder")
 """Builders of ``datasets`` that are used."""
 
+KEPT = "cache"
+"""The builder of what ``datasets`` has made before, of one of the hub that is out of reach."""
+
 SAVED = ("dataset_dict.json", "state.json")
 """What is in a folder that ``save_to_disk`` wrote: of several splits, of one."""
 
 SECONDS = 10.0
 """How long the hub is waited for."""
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 _READ_BY = {
     ".parquet": ("parquet", {}),
@@ -123,7 +129,7 @@ def open_set(path: str, config: str | None = None, revision: str | None = None, 
         cache: where ``datasets`` keeps what it makes; None: its own place.
 
     Raises:
-        DataError: nothing is there, it cannot be opened, or it is of a format that is not read.
+        DataError: nothing is there, it cannot be opened, is of a format that is not read, or of another commit.
         UserError: the package is not installed.
     """
     datasets, place = needed(), Path(path).expanduser()
@@ -131,6 +137,11 @@ def open_set(path: str, config: str | None = None, revision: str | None = None, 
         _check_reachable(datasets, path, revision, cache)
         with told(path):
             builder = datasets.load_dataset_builder(path, config, revision=revision, cache_dir=cache)
+        if _COMMIT.fullmatch(revision or "") and builder.hash != revision:
+            raise DataError(
+                f"data.path={path}: the cache has the commit {builder.hash} and not data.revision={revision}, and the "
+                "hub cannot be reached; read that one, or connect"
+            )
         return _built(path, builder, None, str(builder.hash))
     if not is_there(path):
         raise DataError(f"data.path={path} is not there; give a file, a folder, a glob, or an id of the hub")
@@ -162,7 +173,7 @@ def _of_files(datasets: Any, path: str, place: Path, cache: str | None) -> Any:
 
 def _built(path: str, builder: Any, root: Path | None, commit: str | None) -> Opened:
     kind = type(builder).__module__.rpartition(".")[2]
-    if kind not in FORMATS:
+    if kind not in FORMATS and not (kind == KEPT and commit is not None):
         raise DataError(
             f"data.path={path} is of the format '{kind}', and only {', '.join(FORMATS)} are read; convert it, tars are "
             "read by data=tar_shards"
