@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from PIL import Image
 from tests.data.readers.test_any_value import is_usable, places, replaced, values
 from tests.test_conf import composed
@@ -306,3 +308,17 @@ def test_a_mixture_by_name_and_weight(datasets: Any, tmp_path: Path, cache: str)
 def test_a_mixture_counts_as_read() -> None:
     node = composed("data=mix", "data.parts={owner/name: 2, world: 1}").data.train.instruct
     assert reads(node) and dict(node.parts) == {"owner/name": 2, "world": 1}
+
+
+def test_the_choices_read_a_set(datasets: Any, tmp_path: Path, cache: str) -> None:
+    path = table(tmp_path / "q", [asked(n) for n in range(40)])
+    for choice in ("hub_captions", "hub_stream"):
+        cfg = OmegaConf.create({"seed": 0, "data": composed(f"data={choice}").data})
+        cfg.data.update({"path": path, "cache": cache, "size": 30, "held_out": 10, "val_fraction": 0.3})
+        cfg.data.columns.update({"image": "picture", "caption": "query", "question": "query"})
+        train, val = (instantiate(cfg.data[part].instruct) for part in ("train", "val"))
+        names = [[source[i].image_ids[0] for i in range(len(source))] for source in (train, val)]
+        assert not set(names[0]) & set(names[1]) and min(map(len, names)) >= 1
+        for benchmark in cfg.data.benchmarks.values():
+            test = instantiate(benchmark.source)
+            assert not {test[i].image_ids[0] for i in range(len(test))} & set(names[0] + names[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -104,8 +105,9 @@ class HubStream:
     def _begin(self) -> None:
         """Nothing is open yet, in this process."""
         self._pid, self._next = os.getpid(), 0
-        self._rows: Iterator[dict[str, Any]] | None = None
+        self._rows: list[Iterator[dict[str, Any]]] = []  # one while it is read
         self._held: OrderedDict[int, _Rows] = OrderedDict()
+        weakref.finalize(self, self._rows.clear)  # before the interpreter takes the modules it needs apart
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_rows", "_held")} | {"_pid": 0}
@@ -147,15 +149,15 @@ class HubStream:
 
     def _hold(self, block: int) -> None:
         """Read a block: the next one, or by going on from the beginning."""
-        if self._rows is None or block < self._next:
-            self._rows, self._next = self._from(self._skip + block * self.in_blocks), block
+        if not self._rows or block < self._next:
+            self._rows[:], self._next = [self._from(self._skip + block * self.in_blocks)], block
         try:
             with told(self._set.path):
                 for _ in range((block - self._next) * self.in_blocks):
-                    next(self._rows, None)
-                self._held[block] = list(islice(self._rows, self.in_blocks))
+                    next(self._rows[0], None)
+                self._held[block] = list(islice(self._rows[0], self.in_blocks))
         except DataError as error:  # of the files or the network, and not of a row, for which others could stand
-            self._rows = None
+            self._rows.clear()
             raise UserError(str(error)) from None
         self._next = block + 1
         while len(self._held) > HELD:
