@@ -19,7 +19,7 @@ from vlmlab.runs.config import config_hash, plain
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("hydra",))
-MANDATORY = {"path": "x", "images": "y", "annotations": "z"}
+MANDATORY = {"path": "x", "images": "y", "annotations": "z", "size": 1, "parts": {"x": 1}}
 ADDED = ("memory_mask", "experiment", "text_tower", "pair_head", "benchmark")
 """Groups that no run has unless they are added: another choice's file takes one into its keys
 (``/memory_mask@sees: before``), or the command line does (``+experiment=...``)."""

@@ -70,3 +70,13 @@ def test_a_broken_row_comes_back_whole_from_a_worker():
     (window,) = step_loader(windows, workers=1)
     assert isinstance(window.error, DataError)
     assert str(window.error) == "row 13 is broken; mend it."
+
+
+def test_what_is_read_in_order_is_shuffled_within_blocks():
+    order, rows = Order(11, 11, 3, "stage", block=4), Order(11, 11, 3, "stage")
+    passes = [order.window(epoch) for epoch in range(3)]
+    for each in passes:
+        assert [set(each[:4]), set(each[4:8]), set(each[8:])] == [{0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10}]
+    assert len({tuple(each) for each in passes}) == 3 and passes[0] != list(range(11))
+    assert Order(11, 11, 3, "stage", block=50).window(0)[0] in range(11)
+    assert rows.window(1) == Order(11, 11, 3, "stage", block=11).window(1)

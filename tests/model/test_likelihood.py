@@ -129,7 +129,7 @@ def test_after_examples_only_the_last_answer_counts() -> None:
 
 def test_what_cannot_be_chosen_from() -> None:
     model, collate = tiny.vlm(mask=VisualRowsOpen()), tiny.collator(tiny.vlm())
-    assert str(unequal_in_options(model)).startswith("VisualRowsOpen shows what stands before the answer some of it")
+    assert str(unequal_in_options(model)).startswith("VisualRowsOpen lets what comes before the answer see some of it")
     for shared in (True, False):
         with pytest.raises(DataError, match="Sample one has no options, and scoring=likelihood chooses from some"):
             option_likelihoods(model, collate, [tiny.ONE_TURN], 4, shared)

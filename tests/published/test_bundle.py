@@ -19,12 +19,12 @@ from vlmlab.runs.folder import RunFolder
 def test_it_opens_where_its_towers_are_no_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = imported(models.ovis2_folder(), tmp_path / "run", image_size=tiny.SIZE)
     want = vlmlab.load(run, device="cpu").generate(tiny.picture(1), "what", max_new_tokens=5)
-    with pytest.raises(UserError, match="this composition is not a model of transformers: LlavaFor"):
+    with pytest.raises(UserError, match="this composition is not a model of transformers: Llava has"):
         export(run, tmp_path / "hf", form="hf")
     assert set(export(run, tmp_path / "out")) == {"run", "card"}
     assert "It is written as a run, for vlmlab.load." in capsys.readouterr().err
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "This composition is not a model of transformers: LlavaFor" in card and "license: unknown" in card
+    assert "This composition is not a model of transformers: Llava has" in card and "license: unknown" in card
     run.rename(tmp_path / "gone")
     moved = (tmp_path / "out").rename(tmp_path / "elsewhere")
     assert vlmlab.load(moved, device="cpu").generate(tiny.picture(1), "what", max_new_tokens=5) == want

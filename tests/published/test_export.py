@@ -18,7 +18,14 @@ from tests.published import models
 from tests.published.splitting import imported
 from tests.test_conf import composed
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Idefics2ForConditionalGeneration,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PaliGemmaForConditionalGeneration,
+)
 
 from vlmlab.adapter.lora import LoraAdapter
 from vlmlab.contracts.errors import UserError
@@ -30,7 +37,9 @@ from vlmlab.model.build import build_model
 from vlmlab.model.vlm import VLM
 from vlmlab.published.card import write_card
 from vlmlab.published.export import ExportCheck, export_route, write
-from vlmlab.published.mask_code import code, is_causal, is_of_prompts, needs_answers
+from vlmlab.published.llava import Llava
+from vlmlab.published.mask_code import code, is_causal, is_of_prefixes, is_of_prompts, needs_answers
+from vlmlab.published.paligemma import PaliGemma
 from vlmlab.published.prompts import conversation
 
 SQUARE, WIDE = tiny.picture(1), tiny.picture(2, (40, 90))
@@ -69,13 +78,18 @@ def logits_of(model: VLM, picture: Pixels) -> tuple[Tensor, Any]:
 
 def asker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The ``ask`` of the card's own snippet, which is run as it is printed."""
+    return snippet_of(folder, monkeypatch)["ask"]
+
+
+def snippet_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """All that the snippet defines."""
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
     assert len(blocks) == 1 and "vlmlab" not in blocks[0]
     Image.fromarray(SQUARE).save(folder / "picture.png")
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {}
     exec(blocks[0], names)
-    return names["ask"]
+    return names
 
 
 CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -145,6 +159,64 @@ def test_it_comes_back_in_as_it_was(tmp_path: Path) -> None:
     assert own.keys() == again.keys() and all(torch.equal(value, again[name]) for name, value in own.items())
 
 
+IDEFICS2 = (
+    "connector=idefics2", "connector.hidden=48", "connector.latents=5", "connector.depth=2", "connector.heads=4",
+    "connector.head_dim=8", "connector.kv_heads=2", "encoder.layers=null",
+)  # fmt: skip
+OTHERS = {
+    "paligemma": (PaliGemmaForConditionalGeneration, ("connector=linear", "mask=prefix_lm", "encoder.layers=null")),
+    "idefics2 bidir": (Idefics2ForConditionalGeneration, (*IDEFICS2, "mask=bidir")),
+}
+
+
+@pytest.mark.parametrize(("kind", "words"), OTHERS.values(), ids=OTHERS)
+def test_other_classes_answer_as_the_lab_and_come_back_in(
+    kind: type[Any], words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cfg = made(*words)
+    loaded = LoadedModel(model, cfg)
+    said = [loaded.generate(picture, "what colour", max_new_tokens=6) for picture in (SQUARE, WIDE)]
+    want, own = logits_of(model, WIDE)[0], {name: value.clone() for name, value in model.state_dict().items()}
+    alone = kind is PaliGemmaForConditionalGeneration  # whose own mask is that of one question
+    assert given(model, cfg, tmp_path / "out").turns != alone
+    theirs = snippet_of(tmp_path / "out", monkeypatch)
+    assert type(theirs["model"]) is kind
+    pictures = [Image.fromarray(picture) for picture in (SQUARE, WIDE)]
+    assert [theirs["ask"](conversation(p, "what colour"), max_new_tokens=6).strip() for p in pictures] == said
+    read = theirs["read"](conversation(pictures[0], "what colour"))
+    assert ("token_type_ids" in read) == alone and not read.get("token_type_ids", torch.zeros(1)).any()
+    back = load(imported(tmp_path / "out", tmp_path / "run"), device="cpu").model
+    assert type(back.mask) is type(model.mask) and tiny.worst(logits_of(back, WIDE)[0], want) < 1e-5
+    again = back.state_dict()
+    assert own.keys() == again.keys() and all(torch.equal(value, again[name]) for name, value in own.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("made_by", "options"), [(models.paligemma, {}), (models.idefics2, {"image_size": 64})])
+def test_they_go_out_as_they_came_in(
+    made_by: Any, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published weights again, bit for bit."""
+    loaded = load(imported(made_by(), tmp_path / "run", **options), device="cpu")
+    said = loaded.generate(WIDE, "what colour", max_new_tokens=6)
+    given(loaded.model, loaded.config, tmp_path / "out")
+    first, again = (load_file(folder / "model.safetensors") for folder in (made_by(), tmp_path / "out"))
+    assert first.keys() == again.keys() and all(torch.equal(value, again[name]) for name, value in first.items())
+    ask = asker(tmp_path / "out", monkeypatch)
+    assert ask(conversation(Image.fromarray(WIDE), "what colour"), max_new_tokens=6).strip() == said
+
+
+def test_what_the_others_do_not_have() -> None:
+    """LLaVA takes what PaliGemma's own mask or features are not."""
+    model, _ = made("connector=linear", "mask=prefix_lm", "encoder.layers=null")
+    assert type(export_route(model).plan) is PaliGemma
+    model.set_mask(Bidirectional())
+    assert type(export_route(model).plan) is Llava
+    other, _ = made(*IDEFICS2, "connector.hidden=40")
+    with pytest.raises(UserError, match=r"Idefics2 has a gated MLP like its language model's \(connector.hidden=48\)"):
+        export_route(other)
+
+
 def test_blip2_goes_out_as_it_came_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own weights again, with the lab's processor and template; a mask cannot go with it."""
     loaded = load(imported(models.blip2_llama(), tmp_path / "run"), device="cpu")
@@ -194,11 +266,12 @@ def test_what_is_not_the_same_is_not_left_there(tmp_path: Path) -> None:
 
 
 def test_every_mask_says_its_rule() -> None:
-    """But the one that is refused for training; and each rule is proved to be what the mask does."""
+    """But the one that is refused for training; and each rule is verify to be what the mask does."""
     known = {path.stem: instantiate(OmegaConf.load(path)) for path in tiny.choices("mask")}
     leaky = known.pop("visual_rows_open")
     assert not is_of_prompts(leaky)
     assert [name for name, mask in known.items() if is_causal(mask)] == ["causal"]
+    assert [name for name, mask in known.items() if is_of_prefixes(mask)] == ["prefix_lm"]
     assert all(is_of_prompts(mask) and "def sees" in code(mask, 1, 2) for mask in known.values())
     of_answers = {name for name, mask in known.items() if needs_answers(mask)}
     assert of_answers == {"bidir_all_images", "visual_keys_open", "prefix_lm"}

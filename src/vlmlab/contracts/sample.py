@@ -67,6 +67,8 @@ class SampleSource(Protocol):
     Where that costs next to nothing, because all records are in memory, it says so by ``turns_in_memory = True``.
     One made of files, or of other sources, has a method ``fingerprint()``: plain values that change with its content,
     see ``vlmlab.data.fingerprint``.
+    One that is read from its beginning to its end (a stream) says by ``in_blocks`` how many samples it holds at a time:
+    training shuffles within such blocks and goes through them in order, since going back means to begin again.
     """
 
     def __len__(self) -> int: ...

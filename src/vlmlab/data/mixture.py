@@ -12,6 +12,7 @@ from vlmlab.contracts.sample import Sample, SampleSource, Turn, turns_of
 from vlmlab.contracts.values import Count, NotNegative, Positive, Seed
 from vlmlab.data.fingerprint import Facts, source_fingerprint
 from vlmlab.data.overlap import Stored
+from vlmlab.data.sampler import block_of
 from vlmlab.data.skipped import Skipped, label
 
 
@@ -34,7 +35,8 @@ class Mixture:
         skipped: what the sources have left out.
 
     Raises:
-        UserError: no source, a source without samples, weights that do not fit, or a temperature beside weights.
+        UserError: no source, a source without samples or a stream, weights that do not fit, or a temperature beside
+            weights.
     """
 
     def __init__(
@@ -48,6 +50,11 @@ class Mixture:
         sizes = [len(source) for source in sources]
         if not sizes or min(sizes) < 1:
             raise UserError("A mixture needs sources with samples; remove the empty ones from sources.")
+        if any(block_of(source) for source in sources):
+            raise UserError(
+                "A mixture goes back and forth in its sources, and one of them is a stream, which is read in order; "
+                "read that set whole, as by data=hub, or train on it alone."
+            )
         if weights is not None and temperature != 1:
             raise UserError(
                 f"temperature={temperature} is about the sources' sizes and weights={[*weights]} leave them aside; "

@@ -17,6 +17,9 @@ T = TypeVar("T", bound=Hashable)
 FILE = "path"
 """Key of a source that reads a file; one without it is generated and cannot be broken."""
 
+PARTS = "parts"
+"""Key of a mixture by names, whose parts are read."""
+
 INNER = ("source", "pool")
 """Keys of a source that is made of others, beside a mixture's ``sources``."""
 
@@ -71,7 +74,8 @@ def sentence(pairs: Sequence[tuple[str, str]], train: str, other: str, same: str
 def reads(node: DictConfig) -> bool:
     """Whether a source's configuration, or that of one it is made of, names a file; others are generated."""
     within = [*(node.get("sources") or ()), *(node.get(key) for key in INNER)]
-    return node.get(FILE) is not None or any(reads(part) for part in within if isinstance(part, DictConfig))
+    named = node.get(FILE) is not None or bool(node.get(PARTS))
+    return named or any(reads(part) for part in within if isinstance(part, DictConfig))
 
 
 def spread(items: Iterable[T], most: int) -> list[T]:

@@ -19,15 +19,18 @@ class Order:
         batch_size: samples per optimizer step, over all ranks and micro-batches.
         seed: the run's seed.
         stage: name of the stage; every stage has its own order.
+        block: samples that can be shuffled among themselves, of a source that is read from its beginning to its end
+            (see `vlmlab.contracts.sample.SampleSource`); None: all of them.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, stage: str) -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, stage: str, block: int | None = None) -> None:
         if size < 1:
             raise ValueError("an order needs at least one sample")
         self.size = size
         self.batch_size = batch_size
         self.seed = seed
         self.stage = stage
+        self.block = block or size
 
     def window(self, step: int) -> list[int]:
         """The ``batch_size`` indices of an optimizer step (from 0)."""
@@ -35,7 +38,10 @@ class Order:
         found = []
         for place in range(first, first + self.batch_size):
             epoch, offset = divmod(place, self.size)
-            found.append(int(_permutation(self.size, self.seed, self.stage, epoch)[offset]))
+            begin = offset - offset % self.block
+            key = f"{self.stage}/{begin}" if begin else self.stage
+            order = _permutation(min(self.block, self.size - begin), self.seed, key, epoch)
+            found.append(begin + int(order[offset - begin]))
         return found
 
     def share(self, step: int, rank: int = 0, ranks: int = 1, accumulate: int = 1) -> list[list[int]]:
@@ -44,6 +50,12 @@ class Order:
         rows = self.batch_size // (ranks * accumulate)
         starts = [(micro * ranks + rank) * rows for micro in range(accumulate)]
         return [window[start : start + rows] for start in starts]
+
+
+def block_of(source: object) -> int | None:
+    """The `block` of a source: as many samples as it holds at a time where it is read in order."""
+    found: int | None = getattr(source, "in_blocks", None)
+    return found
 
 
 @lru_cache(maxsize=4)

@@ -18,7 +18,7 @@ from typing import Any
 from vlmlab.contracts.errors import LONGEST, DataError, brief
 from vlmlab.contracts.sample import Sample, SampleSource
 from vlmlab.data.fingerprint import Facts, source_fingerprint
-from vlmlab.data.sampler import Order
+from vlmlab.data.sampler import Order, block_of
 
 FILE = "skipped.jsonl"
 """In the run folder: one row per skipped sample, ``{data, id, reason}``."""
@@ -155,7 +155,7 @@ class Replaced:
     """
 
     def __init__(self, source: SampleSource, check: Check | None = None) -> None:
-        self.source, self.check = source, check
+        self.source, self.check, self.in_blocks = source, check, block_of(source)
         self.skipped: list[Skipped] = []
 
     def __len__(self) -> int:
@@ -182,7 +182,7 @@ def screen(source: SampleSource, check: Check, rows: int, limit: float, where: s
         TooManyBad: too many are bad.
     """
     size = len(source)
-    drawn = range(size) if size <= rows else Order(size, rows, 0, "screen").window(0)
+    drawn = range(size) if size <= rows else Order(size, rows, 0, "screen", block_of(source)).window(0)
     bad: list[Skipped] = []
     for index in drawn:
         try:

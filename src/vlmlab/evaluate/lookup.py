@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import IMAGE_TAG, SampleSource, Turn, turns_of
-from vlmlab.data.sampler import Order
+from vlmlab.data.sampler import Order, block_of
 from vlmlab.evaluate.metrics.vqa import normalise
 from vlmlab.recipe.stage import drawn_from, parse
 
@@ -80,7 +80,7 @@ def training_turns(cfg: DictConfig, most: int) -> Iterator[Turn]:
             continue
         source: SampleSource = instantiate(cfg.data.train[stage.data])
         drawn = drawn if getattr(source, "turns_in_memory", False) else min(drawn, most)
-        order = Order(drawn_from(cfg, len(source)), drawn, int(cfg.seed), stage.name)
+        order = Order(drawn_from(cfg, len(source)), drawn, int(cfg.seed), stage.name, block_of(source))
         for index in sorted(set(order.window(0))):
             try:
                 yield from turns_of(source, index)

@@ -29,6 +29,7 @@ from vlmlab.data.asking import check_prompt, parts, sent
 from vlmlab.data.chat import PICTURE, Encoded
 from vlmlab.data.collate import Collator, resized
 from vlmlab.data.overlap import reads, same_bytes, sentence, spread, stored_images
+from vlmlab.data.sampler import block_of
 from vlmlab.data.skipped import Replaced, Skipped, grouped
 from vlmlab.engine.restore import module_class
 from vlmlab.engine.weights import StagedModel
@@ -143,7 +144,7 @@ def inspect_stage(cfg: DictConfig, stage: Stage, n: int = 16, check: int = 200) 
             found.facts.append(("questions", line))
     except DataError as error:
         found.problems[str(error)] = []
-    spread = {round(k * (size - 1) / max(1, check - 1)) for k in range(check)} if check < size else set(range(size))
+    spread = _spread(size, check, block_of(source))
     first = range(min(n, size))
     good = _looked_through(found, source, collate, sorted({*first, *spread}))
     shown = [(index, good[index]) for index in first if index in good]
@@ -157,6 +158,13 @@ def inspect_stage(cfg: DictConfig, stage: Stage, n: int = 16, check: int = 200) 
             found.problems[str(error)] = [f"#{index}" for index, _ in shown[start : start + micro]]
     found.problems |= {note: [] for note in _shared(cfg, stage, source, list(good.values()), check)}
     return found
+
+
+def _spread(size: int, check: int, block: int | None) -> set[int]:
+    """Which of a source's samples are looked through: evenly out of all, or the first of one that is read in order."""
+    if check >= size or block is not None:
+        return set(range(min(size, check)))
+    return {round(k * (size - 1) / max(1, check - 1)) for k in range(check)}
 
 
 def _opened(cfg: DictConfig, stage: Stage) -> tuple[SampleSource | None, UserError | None]:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from vlmlab.contracts.errors import UserError
+from vlmlab.contracts.parts import Mask
 from vlmlab.encoder.families import attention_of, family, reading, sides
+from vlmlab.encoder.preprocess import PADS, Preprocess, processor_of
 from vlmlab.model.vlm import VLM
+from vlmlab.published.mask_code import is_causal
+from vlmlab.published.prompts import with_parts
 
 Keys = dict[str, Any]
 """Keys of a composition and their values, as they are given to training."""
@@ -55,9 +69,15 @@ class Exportable(Published):
 
     Attributes:
         goes_on: its ``generate`` goes on from a prompt whose keys and values are given.
+        alone: its own mask is that of conversations of one question, whose tokens it is told by ``token_type_ids``.
     """
 
     goes_on: bool = True
+    alone: bool = False
+
+    def follows(self, mask: Mask) -> bool:
+        """Whether its own ``generate`` sees what this mask says: here, where that is all up to the token itself."""
+        return is_causal(mask)
 
     @abstractmethod
     def lacks(self, model: VLM) -> str | None:
@@ -81,6 +101,41 @@ class Exportable(Published):
             model: the composition, whose modules it shares from now on.
             tower: its vision tower, with every layer.
         """
+
+    def processor(self, model: VLM) -> ProcessorMixin:
+        """Image processor, tokenizer and template, which write as many placeholders as the model has tokens.
+
+        Args:
+            model: a composition that lacks nothing.
+        """
+        encoder: Any = model.encoder
+        tokenizer = model.lm.plain_tokenizer
+        tokenizer.padding_side = "left"
+        every, patch = model.tokens_per_image, encoder.patch
+        rows, columns = encoder.preprocess.height // patch, encoder.preprocess.width // patch
+        drops = not encoder.class_token and encoder.special == 1
+        return LlavaProcessor(
+            image_processor=image_processor(encoder.preprocess),
+            tokenizer=tokenizer,
+            patch_size=patch,
+            num_additional_image_tokens=every - rows * columns + drops,
+            vision_feature_select_strategy="default" if drops else "full",
+            image_token=model.lm.image_token,
+            chat_template=with_parts(tokenizer, model.lm.image_token),
+        )
+
+
+def image_processor(preprocess: Preprocess, kind: str | None = None, **more: Any) -> Any:
+    """The image processor of transformers that gives the same pixels.
+
+    Args:
+        preprocess: the composition's.
+        kind: its class; None: SigLIP's, CLIP's, or for images padded to squares LLaVA's.
+        more: further settings.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        preprocess.save(Path(place), kind or (PADS if preprocess.square else processor_of(preprocess)))
+        return AutoImageProcessor.from_pretrained(place, backend="pil", **more)
 
 
 def causal_lm(base: PreTrainedModel, head: nn.Linear) -> PreTrainedModel:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image as Pillow
 from torch import Tensor
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    GenerationConfig,
-    LlavaProcessor,
-    PreTrainedModel,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 
 from vlmlab.contracts.errors import UserError, listed
 from vlmlab.contracts.sample import Sample, Turn
@@ -33,20 +25,21 @@ from vlmlab.contracts.tensors import Batch, Role
 from vlmlab.data.chat import NEXT, TURN
 from vlmlab.data.collate import Collator
 from vlmlab.encoder.families import sides
-from vlmlab.encoder.preprocess import PADS, Preprocess, processor_of
 from vlmlab.encoder.tower import TowerEncoder
 from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.model.build import build_collator
 from vlmlab.model.vlm import VLM
 from vlmlab.published.base import Exportable
 from vlmlab.published.blip2 import Blip2
+from vlmlab.published.idefics2 import Idefics2
 from vlmlab.published.llava import Llava
-from vlmlab.published.mask_code import code, is_causal, needs_answers
-from vlmlab.published.prompts import conversation, with_parts
+from vlmlab.published.mask_code import code, needs_answers
+from vlmlab.published.paligemma import PaliGemma
+from vlmlab.published.prompts import conversation
 from vlmlab.towers.source import quiet, save_tower
 
-CLASSES: tuple[Exportable, ...] = (Llava(), Blip2())
-"""Classes a composition is exported as: the first that is the same model."""
+CLASSES: tuple[Exportable, ...] = (Llava(), PaliGemma(), Idefics2(), Blip2())
+"""What is written: the first that is the same model and follows its mask by itself, or else the first."""
 
 CLOSE = 1e-5
 """How far logits may be from ours, for every unit of the largest."""
@@ -77,7 +70,7 @@ class ExportCheck:
     Attributes:
         worst: largest difference of a logit.
         largest: largest logit.
-        turns: whether the prompt of a later question is token by token ours, too.
+        turns: whether the prompt of a later question is token by token ours, too, and seen as ours.
         dtype: what the weights are in.
         halves: whether some were in less.
     """
@@ -98,12 +91,13 @@ def export_route(model: VLM) -> ExportRoute:
     if (why := _inexpressible(model)) is not None:
         raise UserError(f"this composition is not a model of transformers: {why}.")
     lacking = {plan: why for plan in CLASSES if (why := plan.lacks(model)) is not None}
-    plan = next((each for each in CLASSES if each not in lacking), None)
-    if plan is None:
-        said = ", ".join(f"{each.model.__name__} {why}" for each, why in lacking.items())
+    fitting = [plan for plan in CLASSES if plan not in lacking]
+    if not fitting:
+        said = ", ".join(f"{_short(each)} {why}" for each, why in lacking.items())
         raise UserError(f"this composition is not a model of transformers: {said}.")
-    if is_causal(model.mask):
-        return ExportRoute(plan, None, False)
+    if (follows := next((plan for plan in fitting if plan.follows(model.mask)), None)) is not None:
+        return ExportRoute(follows, None, False)
+    plan = next((plan for plan in fitting if plan.goes_on), fitting[0])
     if not plan.goes_on:
         raise UserError(
             f"this composition is not a model of transformers: `generate` of {plan.model.__name__} takes no "
@@ -115,6 +109,10 @@ def export_route(model: VLM) -> ExportRoute:
             "mask that is handed on would lift."
         )
     return ExportRoute(plan, code(model.mask, model.lm.image_id, model.tokens_per_image), needs_answers(model.mask))
+
+
+def _short(plan: Exportable) -> str:
+    return plan.model.__name__.removesuffix("ForConditionalGeneration")
 
 
 def _inexpressible(model: VLM) -> str | None:
@@ -146,11 +144,11 @@ def write(model: VLM, cfg: DictConfig, folder: Path, route: ExportRoute) -> Expo
     Raises:
         UserError: what was written is not the same; nothing of it is left.
     """
-    probe = _Probe(model, cfg)
+    probe = _Probe(model, cfg, route)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         _write_model(model, cfg, folder, route)
-        _write_processor(model, folder)
+        route.plan.processor(model).save_pretrained(folder)
         return probe.verify(folder, route)
     except BaseException:
         for path in folder.iterdir():
@@ -195,39 +193,13 @@ def whole_tower(encoder: TowerEncoder, cfg: DictConfig) -> PreTrainedModel:
     return tower
 
 
-def _write_processor(model: VLM, folder: Path) -> None:
-    """Image processor, tokenizer and template; it writes as many placeholders as the model has tokens."""
-    encoder: Any = model.encoder
-    tokenizer = model.lm.plain_tokenizer
-    tokenizer.padding_side = "left"
-    every, patch = model.tokens_per_image, encoder.patch
-    rows, columns = encoder.preprocess.height // patch, encoder.preprocess.width // patch
-    drops = not encoder.class_token and encoder.special == 1
-    processor = LlavaProcessor(
-        image_processor=_image_processor(encoder.preprocess),
-        tokenizer=tokenizer,
-        patch_size=patch,
-        num_additional_image_tokens=every - rows * columns + drops,
-        vision_feature_select_strategy="default" if drops else "full",
-        image_token=model.lm.image_token,
-        chat_template=with_parts(tokenizer, model.lm.image_token),
-    )
-    processor.save_pretrained(folder)
-
-
-def _image_processor(preprocess: Preprocess) -> Any:
-    with tempfile.TemporaryDirectory() as place:
-        preprocess.save(Path(place), PADS if preprocess.square else processor_of(preprocess))
-        return AutoImageProcessor.from_pretrained(place, backend="pil")
-
-
 class _Probe:
     """A conversation about a picture, as the lab reads it: tokens, pixels and logits."""
 
-    def __init__(self, model: VLM, cfg: DictConfig) -> None:
+    def __init__(self, model: VLM, cfg: DictConfig, route: ExportRoute) -> None:
         collate: Collator = replace(build_collator(cfg, model, "chat"), questions="conversation")
         self.picture = np.random.default_rng(0).integers(0, 256, (*PICTURE, 3), dtype=np.uint8)
-        self.batch: Batch = collate([self._sample(TURN, NEXT)])
+        self.batch: Batch = collate([self._sample(*((TURN,) if route.plan.alone else (TURN, NEXT)))])
         self.prompts = [
             collate.ask([self._sample(*turns)]).input_ids for turns in ((_open(TURN),), (TURN, _open(NEXT)))
         ]
@@ -255,15 +227,22 @@ class _Probe:
         processor = AutoProcessor.from_pretrained(folder, backend="pil")
         first, turns = self._asked(processor)
         batch = self.batch
-        shown = {} if route.sees is None else {"attention_mask": _sees(route.sees, batch)[:, None]}
-        got = model.eval()(input_ids=batch.input_ids, pixel_values=first["pixel_values"].to(model.dtype), **shown)
+        shown = {name: value for name, value in first.items() if name.startswith("pixel")}
+        if route.sees is not None:
+            shown["attention_mask"] = _sees(route.sees, batch)[:, None]
+        if route.plan.alone:
+            if "token_type_ids" not in first:
+                raise UserError("the processor that was written gives no token_type_ids; report this.")
+            shown["token_type_ids"] = ((batch.layout.role == Role.ANSWER).cumsum(1) > 0).long()
+        got = model.eval()(input_ids=batch.input_ids, **shown)
         logits = got.logits[:, :-1][batch.labels[:, 1:] != -100].float()
         worst, largest = float((logits - self.logits).abs().max()), float(self.logits.abs().max())
         if not self.halves and not worst <= CLOSE * max(1.0, largest):
             raise UserError(
                 f"the model that was written is another: its logits are {worst:.1e} from the run's; export by form=run."
             )
-        return ExportCheck(worst, largest, turns, str(self.dtype).rpartition(".")[2], self.halves)
+        dtype = str(self.dtype).rpartition(".")[2]
+        return ExportCheck(worst, largest, turns and not route.plan.alone, dtype, self.halves)
 
     def _asked(self, processor: Any) -> tuple[Any, bool]:
         """What the processor makes of the first question, and whether it reads the second as the lab does, too."""

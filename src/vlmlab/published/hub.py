@@ -26,7 +26,7 @@ def push(folder: Path, repo: str, endpoint: str | None = None) -> str:
     api = HfApi(endpoint=endpoint)
     try:
         made = api.create_repo(repo, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Written by vlmlab export")
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Exportable by vlmlab export")
     except Exception as error:  # of the network, of the hub, or of the name, each with classes of its own
         raise UserError(
             f"hub={repo} cannot be written ({reason(error)}); the folder is whole, and `hf upload` pushes it later."

@@ -21,6 +21,9 @@ from vlmlab.mask.leak import written
 PROMPTS = ("su00uuau", "u0011uau", "su00u11uaau22uuau", "00aau11uaaau", "suuaauuau", "uu00uu11u")
 """Prompts, a digit twice being one image of two tokens (``vlmlab.mask.leak``)."""
 
+QUESTIONS = ("su00uu", "u0011u", "su00u11uu", "suuu")
+"""Prompts without an earlier answer."""
+
 TOKENS = 2
 
 SEES = '''\
@@ -43,6 +46,17 @@ def is_causal(mask: Mask) -> bool:
     """Whether under a mask every token sees exactly those up to its own."""
     layouts = [_layout(prompt + "aa") for prompt in PROMPTS]
     return all(torch.equal(mask(layout, q), not_later(layout, q)) for layout in layouts for q in [_q(layout)])
+
+
+def is_of_prefixes(mask: Mask) -> bool:
+    """Whether all of one question's prompt see each other, and tokens behind it those up to their own (PaliGemma)."""
+    for prompt in QUESTIONS:
+        layout = _layout(prompt + "aaa")
+        q = _q(layout)
+        within = q < len(prompt)
+        if not torch.equal(mask(layout, q), not_later(layout, q) | (within[:, None] & within[None])):
+            return False
+    return True
 
 
 def is_of_prompts(mask: Mask) -> bool:

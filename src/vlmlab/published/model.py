@@ -222,6 +222,8 @@ def _preprocess(plan: Published, folder: Path, path: str, image_size: Any) -> tu
         plain = {key: value for key, value in raw.items() if key not in ("do_pad", "crop_size", "do_center_crop")}
         height, width = sides(image_size)
         return read_preprocess(folder, (file, {**plain, "size": {"height": height, "width": width}})), square
+    if plan.tiled and {"height", "width"} <= set(raw.get("size") or ()):
+        raw = raw | {"do_pad": False}  # what is of one size needs no padding
     tiles = next((key for key in TILES if raw.get(key)), None)
     if tiles is not None:
         raise UserError(

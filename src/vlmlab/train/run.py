@@ -28,7 +28,7 @@ from vlmlab.contracts.parts import FeatureCache
 from vlmlab.contracts.sample import SampleSource
 from vlmlab.contracts.terminal import tell
 from vlmlab.data.module import Window, Windows, step_loader
-from vlmlab.data.sampler import Order
+from vlmlab.data.sampler import Order, block_of
 from vlmlab.data.skipped import Replaced
 from vlmlab.engine import cost, proof
 from vlmlab.engine.begin import begin_with, fits_as_built, holds, take_encoder
@@ -606,7 +606,7 @@ class StageData(L.LightningDataModule):
     def order(self) -> Order:
         """Which samples every step sees."""
         size = drawn_from(self.cfg, len(self.source))
-        return Order(size, self.stage.batch_size, int(self.cfg.seed), self.stage.name)
+        return Order(size, self.stage.batch_size, int(self.cfg.seed), self.stage.name, block_of(self.source))
 
     def train_dataloader(self) -> DataLoader[Window]:
         """All steps that are left."""

@@ -153,6 +153,9 @@ KINDS: dict[str, tuple[Any, Callable[[int], dict[str, Any]], Make, bool]] = {
 }
 """Reader, record, file, whether it takes an image folder."""
 
+TYPED = {"vlmlab.data.readers.hub.HubRecords", "vlmlab.data.readers.hub_stream.HubStream"}
+"""Readers whose columns `datasets` gives one type each; their rows are in `test_hub.py`."""
+
 
 def test_every_reader_of_conf_is_here() -> None:
     used = {
@@ -161,7 +164,7 @@ def test_every_reader_of_conf_is_here() -> None:
         for key, value in leaves(OmegaConf.to_container(OmegaConf.load(file)), deep=True)  # type: ignore[arg-type]
         if key.endswith("_target_") and ".readers." in str(value)
     }
-    assert used == {f"{kind.__module__}.{kind.__name__}" for kind, *_ in KINDS.values()}
+    assert used - TYPED == {f"{kind.__module__}.{kind.__name__}" for kind, *_ in KINDS.values()}
 
 
 # -- what is there instead -------------------------------------------------------------------------------------------

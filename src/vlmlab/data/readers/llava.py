@@ -152,7 +152,8 @@ def _content(row: Row, number: int, parts: list[Any], form: LlavaFormat) -> tupl
         elif kind in ("image", "image_url"):
             given = part.get(kind)
             given = given.get("url") if isinstance(given, dict) else given
-            images.append(row.text(given, f"image of turn {number}"))
+            if given is not None:  # where it is null, the part is the place of one of the row's images
+                images.append(row.text(given, f"image of turn {number}"))
             words.append(IMAGE_TAG)
         else:
             remedy = "only text and images are supported: remove the row"
