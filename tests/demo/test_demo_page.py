@@ -1,4 +1,4 @@
-"""What is behind the page of ``vlmlab demo``, without gradio: cards, maps, pictures, answers as they grow, the address."""
+"""What is behind the page of ``vlmlab demo``, without gradio: cards, maps, pictures, growing answers, the address."""
 
 from __future__ import annotations
 
