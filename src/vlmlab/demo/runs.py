@@ -102,13 +102,12 @@ def rows(runs: Sequence[Shown]) -> list[Row]:
 
 
 def _parts(nodes: Sequence[Any]) -> list[str]:
-    """The class of a part in every run, and in brackets those of its settings that are not the same in all."""
+    """The class of a part in every run; where it is the same, in brackets its settings that are not."""
     found = [plain_part(node) for node in nodes]
-    same = {
-        key: value
-        for key, value in (found[0][1] if found else {}).items()
-        if all(key in settings and settings[key] == value for _, settings in found)
-    }
+    if len({name for name, _ in found}) > 1:
+        return [name for name, _ in found]
+    first = found[0][1]
+    same = {key for key, value in first.items() if all(key in own and own[key] == value for _, own in found)}
     return [_written(name, {k: v for k, v in settings.items() if k not in same}) for name, settings in found]
 
 
