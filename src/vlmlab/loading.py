@@ -28,7 +28,7 @@ from vlmlab.engine.restore import load_trained
 from vlmlab.evaluate.attention import Attention, attention
 from vlmlab.model.build import build_collator
 from vlmlab.model.vlm import VLM
-from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.folder import RunFolder, of_transformers
 from vlmlab.runs.trust import building, saved_config
 
 Picture: TypeAlias = "str | Path | Pillow.Image | Image"
@@ -82,11 +82,8 @@ def load(
         CheckpointError: the run is not finished, or its weights do not fit its towers.
     """
     folder = RunFolder(Path(run).expanduser())
-    if (folder.path / "config.json").is_file() and folder.config() is None:
-        raise UserError(
-            f"{folder.path} is a model of transformers and no run; `vlmlab import path={folder.path} to=<folder>` "
-            "makes one of it."
-        )
+    if (sentence := of_transformers(folder)) is not None:
+        raise UserError(sentence)
     folder.finished()
     cfg = saved_config(folder.path, trust)
     for key, value in (overrides or {}).items():

@@ -22,7 +22,9 @@ from tests.slow.runs import trained
 pytestmark = pytest.mark.slow
 pytest.importorskip("gradio", reason="needs the extra demo")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright to drive a browser")
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
 SHORT = (
     "budget=test", "budget.max_steps=1", "budget.eval_limit=4", "data.benchmarks.world_test.max_new_tokens=3",
     "evaluation.held_out=[]", "evaluation.baselines=[]", "trainer.accelerator=cpu", "recipe=frozen",

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
-from vlmlab.contracts.errors import UserError, reason
+from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.terminal import tell
 from vlmlab.demo.page import STYLE, Demo, build
 
@@ -65,8 +65,9 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
+        why = (error.strerror or str(error)).partition(" (while")[0]
         raise UserError(
-            f"host={host} port={port} cannot be listened at ({reason(error)}); give another port, or port=0 for any."
+            f"host={host} port={port} cannot be listened at ({why}); give another port, or port=0 for any."
         ) from error
 
 
