@@ -502,7 +502,8 @@ def of_transformers(run: RunFolder) -> str | None:
     """What to do with a folder that is a model of transformers and no run, in one sentence; None where it is not."""
     if not (run.path / "config.json").is_file() or run.config() is not None:
         return None
-    return f"{run.path} is a model of transformers and no run; `vlmlab import path={run.path} to=<folder>` makes one of it."
+    way = f"`vlmlab import path={run.path} to=<folder>` makes one of it"
+    return f"{run.path} is a model of transformers and no run; {way}."
 
 
 def _is_result(result: Mapping[str, Any]) -> bool:
