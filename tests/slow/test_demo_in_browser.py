@@ -40,9 +40,15 @@ def url(tmp_path: Path) -> Iterator[str]:
     trained(*SHORT, cwd=tmp_path)
     shutil.copytree(tmp_path / "outputs" / "run", tmp_path / "outputs" / "other")
     words = ["-m", "vlmlab.cli", "demo", "run=outputs/run,outputs/other", "port=0", "max_new_tokens=4"]
-    errors = (tmp_path / "errors").open("w+")
+    errors, own = (tmp_path / "errors").open("w+"), tmp_path / "own"
+    own.mkdir()
     server = subprocess.Popen(
-        [sys.executable, *words], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=errors, env=os.environ
+        [sys.executable, *words],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        env={**os.environ, "TMPDIR": str(own)},
     )
     try:
         assert server.stdout is not None
@@ -55,6 +61,7 @@ def url(tmp_path: Path) -> Iterator[str]:
         assert server.communicate(timeout=30)[0] == "demo ended\n" and server.returncode == 0
         errors.seek(0)
         assert errors.read() == ""
+        assert not list(own.glob("vlmlab-demo-*"))  # what was uploaded is gone
     finally:
         server.kill()
 

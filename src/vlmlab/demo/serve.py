@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,26 +34,22 @@ App = Callable[[Scope, Callable[[], Awaitable[Scope]], Send], Awaitable[None]]
 
 
 def serve(demo: Demo, host: str, port: int) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page until Ctrl-C; what was uploaded is deleted then.
 
     Raises:
         UserError: the address cannot be had.
     """
-    listening = listen(host, port)  # before gradio is imported, which takes seconds
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    import uvicorn
-    from fastapi import FastAPI
+    with listen(host, port) as listening, tempfile.TemporaryDirectory(prefix="vlmlab-demo-") as uploads:
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}  # read as gradio is imported
+        import uvicorn
+        from fastapi import FastAPI
 
-    app = mounted(FastAPI(openapi_url=None), build(demo))
-    server = uvicorn.Server(uvicorn.Config(kept_here(app), log_level="error", timeout_graceful_shutdown=1))
-    where = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-    tell(f"demo of {' and '.join(run.name for run in demo.runs)}: {where}  (Ctrl-C ends it)")
-    try:
-        server.run(sockets=[listening])
-    except KeyboardInterrupt:  # uvicorn has shut down and says so once more
-        pass
-    finally:
-        listening.close()
+        app = mounted(FastAPI(openapi_url=None), build(demo))
+        server = uvicorn.Server(uvicorn.Config(kept_here(app), log_level="error", timeout_graceful_shutdown=1))
+        where = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        tell(f"demo of {' and '.join(run.name for run in demo.runs)}: {where}  (Ctrl-C ends it)")
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down and says so once more
+            server.run(sockets=[listening])
     tell("demo ended")
 
 
