@@ -27,6 +27,7 @@ RANKS = (
         "evaluate",
         "analyse",
         "loading",
+        "demo",
         "export",
         "published",
         "towers.rebuild",

@@ -27,11 +27,12 @@ from vlmlab.data.pixels import from_pillow, value_range
 from vlmlab.engine import rng
 from vlmlab.engine.device import device_of
 from vlmlab.engine.restore import load_trained
+from vlmlab.evaluate.attention import Attention, attention
 from vlmlab.model.build import build_collator
 from vlmlab.model.likelihood import Likelihood, option_likelihoods
 from vlmlab.model.questions import unequal_in_options
 from vlmlab.model.vlm import VLM
-from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.folder import RunFolder, of_transformers
 from vlmlab.runs.trust import building, saved_config
 
 Picture: TypeAlias = "str | Path | Pillow.Image | Image"
@@ -85,11 +86,8 @@ def load(
         CheckpointError: the run is not finished, or its weights do not fit its towers.
     """
     folder = RunFolder(Path(run).expanduser())
-    if (folder.path / "config.json").is_file() and folder.config() is None:
-        raise UserError(
-            f"{folder.path} is a model of transformers and no run; `vlmlab import path={folder.path} to=<folder>` "
-            "makes one of it."
-        )
+    if (sentence := of_transformers(folder)) is not None:
+        raise UserError(sentence)
     folder.finished()
     cfg = saved_config(folder.path, trust)
     for key, value in (overrides or {}).items():
@@ -180,7 +178,6 @@ class LoadedModel:
         """
         self._sample(image, [("", "")], "")
 
-    @torch.no_grad()
     def probabilities(
         self, image: Picture | Sequence[Picture] | None, question: str, answer: str, *, system: str = ""
     ) -> list[tuple[str, float]]:
@@ -198,11 +195,28 @@ class LoadedModel:
         Raises:
             UserError: as ``generate`` of its image and question; an answer without a token.
         """
+        found = self.attention(image, question, answer, system=system)
+        return list(zip(found.tokens, found.probabilities, strict=True))
+
+    def attention(
+        self, image: Picture | Sequence[Picture] | None, question: str, answer: str, *, system: str = ""
+    ) -> Attention:
+        """What each token of an answer looks at in the images, as the model reads the answer in one pass.
+
+        Args:
+            image: as for ``generate``.
+            question: likewise.
+            system: likewise.
+            answer: the text, cut into tokens as in training.
+
+        Returns:
+            The tokens, the one that ends the answer included, with their probabilities and attention weights.
+
+        Raises:
+            UserError: as ``generate`` of its image and question; an answer without a token.
+        """
         batch = self._collator([self._sample(image, [(question, answer)], system)]).to(self.device)
-        outputs = self.model(batch)
-        chosen = outputs.logits.float().log_softmax(-1).gather(1, outputs.targets[:, None])[:, 0].exp()
-        pieces = [str(self.model.lm.tokenizer.decode([token])) for token in outputs.targets.tolist()]
-        return list(zip(pieces, chosen.tolist(), strict=True))
+        return attention(self.model, batch)
 
     def likelihood(
         self,
@@ -283,6 +297,15 @@ class _Pieces(TextStreamer):
         """Called by transformers."""
         if text:
             self.hand_on(text)
+
+
+def read_image(image: Picture, model: LoadedModel) -> Image:
+    """(H, W, 3) uint8 as a model is given it, by the rules and limits that its training's own files are read with.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    return _image(image, OmegaConf.select(model.config, "data.image_range"))
 
 
 def _images(given: Picture | Sequence[Picture] | None, values: Any) -> tuple[Image, ...]:

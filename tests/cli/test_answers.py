@@ -133,7 +133,7 @@ def test_the_console_command_runs_the_verbs(tmp_path: Path) -> None:
     said = (
         "error: vlmlab has no verb 'trian' (did you mean train?); choose one of train, sweep, evaluate, inspect, plan"
     )
-    rest = "cost, compare, generate, chat, score, export, import, curate, wandb"
+    rest = "cost, compare, generate, chat, demo, score, export, import, curate, wandb"
     assert (wrong.returncode, wrong.stderr) == (2, f"{said}, {rest}\n")
 
 

@@ -24,6 +24,7 @@ from vlmlab.cache.disk import DiskCache
 from vlmlab.contracts.errors import DataError
 from vlmlab.contracts.sample import Sample
 from vlmlab.contracts.tensors import Batch, Layout, Role, Seen
+from vlmlab.contracts.watch import Watch
 from vlmlab.encoder.hf import HfEncoder
 from vlmlab.fusion.concat import ConcatFusion
 from vlmlab.fusion.none import NoFusion
@@ -432,3 +433,23 @@ def test_too_few_positions_are_refused_with_the_samples() -> None:
     seen = Seen(tokens=torch.zeros(3, 12, 32))
     with pytest.raises(DataError, match=r"one.*images.*48 image positions for 36"):
         model.fusion.embed(seen, model.lm.embed(batch.input_ids), batch)
+
+
+# -- what it looks at --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SEEING)
+@torch.no_grad()
+def test_its_attention_can_be_kept_and_changes_no_bit(name: str) -> None:
+    model = stirred(name)
+    batch = collator(model)([ONE_TURN])
+    watch = Watch((batch.labels[0, 1:] != -100).nonzero()[:, 0])
+    assert torch.equal(model(batch).logits, model(batch, watch=watch).logits)
+    assert len(watch.own) == model.lm.model.config.num_hidden_layers
+    length, tokens = batch.input_ids.shape[1], model.connector.tokens_per_image(model.encoder.hw)
+    for own in watch.own:
+        assert own.shape[1:] == (len(watch.queries), length)
+        assert own[:, 0, watch.queries[0] + 1 :].abs().max() == 0  # bidir opens nothing to words
+    for images in watch.images:
+        assert images.shape[1:] == (len(watch.queries), tokens)
+        torch.testing.assert_close(images.sum(-1), torch.ones(images.shape[:2]))

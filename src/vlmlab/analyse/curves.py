@@ -10,7 +10,7 @@ from typing import Any
 from vlmlab.analyse.results import FIRST, MetricKey
 
 WIDTH, HEIGHT = 310, 170
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 24, 24
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 30, 24
 MOST_POINTS = 300
 """Longer curves are averaged down to so many points."""
 COLOURS = ("#3b6ea8", "#d1495b", "#5a8f3c", "#8e6c8a")
@@ -38,6 +38,7 @@ class Chart:
     """Name, colour and ``points`` of every polyline."""
     ticks: list[tuple[float, str]]
     """Height in pixels and label of the horizontal rules."""
+    first_step: str
     last_step: str
 
 
@@ -102,9 +103,10 @@ def draw_chart(curves: Curves) -> Chart:
         (name, COLOURS[i % len(COLOURS)], " ".join(map(place, points)))
         for i, (name, points) in enumerate(lines.items())
     ]
-    end = max(step for points in curves.lines.values() for step, _ in points)
+    known = [step for points in curves.lines.values() for step, _ in points]
+    begin, end = min(known), max(known)
     ticks = [(HEIGHT - BOTTOM - share * top * down, f"{share * top:.3g}") for share in (0.0, 0.5, 1.0)]
-    return Chart(curves.stage or "training", drawn, ticks, f"{end:.0f}")
+    return Chart(curves.stage or "training", drawn, ticks, f"{begin:.0f}", f"{end:.0f}")
 
 
 def thinned(points: list[Point]) -> list[Point]:

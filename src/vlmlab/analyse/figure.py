@@ -116,6 +116,7 @@ def draw_curves(path: Path, rows: Sequence[Combination], name: str, read: Rows =
             lows, highs = zip(*ends, strict=True)
             axis.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
     axis.set_xlabel("optimizer steps, over all stages", fontsize=8)
+    axis.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     axis.set_title(f"{name}\nmean over seeds, 95 % interval", fontsize=9, loc="left")
     axis.tick_params(labelsize=8)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)

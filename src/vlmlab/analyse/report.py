@@ -68,7 +68,7 @@ def write_report(folder: Path, items: Sequence[ReportItem], result: Mapping[str,
     page = environment.get_template(TEMPLATE).render(
         title=title,
         summary=_summary(result),
-        headlines=_headlines(metrics),
+        headlines=headlines(metrics),
         items=[_item(item, metrics) for item in items],
         tables=[asdict(table) for table in benchmark_tables(metrics, intervals)],
         told=OF_ONE_MODEL if intervals else "",
@@ -94,7 +94,7 @@ def _summary(result: Mapping[str, Any]) -> str:
     return ", ".join(part for part in (changed, seed) if part)
 
 
-def _headlines(metrics: Mapping[str, float]) -> list[dict[str, str]]:
+def headlines(metrics: Mapping[str, float]) -> list[dict[str, str]]:
     """The first score of every benchmark with the levels it is to be compared with."""
     heads: dict[str, dict[str, str]] = {}
     for name, value in metrics.items():
@@ -170,7 +170,13 @@ def _config(folder: Path) -> dict[str, Any] | None:
 
 def _part(value: Any) -> str:
     """``Mlp(layers=2, act=gelu)`` of a group that names its class; empty for everything else."""
+    name, settings = plain_part(value)
+    return f"{name}({', '.join(f'{key}={item}' for key, item in settings.items())})" if name else ""
+
+
+def plain_part(value: Any) -> tuple[str, dict[str, Any]]:
+    """The class that a group of a configuration names, and its plain settings; empty for everything else."""
     if not isinstance(value, dict) or "_target_" not in value:
-        return ""
+        return "", {}
     plain = {name: item for name, item in value.items() if name != "_target_" and not isinstance(item, dict | list)}
-    return f"{str(value['_target_']).rsplit('.', 1)[-1]}({', '.join(f'{name}={item}' for name, item in plain.items())})"
+    return str(value["_target_"]).rsplit(".", 1)[-1], plain

@@ -25,7 +25,7 @@ from vlmlab.recipe.stage import KEYS
 INSIDE = ("memory_mask", "pair_head")
 """Groups that no run has at the top: the files of other groups take a choice of them into one of their keys."""
 
-OF_A_RUN = ("chat", "curate", "evaluate", "export", "generate", "score")
+OF_A_RUN = ("chat", "curate", "demo", "evaluate", "export", "generate", "score")
 """Commands that take a run as it was trained."""
 
 

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vlmlab.cli.entry import ConfigError
 from vlmlab.cli.rules.words import unread
 from vlmlab.contracts.values import hints, refusal
-from vlmlab.runs.folder import RunFolder
+from vlmlab.runs.folder import RunFolder, of_transformers
 
 
 def finished_run(cfg: DictConfig, example: str) -> Path:
@@ -35,6 +35,8 @@ def known_run(cfg: DictConfig, example: str) -> Path:
     if OmegaConf.is_missing(cfg, "run"):
         raise ConfigError(f"which run? write run=<folder>, as in: {example}")
     folder = Path(str(cfg.run))
+    if (sentence := of_transformers(RunFolder(folder))) is not None:
+        raise ConfigError(sentence)
     if RunFolder(folder).config() is None:
         raise ConfigError(
             f"run={folder} is not a run folder (it has no config.yaml); give the folder that training printed"

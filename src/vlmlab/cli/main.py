@@ -18,6 +18,7 @@ VERBS = {
     "compare": ["vlmlab.cli.compare"],
     "generate": ["vlmlab.cli.generate"],
     "chat": ["vlmlab.cli.chat"],
+    "demo": ["vlmlab.cli.demo"],
     "score": ["vlmlab.cli.score"],
     "export": ["vlmlab.cli.export"],
     "import": ["vlmlab.cli.import_model"],
@@ -45,6 +46,7 @@ USAGE = """usage: vlmlab <verb> [group=choice] [key=value] [--help]
   vlmlab compare sweeps/<name> baseline=mlp,bidir         what a sweep has shown: differences, intervals, tests
   vlmlab generate run=outputs/<name> image=a.jpg "What?"  an answer of a finished run
   vlmlab chat run=outputs/<name> image=a.jpg              a conversation in the terminal
+  vlmlab demo run=outputs/<a>,outputs/<b>                 one or two runs in a browser, with what they look at
   vlmlab score outputs/<name>                             the scores again, from the answers that the run keeps
   vlmlab export run=outputs/<name> to=<folder>            a finished run as a model of transformers, with its card
   vlmlab import path=<folder> to=outputs/<name>           a run of a published model: LLaVA, BLIP-2, PaliGemma ...

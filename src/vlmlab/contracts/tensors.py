@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmlab.contracts.watch import Watch
+
 
 class Kind(IntEnum):
     """What a position holds."""
@@ -250,6 +252,7 @@ class Memory:
         split: which positions the fusion computes in its own way; None where it has no such.
         notes: by name what a block says of this batch, for objectives. It writes the same at every call, so that
             recomputed activations change nothing.
+        watch: keeps the weights of the blocks' attention; None: nobody asks for them.
     """
 
     tensors: dict[str, Tensor]
@@ -257,6 +260,7 @@ class Memory:
     slots: Tensor
     split: Split | None = None
     notes: dict[str, Tensor] = field(default_factory=dict)
+    watch: Watch | None = None
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,8 @@ class DuplexBlock(nn.Module):
         if self.pseudo != "none":
             sink = self._sink(layout.position).to(query.dtype)  # (B, H, Q)
             wide = scores.expand(len(query), query.shape[1], -1, -1)
-            scores = torch.cat([wide, sink[..., None]], -1)  # (B, H, Q, K + 1)
-            key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))  # a key and a value of zeros
+            scores = torch.cat([sink[..., None], wide], -1)  # (B, H, Q, 1 + K)
+            key, value = F.pad(key, (0, 0, 1, 0)), F.pad(value, (0, 0, 1, 0))  # a key and a value of zeros
         return attend(query, key, value, scores)
 
     def _moved(self, query: Tensor, key: Tensor, own: Tensor, visual: Tensor) -> Tensor:

@@ -139,4 +139,6 @@ class PrefixBlock(nn.Module):
         sees, images = seen_in_row(memory)  # (B, Q, J), (B, J)
         told = [part[images].flatten(1, 2).transpose(1, 2) for part in (k, v)]  # (B, G, J * M, dh) each
         before = sees.repeat_interleave(k.shape[1], -1)[:, None]  # (B, 1, Q, J * M)
+        if memory.watch is not None:
+            memory.watch.ahead = before.shape[-1]
         return before_the_keys(attend, query, key, value, mask, told[0], told[1], before)

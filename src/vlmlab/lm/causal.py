@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -21,6 +22,7 @@ from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Mask
 from vlmlab.contracts.tensors import Kind, Layout
 from vlmlab.contracts.values import Architecture
+from vlmlab.contracts.watch import Watch
 from vlmlab.data.chat import ChatEncoder, token_id
 from vlmlab.lm.inside import Inside, generating_inside
 from vlmlab.lm.masking import IMPLEMENTATION, generating, plainly_causal, within
@@ -93,7 +95,13 @@ class CausalLanguageModel(nn.Module):
         return self.model.get_input_embeddings()(input_ids)
 
     def states(
-        self, embeds: Tensor, layout: Layout, mask: Mask, inside: Inside | None = None, keep: DynamicCache | None = None
+        self,
+        embeds: Tensor,
+        layout: Layout,
+        mask: Mask,
+        inside: Inside | None = None,
+        keep: DynamicCache | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
         """(B, Q, D) embeddings -> (B, Q, D) last hidden states under the policy.
 
@@ -107,6 +115,7 @@ class CausalLanguageModel(nn.Module):
             inside: what the blocks at the ports are given for the positions of `embeds`; None: they do nothing.
             keep: a cache of the positions before these, at first empty, that takes these up for what follows them;
                 None: nothing is before them and nothing follows.
+            watch: keeps the weights of every layer's attention, in families that hand keywords on to it.
         """
         before = 0 if keep is None else int(keep.get_seq_length())
         q = torch.arange(before, before + embeds.shape[1], device=embeds.device)
@@ -119,6 +128,7 @@ class CausalLanguageModel(nn.Module):
             past_key_values=keep,
             use_cache=keep is not None,
             **({} if inside is None else {"inside": inside}),
+            **({"watch": watch} if watch is not None and _takes_keywords(self.model.base_model) else {}),
         ).last_hidden_state
 
     def prefill(self, embeds: Tensor, layout: Layout, mask: Mask, inside: Inside | None = None) -> DynamicCache:
@@ -216,6 +226,11 @@ def open_lm(
     with quiet(), readable("weights", folder, path, "lm.path"):
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=number, **SAFE)
     return model, open_tokenizer(folder, path, "lm.path"), tower_hash(folder), True
+
+
+def _takes_keywords(model: nn.Module) -> bool:
+    """Whether a family's forward hands keywords on that it does not know."""
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
 
 
 def _embeddings(model: PreTrainedModel) -> nn.Embedding:

@@ -28,6 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vlmlab.contracts.errors import UserError, reason
 from vlmlab.contracts.tensors import Layout, Memory, Split
+from vlmlab.contracts.watch import Watch
 
 Block = Callable[..., Tensor]
 Change = Callable[[Tensor], Tensor]
@@ -550,15 +551,20 @@ def attend(
         key: (B, G, S, dh), with those of the queries' own positions after what a cache had; static ones are longer.
         value: likewise.
         attention_mask: (B, 1, Q, S), or None: causal.
-        **kwargs: transformers' own.
+        **kwargs: transformers' own, and `watch`, which keeps the weights.
 
     Returns:
         (B, Q, H, dh), and no scores.
     """
-    if not isinstance(module, PortedAttention):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    plain = partial(_attend, module, kwargs)
+    watch: Watch | None = kwargs.pop("watch", None)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    if not isinstance(module, PortedAttention):
+        if watch is not None:
+            watch.layer(query, key, shown(attention_mask, query, key), scale)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    plain: Attend = partial(_attend, module, kwargs)
+    if watch is not None:
+        plain = partial(_watched, watch, plain, scale)
     return module.site.around(plain, scale)(query, key, value, attention_mask), None
 
 
@@ -581,6 +587,14 @@ def _attend(
     index = rows[..., None, None].expand_as(told)
     real = ~split.own.gather(1, rows)[..., None, None]
     return own.scatter(1, index, torch.where(real, told, own.gather(1, index)))
+
+
+def _watched(
+    watch: Watch, attend: Attend, scale: float, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Tensor:
+    """(B, Q, H, dh): what the attention inside all blocks and adapters gives, its weights kept."""
+    watch.layer(query, key, shown(mask, query, key), scale)
+    return attend(query, key, value, mask)
 
 
 def shown(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
@@ -691,6 +705,8 @@ def look(q: Tensor, keys: Tensor, values: Tensor, memory: Memory, scale: float |
     any_image = sees.any(-1, keepdim=True)  # (B, Q, 1)
     allowed = (sees | ~any_image).repeat_interleave(keys.shape[1], -1)  # (B, Q, J * N); a softmax needs a key
     k, v = (x[index].flatten(1, 2).transpose(1, 2) for x in (keys, values))  # (B, H, J * N, dh)
+    if memory.watch is not None:
+        memory.watch.look(q.transpose(1, 2), k, allowed[:, None], any_image, scale)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=allowed[:, None], scale=scale)
     return torch.where(any_image, out.transpose(1, 2).flatten(2), 0.0)  # (B, Q, H * dh)
 

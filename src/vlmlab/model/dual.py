@@ -10,6 +10,7 @@ from torch import Tensor
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.parts import Connector, Encoder, Fusion, Mask, NamedParameters, TextTower
 from vlmlab.contracts.tensors import Batch, Layout, Outputs
+from vlmlab.contracts.watch import Watch
 from vlmlab.lm.causal import CausalLanguageModel
 from vlmlab.mask.causal import Causal
 from vlmlab.model.pair import PooledHead
@@ -50,9 +51,11 @@ class DualEncoder(VLM):
         self.parallel = parallel
         self.pair = PooledHead(encoder.pooled_width, lm.width, width, scale, bias)
 
-    def forward(self, batch: Batch, mask: Mask | None = None, in_step: bool = False) -> Outputs:
+    def forward(
+        self, batch: Batch, mask: Mask | None = None, in_step: bool = False, watch: Watch | None = None
+    ) -> Outputs:
         """The captioning outputs with the pair of embeddings."""
-        outputs = self._parallel(batch) if self.parallel else super().forward(batch, mask, in_step)
+        outputs = self._parallel(batch) if self.parallel else super().forward(batch, mask, in_step, watch)
         visual = outputs.seen.visual
         if visual is None or visual.pooled is None or batch.pixels.shape[0] != len(batch.input_ids):
             raise UserError("ContrastiveModule needs one image a row and a tower with a pooled output.")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlmlab.cache.none import NoCache
 from vlmlab.contracts.parts import Connector, Encoder, FeatureCache, Fusion, Mask, TextTower
 from vlmlab.contracts.tensors import Batch, Images, Layout, Outputs, Seen
+from vlmlab.contracts.watch import Watch
 from vlmlab.lm.causal import CausalLanguageModel
 from vlmlab.lm.inside import Inside, has_ports
 from vlmlab.model.branches import Unfolded, unfold
@@ -81,13 +82,18 @@ class VLM(Parts):
         """(B, S, D) embeddings with vision fused in; without `seen` the model looks first."""
         return self.fusion.embed(self.see(batch) if seen is None else seen, self.lm.embed(batch.input_ids), batch)
 
-    def inside(self, batch: Batch, seen: Seen) -> Inside | None:
+    def inside(self, batch: Batch, seen: Seen, watch: Watch | None = None) -> Inside | None:
         """What the blocks at the ports of the LM's layers are given; None where there are none."""
         if not has_ports(self.lm.model):
             return None
-        return Inside(batch.layout, self.fusion.memories(seen, batch), _with_image(batch))
+        memories = self.fusion.memories(seen, batch)
+        if watch is not None:
+            memories = {key: replace(memory, watch=watch) for key, memory in memories.items()}
+        return Inside(batch.layout, memories, _with_image(batch))
 
-    def forward(self, batch: Batch, mask: Mask | None = None, in_step: bool = False) -> Outputs:
+    def forward(
+        self, batch: Batch, mask: Mask | None = None, in_step: bool = False, watch: Watch | None = None
+    ) -> Outputs:
         """Logits at the positions that predict a supervised token, and their targets.
 
         Args:
@@ -95,6 +101,7 @@ class VLM(Parts):
             mask: in place of the model's own.
             in_step: some rank has an image in its micro-batch and weights are cut into shards, so that all ranks have
                 to go through the encoder and the fusion, and back through the LM, together.
+            watch: keeps attention weights of a batch of one row.
         """
         alone = in_step and batch.pixels.shape[0] == 0
         batch = self._with_blank(batch) if alone else batch
@@ -102,8 +109,8 @@ class VLM(Parts):
         embeds = self.embed(batch, seen)  # (B, S, D)
         if in_step:
             embeds = self._in_step(embeds, seen)
-        inside = self.inside(batch, seen)
-        states = self.lm.states(embeds, batch.layout, mask or self.mask, inside)  # (B, S, D)
+        inside = self.inside(batch, seen, watch)
+        states = self.lm.states(embeds, batch.layout, mask or self.mask, inside, watch=watch)  # (B, S, D)
         chosen = batch.labels[:, 1:] != -100  # (B, S - 1)
         logits = self.lm.logits(states[:, :-1][chosen])  # (T, V)
         targets = batch.labels[:, 1:][chosen]

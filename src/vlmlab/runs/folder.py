@@ -498,6 +498,14 @@ class RunFolder:
         return result
 
 
+def of_transformers(run: RunFolder) -> str | None:
+    """What to do with a folder that is a model of transformers and no run, in one sentence; None where it is not."""
+    if not (run.path / "config.json").is_file() or run.config() is not None:
+        return None
+    way = f"`vlmlab import path={run.path} to=<folder>` makes one of it"
+    return f"{run.path} is a model of transformers and no run; {way}."
+
+
 def _is_result(result: Mapping[str, Any]) -> bool:
     """Whether the contents of a ``result.json`` are what this code reads; of another format nothing is known."""
     if result.get("format") != FORMAT:

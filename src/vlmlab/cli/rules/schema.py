@@ -30,6 +30,7 @@ from vlmlab.contracts.values import (
 Threads = Annotated[int, Interval(ge=1, le=4096)]
 Workers = Annotated[int, Interval(ge=0, le=4096)]
 Devices = Literal["auto", -1] | Annotated[int, Interval(ge=1, le=4096)]
+Port = Annotated[int, Interval(ge=0, le=65535)]
 Accelerator = Literal["auto", "cpu", "gpu", "cuda"]
 Strategy = Literal["auto", "ddp", "ddp_fork", "ddp_spawn", "ddp_find_unused_parameters_true", "fsdp2"]
 Precisions = Literal["auto", "fp32", "bf16", "fp16"]
@@ -284,11 +285,9 @@ class Evaluate(TypedDict):
     trust: bool
 
 
-class Sampling(TypedDict):
-    """Keys that ``vlmlab generate`` and ``vlmlab chat`` share."""
+class Answering(TypedDict):
+    """Keys that ``vlmlab generate``, ``chat`` and ``demo`` share."""
 
-    run: Text | Count
-    image: Text | Count | list[Text | Count] | None
     system: str
     max_new_tokens: Count
     do_sample: bool
@@ -301,11 +300,27 @@ class Sampling(TypedDict):
     trust: bool
 
 
+class Sampling(Answering):
+    """Keys that ``vlmlab generate`` and ``vlmlab chat`` share."""
+
+    run: Text | Count
+    image: Text | Count | list[Text | Count] | None
+
+
 class Generate(Sampling):
     """Keys of ``vlmlab generate``."""
 
     question: Text | Count
     probabilities: bool
+
+
+class Demo(Answering):
+    """Keys of ``vlmlab demo``."""
+
+    run: Text | Count | list[Text | Count]
+    samples: Natural
+    host: Text
+    port: Port
 
 
 class Curate(TypedDict):

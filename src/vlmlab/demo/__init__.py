@@ -1,0 +1,1 @@
+"""``vlmlab demo``: one or two finished runs in a browser, side by side."""
