@@ -33,8 +33,8 @@ def test_two_runs_are_a_list(word: str, names: object) -> None:
     ("words", "said"),
     [
         ([], "which run? write run=<folder>, as in: vlmlab demo run=outputs/default"),
-        (["run=nowhere"], "run=nowhere is no run folder"),
-        (["run=[nowhere,b]"], "run=nowhere is no run folder"),
+        (["run=nowhere"], "run=nowhere is not a run folder"),
+        (["run=[nowhere,b]"], "run=nowhere is not a run folder"),
         (["run=[a,b,c]"], "run names 3 runs and the page has room for 2; give one or two"),
         (["run=[]"], "run names 0 runs"),
         (["run=x", "port=70000"], "port=70000 is not possible; give a whole number from 0 to 65535"),
