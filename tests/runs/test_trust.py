@@ -206,7 +206,7 @@ def test_a_name_stays_in_the_folder(name: str, key: str, place: Path, config: di
     run = place / "run"
     (run / "config.yaml").write_text(json.dumps(changed))
     for _, ask in asked(run):
-        with pytest.raises(CheckpointError, match=r"config\.yaml is damaged \(.* is not a name of a") as caught:
+        with pytest.raises(CheckpointError, match=r"config\.yaml is damaged \(.* cannot name a") as caught:
             ask()
         assert len(str(caught.value)) <= 300 and str(caught.value).isprintable()
     assert outside(place) == before

@@ -150,7 +150,7 @@ def test_another_content_between_stop_and_resume_is_refused(source, tmp_path, mo
 
 
 def test_a_source_that_is_missing_is_said_before_anything_else(tmp_path):
-    with pytest.raises(UserError, match=r"init_from=.* is not a run folder"):
+    with pytest.raises(UserError, match=r"init_from=.* is neither a run folder"):
         check_origin(tmp_path, str(tmp_path / "nowhere"))
     check_origin(tmp_path, None)
 

@@ -162,7 +162,10 @@ def _plain_refusal(annotation: Any, value: Any, key: str) -> str | None:
             return f"{key}._target_={shown(value['_target_'])} is not a class; give its dotted path"
         group = next((fact.group for member in _members(annotation) if (fact := _part_of(member))), None)
         if group is not None and isinstance(value, str):
-            return f"{key}={shown(value)} is not a {group.replace('_', ' ')}; write {group}@{key}={shown(value)}"
+            article = "an" if group[0] in "aeiou" else "a"
+            return (
+                f"{key}={shown(value)} is not {article} {group.replace('_', ' ')}; write {group}@{key}={shown(value)}"
+            )
         known = _words(annotation)
         if known is not None:
             return f"{key}={shown(value)} is unknown; choose one of {', '.join(known)}"

@@ -524,7 +524,7 @@ def _wrong(node: Any, where: str = "") -> Iterator[str]:
         elif value == "???":
             yield f"{here} has no value"
         elif where in FOLDERS and not is_plain_name(str(key)):
-            yield f"{here} is not a name of a {FOLDERS[where]}"
+            yield f"{here} cannot name a {FOLDERS[where]}"
         yield from _wrong(value, here)
     if where in ("recipe", "recipe.stages", "data", "data.benchmarks") and not isinstance(node, dict | None):
         yield f"{where} is a {type(node).__name__}"
