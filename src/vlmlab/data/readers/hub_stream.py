@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,9 @@ from vlmlab.data.skipped import Skipped
 
 HELD = 2
 """Blocks that are held at a time: a batch may reach over the end of one."""
+
+SETTLE = 0.3
+"""Seconds that Arrow's threads get to come to an end."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -107,7 +111,7 @@ class HubStream:
         self._pid, self._next = os.getpid(), 0
         self._rows: list[Iterator[dict[str, Any]]] = []  # one while it is read
         self._held: OrderedDict[int, _Rows] = OrderedDict()
-        weakref.finalize(self, self._rows.clear)  # before the interpreter takes the modules it needs apart
+        weakref.finalize(self, _close, self._rows)  # before the interpreter takes the modules it needs apart
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_rows", "_held")} | {"_pid": 0}
@@ -139,13 +143,17 @@ class HubStream:
             self._hold(block)
         rows = self._held[block]
         if place >= len(rows):
-            there = self._skip + block * self.in_blocks + len(rows)
-            raise UserError(
-                f"{self._set.path} has only {there} rows in the split '{self._split}'; set data.size to "
-                f"{max(0, there - self._skip)} or less."
-            )
+            raise self._too_short(block)
         number = self._skip + index + 1
         return self._reader.row(Path(self._set.name) / self._split, number, without_nan(rows[place]))
+
+    def _too_short(self, block: int) -> UserError:
+        """The set ends in a block, or before it where the block is empty."""
+        there = self._skip + block * self.in_blocks + len(self._held[block])
+        few = f"{'only' if self._held[block] else 'at most'} {there} rows"
+        left = there - self._skip
+        remedy = f"set data.size to {left} or less" if left else "lower data.held_out and data.size"
+        return UserError(f"{self._set.path} has {few} in the split '{self._split}'; {remedy}.")
 
     def _hold(self, block: int) -> None:
         """Read a block: the next one, or by going on from the beginning."""
@@ -168,3 +176,9 @@ class HubStream:
         columns = sorted(set(self._reader.mapping.columns.values()))
         stream = self._set.stream(self._split).select_columns(columns).with_format("arrow")
         return (table.to_pylist()[0] for table in (stream.skip(row) if row else stream))
+
+
+def _close(rows: list[Iterator[dict[str, Any]]]) -> None:
+    """End reading; Arrow's threads, which nobody can join, abort a process that ends while they still read."""
+    rows.clear()
+    time.sleep(SETTLE)
