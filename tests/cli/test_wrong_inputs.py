@@ -132,7 +132,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     f"{VQA}empty.json data.images={{f}}": (1, r"empty.json is empty"),
     f"{VQA}binary.json data.images={{f}}": (1, r"binary.json is not UTF-8"),
     f"{VQA}keys.json data.images={{f}}": (1, r"keys.json, .* \d: .*question"),
-    f"{VQA}fake.json data.images={{f}}": (1, r"fake.png is not a readable"),
+    f"{VQA}fake.json data.images={{f}}": (1, r"fake.png is not a "),
     f"{VQA}lost.json data.images={{f}}": (1, r"lost.png"),
     "train name=v recipe=joint data=llava data.path={f}/keys.json data.images={f}": (1, r"keys.json.* cannot be used"),
     "train name=v recipe=joint data=coco_captions data.path={f}/good.json data.images={f}": (

@@ -209,7 +209,7 @@ def test_a_template_that_rewrites_history_is_refused_by_name() -> None:
     encode = ChatEncoder(lm.tokenizer, lm.image_token, 3)
     with pytest.raises(UserError, match=rf"{path} rewrites earlier turns"):
         encode.train(TWO_TURNS)
-    with pytest.raises(UserError, match=rf"{path} does not print the answer 'two green squares' as it is"):
+    with pytest.raises(UserError, match=rf"{path} does not print the answer 'two green squares' as it comes after"):
         encode.train(SAMPLES[0])
 
 

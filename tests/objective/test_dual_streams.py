@@ -33,7 +33,7 @@ def case() -> tuple[Any, Any, DualStreams]:
 
 def test_what_is_where_comes_from_the_phrases() -> None:
     _, batch, objective = case()
-    told = objective.told(batch.texts)
+    told = objective.mentioned(batch.texts)
     assert [tuple(place) for place in told.nonzero().tolist()] == [(0, 0, 1), (0, 2, 0), (1, 1, 1)]
     assert objective.named(batch.texts, "findings").tolist() == [
         [1, 0, 1],
@@ -63,7 +63,7 @@ def test_the_terms_are_the_loop() -> None:
                         there += 1
                         scores = (F.normalize(states[kind][b, c], dim=-1) @ read.T / 0.5).tolist()
                         prototypes += math.log(sum(map(math.exp, scores))) - scores[c]
-        told = objective.told(batch.texts)
+        told = objective.mentioned(batch.texts)
         for b in range(3):
             for p in range(3):
                 for a in range(2):
