@@ -67,6 +67,7 @@ def test_every_command_runs(tmp_path: Path) -> None:
         if line.startswith("vlmlab "):
             there = {
                 "run=outputs/<name>": lambda: f"run={finished(tmp_path)}",
+                "outputs/<name>": lambda: str(finished(tmp_path)),
                 "sweeps/<name>": lambda: str(swept(tmp_path)),
                 "n=4000": lambda: "n=64",
             }
