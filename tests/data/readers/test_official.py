@@ -135,11 +135,11 @@ def test_beside_any_data(name: str, tmp_path: Path) -> None:
 
 
 BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({"choices": ["one"]}, {}, "'choices' is no list of 2 to 26 choices"),
-    ({"choices": None}, {}, "'choices' is no list of 2 to 26 choices"),
+    ({"choices": ["one"]}, {}, "'choices' is not a list of 2 to 26 choices"),
+    ({"choices": None}, {}, "'choices' is not a list of 2 to 26 choices"),
     ({"choices": ["a", " "]}, {}, "'choices' is empty"),
-    ({"correct_choice_idx": 4}, {}, "'correct_choice_idx' is no number of a choice, from 0"),
-    ({"correct_choice_idx": True}, {}, "'correct_choice_idx' is no number of a choice"),
+    ({"correct_choice_idx": 4}, {}, "'correct_choice_idx' is not the number of a choice, from 0"),
+    ({"correct_choice_idx": True}, {}, "'correct_choice_idx' is not the number of a choice"),
     ({"image_id": "x.jpg"}, {}, "'image_id' is text, and no whole number; set image_name=null"),
     ({"image_id": 8}, {}, "image '000000000008.jpg' is not in"),
     ({}, {"right_key": "right"}, "key 'right' is missing"),

@@ -132,10 +132,10 @@ def _choice(row: Row, form: VqaFormat, key: str) -> tuple[str, tuple[str, ...], 
     """The right answer, the options, and how they are listed behind the question."""
     many, right = row.get(key), row.get(form.right_key)
     if not isinstance(many, list) or not 2 <= len(many) <= len(ascii_uppercase):
-        raise row.error(f"'{key}' is no list of 2 to {len(ascii_uppercase)} choices", "correct or remove the row")
+        raise row.error(f"'{key}' is not a list of 2 to {len(ascii_uppercase)} choices", "correct or remove the row")
     choices = tuple(_word(row, entry, key) for entry in many)
     if not isinstance(right, int) or isinstance(right, bool) or not 0 <= right < len(choices):
-        raise row.error(f"'{form.right_key}' is no number of a choice, from 0", "correct or remove the row")
+        raise row.error(f"'{form.right_key}' is not the number of a choice, from 0", "correct or remove the row")
     if not form.letters:
         return choices[right], choices, ""
     letters = tuple(ascii_uppercase[: len(choices)])
@@ -282,6 +282,27 @@ def annotated(rows: Iterable[Row], file: Path, id_key: str, row_filter: RowFilte
         yield Row(row.file, row.number, {**note, **row.data}, row.unit)
 
 
+def question_rows(
+    files: Sequence[Path],
+    annotations: Path | None,
+    id_key: str,
+    where: Mapping[str, Sequence[Any]],
+    row_filter: RowFilter,
+    source: str,
+) -> list[Row]:
+    """The rows of the files with their annotations; of those that have a key of `where` the ones with its values.
+
+    Raises:
+        DataError: a file cannot be read, or more of `source` is bad than the filter lets through.
+    """
+    rows = [row for file in files for row in row_filter.rows(read_each(file, ("questions", "data"), id_key))]
+    if annotations is not None:
+        rows = list(annotated(rows, annotations, id_key, row_filter))
+    if not rows:
+        row_filter.finish(source)
+    return [row for row in rows if all(row.data.get(key, words[0]) in words for key, words in where.items())]
+
+
 class VqaJson:
     """Questions about images as samples; records are read and checked at once, pixels when a sample is asked for.
 
@@ -370,19 +391,16 @@ class VqaJson:
         self._files = files if annotations is None else [*files, Path(annotations).expanduser()]
         row_filter = RowFilter(max_bad_fraction)
         by_id = id_key if isinstance(id_key, str) else next(iter(id_key or ()), "id")
-        rows = [row for file in files for row in row_filter.rows(read_each(file, ("questions", "data"), by_id))]
-        if annotations is not None:
-            rows = list(annotated(rows, self._files[-1], by_id, row_filter))
-        if not rows:
-            row_filter.finish(source)
-        rows = [row for row in rows if all(row.data.get(k, v[0]) in v for k, v in (where or {}).items())]
+        notes = None if annotations is None else self._files[-1]
+        rows = question_rows(files, notes, by_id, where or {}, row_filter, source)
         named = split if shares is not None else None
-        keys = tuple(split_keys)
         names = image_words(rows, form)
         if named is not None:
             same = self._folder.same(names)
             names = [same[name] for name in names]
-        rows = choose_rows(rows, names, named, keys, shares or (0.0, 0.0), split_seed, row_filter, split_words)
+        rows = choose_rows(
+            rows, names, named, tuple(split_keys), shares or (0.0, 0.0), split_seed, row_filter, split_words
+        )
         questions = [question for _, question in unique_questions(rows, form, self._folder, row_filter)]
         row_filter.finish(source)
         if verify:
