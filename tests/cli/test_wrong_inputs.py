@@ -42,7 +42,7 @@ COMPOSITION: dict[str, tuple[int, str]] = {
     "train connector": (2, "'connector' has no value; write key=value"),
     "train ~connectr": (2, r"connectr"),
     "train resume=true": (2, "no key 'resume' .* write the same command again"),
-    "evaluate run=x mask=causal": (2, "mask was chosen when the run was trained and is not a key of evaluate"),
+    "evaluate run=x mask=causal": (2, "mask is chosen when a run is trained and is not a key of evaluate"),
     "evaluate run=x budget.eval_limit=4": (2, r"no key 'budget.eval_limit' .*\(did you mean limit\?\)"),
     "train encoder=hf": (2, r"encoder.path is needed; write encoder.path="),
     "train lm=hf": (2, r"lm.path is needed; write lm.path="),

@@ -17,7 +17,7 @@ from tests.test_conf import composed
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmlab.cli.rules.run import best_look, slices, watched
+from vlmlab.cli.rules.run import BEST, best_look, slices, watched
 from vlmlab.connector.mlp import MlpConnector
 from vlmlab.contracts.errors import UserError
 from vlmlab.contracts.tensors import Visual
@@ -220,6 +220,7 @@ def test_what_cannot_be_asked_or_chosen_is_refused() -> None:
     assert "evaluation.save_best=true" in str(best_look(plain(cfg), {}))
     cfg.evaluation.every = None
     assert "needs validation" in str(best_look(plain(cfg), {})) and "between steps" in str(slices(plain(cfg), {}))
+    assert {key: composed().evaluation[key] for key, _ in BEST} == dict(BEST)
     cfg.evaluation.load_best, cfg.evaluation.patience = False, None
     assert "evaluation.monitor=slice/pope/f1 says which validation is the best" in str(best_look(plain(cfg), {}))
     cfg.evaluation.slices = ["world_tset"]

@@ -108,11 +108,15 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_sweep(sweep_dir: Path) -> list[RunRecord]:
-    """The cells of a sweep by name; folders that are not cells or were kept aside by ``fresh=true`` are left out."""
+    """The cells of a sweep by name."""
+    return [read_run(path) for path in cell_folders(sweep_dir)]
+
+
+def cell_folders(sweep_dir: Path) -> list[Path]:
+    """The folders of a sweep's cells by name; others and those kept aside by ``fresh=true`` are left out."""
     marks = ("overrides.json", "state.json", "config.yaml", "result.json")
     folders = sorted(path for path in sweep_dir.iterdir() if os.path.isdir(path)) if os.path.isdir(sweep_dir) else []
-    cells = [p for p in folders if any(os.path.exists(p / mark) for mark in marks) and ".old-" not in p.name]
-    return [read_run(path) for path in cells]
+    return [p for p in folders if any(os.path.exists(p / mark) for mark in marks) and ".old-" not in p.name]
 
 
 def read_record(path: Path) -> list[RunRecord]:

@@ -7,14 +7,13 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import ConfigError, guard, run_command
-from vlmlab.cli.finished import check_own, finished_run, trusted
+from vlmlab.cli.finished import check_own, finished_folder, named_run, trusted
 from vlmlab.cli.generate import quoted, settings_of
 from vlmlab.cli.rules.schema import Demo
 from vlmlab.contracts.errors import UserError
@@ -47,22 +46,15 @@ def demo_command(cfg: DictConfig) -> None:
 
 def folders_of(cfg: DictConfig) -> list[Path]:
     """The folders of the runs, each looked at before torch is imported."""
-    given: Any = cfg.run if not OmegaConf.is_missing(cfg, "run") else None
+    given = named_run(cfg, EXAMPLE)
     named = list(given) if OmegaConf.is_list(given) else [given]
     if not 1 <= len(named) <= MOST:
         raise ConfigError(f"run names {len(named)} runs and the page has room for {MOST}; give one or two")
-    folders = [finished_run(one_of(cfg, name), EXAMPLE) for name in named]
+    folders = [finished_folder(name) for name in named]
     if not trusted(cfg):
         for folder in folders:
             saved_config(folder)
     return folders
-
-
-def one_of(cfg: DictConfig, name: Any) -> DictConfig:
-    """The command's configuration with one run."""
-    one = cfg.copy()
-    one.run = "???" if name is None else name
-    return one
 
 
 def check_installed() -> None:
@@ -83,7 +75,7 @@ def _serve(cfg: DictConfig, folders: Sequence[Path]) -> None:
     runs = open_runs(folders, cfg.device, cfg.trust)
     tests, why_none = examples(runs[0].model.config, cfg.samples)
     if cfg.host not in HERE:
-        tell(f"host={cfg.host}: whoever reaches this machine can ask the model and upload files")
+        tell(f"host={cfg.host}: every machine that reaches this one can ask the model and upload files")
     serve(Page(runs, tests, settings_of(cfg), cfg.seed, why_none), cfg.host, cfg.port)
 
 

@@ -25,8 +25,8 @@ from vlmlab.recipe.stage import KEYS
 INSIDE = ("memory_mask", "pair_head")
 """Groups that no run has at the top: the files of other groups take a choice of them into one of their keys."""
 
-OF_A_RUN = ("chat", "curate", "demo", "evaluate", "export", "generate", "score")
-"""Commands that take a run as it was trained."""
+COMPOSED = "train"
+"""The configuration that has the groups; the others take a run or a sweep as it is."""
 
 
 def explain(error: Exception, conf: Path, config_name: str, words: Sequence[str]) -> str | None:
@@ -154,15 +154,15 @@ def _composition(error: ConfigCompositionException, conf: Path, config_name: str
     if "No match in the defaults list" in text and (flags := _flags(words)):
         return f"no group {key!r} in the defaults of {flags}; leave out the one or the other"
     if "No match in the defaults list" in text and (conf / key).is_dir():
-        if config_name in OF_A_RUN:
-            return f"{key} was chosen when the run was trained and is not a key of {config_name}; leave it out"
+        if config_name != COMPOSED:
+            return f"{key} is chosen when a run is trained and is not a key of {config_name}; leave it out"
         return f"{key} has no choice that could be changed; write +{key}=... to add one"
     if "not a ConfigGroup" in text or "already at" in text or "nvalid type" in text or key.startswith("hydra"):
         return _first(error)
     if isinstance(error.__cause__, OmegaConfBaseException) and "is not in struct" not in str(error.__cause__):
         return f"{key}: {_first(error.__cause__)}"
     groups, cfg = _known(conf, config_name, words)
-    known = [*dict.fromkeys([*(() if config_name in OF_A_RUN else groups), *_keys(cfg)])]
+    known = [*dict.fromkeys([*(groups if config_name == COMPOSED else ()), *_keys(cfg)])]
     if key in known:
         return f"{key}: {_first(error)}"
     return (

@@ -25,16 +25,35 @@ def finished_run(cfg: DictConfig, example: str) -> Path:
         ConfigError: ``run`` is missing or no folder of a run.
         CheckpointError: the run is damaged or not finished.
     """
-    folder = known_run(cfg, example)
+    return finished_folder(named_run(cfg, example))
+
+
+def finished_folder(given: object) -> Path:
+    """The folder of a finished run, as it is given; errors as for ``finished_run``."""
+    folder = known_folder(given)
     RunFolder(folder).finished()
     return folder
 
 
 def known_run(cfg: DictConfig, example: str) -> Path:
     """The folder of a run, finished or not; arguments and errors as for ``finished_run``."""
+    return known_folder(named_run(cfg, example))
+
+
+def named_run(cfg: DictConfig, example: str) -> Any:
+    """What ``run`` is given.
+
+    Raises:
+        ConfigError: nothing.
+    """
     if OmegaConf.is_missing(cfg, "run"):
         raise ConfigError(f"which run? write run=<folder>, as in: {example}")
-    folder = Path(str(cfg.run))
+    return cfg.run
+
+
+def known_folder(given: object) -> Path:
+    """The folder of a run, finished or not, as it is given; errors as for ``known_run``."""
+    folder = Path(str(given))
     if (sentence := of_transformers(RunFolder(folder))) is not None:
         raise ConfigError(sentence)
     if RunFolder(folder).config() is None:

@@ -79,7 +79,12 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
 
 def with_key(words: Sequence[str]) -> list[str]:
     """The command line with ``question=`` before a word that is neither an option nor has a key."""
-    return [word if word.startswith("-") or KEY.match(word) else f"question={quoted(word)}" for word in words]
+    return [f"question={quoted(word)}" if is_bare(word) else word for word in words]
+
+
+def is_bare(word: str) -> bool:
+    """Whether a word is neither an option nor has a key."""
+    return not word.startswith("-") and KEY.match(word) is None
 
 
 def quoted(text: str) -> str:

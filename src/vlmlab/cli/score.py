@@ -16,7 +16,7 @@ from vlmlab.analyse.table import final_table
 from vlmlab.cli.conf import conf_folder
 from vlmlab.cli.entry import guard, run_command
 from vlmlab.cli.finished import check_own, finished_run, trusted
-from vlmlab.cli.generate import KEY, quoted
+from vlmlab.cli.generate import is_bare, quoted
 from vlmlab.cli.rules.schema import Score
 from vlmlab.contracts.errors import listed
 from vlmlab.contracts.terminal import tell
@@ -60,7 +60,7 @@ def with_key(words: Sequence[str]) -> list[str]:
     """The command line with ``run=`` before a word without a key, which names a run or one of its answers' files."""
     found: list[str] = []
     for word in words:
-        if word.startswith("-") or KEY.match(word):
+        if not is_bare(word):
             found.append(word)
         elif (file := Path(word)).suffix == ".jsonl" and file.parent.name == "predictions":
             benchmark = file.name.partition(".")[0]  # <benchmark>.shuffled.jsonl is scored with it

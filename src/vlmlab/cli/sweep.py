@@ -86,9 +86,9 @@ def _sweep(cfg: DictConfig, verb: str) -> Path:
         raise ConfigError(f"sweep={sweep} is not a folder; give an existing one, as in: {example}")
     if not any(sweep.iterdir()):
         raise UserError(f"{sweep} is empty; give the folder that a sweep has printed")
-    from vlmlab.analyse.results import read_sweep  # numpy
+    from vlmlab.analyse.results import cell_folders  # numpy
 
-    if not read_sweep(sweep):
+    if not cell_folders(sweep):
         raise UserError(f"{sweep} holds no cell; give the folder that a sweep has printed")
     return sweep
 
