@@ -106,5 +106,5 @@ def test_options_by_the_older_interface(harness: Any, monkeypatch: pytest.Monkey
     with pytest.raises(Exception, match="an option comes without its question"):
         model.loglikelihood([SimpleNamespace(args=("", "red"))])
     model.task_dict["task"]["test"][1] = {"image": "film.mp4"}
-    with pytest.raises(Exception, match="a question has a str that is no image; vlmlab reads text and images"):
+    with pytest.raises(Exception, match="a question has a str that is not an image; vlmlab reads text and images"):
         model.loglikelihood(asked[3:])

@@ -183,7 +183,7 @@ def _picture(given: Any) -> Any:
         return given.convert("RGB")
     if isinstance(given, str) and given.lower().endswith(PICTURES):
         return given
-    raise UserError(f"a question has a {type(given).__name__} that is no image; vlmlab reads text and images.")
+    raise UserError(f"a question has a {type(given).__name__} that is not an image; vlmlab reads text and images.")
 
 
 def _words(part: Mapping[str, Any], images: list[Any]) -> str:

@@ -252,7 +252,7 @@ class Memory:
         split: which positions the fusion computes in its own way; None where it has no such.
         notes: by name what a block says of this batch, for objectives. It writes the same at every call, so that
             recomputed activations change nothing.
-        watch: keeps the weights of the blocks' attention; None: nobody asks for them.
+        watch: keeps the weights of the blocks' attention; None: they are not needed.
     """
 
     tensors: dict[str, Tensor]

@@ -25,7 +25,7 @@ class NamedMixture(Mixture):
     Args:
         parts: the name of each and its weight; or its name and a mapping of `weight` (1 where it is not there), `path`
             (the name itself where it is not there) and other keys of `vlmlab.data.readers.hub.HubRecords`.
-        sources: names that are no sets of the hub: their sources.
+        sources: names that are not sets of the hub: their sources.
         split: of all parts that are sets.
         weighted: false: every sample comes once, whatever the weights.
         size: samples of the mixture; null: those of all parts together.

@@ -36,7 +36,7 @@ class Wordings:
         if len(wordings) < 2:
             raise UserError(f"wordings has {len(wordings)} of them; give two or more to compare.")
         if bad := next((name for name, words in wordings.items() if words.count(QUESTION) != 1), None):
-            raise UserError(f"wordings.{bad} needs {QUESTION} once, where the question's own words stand.")
+            raise UserError(f"wordings.{bad} needs {QUESTION} once, where the question's own words go.")
         self.source = source
         self.turns_in_memory = getattr(source, "turns_in_memory", False)
         self.skipped: list[Skipped] = list(getattr(source, "skipped", []))

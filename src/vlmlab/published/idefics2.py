@@ -35,7 +35,7 @@ class Idefics2(Exportable):
     """``Idefics2ForConditionalGeneration``; images of their own size and their crops are not reproduced.
 
     It is written with its own image processor at one size. Its own processor of words puts two further words around an
-    image and a blank behind them, so that another of transformers stands there, which writes placeholders alone.
+    image and a blank after them, so that another of transformers is used, which writes placeholders alone.
     """
 
     model = Idefics2ForConditionalGeneration

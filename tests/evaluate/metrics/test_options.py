@@ -70,7 +70,7 @@ def test_what_cannot_be_scored() -> None:
         scored([row("D", LETTERS)])
     with pytest.raises(UserError, match="no question to score"):
         OptionAccuracy().predicted()
-    with pytest.raises(DataError, match="b 1: an option's likelihood is no number"):
+    with pytest.raises(DataError, match="b 1: an option's likelihood is not a number"):
         row("A", LETTERS, (0.0, float("nan"), 0.0)).to_json()
 
 

@@ -47,7 +47,7 @@ class HubStream:
     Args:
         path, records, columns, config, images, prompt, suffix, tags, prepend_images, image_roots, image_range, cache:
             see `vlmlab.data.readers.hub.HubRecords`.
-        size: how many rows; the set must have as many behind `skip`.
+        size: how many rows; the set must have as many after `skip`.
         revision: of one of the hub its commit (40 hexadecimal digits), as a branch may move while a run is stopped.
         split: the set's own word for the split.
         skip: rows before the first (those that are held out).
@@ -179,6 +179,7 @@ class HubStream:
 
 
 def _close(rows: list[Iterator[dict[str, Any]]]) -> None:
-    """End reading; Arrow's threads, which nobody can join, abort a process that ends while they still read."""
-    rows.clear()
-    time.sleep(SETTLE)
+    """End reading; Arrow's threads, which cannot be joined, abort a process that ends while they still read."""
+    if rows:
+        rows.clear()
+        time.sleep(SETTLE)

@@ -215,8 +215,8 @@ def _check_reachable(datasets: Any, path: str, revision: str | None, cache: str 
         known = importlib.import_module("datasets.naming").camelcase_to_snakecase(name)
         if not (folder / f"{owner}___{known}").is_dir():
             raise DataError(
-                f"data.path={path} is no path on this machine, the hub cannot be reached ({type(error).__name__}) and "
-                "its cache has no such data set; download its files elsewhere and set data.path to their folder"
+                f"data.path={path} is not a path on this machine, the hub cannot be reached ({type(error).__name__}) "
+                "and its cache has no such data set; download its files elsewhere and set data.path to their folder"
             ) from None
 
 

@@ -57,7 +57,7 @@ class Row:
         if self.chance is not None and not math.isfinite(self.chance):
             raise DataError(f"{self.benchmark} {self.id}: its chance is {self.chance}; give a number from 0 to 1.")
         if not all(map(math.isfinite, self.log_likelihoods)):
-            raise DataError(f"{self.benchmark} {self.id}: an option's likelihood is no number; look at the weights.")
+            raise DataError(f"{self.benchmark} {self.id}: an option's likelihood is not a number; look at the weights.")
         raw = asdict(self)
         for key in [key for key in CHOOSING if not raw[key]]:
             del raw[key]
